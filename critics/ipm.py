@@ -1,0 +1,242 @@
+"""IPMCritic: a learned critic f of the integral probability metric, and its value baseline V.
+
+    max over f:   E_real f - E_fake f - regularisation                         (MATH.md S.1, S.5)
+
+f is high on data and low on fakes. One of five regularisers imposes the function class; paper A's
+best is "baseline", which keeps f(x_0) near what V expected of the states on the way to x_0.
+One call of `update` is one Adam step on both networks; the critic itself is the sampler's reward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.parametrizations import spectral_norm
+
+from .checks import check_finite, check_samples
+
+# Each regulariser and the default of its coefficient; None where there is none to set.
+REGULARIZERS: dict[str, float | None] = {
+    "baseline": 0.1,
+    "gradient-penalty": 10.0,
+    "weight-clip": 0.01,
+    "spectral-norm": None,
+    "none": None,
+}
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+class IPMCritic(nn.Module):
+    """Critic f, baseline V, and the Adam that trains them.
+
+    Args:
+        network: f, ``(N, *shape) -> (N,)``; see `make_critic`. "spectral-norm" changes its layers.
+        regularizer: what keeps f in its class:
+            "baseline" subtracts coefficient * R_B, R_B = E sum_steps (V(x_t, step) - f(x_0))^2,
+            which both f and V descend;
+            "gradient-penalty" subtracts coefficient * E (||grad f(xhat)|| - 1)^2, xhat uniform on
+            the segment between a real and a fake sample (WGAN-GP);
+            "weight-clip" clamps f's parameters to +- coefficient after the step (WGAN);
+            "spectral-norm" divides linear and convolution weights by their largest singular value;
+            "none".
+        baseline: V, ``(K, N, *shape) -> (K, N)``, row j at step j; see `make_baseline`. Required by
+            "baseline"; with another regulariser it is regressed on f(x_0) and leaves f alone.
+        coefficient: weight of the regulariser. Defaults: "baseline" 0.1 (the official toys' 1 / K),
+            "gradient-penalty" 10, "weight-clip" 0.01; the others have none.
+        learning_rate: of f; paper A has 1e-3 for the toys, 1e-4 for images.
+        baseline_learning_rate: of V.
+        betas: of Adam.
+
+    Attributes:
+        optimizer: one parameter group for f, a second for V if there is a V. Its state is part of
+            `state_dict`, which is all that resuming needs.
+
+    Raises:
+        ValueError: an unknown regulariser, a coefficient that makes no sense, "baseline" without a
+            baseline, "spectral-norm" of a network without linear or convolution layers.
+    """
+
+    offset: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        regularizer: str = "baseline",
+        *,
+        baseline: nn.Module | None = None,
+        coefficient: float | None = None,
+        learning_rate: float = 1e-3,
+        baseline_learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        super().__init__()
+        self.coefficient = _resolve_coefficient(regularizer, coefficient)
+        if regularizer == "baseline" and baseline is None:
+            raise ValueError("The baseline regularizer needs a baseline network; pass baseline=...")
+        if regularizer == "spectral-norm":
+            _normalize_layers(network)
+        self.regularizer = regularizer
+        self.network = network
+        self.baseline = baseline
+        # Where on its segment the next xhat lies, in [0, 1).
+        self.register_buffer("offset", torch.zeros(()))
+        groups: list[dict[str, Any]] = [{"params": network.parameters(), "lr": learning_rate}]
+        if baseline is not None:
+            groups.append({"params": baseline.parameters(), "lr": baseline_learning_rate})
+        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True)
+        # A reward does not change by being asked: only `update` runs the networks in training mode.
+        self.eval()
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Return f (N,) for samples (N, *shape): high on data, low on fakes.
+
+        Raises:
+            ValueError: the network's output is not (N,).
+        """
+        values = self.network(sample)
+        if values.shape != sample.shape[:1]:
+            raise ValueError(
+                f"The critic network must return shape ({len(sample)},), got {tuple(values.shape)}."
+            )
+        return values
+
+    def value(self, states: Tensor) -> Tensor:
+        """Return V (K, N) for states (K, N, *shape), state j being the one before step j.
+
+        Raises:
+            ValueError: there is no baseline, or its output is not (K, N).
+        """
+        if self.baseline is None:
+            raise ValueError("This critic has no baseline; build it with baseline=...")
+        values = self.baseline(states)
+        if values.shape != states.shape[:2]:
+            raise ValueError(
+                f"The baseline must return shape {tuple(states.shape[:2])}, "
+                f"got {tuple(values.shape)}."
+            )
+        return values
+
+    def update(self, real: Tensor, fake: Tensor, states: Tensor | None = None) -> dict[str, Tensor]:
+        """Take one Adam step on f and V (S.5).
+
+        Args:
+            real: real samples (M, *shape).
+            fake: finished samples x_0 (N, *shape) of the current sampler.
+            states: the states (K, N, *shape) on the way to `fake`, state j before step j. V is
+                trained on them; "baseline" needs them.
+
+        Returns:
+            Detached 0-d tensors, all of before the step: "critic_loss" (what f descends),
+            "critic_real" and "critic_fake" (means of f), "ipm_gap" (their difference),
+            "regularization" (before its coefficient), "baseline_loss" (R_B), "critic_grad_norm".
+            Those that do not apply are 0.
+
+        Raises:
+            ValueError: shapes that do not fit, missing states, or NaN or infinity in a sample. On a
+                GPU values are not checked, as that would wait for the device: look at the metrics.
+        """
+        self._check(real, fake, states)
+        self.train()
+        f_real, f_fake = self(torch.cat([real, fake])).split([len(real), len(fake)])
+        gap = f_real.mean() - f_fake.mean()
+        regularization = baseline_loss = torch.zeros_like(gap)
+
+        if states is not None and self.baseline is not None:
+            # Only the baseline regulariser lets V's error reach f.
+            target = f_fake if self.regularizer == "baseline" else f_fake.detach()
+            baseline_loss = (self.value(states) - target).square().sum(0).mean()
+        if self.regularizer == "baseline":
+            regularization = baseline_loss
+        elif self.regularizer == "gradient-penalty":
+            regularization = self._gradient_penalty(real, fake)
+
+        critic_loss = -gap + self.coefficient * regularization
+        loss = critic_loss if self.regularizer == "baseline" else critic_loss + baseline_loss
+
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = clip_grad_norm_(self.network.parameters(), math.inf)  # measures, clips nothing
+        self.optimizer.step()
+        if self.regularizer == "weight-clip":
+            with torch.no_grad():
+                for parameter in self.network.parameters():
+                    parameter.clamp_(-self.coefficient, self.coefficient)
+        self.eval()
+        metrics = {
+            "critic_loss": critic_loss,
+            "critic_real": f_real.mean(),
+            "critic_fake": f_fake.mean(),
+            "ipm_gap": gap,
+            "regularization": regularization,
+            "baseline_loss": baseline_loss,
+            "critic_grad_norm": grad_norm,
+        }
+        return {name: metric.detach() for name, metric in metrics.items()}
+
+    def _gradient_penalty(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return E (||grad f(xhat)|| - 1)^2 over as many pairs as the smaller batch allows."""
+        pairs = min(len(real), len(fake))
+        real, fake = real[:pairs], fake[:pairs]
+        # Positions on the segments: multiples of the golden ratio modulo 1, which are uniform,
+        # spread evenly over every batch, and need no random generator to move, save and restore.
+        position = self.offset + _GOLDEN_RATIO * torch.arange(1, pairs + 1, device=real.device)
+        position = position.frac()
+        self.offset.copy_(position[-1])
+        position = position.view(-1, *[1] * (real.ndim - 1)).to(real.dtype)
+        between = torch.lerp(fake, real, position).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self(between).sum(), between, create_graph=True)
+        return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+    def _check(self, real: Tensor, fake: Tensor, states: Tensor | None) -> None:
+        check_samples("real", real)
+        check_samples("fake", fake, real.shape[1:])
+        if states is not None:
+            check_samples("states", states)
+            if states.shape[1:] != fake.shape:
+                raise ValueError(
+                    f"states must have shape (K, *{tuple(fake.shape)}), got {tuple(states.shape)}."
+                )
+        elif self.regularizer == "baseline":
+            raise ValueError("The baseline regularizer needs states (K, N, *shape) of the fakes.")
+        if real.device.type == "cpu":
+            for name, values in (("real", real), ("fake", fake), ("states", states)):
+                if values is not None:
+                    check_finite(name, values)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the optimizer's state: `state_dict` then holds all that training changes."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the optimizer."""
+        self.optimizer.load_state_dict(state)
+
+
+def _resolve_coefficient(regularizer: str, coefficient: float | None) -> float:
+    """Check a regulariser's coefficient, or fill in the default; 0 where there is none."""
+    if regularizer not in REGULARIZERS:
+        raise ValueError(f"unknown regularizer {regularizer!r}. Known: {', '.join(REGULARIZERS)}.")
+    default = REGULARIZERS[regularizer]
+    if coefficient is None:
+        return default or 0.0
+    if default is None:
+        raise ValueError(f"The regularizer {regularizer!r} has no coefficient; leave it out.")
+    if not 0 <= coefficient < math.inf or (regularizer == "weight-clip" and coefficient == 0):
+        raise ValueError(
+            f"The coefficient of {regularizer!r} must be positive and finite, got {coefficient}."
+        )
+    return coefficient
+
+
+def _normalize_layers(network: nn.Module) -> None:
+    """Put `network`'s linear and convolution layers under spectral normalisation, in place."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layers = [module for module in network.modules() if isinstance(module, kinds)]
+    if not layers:
+        raise ValueError("spectral-norm needs linear or convolution layers; the network has none.")
+    for layer in layers:
+        spectral_norm(layer)

@@ -1,0 +1,159 @@
+"""Critic networks f(x) and value baselines V(x_t, step), for vectors and for images (MATH.md S.8).
+
+`make_critic` and `make_baseline` choose by the shape of a sample: multilayer perceptrons for
+vectors, the convolutional critic of paper A and a wider baseline for images (C, H, W).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLPCritic(nn.Module):
+    """ReLU multilayer perceptron f(x), on flattened samples.
+
+    Args:
+        shape: shape of one sample.
+        hidden: width of the hidden layers (paper A 128, its code 256).
+        layers: number of hidden layers.
+    """
+
+    def __init__(self, shape: Sequence[int], hidden: int = 128, layers: int = 3) -> None:
+        super().__init__()
+        widths = [math.prod(shape), *[hidden] * layers]
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.out = nn.Linear(widths[-1], 1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Return f (N,) for samples (N, *shape)."""
+        h = sample.flatten(1)
+        for linear in self.hidden:
+            h = F.relu(linear(h))
+        return self.out(h).squeeze(-1)
+
+
+class ConvCritic(nn.Module):
+    """Convolutional critic f(x) of paper A, for images (C, H, W).
+
+    Convolutions k4 s2 p1 halve the image until its shorter side is 4 to 7 pixels (32, 16, 8, 4 or
+    28, 14, 7), doubling the channels up to 4 * width; then a convolution k4 s1 p0 to one channel
+    and the spatial mean. LeakyReLU 0.2 in between.
+
+    Args:
+        shape: (C, H, W) of one sample, H and W at least 8.
+        width: channels after the first stage; if None 256, the official value, or 64 for images of
+            up to 16 pixels.
+
+    Raises:
+        ValueError: not the shape of an image, or one below 8 pixels.
+    """
+
+    def __init__(self, shape: Sequence[int], width: int | None = None) -> None:
+        super().__init__()
+        if len(shape) != 3 or min(shape[1:]) < 8:
+            raise ValueError(f"ConvCritic needs images (C, H, W), H, W >= 8, got {tuple(shape)}.")
+        side = min(shape[1:])
+        stages = int(math.log2(side // 4))
+        if width is None:
+            width = 64 if _small(shape) else 256
+        channels = [shape[0], *(width * min(2**i, 4) for i in range(stages))]
+        layers: list[nn.Module] = []
+        for i, o in pairwise(channels):
+            layers += [nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4))
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Return f (N,) for samples (N, C, H, W)."""
+        return self.layers(sample).mean(dim=(1, 2, 3))
+
+
+class MLPBaseline(nn.Module):
+    """ReLU multilayer perceptron V(x_t, step), on flattened samples.
+
+    Each hidden layer's output is multiplied, before the ReLU, by a learned embedding of the step.
+
+    Args:
+        shape: shape of one sample.
+        steps: number of steps K.
+        hidden: width of the hidden layers, or the widths of all of them.
+        layers: number of hidden layers, when `hidden` is one width.
+
+    Raises:
+        ValueError: no steps.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], steps: int, hidden: int | Sequence[int] = 128, layers: int = 3
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"A baseline needs at least one step, got {steps}.")
+        self.steps = steps
+        widths = [math.prod(shape), *([hidden] * layers if isinstance(hidden, int) else hidden)]
+        self.hidden = nn.ModuleList(_StepLinear(i, o, steps) for i, o in pairwise(widths))
+        self.out = nn.Linear(widths[-1], 1)
+
+    def forward(self, sample: Tensor, step: Tensor | None = None) -> Tensor:
+        """Return V for samples and their steps.
+
+        Args:
+            sample: (N, *shape) with `step`; (K, N, *shape) without.
+            step: (N,) int64, 0 <= step < K, one a sample. None: row j of `sample` is at step j, the
+                fast form for whole trajectories, which looks each embedding up once, not N times.
+
+        Returns:
+            V, (N,) or (K, N).
+
+        Raises:
+            ValueError: no `step`, and a number of rows that is not K.
+        """
+        if step is None and len(sample) != self.steps:
+            raise ValueError(f"The baseline has {self.steps} steps, got states of {len(sample)}.")
+        h = sample.flatten(2 if step is None else 1)
+        for layer in self.hidden:
+            h = F.relu(layer(h, step))
+        return self.out(h).squeeze(-1)
+
+
+class _StepLinear(nn.Module):
+    """Linear layer whose output is multiplied by an embedding of the step."""
+
+    def __init__(self, inputs: int, outputs: int, steps: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.embedding = nn.Parameter(torch.rand(steps, outputs))  # as paper A's code draws it
+
+    def forward(self, h: Tensor, step: Tensor | None) -> Tensor:
+        """Return embedding[step] * linear(h); without `step`, row j of h (K, N, inputs) is at j."""
+        if step is not None:
+            return self.linear(h) * F.embedding(step, self.embedding)
+        factor = self.embedding.unsqueeze(1)
+        few_rows = h.shape[1] < h.shape[2]
+        if few_rows:
+            return self.linear(h) * factor
+        # Each step scales the weights once instead of its many rows: a fifth faster.
+        return torch.baddbmm(self.linear.bias * factor, h, self.linear.weight.t() * factor)
+
+
+def make_critic(shape: Sequence[int]) -> nn.Module:
+    """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`."""
+    return ConvCritic(shape) if len(shape) == 3 else MLPCritic(shape)
+
+
+def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:
+    """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps."""
+    if len(shape) != 3:
+        return MLPBaseline(shape, steps)
+    widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)
+    return MLPBaseline(shape, steps, hidden=widths)
+
+
+def _small(shape: Sequence[int]) -> bool:
+    """Tell images of up to 16 pixels, which deserve smaller networks than paper A's."""
+    return max(shape[1:]) <= 16

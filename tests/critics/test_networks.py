@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from fewstep.critics import ConvCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
+
+SHAPES = [(2,), (5, 3), (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 16, 24)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_default_networks_give_one_number_a_sample(shape):
+    sample = torch.randn(3, *shape)
+    critic, baseline = make_critic(shape), make_baseline(shape, 4)
+    assert isinstance(critic, ConvCritic if len(shape) == 3 else MLPCritic)
+    assert critic(sample).shape == (3,)
+    assert baseline(sample, torch.tensor([0, 3, 1])).shape == (3,)
+    assert baseline(sample.expand(4, 3, *shape)).shape == (4, 3)
+    # Sample by sample, whatever the batch.
+    assert torch.allclose(critic(sample)[1:2], critic(sample[1:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 300])  # fewer and more rows than hidden units
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8)])
+def test_both_forms_of_the_baseline_agree_in_value_and_gradient(shape, rows):
+    baseline = MLPBaseline(shape, steps=5, hidden=16).double()
+    states = torch.randn(5, rows, *shape).double()
+    step = torch.arange(5).repeat_interleave(rows)
+    forms = baseline(states).flatten(), baseline(states.flatten(0, 1), step)
+    torch.testing.assert_close(*forms)
+    # Not a function of the sample alone.
+    assert not torch.allclose(baseline(states[:1].expand_as(states))[0], baseline(states)[1])
+    gradients = (
+        torch.autograd.grad(values.square().sum(), list(baseline.parameters()), retain_graph=True)
+        for values in forms
+    )
+    for fast, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_baseline_multiplies_hidden_layers_by_the_embedding_before_the_relu():
+    baseline = MLPBaseline((2,), steps=3, hidden=4, layers=1)
+    layer = baseline.hidden[0]
+    assert layer.embedding.shape == (3, 4)
+    assert layer.embedding.min() >= 0 and layer.embedding.max() < 1
+    sample = torch.randn(6, 2)
+    hidden = torch.relu(layer.linear(sample) * layer.embedding[2])
+    by_hand = baseline.out(hidden).squeeze(1)
+    torch.testing.assert_close(baseline(sample, torch.full((6,), 2)), by_hand)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "channels"),
+    [
+        ((1, 8, 8), None, [64, 1]),
+        ((3, 32, 32), None, [256, 512, 1024, 1]),  # paper A's
+        ((1, 28, 28), 8, [8, 16, 1]),
+        ((3, 64, 64), 8, [8, 16, 32, 32, 1]),
+    ],
+)
+def test_stages_of_the_convolutional_critic(shape, width, channels):
+    layers = [m for m in ConvCritic(shape, width).modules() if isinstance(m, nn.Conv2d)]
+    assert [layer.out_channels for layer in layers] == channels
+
+
+def test_bad_shapes_and_steps():
+    for shape in [(2,), (3, 7, 8), (1, 1, 8, 8)]:
+        with pytest.raises(ValueError, match=r"ConvCritic needs images \(C, H, W\)"):
+            ConvCritic(shape)
+    with pytest.raises(ValueError, match="at least one step"):
+        MLPBaseline((2,), steps=0)
+    baseline = MLPBaseline((2,), steps=3)
+    with pytest.raises(ValueError, match="has 3 steps, got states of 1"):
+        baseline(torch.zeros(1, 4, 2))
+    with pytest.raises(IndexError):
+        baseline(torch.zeros(4, 2), torch.tensor([0, 1, 2, -1]))
