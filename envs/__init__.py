@@ -1,0 +1,35 @@
+"""Environments in which a diffusion sampler is a policy.
+
+Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
+``fewstep/GaussianCluster-v0`` and ``fewstep/Digits-v0`` with Gymnasium, for ``gym.make`` and
+``gym.make_vec``.
+"""
+
+from .mdp import DiffusionMDP
+from .names import unknown_name
+from .process import VE, DiscreteVP, NoiseProcess
+from .registration import ENVIRONMENTS, make_mdp, register_environments
+from .sb3 import SB3VecEnv
+from .schedule import Schedule, make_schedule
+from .single import DiffusionEnv
+from .targets import Target, make_target
+from .vector import DiffusionVectorEnv
+
+register_environments()
+
+__all__ = [
+    "ENVIRONMENTS",
+    "VE",
+    "DiffusionEnv",
+    "DiffusionMDP",
+    "DiffusionVectorEnv",
+    "DiscreteVP",
+    "NoiseProcess",
+    "SB3VecEnv",
+    "Schedule",
+    "Target",
+    "make_mdp",
+    "make_schedule",
+    "make_target",
+    "unknown_name",
+]

@@ -1,0 +1,307 @@
+"""Forward noising: the physics of the environment.
+
+A ``NoiseProcess`` says how a clean sample decays, ``x_t = alpha(t) x_0 + sigma(t) eps`` with
+``eps ~ N(0, I)``, and translates between times and log signal-to-noise ratios,
+``log_snr(t) = log(alpha(t) / sigma(t))``, the clock that every solver uses. Time 0 is clean data.
+``DiscreteVP`` is DDPM's chain of betas, ``VE`` the variance-exploding process of EDM. Coefficients
+are float64; they are cast once, where they meet a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .names import unknown_name
+
+Time = TypeVar("Time", float, Tensor)
+
+
+class NoiseProcess(ABC):
+    """A Gaussian forward process on times ``0 <= t <= t_max``.
+
+    Attributes:
+        t_max: The noisiest time, where sampling starts.
+        t_min: The smallest time at which the log-SNR is of practical use (it is infinite at 0).
+    """
+
+    t_max: float
+    t_min: float
+    _kinds: ClassVar[dict[str, type[NoiseProcess]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        NoiseProcess._kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def alpha(self, t: float | Tensor) -> Tensor:
+        """Signal coefficient, float64, shaped as ``t``; ``ValueError`` outside ``[0, t_max]``."""
+
+    @abstractmethod
+    def sigma(self, t: float | Tensor) -> Tensor:
+        """Noise coefficient, float64, shaped as ``t``; ``ValueError`` outside ``[0, t_max]``."""
+
+    @abstractmethod
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        """``log(alpha / sigma)``, strictly decreasing in ``t`` and infinite at 0; float64."""
+
+    @abstractmethod
+    def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
+        """Inverse of ``log_snr``; ``ValueError`` below ``log_snr(t_max)``, which no time has."""
+
+    @abstractmethod
+    def network_time(self, t: Time) -> Time:
+        """The time that a network trained on this process is asked at."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """A JSON-able description that ``NoiseProcess.from_config`` reads back exactly."""
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        return 1.0
+
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw ``x_T`` from ``N(0, prior_std^2 I)``.
+
+        Args:
+            shape: ``(N, *shape)``.
+            generator: Source of randomness; the global one if None.
+            device: Where the sample lives; the generator's device if None.
+            dtype: Floating type of the sample.
+        """
+        if device is None and generator is not None:
+            device = generator.device
+        noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
+        return noise if self.prior_std == 1.0 else noise.mul_(self.prior_std)
+
+    def add_noise(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """Jump from clean samples to time ``t`` in one go: ``alpha(t) x0 + sigma(t) noise``.
+
+        Args:
+            x0: Clean samples ``(N, *shape)``.
+            t: One time for all, or one for each, ``(N,)``; in ``[0, t_max]``.
+            noise: Standard normal noise, shaped as ``x0``.
+
+        Raises:
+            ValueError: ``noise`` or ``t`` does not fit ``x0``, or ``t`` is out of range.
+        """
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}")
+        alpha, sigma = self.alpha(t).to(x0), self.sigma(t).to(x0)
+        if alpha.ndim:
+            if alpha.shape != x0.shape[:1]:
+                raise ValueError(
+                    f"t must be a float or have shape ({x0.shape[0]},), one time a sample; "
+                    f"got {tuple(alpha.shape)}"
+                )
+            column = (-1,) + (1,) * (x0.ndim - 1)
+            alpha, sigma = alpha.reshape(column), sigma.reshape(column)
+        return alpha * x0 + sigma * noise
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> NoiseProcess:
+        """Rebuild the process that ``to_config`` described; ``ValueError`` for an unknown kind."""
+        settings = dict(config)
+        kind = settings.pop("kind", None)
+        if kind not in NoiseProcess._kinds:
+            raise unknown_name("noise process", kind, NoiseProcess._kinds)
+        return NoiseProcess._kinds[kind](**settings)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, NoiseProcess) and self.to_config() == other.to_config()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _check_time(self, t: float | Tensor) -> Tensor:
+        time = _float64(t)
+        if not bool(((time >= 0) & (time <= self.t_max)).all()):
+            raise ValueError(f"times must lie in [0, {self.t_max:g}]; got {t}")
+        return time
+
+    def _check_log_snr(self, log_snr: float | Tensor) -> Tensor:
+        value = _float64(log_snr)
+        least = float(self.log_snr(self.t_max))
+        # Callers build grids from log_snr(t_max) by arithmetic: forgive its last digits.
+        if not bool((value >= least - 1e-9 * max(1.0, abs(least))).all()):
+            raise ValueError(f"log-SNR must be at least {least:g}, that of t_max; got {log_snr}")
+        return value
+
+
+class DiscreteVP(NoiseProcess):
+    """DDPM's variance-preserving chain, ``alpha^2 + sigma^2 = 1`` (Ho et al. 2020, Eq. 4).
+
+    Time ``t = n`` is the state after ``n`` noisings, so ``alpha(n)^2 = abar[n]`` with
+    ``abar[0] = 1``. Between integers ``log alpha`` is linear in ``t``. A network trained with the
+    usual 0-based index is asked at ``t - 1``.
+
+    Args:
+        betas: Noise added by each noising, ``(T,)``, each in (0, 1).
+
+    Attributes:
+        betas: The same, float64 on the CPU.
+        abar: Cumulative products of ``1 - betas``, ``(T + 1,)``, with ``abar[0] = 1``.
+
+    Raises:
+        ValueError: ``betas`` is not a non-empty vector of numbers inside (0, 1).
+    """
+
+    def __init__(self, betas: Tensor | Sequence[float]) -> None:
+        self.betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        if self.betas.ndim != 1 or not len(self.betas):
+            raise ValueError(f"betas must be a non-empty vector; got {tuple(self.betas.shape)}")
+        if not bool(((self.betas > 0) & (self.betas < 1)).all()):
+            raise ValueError("every beta must lie strictly between 0 and 1")
+        self.t_max = float(len(self.betas))
+        self.t_min = 1.0
+        zero = torch.zeros(1, dtype=torch.float64)
+        log_abar = torch.cat([zero, torch.log1p(-self.betas).cumsum(0)])
+        self.abar = log_abar.exp()
+        # -log alpha(n), strictly increasing; one copy a device, so that lookups do not copy.
+        self._decay = {torch.device("cpu"): -0.5 * log_abar}
+
+    @classmethod
+    def linear(
+        cls,
+        T: int = 1000,  # noqa: N803
+        beta_start: float = 1e-4,
+        beta_end: float = 2e-2,
+    ) -> DiscreteVP:
+        """Betas on a line (Ho et al. 2020)."""
+        return cls(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+
+    @classmethod
+    def sigmoid(cls, T: int) -> DiscreteVP:  # noqa: N803
+        """Betas on a sigmoid from 1e-5 to 1e-2, the toy process of SFT-PG (MATH.md S.8).
+
+        With few steps it hardly noises at all: ``x_T`` stays far from ``N(0, I)``, by intention.
+        """
+        ramp = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+        return cls(ramp * (1e-2 - 1e-5) + 1e-5)
+
+    @classmethod
+    def cosine(cls, T: int = 1000) -> DiscreteVP:  # noqa: N803
+        """``abar(t) = cos^2((t/T + 0.008) / 1.008 pi/2)``, betas capped at 0.999.
+
+        Nichol & Dhariwal 2021, Eq. 17.
+        """
+        phase = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * (math.pi / 2)
+        abar = phase.cos().square()
+        return cls((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
+
+    def alpha(self, t: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.alpha``."""
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.sigma``."""
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.log_snr``."""
+        log_alpha = self._log_alpha(t)
+        return log_alpha - 0.5 * (-torch.expm1(2 * log_alpha)).log()
+
+    def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.time_of_log_snr``."""
+        value = self._check_log_snr(log_snr)
+        # alpha^2 = sigmoid(2 log_snr); logaddexp keeps the digits of a nearly clean sample.
+        decay = 0.5 * torch.logaddexp(torch.zeros_like(value), -2 * value)
+        table = self._decay_on(value.device)
+        n = torch.searchsorted(table, decay, right=True).sub(1).clamp(0, len(table) - 2)
+        return (n + (decay - table[n]) / (table[n + 1] - table[n])).clamp(max=self.t_max)
+
+    def network_time(self, t: Time) -> Time:
+        """``t - 1``: the 0-based index of DDPM, at which ``abar`` holds ``n + 1`` noisings."""
+        return t - 1
+
+    def to_config(self) -> dict[str, Any]:
+        """See ``NoiseProcess.to_config``."""
+        return {"kind": "DiscreteVP", "betas": self.betas.tolist()}
+
+    def __repr__(self) -> str:
+        return f"DiscreteVP(T={len(self.betas)}, abar_T={float(self.abar[-1]):.3g})"
+
+    def _log_alpha(self, t: float | Tensor) -> Tensor:
+        time = self._check_time(t)
+        table = self._decay_on(time.device)
+        n = time.long().clamp(max=len(table) - 2)
+        return -torch.lerp(table[n], table[n + 1], time - n)
+
+    def _decay_on(self, device: torch.device) -> Tensor:
+        if device not in self._decay:
+            self._decay[device] = self._decay[torch.device("cpu")].to(device)
+        return self._decay[device]
+
+
+class VE(NoiseProcess):
+    """The variance-exploding process of EDM (Karras et al. 2022): ``alpha = 1, sigma(t) = t``.
+
+    The time *is* the noise level.
+
+    Args:
+        sigma_min: Smallest noise level that solvers step to before data, ``t_min``.
+        sigma_max: Noise level that sampling starts from, ``t_max``.
+
+    Raises:
+        ValueError: Not ``0 < sigma_min < sigma_max < inf``.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"need 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}")
+        self.t_min, self.t_max = float(sigma_min), float(sigma_max)
+
+    @property
+    def prior_std(self) -> float:
+        """``sigma_max``."""
+        return self.t_max
+
+    def alpha(self, t: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.alpha``."""
+        return torch.ones_like(self._check_time(t))
+
+    def sigma(self, t: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.sigma``."""
+        return self._check_time(t).clone()
+
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.log_snr``."""
+        return -self._check_time(t).log()
+
+    def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
+        """See ``NoiseProcess.time_of_log_snr``."""
+        return (-self._check_log_snr(log_snr)).exp().clamp(max=self.t_max)
+
+    def network_time(self, t: Time) -> Time:
+        """``t``, the noise level."""
+        return t
+
+    def to_config(self) -> dict[str, Any]:
+        """See ``NoiseProcess.to_config``."""
+        return {"kind": "VE", "sigma_min": self.t_min, "sigma_max": self.t_max}
+
+    def __repr__(self) -> str:
+        return f"VE(sigma_min={self.t_min:g}, sigma_max={self.t_max:g})"
+
+
+def _float64(value: float | Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    # Apple's GPUs have no float64: there the coefficients are computed on the CPU.
+    return (value.cpu() if value.device.type == "mps" else value).double()

@@ -1,0 +1,120 @@
+"""The table of environments: a new one is one line here.
+
+Importing ``fewstep.envs`` registers each as ``fewstep/<name>-v0`` for ``gym.make`` and
+``gym.make_vec``. ``make_mdp`` builds the decision process behind a name, which is what the shells
+and the agents act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+
+from .mdp import DiffusionMDP, Reward
+from .names import unknown_name
+from .process import DiscreteVP, NoiseProcess
+from .schedule import Schedule, make_schedule
+from .targets import Target, make_target
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What stands behind an environment's name.
+
+    Attributes:
+        target: Name of the target.
+        process: ``steps -> NoiseProcess``; the toys' process has one beta a step, as SFT-PG's.
+        steps: Default number of steps.
+        schedule: Default schedule.
+    """
+
+    target: str
+    process: Callable[[int], NoiseProcess]
+    steps: int = 10
+    schedule: str = "uniform"
+
+
+ENVIRONMENTS: dict[str, Environment] = {
+    "SwissRoll": Environment("SwissRoll", DiscreteVP.sigmoid),
+    "Moons": Environment("Moons", DiscreteVP.sigmoid),
+    "GaussianCluster": Environment("GaussianCluster", DiscreteVP.sigmoid),
+    "Digits": Environment("Digits", lambda steps: DiscreteVP.linear(1000)),
+}
+
+
+def resolve_environment(name: str) -> str:
+    """Turn ``SwissRoll``, ``swissroll`` or ``fewstep/SwissRoll-v0`` into the table's key.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    short = name.removeprefix("fewstep/").removesuffix("-v0")
+    by_lower = {known.lower(): known for known in ENVIRONMENTS}
+    if short.lower() not in by_lower:
+        raise unknown_name("environment", name, ENVIRONMENTS)
+    return by_lower[short.lower()]
+
+
+def make_mdp(
+    name: str,
+    *,
+    steps: int | None = None,
+    schedule: Schedule | str | None = None,
+    reward: Reward | None = None,
+    device: torch.device | str = "cpu",
+    data_dir: str | Path | None = None,
+    process: NoiseProcess | None = None,
+    target: Target | str | None = None,
+) -> DiffusionMDP:
+    """Build the decision process of a known environment, with any part replaced.
+
+    Args:
+        name: A key of ``ENVIRONMENTS``.
+        steps: Number of steps, at least 1; that of a given ``Schedule``, else the default.
+        schedule: The times to visit, or the name of a schedule. A given ``Schedule`` brings its
+            process with it.
+        reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
+        device: Where tensors live.
+        data_dir: Folder of the data files, for targets that need one.
+        process: The noise process.
+        target: The real distribution, or the name of one.
+
+    Raises:
+        ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, or the
+            process contradicts it.
+        FileNotFoundError: ``data_dir`` is given and is not a folder.
+    """
+    if name not in ENVIRONMENTS:
+        raise unknown_name("environment", name, ENVIRONMENTS)
+    known = ENVIRONMENTS[name]
+    if isinstance(schedule, Schedule):
+        if steps not in (None, schedule.steps):
+            raise ValueError(f"steps={steps}, but the given schedule has {schedule.steps}")
+        process = schedule.process if process is None else process
+    else:
+        steps = known.steps if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}")
+        process = known.process(steps) if process is None else process
+        schedule = make_schedule(schedule or known.schedule, process, steps)
+    if not isinstance(target, Target):
+        target = make_target(target or known.target, device=device, data_dir=data_dir)
+    return DiffusionMDP(target.to(device), process, schedule, reward)
+
+
+def register_environments() -> None:
+    """Register every entry of ``ENVIRONMENTS`` that Gymnasium does not know yet."""
+    for name in ENVIRONMENTS:
+        env_id = f"fewstep/{name}-v0"
+        # No max_episode_steps: the episode ends by itself after the schedule's steps.
+        if env_id not in gym.registry:
+            gym.register(
+                env_id,
+                entry_point="fewstep.envs.single:DiffusionEnv",
+                vector_entry_point="fewstep.envs.vector:DiffusionVectorEnv",
+                kwargs={"mdp": name},
+            )

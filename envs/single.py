@@ -1,0 +1,108 @@
+"""The single shell: one sample as NumPy arrays, for tools that expect a plain ``gymnasium.Env``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from .mdp import DiffusionMDP, Observation, Reward
+from .process import NoiseProcess
+from .schedule import Schedule
+from .targets import Target
+from .vector import DiffusionVectorEnv, observation_space
+
+NumpyObservation = dict[str, np.ndarray]
+
+
+class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
+    """One sample being denoised: a ``DiffusionVectorEnv`` of one, spoken to in NumPy.
+
+    Observations are ``{"sample": (*shape,), "timestep": (1,)}`` float32 arrays; the timestep is a
+    vector because the networks of Stable-Baselines3 cannot read a scalar.
+
+    Args:
+        mdp: A decision process, or the name of a registered one, such as ``"SwissRoll"``.
+        render_mode: None or ``"rgb_array"``.
+        **settings: For a name: the keyword arguments of ``make_mdp``.
+    """
+
+    metadata: dict[str, Any] = DiffusionVectorEnv.metadata
+
+    def __init__(
+        self, mdp: DiffusionMDP | str, *, render_mode: str | None = None, **settings: Any
+    ) -> None:
+        self._vector = DiffusionVectorEnv(
+            mdp, 1, render_mode=render_mode, autoreset_mode=AutoresetMode.DISABLED, **settings
+        )
+        self.mdp = self._vector.mdp
+        self.render_mode = render_mode
+        self.observation_space = observation_space(self.mdp, (1,))
+        self.action_space = self._vector.single_action_space
+
+    @property
+    def target(self) -> Target:
+        """The real distribution."""
+        return self._vector.target
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process."""
+        return self._vector.process
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of every episode whose ``reset`` does not name another."""
+        return self._vector.schedule
+
+    @property
+    def reward(self) -> Reward | None:
+        """The critic of the finished sample, ``(N, *shape) -> (N,)``; replace it at any time."""
+        return self._vector.reward
+
+    @reward.setter
+    def reward(self, reward: Reward) -> None:
+        self._vector.reward = reward
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NumpyObservation, dict[str, Any]]:
+        """Start an episode; see ``DiffusionVectorEnv.reset``.
+
+        Args:
+            seed: Restarts the stream of noise; None continues it.
+            options: ``"schedule"``, and ``"sample"`` as an array ``shape``.
+        """
+        super().reset(seed=seed)
+        self._vector.np_random = self.np_random
+        if options and options.get("sample") is not None:
+            options = {**options, "sample": self._to_batch(options["sample"])}
+        observation, info = self._vector.reset(options=options)
+        return to_numpy(observation, 0), info
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[NumpyObservation, float, bool, bool, dict[str, Any]]:
+        """Move the sample to ``action``, the next sample; errors as the vector shell's."""
+        observation, reward, terminated, _, info = self._vector.step(self._to_batch(action))
+        return to_numpy(observation, 0), float(reward), bool(terminated), False, info
+
+    def render(self) -> np.ndarray | None:
+        """Draw the sample, ``(H, W, 3)`` uint8; None without a render mode."""
+        frames = self._vector.render()
+        return None if frames is None else frames[0]
+
+    def _to_batch(self, sample: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(sample)[None]).to(self.mdp.device)
+
+
+def to_numpy(observation: Observation, index: int | slice = slice(None)) -> NumpyObservation:
+    """Bring an observation to the NumPy shells: float32 arrays, each timestep a vector of one."""
+    return {
+        "sample": observation["sample"].cpu().numpy()[index],
+        "timestep": observation["timestep"].cpu().numpy()[:, None][index],
+    }

@@ -1,0 +1,269 @@
+"""The vector shell: thousands of samples as one batch of tensors on one device.
+
+``DiffusionVectorEnv`` follows Gymnasium's vector contract, with torch float32 tensors where others
+have arrays. The horizon is fixed, so the whole batch is always at the same step and every episode
+ends together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from .mdp import DiffusionMDP, Observation, Reward
+from .names import unknown_name
+from .process import NoiseProcess
+from .registration import make_mdp
+from .rendering import frame
+from .schedule import Schedule, make_schedule
+from .targets import Target
+
+RESET_OPTIONS = ("schedule", "sample", "reset_mask")
+
+
+class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
+    """A batch of samples being denoised.
+
+    Observations are ``{"sample": (num_envs, *shape), "timestep": (num_envs,)}``, actions the next
+    samples ``(num_envs, *shape)``; rewards ``(num_envs,)`` are 0 until the last step. Rewards carry
+    no gradient: agents that differentiate through the process use ``env.mdp``.
+
+    The three autoreset modes after the last step: ``NEXT_STEP`` returns ``x_0`` and spends one more
+    step, whose action is ignored, on the reset; ``SAME_STEP`` returns the next episode's first
+    observation and ``x_0`` in ``info["final_obs"]``; ``DISABLED`` returns ``x_0`` and waits for
+    ``reset``.
+
+    Args:
+        mdp: A decision process, or the name of a registered one, such as ``"SwissRoll"``.
+        num_envs: Batch size, at least 1.
+        render_mode: None or ``"rgb_array"``.
+        autoreset_mode: A Gymnasium ``AutoresetMode``, or its name or value as a string.
+        **settings: For a name: the keyword arguments of ``make_mdp`` (``steps``, ``schedule``,
+            ``reward``, ``device``, ``data_dir``, ``process``, ``target``).
+
+    Raises:
+        ValueError: A setting is out of range or a name unknown.
+        TypeError: A setting does not exist.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012
+
+    def __init__(
+        self,
+        mdp: DiffusionMDP | str,
+        num_envs: int = 1,
+        *,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **settings: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise unknown_name("render mode", render_mode, self.metadata["render_modes"])
+        self.mdp = resolve_mdp(mdp, settings)
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.autoreset_mode = parse_autoreset_mode(autoreset_mode)
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = observation_space(self.mdp)
+        self.single_action_space = sample_space(self.mdp)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generator = torch.Generator(self.device)
+        self._episode = self.mdp  # the decision process on this episode's schedule
+        self._sample: Tensor | None = None
+        self._step = 0
+
+    @property
+    def target(self) -> Target:
+        """The real distribution."""
+        return self.mdp.target
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process."""
+        return self.mdp.process
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of every episode whose ``reset`` does not name another."""
+        return self.mdp.schedule
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations, actions and rewards live."""
+        return self.mdp.device
+
+    @property
+    def reward(self) -> Reward | None:
+        """The critic of the finished sample, ``(N, *shape) -> (N,)``; replace it at any time."""
+        return self.mdp.reward
+
+    @reward.setter
+    def reward(self, reward: Reward) -> None:
+        if not callable(reward):
+            raise TypeError(f"reward must be callable; got {type(reward).__name__}")
+        self.mdp.reward = reward
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode for the whole batch.
+
+        Args:
+            seed: Restarts the stream of noise; None continues it.
+            options: For this episode only: ``"schedule"``, a ``Schedule`` on the same process or
+                the name of one, and ``"sample"``, the noise ``x_T`` to start from,
+                ``(num_envs, *shape)``. Gymnasium's ``"reset_mask"`` must be all True.
+
+        Returns:
+            The first observation and an empty info.
+
+        Raises:
+            ValueError: An option is unknown or does not fit.
+            TypeError: An option has the wrong type.
+        """
+        super().reset(seed=seed)
+        return self._begin(options or {}), {}
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Move every sample to the state that its action names.
+
+        Args:
+            actions: The next samples: floating tensor ``(num_envs, *shape)`` on ``device``, finite.
+
+        Returns:
+            Observation, reward ``(num_envs,)`` float32, terminated and truncated ``(num_envs,)``
+            bool (truncated is never True), info.
+
+        Raises:
+            TypeError: The actions, or the rewards, are not a floating torch tensor.
+            ValueError: They have the wrong shape or device, or hold NaN or infinity.
+            ResetNeeded: Before the first ``reset``, or after the end in mode ``DISABLED``.
+        """
+        if self._sample is None:
+            raise ResetNeeded("call reset() before step()")
+        episode = self._episode
+        if self._step == episode.steps:
+            if self.autoreset_mode is not AutoresetMode.NEXT_STEP:
+                raise ResetNeeded(f"the episode ended after {episode.steps} steps; call reset()")
+            return self._begin({}), self._zeros(), self._flags(False), self._flags(False), {}
+
+        # A copy, so that a caller who reuses its action buffer does not change our state.
+        sample = episode.transition(self._sample, actions).clone()
+        done = self._step + 1 == episode.steps
+        reward = self.mdp.terminal_reward(sample) if done else self._zeros()
+        self._sample, self._step = sample, self._step + 1
+        observation = episode.observe(sample, self._step)
+        info: dict[str, Any] = {}
+        if done and self.autoreset_mode is AutoresetMode.SAME_STEP:
+            info = {
+                "final_obs": observation,
+                "_final_obs": self._flags(True),
+                "final_info": {},
+                "_final_info": self._flags(True),
+            }
+            observation = self._begin({})
+        return observation, reward, self._flags(done), self._flags(False), info
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Draw each sample: ``num_envs`` frames ``(H, W, 3)`` uint8, or None without a mode.
+
+        ``rendering.frame`` draws the batch in a single picture.
+        """
+        if self.render_mode is None:
+            gym.logger.warn("render() needs an environment made with render_mode='rgb_array'")
+            return None
+        if self._sample is None:
+            raise ResetNeeded("call reset() before render()")
+        real = self.target.samples
+        return tuple(frame(one[None], self.mdp.shape, real=real) for one in self._sample)
+
+    def _begin(self, options: dict[str, Any]) -> Observation:
+        for name in options:
+            if name not in RESET_OPTIONS:
+                raise unknown_name("reset option", name, RESET_OPTIONS)
+        if "reset_mask" in options:
+            self._check_reset_mask(options["reset_mask"])
+        episode = self.mdp
+        if (schedule := options.get("schedule")) is not None:
+            if isinstance(schedule, str):
+                schedule = make_schedule(schedule, self.process, self.mdp.steps)
+            elif not isinstance(schedule, Schedule):
+                raise TypeError(
+                    f"options['schedule'] must be a Schedule or a name; got {schedule!r}"
+                )
+            episode = self.mdp.with_schedule(schedule)
+        if (sample := options.get("sample")) is not None:
+            sample = self.mdp.check_sample(sample, self.num_envs)
+        else:
+            self._generator.manual_seed(int(self.np_random.integers(2**63)))
+            sample = self.mdp.initial(self.num_envs, self._generator)
+        self._episode, self._sample, self._step = episode, sample, 0
+        return episode.observe(sample, 0)
+
+    def _check_reset_mask(self, mask: Any) -> None:
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            raise TypeError("options['reset_mask'] must be a NumPy array of bool")
+        if mask.shape != (self.num_envs,):
+            raise ValueError(
+                f"options['reset_mask'] must have shape ({self.num_envs},); got {mask.shape}"
+            )
+        if not mask.all():
+            raise ValueError(
+                "options['reset_mask'] must be all True: the horizon is fixed, so the whole batch "
+                "is always at the same step and can only be reset together"
+            )
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.num_envs, device=self.device)
+
+    def _flags(self, value: bool) -> Tensor:
+        return torch.full((self.num_envs,), value, dtype=torch.bool, device=self.device)
+
+
+def resolve_mdp(mdp: DiffusionMDP | str, settings: dict[str, Any]) -> DiffusionMDP:
+    """Build the decision process of a name; a finished one takes no more settings."""
+    if isinstance(mdp, str):
+        return make_mdp(mdp, **settings)
+    if settings:
+        raise TypeError(f"a DiffusionMDP takes no further settings; got {', '.join(settings)}")
+    return mdp
+
+
+def parse_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    """Accept the enum, its name (``"NEXT_STEP"``) or its value (``"NextStep"``)."""
+    if isinstance(mode, AutoresetMode):
+        return mode
+    for known in AutoresetMode:
+        if str(mode).replace("_", "").lower() == known.value.lower():
+            return known
+    raise unknown_name("autoreset mode", mode, [known.name for known in AutoresetMode])
+
+
+def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
+    """The space of samples, and so of actions: a box so loose that no sampler meets its bounds.
+
+    Stable-Baselines3 wants finite bounds and clips to them. They are 100 times the largest of 1,
+    the standard deviation of the prior and the largest training value, rounded up: 100 for
+    normalised data on a ``DiscreteVP``, 8,000 on a ``VE`` with ``sigma_max = 80``.
+    """
+    scale = max(1.0, mdp.process.prior_std, float(mdp.target.samples.abs().max()))
+    bound = 100.0 * math.ceil(scale)
+    return gym.spaces.Box(-bound, bound, tuple(mdp.shape), np.float32)
+
+
+def observation_space(mdp: DiffusionMDP, timestep_shape: tuple[int, ...] = ()) -> gym.Space[Any]:
+    """``{"sample", "timestep"}`` of one environment, the timestep in ``[0, t_max]``."""
+    timestep = gym.spaces.Box(0.0, mdp.process.t_max, timestep_shape, np.float32)
+    return gym.spaces.Dict({"sample": sample_space(mdp), "timestep": timestep})

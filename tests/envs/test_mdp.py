@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+
+from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, make_target
+
+
+@pytest.fixture
+def mdp(reward):
+    process = DiscreteVP.sigmoid(10)
+    return DiffusionMDP(make_target("SwissRoll"), process, Schedule.quadratic(process, 5), reward)
+
+
+def test_initial_is_the_prior_and_follows_the_generator(mdp):
+    draws = [mdp.initial(3, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert draws[0].shape == (3, 2)
+    assert draws[0].dtype == torch.float32
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_observe_tells_the_time_of_each_state(mdp):
+    sample = torch.zeros(3, 2)
+    for step in range(mdp.steps + 1):
+        observation = mdp.observe(sample, step)
+        assert observation["sample"] is sample
+        assert observation["timestep"].dtype == torch.float32
+        assert observation["timestep"].tolist() == [float(mdp.schedule.times[step].float())] * 3
+
+
+def test_transition_is_the_identity_and_keeps_the_gradient(mdp):
+    action = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    after = mdp.transition(torch.zeros(3, 2), action)
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, action.float())
+    mdp.terminal_reward(after).sum().backward()
+    torch.testing.assert_close(action.grad, -2 * action.detach())
+
+
+@pytest.mark.parametrize("action", [None, [[0.0, 0.0]] * 3, torch.zeros(3, 2, dtype=torch.int64)])
+def test_actions_of_the_wrong_type_are_refused(mdp, action):
+    with pytest.raises(TypeError, match="action must be a floating torch tensor"):
+        mdp.transition(torch.zeros(3, 2), action)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3,), (3, 2, 1), (6,)])
+def test_actions_of_the_wrong_shape_are_refused(mdp, shape):
+    with pytest.raises(ValueError, match=r"action must have shape \(3, 2\)"):
+        mdp.transition(torch.zeros(3, 2), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_actions_that_are_not_finite_are_refused(mdp, value):
+    action = torch.zeros(3, 2)
+    action[1] = value
+    with pytest.raises(ValueError, match=r"action holds NaN or infinity for 1 of 3 .* index 1"):
+        mdp.transition(torch.zeros(3, 2), action)
+
+
+def test_a_finite_action_whose_sum_overflows_is_accepted(mdp):
+    action = torch.full((3, 2), 3e38)
+    assert torch.equal(mdp.transition(torch.zeros(3, 2), action), action)
+
+
+def test_actions_on_another_device_are_refused(mdp):
+    with pytest.raises(ValueError, match="action is on meta, the environment on cpu"):
+        mdp.transition(torch.zeros(3, 2), torch.zeros(3, 2, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "complaint"),
+    [
+        (lambda x: x.sum(1) * math.nan, ValueError, "reward holds NaN or infinity for 3 of 3"),
+        (lambda x: x.sum(1) + math.inf, ValueError, "reward holds NaN or infinity"),
+        (lambda x: x[:, :1], ValueError, r"reward must have shape \(3,\)"),
+        (lambda x: 0.0, TypeError, "reward must be a floating torch tensor; got float"),
+    ],
+)
+def test_bad_rewards_are_refused(mdp, reward, error, complaint):
+    mdp.reward = reward
+    with pytest.raises(error, match=complaint):
+        mdp.terminal_reward(torch.ones(3, 2))
+
+
+def test_a_schedule_of_another_process_is_refused(mdp):
+    with pytest.raises(ValueError, match="the schedule is made for VE"):
+        mdp.with_schedule(Schedule.karras(VE(), 5))
+
+
+def test_the_default_reward_prefers_data_to_noise():
+    process = DiscreteVP.sigmoid(10)
+    target = make_target("SwissRoll")
+    mdp = DiffusionMDP(target, process, Schedule.uniform(process, 10))
+    data = mdp.terminal_reward(target.sample_fresh(500))
+    noise = mdp.terminal_reward(mdp.initial(500, torch.Generator().manual_seed(0)))
+    assert data.shape == (500,)
+    assert data.dtype == torch.float32
+    assert data.mean() > noise.mean()

@@ -1,0 +1,175 @@
+import json
+import math
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewstep.envs import VE, DiscreteVP, NoiseProcess
+
+PROCESSES = {
+    "linear": DiscreteVP.linear(),
+    "cosine": DiscreteVP.cosine(),
+    "sigmoid": DiscreteVP.sigmoid(10),
+    "single beta": DiscreteVP([0.3]),
+    "ve": VE(),
+}
+processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+
+
+@pytest.mark.parametrize(
+    ("process", "beta_schedule"),
+    [(DiscreteVP.linear(), "linear"), (DiscreteVP.cosine(), "squaredcos_cap_v2")],
+)
+def test_marginals_agree_with_diffusers(process, beta_schedule):
+    oracle = DDPMScheduler(1000, 1e-4, 2e-2, beta_schedule).alphas_cumprod.double()
+    n = torch.arange(1, 1001)
+    # diffusers multiplies a thousand factors in float32.
+    torch.testing.assert_close(process.abar[1:], oracle, rtol=2e-4, atol=1e-9)
+    torch.testing.assert_close(process.alpha(n).square(), process.abar[n], rtol=1e-12, atol=0)
+
+
+def test_linear_matches_published_values():
+    # MATH.md A.2, whose index n is after n + 1 noisings.
+    abar = DiscreteVP.linear().abar
+    assert abar[0] == 1
+    assert float(abar[1000].log()) == pytest.approx(-10.117713542413, abs=1e-11)
+    assert float(abar[500]) == pytest.approx(0.0785872428818, abs=1e-12)
+
+
+def test_sigmoid_is_the_toy_process_of_sft_pg():
+    ramp = [1 / (1 + math.exp(6 - 12 * i / 9)) * (1e-2 - 1e-5) + 1e-5 for i in range(10)]
+    assert DiscreteVP.sigmoid(10).betas.tolist() == pytest.approx(ramp, rel=1e-12)
+
+
+@given(st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=20))
+def test_noising_one_step_at_a_time_composes_to_the_marginal(betas):
+    process = DiscreteVP(betas)
+    mean, variance = 1.0, 0.0
+    for n, beta in enumerate(betas, 1):
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        assert float(process.alpha(n)) == pytest.approx(mean, rel=1e-10)
+        assert float(process.sigma(n)) == pytest.approx(math.sqrt(variance), rel=1e-10)
+
+
+def test_log_alpha_is_linear_between_integers():
+    process = DiscreteVP.linear()
+    middle = process.alpha(torch.tensor([412.0, 413.0])).log().mean()
+    assert float(process.alpha(412.5).log()) == pytest.approx(float(middle), rel=1e-12)
+
+
+@processes
+def test_closed_forms(process):
+    t = torch.linspace(0, process.t_max, 101, dtype=torch.float64)
+    alpha, sigma, log_snr = process.alpha(t), process.sigma(t), process.log_snr(t)
+    assert alpha.dtype == sigma.dtype == log_snr.dtype == torch.float64
+    assert alpha[0] == 1
+    assert sigma[0] == 0
+    assert log_snr[0] == math.inf
+    assert (log_snr.diff() < 0).all()
+    torch.testing.assert_close((alpha / sigma).log()[1:], log_snr[1:], rtol=1e-9, atol=1e-9)
+    if isinstance(process, DiscreteVP):
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
+    else:
+        torch.testing.assert_close(sigma, t)
+        assert (alpha == 1).all()
+
+
+@processes
+@given(fraction=st.floats(1e-6, 1.0))
+@settings(max_examples=50)
+def test_log_snr_round_trip(process, fraction):
+    t = fraction * process.t_max
+    back = process.time_of_log_snr(process.log_snr(t))
+    assert float(back) == pytest.approx(t, rel=1e-9)
+
+
+@processes
+def test_log_snr_has_its_ends(process):
+    assert float(process.time_of_log_snr(math.inf)) == 0
+    last = process.time_of_log_snr(process.log_snr(process.t_max))
+    assert float(last) == pytest.approx(process.t_max, rel=1e-14)
+    assert float(last) <= process.t_max
+    least = float(process.log_snr(process.t_max))
+    with pytest.raises(ValueError, match="log-SNR must be at least"):
+        process.time_of_log_snr(least - 0.1)
+    with pytest.raises(ValueError, match="log-SNR must be at least"):
+        process.time_of_log_snr(math.nan)
+
+
+@processes
+@pytest.mark.parametrize("t", [-0.1, 1e6, math.nan, torch.tensor([0.0, -1.0])])
+def test_times_out_of_range_are_refused(process, t):
+    for coefficient in (process.alpha, process.sigma, process.log_snr):
+        with pytest.raises(ValueError, match="times must lie in"):
+            coefficient(t)
+
+
+@processes
+def test_coefficients_are_shaped_as_the_time(process):
+    assert process.alpha(0.5).shape == ()
+    assert process.sigma(torch.full((3, 2), 0.5)).shape == (3, 2)
+    assert process.log_snr(torch.ones(3, dtype=torch.int64)).shape == (3,)
+
+
+@processes
+def test_add_noise_uses_the_marginal(process):
+    x0, noise = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
+    t = torch.tensor([0.0, 0.5, 1.0]) * process.t_max
+    noised = process.add_noise(x0, t, noise)
+    assert noised.dtype == torch.float32
+    assert torch.equal(noised[0], x0[0])
+    for i in range(3):
+        one = process.add_noise(x0[i : i + 1], float(t[i]), noise[i : i + 1])
+        expected = process.alpha(t[i]) * x0[i] + process.sigma(t[i]) * noise[i]
+        torch.testing.assert_close(one[0], expected.float())
+        torch.testing.assert_close(noised[i], one[0])
+
+
+def test_add_noise_refuses_what_does_not_fit():
+    process, x0 = DiscreteVP.linear(), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="noise has shape"):
+        process.add_noise(x0, 1.0, torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="one time a sample"):
+        process.add_noise(x0, torch.ones(2), torch.zeros(3, 2))
+
+
+@processes
+def test_prior_sample_has_the_prior_s_spread_and_follows_the_generator(process):
+    draws = [process.prior_sample((4000, 2), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert float(draws[0].std()) == pytest.approx(process.prior_std, rel=0.05)
+    assert process.prior_std == (80 if isinstance(process, VE) else 1)
+
+
+def test_network_time():
+    assert DiscreteVP.linear().network_time(1000.0) == 999.0
+    assert torch.equal(DiscreteVP.linear().network_time(torch.ones(2)), torch.zeros(2))
+    assert VE().network_time(80.0) == 80.0
+
+
+@processes
+def test_config_round_trip(process):
+    back = NoiseProcess.from_config(json.loads(json.dumps(process.to_config())))
+    assert back == process
+    assert back != VE(0.01, 3.0)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'DiscreteVP'"):
+        NoiseProcess.from_config({"kind": "discretevp", "betas": [0.1]})
+
+
+@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0], [1.0], [math.nan], [-0.1]])
+def test_bad_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="beta"):
+        DiscreteVP(betas)
+
+
+@pytest.mark.parametrize("levels", [(0.0, 1.0), (2.0, 1.0), (0.1, math.inf), (math.nan, 1.0)])
+def test_bad_noise_levels_are_refused(levels):
+    with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+        VE(*levels)
