@@ -1,4 +1,4 @@
-"""Install the top-level folders as the namespace ``fewstep``: envs/ becomes fewstep.envs, and so on.
+"""Install the top-level folders as a namespace: envs/ becomes fewstep.envs, and so on.
 
 Everything else (name, version, dependencies, the ``fewstep`` command) is in pyproject.toml.
 """

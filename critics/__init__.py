@@ -10,6 +10,7 @@ from . import metrics
 from .ipm import IPMCritic
 from .mmd import MMDCritic
 from .networks import ConvCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
+from .reward import RewardCritic
 
 __all__ = [
     "ConvCritic",
@@ -17,6 +18,7 @@ __all__ = [
     "MLPBaseline",
     "MLPCritic",
     "MMDCritic",
+    "RewardCritic",
     "make_baseline",
     "make_critic",
     "metrics",

@@ -43,8 +43,11 @@ class IPMCritic(nn.Module):
             "weight-clip" clamps f's parameters to +- coefficient after the step (WGAN);
             "spectral-norm" divides linear and convolution weights by their largest singular value;
             "none".
-        baseline: V, ``(K, N, *shape) -> (K, N)``, row j at step j; see `make_baseline`. Required by
+        baseline: V, called with states (k, N, *shape) and steps (k,), or None for all K, returning
+            (k, N), and with K in its attribute `steps`; see `make_baseline`. Required by
             "baseline"; with another regulariser it is regressed on f(x_0) and leaves f alone.
+        residual_baseline: V(x_t, t) = f(x_t) + baseline(x_t, t). V then follows every change of f
+            at once, and R_B also keeps f from varying along the last, small steps (our extension).
         coefficient: weight of the regulariser. Defaults: "baseline" 0.1 (the official toys' 1 / K),
             "gradient-penalty" 10, "weight-clip" 0.01; the others have none.
         learning_rate: of f; paper A has 1e-3 for the toys, 1e-4 for images.
@@ -68,6 +71,7 @@ class IPMCritic(nn.Module):
         regularizer: str = "baseline",
         *,
         baseline: nn.Module | None = None,
+        residual_baseline: bool = False,
         coefficient: float | None = None,
         learning_rate: float = 1e-3,
         baseline_learning_rate: float = 1e-3,
@@ -82,6 +86,7 @@ class IPMCritic(nn.Module):
         self.regularizer = regularizer
         self.network = network
         self.baseline = baseline
+        self.residual_baseline = residual_baseline
         # Where on its segment the next xhat lies, in [0, 1).
         self.register_buffer("offset", torch.zeros(()))
         groups: list[dict[str, Any]] = [{"params": network.parameters(), "lr": learning_rate}]
@@ -104,30 +109,47 @@ class IPMCritic(nn.Module):
             )
         return values
 
-    def value(self, states: Tensor) -> Tensor:
-        """Return V (K, N) for states (K, N, *shape), state j being the one before step j.
+    def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
+        """Return V (k, N) for states (k, N, *shape), row i being before step steps[i].
+
+        Args:
+            states: rows of states.
+            steps: (k,) int64; None: there are all K rows, row j before step j.
 
         Raises:
-            ValueError: there is no baseline, or its output is not (K, N).
+            ValueError: there is no baseline, or its output is not (k, N).
         """
         if self.baseline is None:
             raise ValueError("This critic has no baseline; build it with baseline=...")
-        values = self.baseline(states)
+        values = self.baseline(states, steps)
         if values.shape != states.shape[:2]:
             raise ValueError(
                 f"The baseline must return shape {tuple(states.shape[:2])}, "
                 f"got {tuple(values.shape)}."
             )
+        if self.residual_baseline:
+            f = self(states.flatten(0, 1)).view_as(values)
+            # Only the baseline regulariser lets V's error reach f.
+            values = values + (f if self.regularizer == "baseline" else f.detach())
         return values
 
-    def update(self, real: Tensor, fake: Tensor, states: Tensor | None = None) -> dict[str, Tensor]:
+    def update(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        states: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Take one Adam step on f and V (S.5).
 
         Args:
             real: real samples (M, *shape).
             fake: finished samples x_0 (N, *shape) of the current sampler.
-            states: the states (K, N, *shape) on the way to `fake`, state j before step j. V is
-                trained on them; "baseline" needs them.
+            states: states (k, N, *shape) on the way to `fake`, on which V is trained; "baseline"
+                needs them.
+            steps: (k,) int64, the step that each row of states is before. With k < K of them, drawn
+                at random, R_B is estimated without bias, and time and memory do not grow with K.
+                None: all K rows, row j before step j.
 
         Returns:
             Detached 0-d tensors, all of before the step: "critic_loss" (what f descends),
@@ -146,9 +168,10 @@ class IPMCritic(nn.Module):
         regularization = baseline_loss = torch.zeros_like(gap)
 
         if states is not None and self.baseline is not None:
-            # Only the baseline regulariser lets V's error reach f.
             target = f_fake if self.regularizer == "baseline" else f_fake.detach()
-            baseline_loss = (self.value(states) - target).square().sum(0).mean()
+            error = (self.value(states, steps) - target).square().mean()
+            # The mean over the rows given stands for that over all K; R_B is the sum.
+            baseline_loss = (len(states) if steps is None else self.baseline.steps) * error
         if self.regularizer == "baseline":
             regularization = baseline_loss
         elif self.regularizer == "gradient-penalty":

@@ -78,13 +78,20 @@ class MMDCritic:
             witness = witness - kernel_mean(sample, self.reference, self.bandwidth)
         return witness
 
-    def update(self, real: Tensor, fake: Tensor, states: Tensor | None = None) -> dict[str, Tensor]:
+    def update(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        states: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Take the fakes as the new reference. Same face as `IPMCritic.update`.
 
         Args:
             real: real samples (M, *shape), on which the gap is reported; the witness keeps its own.
             fake: samples (N, *shape) of the current sampler.
             states: ignored.
+            steps: ignored.
 
         Returns:
             0-d tensors: "critic_real" and "critic_fake", the means of f, and "ipm_gap", their

@@ -15,26 +15,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class FourierFeatures(nn.Module):
+    """Append sines and cosines of random projections, so that an MLP can learn fine detail.
+
+    x -> [scale x, sin(x W), cos(x W)] with W ~ N(0, bandwidth^2) fixed (Tancik et al. 2020). A
+    plain MLP learns low frequencies first and blurs a thin manifold.
+
+    Args:
+        dimension: of x.
+        count: number of frequencies; 0 leaves x as it is.
+        bandwidth: standard deviation of the frequencies, in radians a unit of x.
+        scale: factor on x itself.
+    """
+
+    projections: Tensor
+
+    def __init__(
+        self, dimension: int, count: int, bandwidth: float = 6.0, scale: float = 3.0
+    ) -> None:
+        super().__init__()
+        self.register_buffer("projections", bandwidth * torch.randn(dimension, count))
+        self.scale = scale
+        self.width = dimension + 2 * count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dimension) to (..., width)."""
+        if not self.projections.shape[1]:
+            return x
+        phase = x @ self.projections
+        return torch.cat([self.scale * x, phase.sin(), phase.cos()], dim=-1)
+
+
 class MLPCritic(nn.Module):
-    """ReLU multilayer perceptron f(x), on flattened samples.
+    """Multilayer perceptron f(x) with SiLU, on flattened samples.
 
     Args:
         shape: shape of one sample.
         hidden: width of the hidden layers (paper A 128, its code 256).
         layers: number of hidden layers.
+        frequencies: number of Fourier features of the input; 0, as published, has none.
     """
 
-    def __init__(self, shape: Sequence[int], hidden: int = 128, layers: int = 3) -> None:
+    def __init__(
+        self, shape: Sequence[int], hidden: int = 128, layers: int = 3, frequencies: int = 0
+    ) -> None:
         super().__init__()
-        widths = [math.prod(shape), *[hidden] * layers]
+        self.features = FourierFeatures(math.prod(shape), frequencies)
+        widths = [self.features.width, *[hidden] * layers]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
 
     def forward(self, sample: Tensor) -> Tensor:
         """Return f (N,) for samples (N, *shape)."""
-        h = sample.flatten(1)
+        h = self.features(sample.flatten(1))
         for linear in self.hidden:
-            h = F.relu(linear(h))
+            h = F.silu(linear(h))
         return self.out(h).squeeze(-1)
 
 
@@ -74,28 +109,36 @@ class ConvCritic(nn.Module):
 
 
 class MLPBaseline(nn.Module):
-    """ReLU multilayer perceptron V(x_t, step), on flattened samples.
+    """Multilayer perceptron V(x_t, step) with SiLU, on flattened samples.
 
-    Each hidden layer's output is multiplied, before the ReLU, by a learned embedding of the step.
+    Each hidden layer's output is multiplied, before the SiLU, by a learned embedding of the step.
 
     Args:
         shape: shape of one sample.
         steps: number of steps K.
         hidden: width of the hidden layers, or the widths of all of them.
         layers: number of hidden layers, when `hidden` is one width.
+        frequencies: number of Fourier features of the input.
 
     Raises:
         ValueError: no steps.
     """
 
     def __init__(
-        self, shape: Sequence[int], steps: int, hidden: int | Sequence[int] = 128, layers: int = 3
+        self,
+        shape: Sequence[int],
+        steps: int,
+        hidden: int | Sequence[int] = 128,
+        layers: int = 3,
+        frequencies: int = 0,
     ) -> None:
         super().__init__()
         if steps < 1:
             raise ValueError(f"A baseline needs at least one step, got {steps}.")
         self.steps = steps
-        widths = [math.prod(shape), *([hidden] * layers if isinstance(hidden, int) else hidden)]
+        self.dimensions = len(shape)
+        self.features = FourierFeatures(math.prod(shape), frequencies)
+        widths = [self.features.width, *([hidden] * layers if isinstance(hidden, int) else hidden)]
         self.hidden = nn.ModuleList(_StepLinear(i, o, steps) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
 
@@ -103,21 +146,25 @@ class MLPBaseline(nn.Module):
         """Return V for samples and their steps.
 
         Args:
-            sample: (N, *shape) with `step`; (K, N, *shape) without.
-            step: (N,) int64, 0 <= step < K, one a sample. None: row j of `sample` is at step j, the
-                fast form for whole trajectories, which looks each embedding up once, not N times.
+            sample: samples (N, *shape), or rows of samples (k, N, *shape), a row at one step.
+            step: int64, 0 <= step < K: one a sample, (N,), or one a row, (k,), the fast form for
+                trajectories. None: row j is at step j.
 
         Returns:
-            V, (N,) or (K, N).
+            V, (N,) or (k, N).
 
         Raises:
             ValueError: no `step`, and a number of rows that is not K.
         """
-        if step is None and len(sample) != self.steps:
-            raise ValueError(f"The baseline has {self.steps} steps, got states of {len(sample)}.")
-        h = sample.flatten(2 if step is None else 1)
+        if step is None:
+            if len(sample) != self.steps:
+                raise ValueError(
+                    f"The baseline has {self.steps} steps, got states of {len(sample)}."
+                )
+            step = torch.arange(self.steps, device=sample.device)
+        h = self.features(sample.flatten(-self.dimensions))
         for layer in self.hidden:
-            h = F.relu(layer(h, step))
+            h = F.silu(layer(h, step))
         return self.out(h).squeeze(-1)
 
 
@@ -129,27 +176,32 @@ class _StepLinear(nn.Module):
         self.linear = nn.Linear(inputs, outputs)
         self.embedding = nn.Parameter(torch.rand(steps, outputs))  # as paper A's code draws it
 
-    def forward(self, h: Tensor, step: Tensor | None) -> Tensor:
-        """Return embedding[step] * linear(h); without `step`, row j of h (K, N, inputs) is at j."""
-        if step is not None:
-            return self.linear(h) * F.embedding(step, self.embedding)
-        factor = self.embedding.unsqueeze(1)
-        few_rows = h.shape[1] < h.shape[2]
-        if few_rows:
+    def forward(self, h: Tensor, step: Tensor) -> Tensor:
+        """Return embedding[step] * linear(h), for h (N, inputs) or rows (k, N, inputs)."""
+        factor = F.embedding(step, self.embedding)
+        if h.ndim == 2:
             return self.linear(h) * factor
-        # Each step scales the weights once instead of its many rows: a fifth faster.
+        factor = factor.unsqueeze(1)
+        few_samples = h.shape[1] < h.shape[2]
+        if few_samples:
+            return self.linear(h) * factor
+        # Each step scales the weights once instead of its many samples: a fifth faster.
         return torch.baddbmm(self.linear.bias * factor, h, self.linear.weight.t() * factor)
+
+
+# Fourier features of the default networks for vectors.
+FREQUENCIES = 32
 
 
 def make_critic(shape: Sequence[int]) -> nn.Module:
     """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`."""
-    return ConvCritic(shape) if len(shape) == 3 else MLPCritic(shape)
+    return ConvCritic(shape) if len(shape) == 3 else MLPCritic(shape, frequencies=FREQUENCIES)
 
 
 def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:
     """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps."""
     if len(shape) != 3:
-        return MLPBaseline(shape, steps)
+        return MLPBaseline(shape, steps, frequencies=FREQUENCIES)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)
     return MLPBaseline(shape, steps, hidden=widths)
 

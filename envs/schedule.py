@@ -64,7 +64,7 @@ class Schedule:
         return len(self.times) - 1
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
-        """``alpha`` and ``sigma`` at the times, ``(K + 1,)`` float64 each: what solvers compute with."""
+        """``alpha`` and ``sigma`` at the times, ``(K + 1,)`` float64 each, for the solvers."""
         return self.process.alpha(self.times).numpy(), self.process.sigma(self.times).numpy()
 
     def step_of(self, timestep: float) -> int:

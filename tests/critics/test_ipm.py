@@ -133,7 +133,7 @@ def test_spectral_norm_of_each_layer_is_one_and_a_reward_call_changes_nothing(sh
     network = make_critic(shape)
     critic = IPMCritic(network, "spectral-norm")
     real, fake, _ = batch(shape=shape)
-    for _ in range(20):
+    for _ in range(100):  # power iteration needs some
         critic.update(real, fake)
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     for layer in layers:
@@ -243,7 +243,12 @@ def test_bad_updates_change_nothing(change, message):
 def test_networks_of_the_wrong_output_shape():
     with pytest.raises(ValueError, match=r"must return shape \(5,\), got \(5, 1\)"):
         IPMCritic(nn.Linear(2, 1), "none")(torch.zeros(5, 2))
-    critic = IPMCritic(MLPCritic((2,)), baseline=nn.Linear(2, 1))
+
+    class Wrong(nn.Module):
+        def forward(self, states, steps):
+            return states.sum(-1, keepdim=True)
+
+    critic = IPMCritic(MLPCritic((2,)), baseline=Wrong())
     with pytest.raises(ValueError, match=r"must return shape \(4, 5\), got \(4, 5, 1\)"):
         critic.value(torch.zeros(4, 5, 2))
     with pytest.raises(ValueError, match="has no baseline"):

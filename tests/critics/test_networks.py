@@ -37,13 +37,13 @@ def test_both_forms_of_the_baseline_agree_in_value_and_gradient(shape, rows):
         torch.testing.assert_close(fast, plain)
 
 
-def test_baseline_multiplies_hidden_layers_by_the_embedding_before_the_relu():
+def test_baseline_multiplies_hidden_layers_by_the_embedding_before_the_activation():
     baseline = MLPBaseline((2,), steps=3, hidden=4, layers=1)
     layer = baseline.hidden[0]
     assert layer.embedding.shape == (3, 4)
     assert layer.embedding.min() >= 0 and layer.embedding.max() < 1
     sample = torch.randn(6, 2)
-    hidden = torch.relu(layer.linear(sample) * layer.embedding[2])
+    hidden = torch.nn.functional.silu(layer.linear(sample) * layer.embedding[2])
     by_hand = baseline.out(hidden).squeeze(1)
     torch.testing.assert_close(baseline(sample, torch.full((6,), 2)), by_hand)
 
