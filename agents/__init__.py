@@ -1,0 +1,31 @@
+"""Agents: who acts in the environment, and how each learns.
+
+Behaviour cloning trains a denoiser on data; SFT-PG and SFT fine-tune the sampler it makes against a
+critic; a `Tableau` is a sampler as a table of numbers, which `solvers` build.
+"""
+
+from .base import Agent
+from .checkpoint import CheckpointError
+from .cloning import BehaviorCloning
+from .denoiser import Denoiser
+from .policies import DenoiserPolicy, SolverPolicy
+from .sft import SFT
+from .sft_pg import SFTPG
+from .tableau import Tableau
+from .training import TrainingDivergedError
+
+AGENTS: dict[str, type[Agent]] = {agent.name: agent for agent in (BehaviorCloning, SFT, SFTPG)}
+
+__all__ = [
+    "AGENTS",
+    "SFT",
+    "SFTPG",
+    "Agent",
+    "BehaviorCloning",
+    "CheckpointError",
+    "Denoiser",
+    "DenoiserPolicy",
+    "SolverPolicy",
+    "Tableau",
+    "TrainingDivergedError",
+]

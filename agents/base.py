@@ -1,0 +1,457 @@
+"""Agent: what all agents share: the learn loop, logging, sampling, checkpoint and resume.
+
+An agent has Stable-Baselines3's face (learn, predict, save, load, set_logger), and SB3's callbacks
+work on it, but it acts on the decision process itself (`DiffusionMDP`), whole batches at a time on
+one device. A subclass implements `train_round`, one round of its algorithm, and names its state.
+
+One timestep is one denoiser call on one sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    ConvertCallback,
+    ProgressBarCallback,
+)
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import configure_logger
+from torch import Tensor
+
+from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .denoiser import Denoiser
+from .solvers import make_solver
+from .tableau import Tableau
+from .training import TrainingDivergedError
+
+Environment = DiffusionVectorEnv | DiffusionMDP | str
+Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
+AnyAgent = TypeVar("AnyAgent", bound="Agent")
+
+# Sampling in chunks of this many keeps a large request in the processor's caches and the memory
+# bounded.
+CHUNK = 16_384
+
+
+class Agent(ABC):
+    """Base of the agents.
+
+    Args:
+        env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id.
+        denoiser: the network to train, in place.
+        solver: name of the solver that samples with it.
+        solver_options: the solver's options; None takes the default for the kind of data (see
+            `default_solver_options`).
+        seed: seed of all the agent's randomness.
+        verbose: 1 prints the log to the screen.
+        tensorboard_log: folder for TensorBoard; None logs nothing.
+
+    Attributes:
+        num_timesteps: denoiser calls on single samples so far.
+        mdp: the decision process.
+        generator: the source of the training's randomness.
+        will_log: whether this round's metrics are logged, so that dear ones are computed only then.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        *,
+        solver: str = "ancestral",
+        solver_options: dict[str, float | str] | None = None,
+        seed: int = 0,
+        verbose: int = 0,
+        tensorboard_log: str | None = None,
+    ) -> None:
+        if isinstance(env, str):
+            made = gym.make_vec(env).unwrapped
+            assert isinstance(made, DiffusionVectorEnv)
+            env = made
+        self.env = env
+        self.mdp = env if isinstance(env, DiffusionMDP) else env.unwrapped.mdp
+        self.device = torch.device(self.mdp.device)
+        self.denoiser = denoiser.to(self.device)
+        self.solver = solver
+        if solver_options is None:
+            solver_options = default_solver_options(solver, self.mdp.shape)
+        self.solver_options = dict(solver_options)
+        self.seed = seed
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        # Acting draws from a stream of its own: looking at samples does not change the training.
+        self.acting_generator = torch.Generator(self.device).manual_seed(seed)
+        self.verbose = verbose
+        self.tensorboard_log = tensorboard_log
+        self.num_timesteps = 0
+        self.rounds = 0
+        self.will_log = False
+        self._total_timesteps = 0
+        self._custom_logger: Logger | None = None
+        self._started = 0.0
+        self._timesteps_at_start = 0
+        self._tableau = make_solver(solver, self.mdp.schedule, **self.solver_options)
+
+    # -- what a subclass implements ------------------------------------------------------------
+
+    @abstractmethod
+    def train_round(self) -> dict[str, Tensor]:
+        """Do one round: advance `num_timesteps`, return 0-d tensors to log by their full names."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's keyword arguments as JSON values, so `load` can repeat them."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return everything that training changes, as a tree for `save_checkpoint`."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+
+    @property
+    @abstractmethod
+    def timesteps_per_round(self) -> int:
+        """Denoiser calls on single samples that one round makes."""
+
+    @property
+    def sampling_denoiser(self) -> Denoiser:
+        """The denoiser that samples: the averaged one where the agent averages."""
+        return self.denoiser
+
+    @property
+    def tableau(self) -> Tableau:
+        """The sampler: the solver on the environment's schedule."""
+        return self._tableau
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def learn(
+        self: AnyAgent,
+        total_timesteps: int,
+        callback: Callback = None,
+        log_interval: int = 10,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> AnyAgent:
+        """Train for `total_timesteps` denoiser calls (rounded up to whole rounds).
+
+        Args:
+            total_timesteps: how many; added to those done when `reset_num_timesteps` is False.
+            callback: Stable-Baselines3 callbacks; `on_step` is called once a round.
+            log_interval: rounds between two log entries.
+            tb_log_name: name of the TensorBoard run; the agent's name by default.
+            reset_num_timesteps: start counting (and the learning-rate schedule) anew.
+            progress_bar: show one.
+
+        Raises:
+            TrainingDivergedError: a logged quantity became NaN or infinite.
+        """
+        if reset_num_timesteps:
+            self.num_timesteps = self.rounds = 0
+        self._total_timesteps = total_timesteps + self.num_timesteps
+        if self._custom_logger is None:
+            self._logger = configure_logger(
+                self.verbose, self.tensorboard_log, tb_log_name or self.name, reset_num_timesteps
+            )
+        self._started, self._timesteps_at_start = time.monotonic(), self.num_timesteps
+        callbacks = self._callbacks(callback, progress_bar)
+        callbacks.on_training_start(locals(), globals())
+        while self.num_timesteps < self._total_timesteps:
+            callbacks.on_rollout_start()
+            self.will_log = (self.rounds + 1) % log_interval == 0
+            metrics = self.train_round()
+            self.rounds += 1
+            self._check_finite(metrics)
+            if self.will_log:
+                self._log(metrics)
+            callbacks.update_locals(locals())
+            if not callbacks.on_step():
+                break
+            callbacks.on_rollout_end()
+        self._check_weights()
+        callbacks.on_training_end()
+        return self
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training done, 0 to 1."""
+        if not self._total_timesteps:
+            return 0.0
+        return min(self.num_timesteps / self._total_timesteps, 1.0)
+
+    @property
+    def logger(self) -> Logger:
+        """The Stable-Baselines3 logger in use."""
+        return self._custom_logger or self._logger
+
+    def set_logger(self, logger: Logger) -> None:
+        """Log to a Stable-Baselines3 logger of one's own."""
+        self._custom_logger = logger
+
+    def get_env(self) -> Environment:
+        """Return the environment (Stable-Baselines3's callbacks ask)."""
+        return self.env
+
+    def get_vec_normalize_env(self) -> None:
+        """Return None: samples are never normalised (Stable-Baselines3's callbacks ask)."""
+        return
+
+    def _callbacks(self, callback: Callback, progress_bar: bool) -> BaseCallback:
+        if isinstance(callback, list):
+            callback = CallbackList(callback)
+        elif callback is not None and not isinstance(callback, BaseCallback):
+            callback = ConvertCallback(callback)
+        parts = [
+            part for part in (callback, ProgressBarCallback() if progress_bar else None) if part
+        ]
+        callbacks = CallbackList(parts)
+        callbacks.init_callback(self)  # type: ignore[arg-type]
+        return callbacks
+
+    def _check_finite(self, metrics: dict[str, Tensor]) -> None:
+        # One reduction a round: a single device synchronisation, whatever the number of metrics.
+        values = torch.stack([value.detach().float() for value in metrics.values()])
+        if not values.isfinite().all():
+            bad = [key for key, ok in zip(metrics, values.isfinite(), strict=True) if not ok]
+            raise TrainingDivergedError(", ".join(bad), self.num_timesteps)
+
+    def _check_weights(self) -> None:
+        # A round's metrics are those from before its last step, which may be the one that diverged.
+        for name, weight in self.denoiser.named_parameters():
+            if not weight.isfinite().all():
+                raise TrainingDivergedError(f"the denoiser's {name}", self.num_timesteps)
+
+    def _log(self, metrics: dict[str, Tensor]) -> None:
+        for key, value in metrics.items():
+            self.logger.record(key, value.item())
+        elapsed = max(time.monotonic() - self._started, sys.float_info.epsilon)
+        done = self.num_timesteps - self._timesteps_at_start
+        self.logger.record("time/fps", int(done / elapsed))
+        self.logger.record("time/iterations", self.rounds, exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    # -- acting --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return the next samples for NumPy observations, single or batched.
+
+        `deterministic` takes the mean of each transition. For an ancestral sampler that is a
+        different, noise-free sampler, so False is the default here; Stable-Baselines3's
+        `evaluate_policy` passes True unless told otherwise.
+        """
+        sample = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
+        single = sample.ndim == len(self.mdp.shape)
+        sample = sample.unsqueeze(0) if single else sample
+        step = self.mdp.schedule.step_of(float(np.ravel(observation["timestep"])[0]))
+        tableau = self.tableau
+        if deterministic:
+            tableau = dataclasses.replace(tableau, noise=np.zeros(tableau.steps))
+        output = tableau.evaluate(self.sampling_denoiser, sample, step)
+        # The agents' samplers have no memory: a step reads its own state and output only.
+        action = tableau.advance(step, {step: sample}, {step: output}, self.acting_generator)
+        action = action[0] if single else action
+        return action.cpu().numpy(), state
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        schedule: Schedule | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        return_trajectory: bool = False,
+    ) -> Tensor:
+        """Draw finished samples (n, *shape) on the device.
+
+        Args:
+            n: how many.
+            schedule: another grid than the environment's.
+            generator: source of randomness; the agent's own for acting by default.
+            noise: initial states (n, *shape) instead of fresh prior samples.
+            return_trajectory: return all states (K + 1, n, *shape) instead, the noisiest first.
+        """
+        tableau = self.tableau
+        if schedule is not None:
+            tableau = make_solver(self.solver, schedule, **self.solver_options)
+        generator = self.acting_generator if generator is None else generator
+        if noise is not None and len(noise) != n:
+            raise ValueError(f"n is {n}, but noise holds {len(noise)} initial states.")
+        return sample(
+            tableau,
+            self.sampling_denoiser,
+            n if noise is None else noise,
+            shape=self.mdp.shape,
+            generator=generator,
+            return_trajectory=return_trajectory,
+        )
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations a sample costs."""
+        return self.tableau.nfe
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that resuming needs to one safetensors file, atomically.
+
+        Raises:
+            TrainingDivergedError: the weights are not finite; an older file stays as it is.
+        """
+        self._check_weights()
+        denoiser = self.sampling_denoiser
+        save_checkpoint(
+            path,
+            {
+                "kind": "agent",
+                "agent": self.name,
+                "settings": {
+                    "solver": self.solver,
+                    "solver_options": self.solver_options,
+                    "seed": self.seed,
+                    **self.settings(),
+                },
+                "environment": environment_identity(self.mdp),
+                "num_timesteps": self.num_timesteps,
+                "rounds": self.rounds,
+                "generator": self.generator.get_state(),
+                "acting_generator": self.acting_generator.get_state(),
+                "denoiser": {
+                    "prediction": denoiser.prediction,
+                    "process": denoiser.process.to_config(),
+                    "body": getattr(denoiser.body, "config", None),
+                    "weights": denoiser.body.state_dict(),
+                },
+                "live": self.denoiser.body.state_dict() if denoiser is not self.denoiser else None,
+                "state": self.state(),
+            },
+        )
+
+    @classmethod
+    def load(
+        cls: type[AnyAgent],
+        path: str | Path,
+        env: Environment,
+        device: str | torch.device | None = None,
+        **overrides: Any,
+    ) -> AnyAgent:
+        """Rebuild an agent that `save` wrote, ready to sample or to go on learning.
+
+        Args:
+            path: the file.
+            env: the environment it was trained on, built again.
+            device: where to put it; the environment's device by default.
+            overrides: constructor arguments that differ or that JSON cannot hold, such as
+                `critic=...`; a foreign network body is passed as `body=...`.
+
+        Raises:
+            CheckpointError: a missing, corrupt or foreign file, another agent's, or another
+                environment's.
+        """
+        tree = load_checkpoint(path)
+        if tree.get("kind") != "agent" or tree.get("agent") != cls.name:
+            raise CheckpointError(
+                f"{path} was written by {tree.get('agent') or tree.get('kind')!r}, "
+                f"not by {cls.name!r}."
+            )
+        denoiser = Denoiser.load(path, body=overrides.pop("body", None))
+        agent = cls(env, denoiser, **{**tree["settings"], **overrides})
+        if device is not None and torch.device(device) != agent.device:
+            raise CheckpointError(f"The environment is on {agent.device}: build it on {device}.")
+        agent.restore(tree, str(path))
+        return agent
+
+    def restore(self, tree: dict[str, Any], origin: str = "checkpoint") -> None:
+        """Take over the training state of a tree that `save` wrote.
+
+        Raises:
+            CheckpointError: the tree comes from another environment.
+        """
+        here, there = environment_identity(self.mdp), tree["environment"]
+        for key, value in here.items():
+            if there.get(key) != value:
+                raise CheckpointError(
+                    f"{origin} was trained on another environment: {key} is {there.get(key)!r}, "
+                    f"here it is {value!r}."
+                )
+        self.num_timesteps, self.rounds = tree["num_timesteps"], tree["rounds"]
+        self.generator.set_state(tree["generator"].cpu())
+        self.acting_generator.set_state(tree["acting_generator"].cpu())
+        self.sampling_denoiser.body.load_state_dict(tree["denoiser"]["weights"])
+        if tree["live"] is not None:
+            self.denoiser.body.load_state_dict(tree["live"])
+        self.load_state(tree["state"])
+
+
+def sample(
+    tableau: Tableau,
+    denoiser: Denoiser,
+    start: int | Tensor,
+    *,
+    shape: tuple[int, ...],
+    generator: torch.Generator | None = None,
+    return_trajectory: bool = False,
+) -> Tensor:
+    """Run a tableau on `start` fresh prior samples, or from given states (N, *shape), in chunks."""
+    if isinstance(start, int):
+        device = next(denoiser.parameters()).device
+        start = denoiser.process.prior_sample((start, *shape), generator, device=device)
+    chunks = [
+        tableau.sample(denoiser, chunk, generator=generator, return_trajectory=return_trajectory)
+        for chunk in start.split(CHUNK)
+    ]
+    return torch.cat(chunks, dim=1 if return_trajectory else 0)
+
+
+def sampler_of(
+    tableau: Tableau, denoiser: Denoiser, shape: tuple[int, ...]
+) -> Callable[[int, torch.Generator], Tensor]:
+    """Bind a tableau and a denoiser to a sampler `(n, generator) -> (n, *shape)`."""
+
+    @torch.no_grad()
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        return sample(tableau, denoiser, n, shape=shape, generator=generator)
+
+    return draw
+
+
+def default_solver_options(solver: str, shape: tuple[int, ...]) -> dict[str, float | str]:
+    """Return paper A's: variance beta for vectors, small with a last std of 0.001 for images."""
+    if solver != "ancestral":
+        return {}
+    return {"variance": "small", "last_std": 0.001} if len(shape) == 3 else {"variance": "beta"}
+
+
+def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
+    """Return what two environments must share for a checkpoint of one to fit the other."""
+    return {
+        "target": mdp.target.name,
+        "shape": list(mdp.shape),
+        "schedule": mdp.schedule.to_config(),
+    }

@@ -1,0 +1,116 @@
+"""Checkpoints: one safetensors file that holds a tree of tensors and plain values, and no code.
+
+The tree (nested dicts and lists) is split into its tensors, which safetensors stores, and a JSON
+skeleton in the file's header. Nothing is unpickled on loading. Files are written to a temporary
+name and renamed, so a reader sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "fewstep-checkpoint-1"
+_TENSOR = "$tensor"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, truncated, foreign, or made for something else."""
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary_path)`, flush to disk, and rename the result to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, tree: dict[str, Any]) -> None:
+    """Write a tree of tensors, dicts, lists, strings, numbers, booleans and None to `path`."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _split(tree, "", tensors)
+    metadata = {"format": FORMAT, "tree": json.dumps(skeleton)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read the tree that `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: no such file, a truncated or corrupt file, one that carries a pickle, or a
+            file that fewstep did not write.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"No checkpoint at {path}.")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        # Only now: a safetensors file may begin with the same bytes, the length of its header.
+        with path.open("rb") as file:
+            magic = file.read(2)
+        if magic == b"PK" or magic[:1] == b"\x80":
+            raise CheckpointError(
+                f"{path} carries a pickle (a torch.save or zip file), which could run code on "
+                "loading; fewstep reads only safetensors checkpoints."
+            ) from None
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint."
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a fewstep checkpoint: its format is {metadata.get('format')!r}, "
+            f"expected {FORMAT!r}."
+        )
+    try:
+        return _join(json.loads(metadata["tree"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is corrupt: its tree does not fit ({error!r}).") from None
+
+
+def _split(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        # A copy: safetensors refuses tensors that share memory, such as a weight and its alias.
+        while name in tensors:  # {"a/b": ..., "a": {"b": ...}}, or the keys 1 and "1"
+            name += "'"
+        tensors[name] = node.detach().clone().contiguous()
+        return {_TENSOR: name}
+    if isinstance(node, dict):
+        # A list of pairs keeps integer keys (optimizer states have them) and insertion order.
+        return {
+            "$dict": [[key, _split(value, f"{name}/{key}", tensors)] for key, value in node.items()]
+        }
+    if isinstance(node, list | tuple):
+        return [_split(value, f"{name}/{i}", tensors) for i, value in enumerate(node)]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(
+        f"A checkpoint holds tensors and JSON values; {name} is a {type(node).__name__}."
+    )
+
+
+def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_join(value, tensors) for value in node]
+    if isinstance(node, dict):
+        if _TENSOR in node:
+            return tensors[node[_TENSOR]]
+        return {key: _join(value, tensors) for key, value in node["$dict"]}
+    return node

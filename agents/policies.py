@@ -1,0 +1,229 @@
+"""Policies for RL tooling: a denoiser as a Stable-Baselines3 actor-critic, a solver as a policy.
+
+`DenoiserPolicy` lets SB3's own algorithms train a sampler; `SolverPolicy` runs any tableau step by
+step in a Gymnasium loop, its history being the recurrent state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor
+
+from ..critics import make_baseline
+from .base import sample
+from .chain import GaussianChain, Reduction, gaussian_log_density
+from .denoiser import Denoiser
+from .tableau import Tableau
+
+State = tuple[np.ndarray, ...]
+
+
+class _PassThrough(BaseFeaturesExtractor):
+    """Hand the observation dictionary on as it is."""
+
+    def __init__(self, observation_space: gym.Space) -> None:
+        super().__init__(observation_space, features_dim=1)
+
+    def forward(self, observations: Any) -> Any:
+        return observations
+
+
+class DenoiserPolicy(ActorCriticPolicy):
+    """N(m_theta(x_t, t), s_j^2 I) with a value V(x_t, t), as in `PPO(DenoiserPolicy, ...)`.
+
+    Pass `policy_kwargs={"denoiser": ..., "tableau": ...}`. File names are better than objects
+    there: Stable-Baselines3 pickles `policy_kwargs` into its own checkpoints.
+
+    Args:
+        observation_space: a Dict of "sample" (*shape) and "timestep".
+        action_space: a Box (*shape).
+        lr_schedule: of Stable-Baselines3.
+        denoiser: a `Denoiser`, or the file of one.
+        tableau: a one-step `Tableau` with noise in every step, or the JSON file of one.
+        learn_std: train the standard deviations.
+        log_density: over dimensions: "sum", or "mean" for images (LIBRARIES: PPO's clip depends on
+            it).
+        **kwargs: Stable-Baselines3's remaining arguments (optimizer_class, ...).
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Dict,
+        action_space: gym.spaces.Box,
+        lr_schedule: Schedule,
+        denoiser: Denoiser | str | Path,
+        tableau: Tableau | str | Path,
+        learn_std: bool = False,
+        log_density: Reduction = "sum",
+        **kwargs: Any,
+    ) -> None:
+        self._sources = {"denoiser": denoiser, "tableau": tableau}
+        self._options = {"learn_std": learn_std, "log_density": log_density}
+        self.log_density = log_density
+        self._parts = (
+            denoiser if isinstance(denoiser, Denoiser) else Denoiser.load(denoiser),
+            tableau if isinstance(tableau, Tableau) else Tableau.load(tableau),
+        )
+        kwargs["features_extractor_class"] = _PassThrough
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        shape = self.action_space.shape
+        assert shape is not None
+        self.chain = GaussianChain(*self._parts, learn_std=bool(self._options["learn_std"]))
+        del self._parts
+        self.baseline = make_baseline(shape, self.chain.steps)
+        self.optimizer = self.optimizer_class(
+            self.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+    def forward(
+        self, obs: PyTorchObs, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return next samples (N, *shape), values (N, 1) and log-densities (N,)."""
+        sample, step = self._state(obs)
+        mean, std = self.chain.distribution(sample, step)
+        action = mean if deterministic else torch.addcmul(mean, std, torch.randn_like(mean))
+        log_density = gaussian_log_density(action, mean, std, self.log_density)
+        return action, self.baseline(sample, step).unsqueeze(1), log_density
+
+    def evaluate_actions(
+        self, obs: PyTorchObs, actions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return values (N, 1), log-densities (N,) and entropies (N,) of given next samples."""
+        sample, step = self._state(obs)
+        mean, std = self.chain.distribution(sample, step)
+        log_density = gaussian_log_density(actions.view_as(sample), mean, std, self.log_density)
+        entropy = (0.5 + 0.5 * np.log(2 * np.pi) + std.log()).expand_as(mean).flatten(1).sum(1)
+        return self.baseline(sample, step).unsqueeze(1), log_density, entropy
+
+    def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
+        """Return the transition as Stable-Baselines3's distribution over flattened samples."""
+        mean, std = self.chain.distribution(*self._state(obs))
+        flat = mean.flatten(1)
+        return DiagGaussianDistribution(flat.shape[1]).proba_distribution(
+            flat, std.log().expand_as(mean).flatten(1)
+        )
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """Return V(x_t, t), shape (N, 1)."""
+        return self.baseline(*self._state(obs)).unsqueeze(1)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self(observation, deterministic)[0]
+
+    def _state(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
+        """Return samples (N, *shape) and their steps (N,): the tableau's nearest time."""
+        assert isinstance(obs, Mapping)
+        distance = obs["timestep"].view(-1, 1) - self.chain.times.to(torch.float32)
+        return obs["sample"], distance.abs().argmin(dim=1)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters = super()._get_constructor_parameters()
+        for unused in ("net_arch", "features_extractor_class", "features_extractor_kwargs"):
+            parameters.pop(unused, None)
+        return {**parameters, **self._sources, **self._options}
+
+
+class SolverPolicy:
+    """Any tableau as a policy; its past states and outputs are the recurrent state.
+
+    Args:
+        tableau: the sampler; the environment must have as many steps.
+        denoiser: the network.
+    """
+
+    def __init__(self, tableau: Tableau, denoiser: Denoiser) -> None:
+        self.tableau = tableau
+        self.denoiser = denoiser
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations a sample costs."""
+        return self.tableau.nfe
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.denoiser.parameters()).device
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        state: State | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[np.ndarray, State]:
+        """Return the next samples and the state to pass back on the next call.
+
+        Args:
+            observation: {"sample": (N, *shape) or (*shape), "timestep"} as NumPy arrays.
+            state: what the last call returned; None at the start of an episode.
+            episode_start: (N,) flags; True drops the state. All samples start together.
+            deterministic: accepted for Stable-Baselines3; the table decides whether noise is added.
+            generator: source of that noise.
+
+        Raises:
+            ValueError: more calls in an episode than the tableau has steps.
+        """
+        now = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
+        single = now.ndim in (1, 3)  # a sample is a vector or an image
+        now = now.unsqueeze(0) if single else now
+        fresh = state is None or (episode_start is not None and bool(np.any(episode_start)))
+        history = (
+            [] if fresh else [torch.as_tensor(part, device=self.device) for part in state or ()]
+        )
+        states, outputs = (list(part) for part in history) if history else ([], [])
+        j = len(states)
+        if j >= self.tableau.steps:
+            raise ValueError(
+                f"'{self.tableau.name}' has {self.tableau.steps} steps and the episode goes on: "
+                "reset the state, or give the environment as many steps."
+            )
+        states.append(now)
+        outputs.append(self.tableau.evaluate(self.denoiser, now, j))
+        action = self.tableau.advance(j, states, outputs, generator)
+        memory = tuple(torch.stack(part).cpu().numpy() for part in (states, outputs))
+        return (action[0] if single else action).cpu().numpy(), memory
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        shape: tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        return_trajectory: bool = False,
+    ) -> Tensor:
+        """Draw finished samples (n, *shape), or all states (K + 1, n, *shape), on the device.
+
+        Give `noise` (n, *shape) to start from, or the `shape` of one sample.
+
+        Raises:
+            ValueError: neither noise nor shape.
+        """
+        if noise is None and shape is None:
+            raise ValueError("Give noise=(n, *shape) to start from, or the shape of one sample.")
+        return sample(
+            self.tableau,
+            self.denoiser,
+            n if noise is None else noise,
+            shape=shape or (),
+            generator=generator,
+            return_trajectory=return_trajectory,
+        )

@@ -1,0 +1,275 @@
+"""ShortcutAgent: what SFT and SFT-PG share, a sampler fine-tuned against a learned critic.
+
+Shortcut fine-tuning (paper A) alternates: n_critic critic steps with the sampler fixed, then
+n_generator steps of the sampler with the critic fixed, descending the integral probability metric
+Phi(p_0^theta, q_0) (MATH.md S.1, S.7). The two agents differ in the gradient of the second part
+only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..critics import IPMCritic, MLPBaseline, RewardCritic, make_baseline, make_critic
+from ..envs.mdp import Reward
+from .base import Agent, Environment
+from .chain import GaussianChain
+from .denoiser import Denoiser
+from .tableau import Tableau
+from .training import (
+    Averaged,
+    TrainingDivergedError,
+    adam,
+    learning_rate_schedule,
+    seeded,
+    set_learning_rate,
+)
+
+WARMUP_ROUNDS = 20
+
+# How a critic's metrics are called in the logs.
+CRITIC_TAGS = {
+    "critic_real": "rollout/critic_real",
+    "critic_fake": "rollout/critic_fake",
+    "ipm_gap": "rollout/ipm_gap",
+    "critic_loss": "train/critic_loss",
+    "baseline_loss": "train/baseline_loss",
+    "regularization": "train/regularization",
+    "critic_grad_norm": "train/critic_grad_norm",
+}
+
+
+@runtime_checkable
+class Critic(Protocol):
+    """What the shortcut agents ask of a critic (see `fewstep.critics`)."""
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        """Return f (N,) for samples (N, *shape): high on data, low on fakes."""
+
+    def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
+        """Return V (k, N) for states (k, N, *shape) before steps (k,)."""
+
+    def update(
+        self, real: Tensor, fake: Tensor, states: Tensor | None, steps: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Learn from real and fake samples (N, *shape), states (k, N, *shape) before steps (k,)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` restores."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Restore the critic."""
+
+
+class ShortcutAgent(Agent):
+    """Base of SFT and SFT-PG. See `SFTPG` for the arguments."""
+
+    uses_baseline: ClassVar[bool]
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        critic: Critic | Reward | None,
+        *,
+        regularizer: str,
+        coefficient: float | None,
+        residual_baseline: bool,
+        baseline_states: int,
+        critic_learning_rate: float,
+        baseline_learning_rate: float,
+        critic_lr_schedule: str,
+        batch_size: int,
+        n_critic: int,
+        n_generator: int,
+        learning_rate: float,
+        betas: tuple[float, float],
+        lr_schedule: str,
+        max_grad_norm: float,
+        ema: float,
+        learn_std: bool,
+        solver: str,
+        solver_options: dict[str, float | str] | None,
+        seed: int,
+        verbose: int,
+        tensorboard_log: str | None,
+    ) -> None:
+        super().__init__(
+            env,
+            denoiser,
+            solver=solver,
+            solver_options=solver_options,
+            seed=seed,
+            verbose=verbose,
+            tensorboard_log=tensorboard_log,
+        )
+        for count, value in (
+            ("batch_size", batch_size),
+            ("n_critic", n_critic),
+            ("n_generator", n_generator),
+            ("baseline_states", baseline_states),
+        ):
+            if value < 1:
+                raise ValueError(f"{count} must be at least 1, got {value}.")
+        self.regularizer = regularizer
+        self.coefficient = coefficient
+        self.residual_baseline = residual_baseline
+        self.baseline_states = min(baseline_states, self._tableau.steps)
+        self.critic_learning_rate = critic_learning_rate
+        self.baseline_learning_rate = baseline_learning_rate
+        self.critic_lr_schedule = critic_lr_schedule
+        self.batch_size = batch_size
+        self.n_critic = n_critic
+        self.n_generator = n_generator
+        self.learning_rate = learning_rate
+        self.betas = (betas[0], betas[1])
+        self.lr_schedule = lr_schedule
+        self.max_grad_norm = max_grad_norm
+        self.learn_std = learn_std
+        self._factor = learning_rate_schedule(lr_schedule)
+        self._critic_factor = learning_rate_schedule(critic_lr_schedule)
+        self.policy = GaussianChain(self.denoiser, self._tableau, learn_std).to(self.device)
+        self.optimizer = adam((p for p in self.policy.parameters() if p.requires_grad), self.betas)
+        self.averaged = Averaged(self.policy, ema)
+        self.critic = self._default_critic() if critic is None else self._with_face(critic)
+        # A critic of one's own comes with rates of its own.
+        optimizer = getattr(self.critic, "optimizer", None)
+        self._critic_rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        # From now on the environment pays what the critic says.
+        self.mdp.reward = self.critic
+
+    def _with_face(self, critic: Critic | Reward) -> Critic:
+        """Give a plain reward function the face of a critic."""
+        if isinstance(critic, Critic):
+            return critic
+        with seeded(self.seed):
+            baseline = self._default_baseline()
+        return RewardCritic(critic, baseline, self.baseline_learning_rate).to(self.device)
+
+    def _default_baseline(self) -> MLPBaseline | None:
+        if not self.uses_baseline:
+            return None
+        return make_baseline(tuple(self.mdp.shape), self.policy.steps)
+
+    def _default_critic(self) -> IPMCritic:
+        shape = tuple(self.mdp.shape)
+        with seeded(self.seed):
+            critic = IPMCritic(
+                make_critic(shape),
+                self.regularizer,
+                baseline=self._default_baseline(),
+                residual_baseline=self.residual_baseline,
+                coefficient=self.coefficient,
+                learning_rate=self.critic_learning_rate,
+                baseline_learning_rate=self.baseline_learning_rate,
+            )
+        return critic.to(self.device)
+
+    @property
+    def timesteps_per_round(self) -> int:
+        """The rollouts' calls: n_critic batches of K steps."""
+        return self.n_critic * self.batch_size * self.policy.steps
+
+    @property
+    def sampling_denoiser(self) -> Denoiser:
+        """The averaged denoiser."""
+        return self.averaged.module.denoiser
+
+    @property
+    def tableau(self) -> Tableau:
+        """The sampler, with the learned standard deviations when they are learned."""
+        return self.averaged.module.export() if self.learn_std else self._tableau
+
+    def train_critic(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Roll out and take n_critic critic steps, each on its own batch of trajectories.
+
+        The sampler is fixed meanwhile, so all n_critic batches are rolled out at once.
+
+        Returns:
+            The buffer of trajectories (K + 1, n_critic * batch_size, *shape), and the metrics.
+        """
+        with torch.no_grad():
+            noise = self.mdp.initial(self.n_critic * self.batch_size, self.generator)
+            buffer = self.policy.rollout(noise, self.generator)
+        # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
+        if buffer.device.type == "cpu" and not buffer[-1].isfinite().all():
+            raise TrainingDivergedError("rollout/sample", self.num_timesteps)
+        for batch in buffer.split(self.batch_size, dim=1):
+            real = self.mdp.target.sample(self.batch_size, self.generator)
+            states, steps = self._states_for_baseline(batch)
+            metrics = self.critic.update(real, batch[-1], states, steps)
+        self.num_timesteps += self.timesteps_per_round
+        tagged = {CRITIC_TAGS.get(key, f"train/{key}"): value for key, value in metrics.items()}
+        # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
+        # gives it.
+        return buffer, {"rollout/ep_rew_mean": metrics["critic_fake"], **tagged}
+
+    def _states_for_baseline(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Draw `baseline_states` of the K states of each trajectory, the same steps for all."""
+        if not self.uses_baseline:
+            return None, None
+        count = self.policy.steps
+        steps = torch.randperm(count, generator=self.generator, device=self.device)
+        steps = steps[: self.baseline_states]
+        return batch[steps], steps
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """Take one clipped gradient step of the sampler; return the norm before clipping."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = self.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        return norm
+
+    def anneal(self) -> None:
+        """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
+        warmup = min(1.0, (self.rounds + 1) / WARMUP_ROUNDS)
+        factor = self._factor(self.progress) * warmup
+        set_learning_rate(self.optimizer, self.learning_rate * factor)
+        if self._critic_rates:
+            factor = self._critic_factor(self.progress)
+            optimizer: torch.optim.Optimizer = self.critic.optimizer  # type: ignore[union-attr]
+            set_learning_rate(optimizer, *(rate * factor for rate in self._critic_rates))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's keyword arguments."""
+        return {
+            "regularizer": self.regularizer,
+            "coefficient": self.coefficient,
+            "residual_baseline": self.residual_baseline,
+            "baseline_states": self.baseline_states,
+            "critic_learning_rate": self.critic_learning_rate,
+            "baseline_learning_rate": self.baseline_learning_rate,
+            "critic_lr_schedule": self.critic_lr_schedule,
+            "batch_size": self.batch_size,
+            "n_critic": self.n_critic,
+            "n_generator": self.n_generator,
+            "learning_rate": self.learning_rate,
+            "betas": list(self.betas),
+            "lr_schedule": self.lr_schedule,
+            "max_grad_norm": self.max_grad_norm,
+            "ema": self.averaged.decay,
+            "learn_std": self.learn_std,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return optimizer, critic, and the standard deviations."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict(),
+            "log_std": [self.policy.log_std, self.averaged.module.log_std],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.critic.load_state_dict(state["critic"])
+        with torch.no_grad():
+            for parameter, value in zip(
+                (self.policy.log_std, self.averaged.module.log_std), state["log_std"], strict=True
+            ):
+                parameter.copy_(value)

@@ -1,0 +1,245 @@
+"""Tableau: a sampler as a table of numbers, and the one loop that runs every table.
+
+With the denoiser's outputs O_0, O_1, ... in the order of its evaluations, each new state is linear
+in what came before (DESIGN.md):
+
+    z_{j+1} = p_j z_{a(j)} + sum_{k<=j} W_jk O_k + s_j noise_j,        O_j evaluated at (z_j, t_j)
+
+as a Butcher tableau is for Runge-Kutta. Solvers are pure functions Schedule -> Tableau
+(`fewstep.agents.solvers`); coefficients are float64 and the loop only multiplies and adds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..envs.names import unknown_name
+from ..envs.process import NoiseProcess
+from .checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
+
+Output = Literal["epsilon", "sample"]
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tableau:
+    """A sampler of K network evaluations.
+
+    Attributes:
+        name: what the solver is called.
+        process: the noise process whose times these are.
+        times: (K + 1,) float64; the network is asked about state z_j at times[j], j < K, and the
+            last entry is the time of the finished sample. Times may repeat or rise (Heun), never
+            below 0.
+        scale: (K,) float64, p: the factor on the anchor state.
+        weights: (K, K) float64, W: lower-triangular weights on the denoiser's outputs.
+        noise: (K,) float64, s >= 0: standard deviation of the fresh noise of each step.
+        anchors: (K,) int64, a(j) <= j: which state a step starts from; j itself by default.
+        output: what O is: the predicted noise ("epsilon") or the predicted clean sample ("sample").
+
+    Raises:
+        ValueError: wrong shapes, non-finite numbers, weights above the diagonal, negative noise,
+            anchors out of range, times outside the process.
+    """
+
+    name: str
+    process: NoiseProcess
+    times: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    noise: np.ndarray
+    anchors: np.ndarray | None = None
+    output: Output = "epsilon"
+
+    def __post_init__(self) -> None:
+        for field in ("times", "scale", "weights", "noise"):
+            object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=np.float64))
+        steps = len(self.scale)
+        anchors = np.arange(steps) if self.anchors is None else np.asarray(self.anchors)
+        if not np.issubdtype(anchors.dtype, np.integer):
+            raise ValueError("Tableau.anchors must be whole numbers, the indices of states.")
+        object.__setattr__(self, "anchors", anchors)
+        self._validate(steps)
+
+    def _validate(self, steps: int) -> None:
+        shapes = {
+            "times": (steps + 1,),
+            "scale": (steps,),
+            "weights": (steps, steps),
+            "noise": (steps,),
+            "anchors": (steps,),
+        }
+        if steps < 1:
+            raise ValueError("A tableau needs at least one step.")
+        for field, shape in shapes.items():
+            value = getattr(self, field)
+            if value.shape != shape:
+                raise ValueError(f"Tableau.{field} has shape {value.shape}, expected {shape}.")
+            if not np.isfinite(value).all():
+                raise ValueError(f"Tableau.{field} holds NaN or infinite numbers.")
+        if np.triu(self.weights, 1).any():
+            raise ValueError(
+                "Tableau.weights must be lower-triangular: a step uses outputs already computed."
+            )
+        if (self.noise < 0).any():
+            raise ValueError("Tableau.noise holds negative standard deviations.")
+        if any(not 0 <= self.anchor(j) <= j for j in range(steps)):
+            raise ValueError("Tableau.anchors must point to states that exist: 0 <= a(j) <= j.")
+        if self.times.min() < 0 or self.times.max() > self.process.t_max:
+            raise ValueError(f"Tableau.times must lie in [0, {self.process.t_max}].")
+        if self.output not in get_args(Output):
+            raise unknown_name("tableau output", self.output, get_args(Output))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps K; each costs one network evaluation."""
+        return len(self.scale)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations a sample costs."""
+        return self.steps
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        return_trajectory: bool = False,
+    ) -> Tensor:
+        """Run the sampler from prior samples.
+
+        Args:
+            denoiser: the network.
+            noise: (N, *shape), the initial states z_0 (e.g. `process.prior_sample`).
+            generator: source of the fresh noise of stochastic steps.
+            return_trajectory: return every state.
+
+        Returns:
+            The finished samples (N, *shape), or all states (K + 1, N, *shape), z_0 first.
+
+        Gradients flow to the denoiser and the noise unless the caller is under `torch.no_grad()`.
+        """
+        states: list[Any] = [noise]
+        outputs: list[Any] = []
+        last_state, last_output = self._last_readers()
+        for j in range(self.steps):
+            outputs.append(self.evaluate(denoiser, states[j], j))
+            states.append(self.advance(j, states, outputs, generator))
+            if not return_trajectory:
+                # Drop what no later step reads, so memory does not grow with K.
+                for i in np.flatnonzero(last_state == j):
+                    states[i] = None
+                for k in np.flatnonzero(last_output == j):
+                    outputs[k] = None
+        return torch.stack(states) if return_trajectory else states[-1]
+
+    def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
+        """Return O_j, the denoiser's output at state z_j (N, *shape)."""
+        ask = denoiser.epsilon if self.output == "epsilon" else denoiser.denoised
+        return ask(state, float(self.times[j]))
+
+    def advance(
+        self,
+        j: int,
+        states: Sequence[Tensor] | Mapping[int, Tensor],
+        outputs: Sequence[Tensor] | Mapping[int, Tensor],
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return z_{j+1} (N, *shape) from states z_0 .. z_j and outputs O_0 .. O_j."""
+        state = float(self.scale[j]) * states[self.anchor(j)]
+        for k in np.flatnonzero(self.weights[j]).tolist():
+            state = torch.add(state, outputs[k], alpha=float(self.weights[j, k]))
+        if self.noise[j] > 0:
+            fresh = torch.empty_like(state).normal_(generator=generator)
+            state = torch.add(state, fresh, alpha=float(self.noise[j]))
+        return state
+
+    def anchor(self, j: int) -> int:
+        """Return a(j), the state that step j starts from."""
+        return j if self.anchors is None else int(self.anchors[j])
+
+    def _last_readers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the last step that reads each state z_i and each output O_k, (K,) each."""
+        steps = np.arange(self.steps)
+        states = steps.copy()
+        np.maximum.at(states, [self.anchor(j) for j in range(self.steps)], steps)
+        outputs = np.where(self.weights != 0, steps[:, None], steps).max(axis=0)
+        return states, outputs
+
+    def to_json(self) -> str:
+        """Return the table as human-readable JSON that any program can run."""
+        table = {
+            "format": "fewstep-tableau",
+            "version": VERSION,
+            "name": self.name,
+            "output": self.output,
+            "process": self.process.to_config(),
+            "times": self.times.tolist(),
+            "scale": self.scale.tolist(),
+            "weights": self.weights.tolist(),
+            "noise": self.noise.tolist(),
+            "anchors": [self.anchor(j) for j in range(self.steps)],
+        }
+        return json.dumps(table, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tableau:
+        """Read and validate the JSON of `to_json`.
+
+        Raises:
+            ValueError: not JSON, not a tableau, a newer version, or an invalid table.
+        """
+        try:
+            table = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Not a tableau: the text is not valid JSON ({error}).") from None
+        if not isinstance(table, dict) or table.get("format") != "fewstep-tableau":
+            raise ValueError("Not a tableau: the JSON has no 'format': 'fewstep-tableau'.")
+        if table.get("version") != VERSION:
+            raise ValueError(
+                f"This tableau has version {table.get('version')!r}; this fewstep reads {VERSION}."
+            )
+        fields = ("name", "times", "scale", "weights", "noise", "anchors", "output", "process")
+        missing = [field for field in fields if field not in table]
+        if missing:
+            raise ValueError(f"The tableau lacks {', '.join(missing)}.")
+        values = {field: table[field] for field in fields}
+        try:
+            values["process"] = NoiseProcess.from_config(values["process"])
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"The tableau is malformed: {error}.") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to `path`, atomically."""
+        write_atomically(path, lambda temporary: temporary.write_text(self.to_json()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tableau:
+        """Read a table that `save` wrote. Raises ValueError or FileNotFoundError."""
+        return cls.from_json(Path(path).read_text())
+
+
+def one_step_tableau(
+    name: str,
+    process: NoiseProcess,
+    times: Sequence[float] | np.ndarray,
+    scale: np.ndarray,
+    weight: np.ndarray,
+    noise: np.ndarray,
+) -> Tableau:
+    """Build a one-step method's tableau: each state follows from the one before and epsilon."""
+    return Tableau(name, process, np.asarray(times), scale, np.diag(weight), noise)

@@ -1,0 +1,80 @@
+"""Small pieces that every learning agent uses: Adam, learning-rate schedules, averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ..envs.names import unknown_name
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Each maps the fraction of training done, 0 to 1, to a factor on the learning rate.
+LEARNING_RATE_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+class TrainingDivergedError(RuntimeError):
+    """A quantity of the training became NaN or infinite; `.quantity` names it."""
+
+    def __init__(self, quantity: str, timesteps: int) -> None:
+        super().__init__(
+            f"Training went non-finite: {quantity} is NaN or infinite after {timesteps} timesteps. "
+            "Lower the learning rate or the clip; checkpoints written before are good."
+        )
+        self.quantity = quantity
+
+
+def adam(parameters: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Build the fused Adam over parameters or groups; rates come from `set_learning_rate`."""
+    return torch.optim.Adam(parameters, lr=1e-3, betas=betas, fused=True)
+
+
+def learning_rate_schedule(name: str) -> Callable[[float], float]:
+    """Look up a schedule. Raises ValueError for a name that does not exist."""
+    if name not in LEARNING_RATE_SCHEDULES:
+        raise unknown_name("learning-rate schedule", name, LEARNING_RATE_SCHEDULES)
+    return LEARNING_RATE_SCHEDULES[name]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """Set the rate of each parameter group; one rate alone serves every group."""
+    groups = optimizer.param_groups
+    for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
+        group["lr"] = rate
+
+
+class Averaged(Generic[Module]):
+    """An exponential moving average of a module's parameters; decay 0 follows it exactly."""
+
+    def __init__(self, module: Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"An averaging decay must lie in [0, 1), got {decay}.")
+        self.live = module
+        self.decay = decay
+        self.module = copy.deepcopy(module).requires_grad_(False) if decay else module
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average by (1 - decay) towards the live parameters."""
+        if self.decay:
+            averages: list[torch.Tensor] = list(self.module.parameters())
+            live: list[torch.Tensor] = list(self.live.parameters())
+            torch._foreach_lerp_(averages, live, 1 - self.decay)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise modules reproducibly: seed torch's global generator inside, restore it outside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,256 @@
+"""SFT and SFT-PG: what a round does to sampler and critic."""
+
+import pytest
+import torch
+
+from fewstep.agents import SFT, SFTPG, BehaviorCloning
+from fewstep.agents.shortcut import WARMUP_ROUNDS
+from fewstep.critics import IPMCritic, MLPCritic, make_baseline, make_critic
+from fewstep.critics.metrics import sliced_wasserstein
+from fewstep.envs import Schedule
+
+SMALL = {"batch_size": 16, "n_critic": 2, "n_generator": 2}  # a buffer of 128 transitions
+
+
+@pytest.fixture
+def make_pg(make_mdp, make_denoiser):
+    return lambda **settings: SFTPG(make_mdp(), make_denoiser(), **{**SMALL, **settings})
+
+
+@pytest.fixture
+def make_sft(make_mdp, make_denoiser):
+    return lambda **settings: SFT(make_mdp(), make_denoiser(), **{**SMALL, **settings})
+
+
+@pytest.mark.parametrize("log_density", ["sum", "mean"])
+@pytest.mark.parametrize("clip_range", [None, 0.1])
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_the_ratio_is_exactly_1_before_any_update(clip_range, log_density, learn_std, make_pg):
+    agent = make_pg(
+        clip_range=clip_range,
+        log_density=log_density,
+        learn_std=learn_std,
+        learning_rate=1e-2,
+        lr_schedule="constant",
+    )
+    agent.will_log = True
+    for _ in range(3):
+        metrics = agent.train_round()
+        assert float(metrics["train/ratio_first_batch"]) == 1.0
+        assert float(metrics["train/ratio_min"]) < 1 < float(metrics["train/ratio_max"])
+        assert float(metrics["train/approx_kl"]) > 0
+
+
+def test_without_a_step_the_policy_has_not_moved(make_pg):
+    agent = make_pg(learning_rate=0.0)
+    agent.will_log = True
+    metrics = agent.train_round()
+    assert float(metrics["train/approx_kl"]) == 0
+    assert float(metrics["train/ratio_max"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "moves"),
+    [
+        (1.0, 2.0, -2.0, True),
+        (1.5, 2.0, -2.4, False),  # good enough already
+        (1.5, -2.0, 3.0, True),
+        (0.5, -2.0, 1.6, False),  # avoided enough already
+        (0.5, 2.0, -1.0, True),
+    ],
+)
+def test_the_clipped_surrogate_is_ppo_s(ratio, advantage, loss, moves, make_pg):
+    agent = make_pg(clip_range=0.2)
+    old = torch.tensor([-3.0])
+    new = (old + torch.tensor([ratio]).log()).requires_grad_()
+    value = agent.policy_loss(new, torch.tensor([advantage]), old)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(loss)
+    assert bool(new.grad != 0) == moves
+
+
+def test_minibatches_hold_transitions_of_the_buffer_and_none_twice(make_pg, monkeypatch):
+    """Also each with its own step and advantage."""
+    agent = make_pg(n_critic=3, n_generator=4, minibatch_size=40)  # 160 of 192
+    kept, drawn = {}, []
+    train_critic, advantages = agent.train_critic, agent.advantages
+    log_density, policy_loss = agent.policy.log_density, agent.policy_loss
+
+    def note_buffer():
+        kept["buffer"], metrics = train_critic()
+        return kept["buffer"], metrics
+
+    def note_advantages(buffer):
+        kept["advantages"] = advantages(buffer)
+        return kept["advantages"]
+
+    def note_transitions(next_sample, sample, step, reduction):
+        drawn.append([next_sample, sample, step])
+        return log_density(next_sample, sample, step, reduction)
+
+    def note_advantage(density, advantage, old):
+        drawn[-1].append(advantage)
+        return policy_loss(density, advantage, old)
+
+    monkeypatch.setattr(agent, "train_critic", note_buffer)
+    monkeypatch.setattr(agent, "advantages", note_advantages)
+    monkeypatch.setattr(agent.policy, "log_density", note_transitions)
+    monkeypatch.setattr(agent, "policy_loss", note_advantage)
+    agent.train_round()
+    assert [len(parts[0]) for parts in drawn] == [40] * 4
+    buffer = kept["buffer"]
+    seen = set()
+    for parts in drawn:
+        for next_sample, sample, step, advantage in zip(*parts, strict=True):
+            (row,) = (buffer[step] == sample).all(1).nonzero().flatten().tolist()
+            assert torch.equal(buffer[step + 1, row], next_sample)
+            assert advantage == kept["advantages"][step, row]
+            seen.add((int(step), row))
+    assert len(seen) == 160
+    assert {step for step, _ in seen} == {0, 1, 2, 3}
+
+
+def test_normalised_advantages_have_unit_deviation_and_keep_their_sign(make_pg, generator):
+    states = torch.randn(5, 6, 2, generator=generator())
+    plain = make_pg(normalize_advantage=False).advantages(states)
+    scaled = make_pg(normalize_advantage=True).advantages(states)
+    assert float(scaled.std()) == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(scaled, plain / plain.std())
+
+
+@pytest.mark.parametrize("kind", [SFT, SFTPG])
+def test_the_gradient_is_clipped_and_its_norm_reported(kind, mdp, make_denoiser):
+    agent = kind(mdp, make_denoiser(), **{**SMALL, "n_generator": 1}, max_grad_norm=1e-4)
+    reported = agent.train_round()["train/grad_norm"]
+    norm = torch.stack([p.grad.norm() for p in agent.denoiser.parameters()]).norm()
+    assert float(norm) == pytest.approx(1e-4, rel=1e-2)
+    assert reported > 2e-4
+
+
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_gradient_checkpointing_changes_memory_only(learn_std, make_sft, count_calls):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        agent = make_sft(gradient_checkpointing=checkpointing, learn_std=learn_std, n_generator=1)
+        calls.append(count_calls(agent.denoiser.body))
+        agent.train_round()
+        gradients.append([p.grad for p in agent.policy.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+    assert len(calls[0]) == 8  # 4 for the critic, 4 for theta
+    assert len(calls[1]) == 12  # and 4 recomputed
+
+
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_deviations_are_trained_only_if_asked(learn_std, make_pg):
+    agent = make_pg(learn_std=learn_std)
+    before = agent.tableau.noise.copy()
+    for _ in range(3):
+        agent.train_round()
+    assert (agent.tableau.noise != before).all() == learn_std
+    assert (agent.tableau.noise != before).any() == learn_std
+
+
+def test_the_environment_pays_what_the_critic_says(make_pg, generator):
+    agent = make_pg()
+    sample = torch.randn(5, 2, generator=generator())
+    first = agent.mdp.terminal_reward(sample)
+    assert torch.equal(first, agent.critic(sample))
+    agent.train_round()
+    assert not torch.equal(agent.mdp.terminal_reward(sample), first)
+
+
+def test_a_critic_of_ones_own_is_used(mdp, make_denoiser):
+    critic = IPMCritic(MLPCritic((2,), hidden=8), "weight-clip", coefficient=0.1)
+    agent = SFT(mdp, make_denoiser(), critic=critic, **SMALL)
+    agent.train_round()
+    assert agent.critic is critic
+    assert max(float(p.detach().abs().max()) for p in critic.parameters()) <= 0.1 + 1e-7
+
+
+def rates_of(agent, rounds):
+    """The learning rates of theta, f and V, round by round."""
+    rates = []
+
+    def note(*_):
+        groups = agent.critic.optimizer.param_groups
+        rates.append([agent.optimizer.param_groups[0]["lr"], groups[0]["lr"], groups[-1]["lr"]])
+        return True
+
+    agent.learn(rounds * agent.timesteps_per_round, note)
+    return list(zip(*rates, strict=True))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", [SFT, SFTPG])
+def test_learning_rates_follow_their_schedules(kind, own, mdp, make_denoiser):
+    """The critic's is its own, if it is one's own."""
+    baseline = make_baseline((2,), 4) if kind is SFTPG else None
+    critic = IPMCritic(
+        make_critic((2,)),
+        "none",
+        baseline=baseline,
+        learning_rate=3e-2,
+        baseline_learning_rate=5e-2,
+    )
+    agent = kind(
+        mdp,
+        make_denoiser(),
+        **SMALL,
+        critic=critic if own else None,
+        learning_rate=1e-4,
+        lr_schedule="constant",
+        critic_learning_rate=1e-2,
+        critic_lr_schedule="linear",
+    )
+    theta, f, value = rates_of(agent, 4)
+    assert theta == pytest.approx([1e-4 * min(1, n / WARMUP_ROUNDS) for n in (1, 2, 3, 4)])
+    first = 3e-2 if own else 1e-2
+    assert f == pytest.approx([first * left for left in (1, 0.75, 0.5, 0.25)])
+    if kind is SFTPG:
+        first = 5e-2 if own else 1e-3
+        assert value == pytest.approx([first * left for left in (1, 0.75, 0.5, 0.25)])
+
+
+@pytest.mark.parametrize("kind", [SFT, SFTPG])
+def test_a_shifted_sampler_is_brought_back(kind, mdp, make_denoiser):
+    """Fine-tuning finds the target again, judged by samples it never saw."""
+    denoiser = make_denoiser()
+    cloning = BehaviorCloning(mdp, denoiser, batch_size=256, ema=0.0)
+    cloning.learn(300 * 256)
+    with torch.no_grad():
+        denoiser.body.out.bias += torch.tensor([0.8, -0.8])
+    agent = kind(mdp, denoiser, batch_size=128, n_critic=3, n_generator=2, learning_rate=2e-3)
+    real = mdp.target.sample_fresh(2000)
+    before = sliced_wasserstein(agent.sample(2000), real)
+    agent.learn(120 * agent.timesteps_per_round)
+    after = sliced_wasserstein(agent.sample(2000), real)
+    assert before > 0.4
+    assert after < 0.4 * before
+
+
+@pytest.mark.parametrize("n_generator", [1, 2, 7])
+def test_the_default_minibatches_fit_the_buffer(n_generator, make_mdp, make_denoiser, process):
+    """Also that of a sampler of one step."""
+    mdp = make_mdp(schedule=Schedule(process, [4, 0]))
+    agent = SFTPG(mdp, make_denoiser(), batch_size=8, n_generator=n_generator)
+    agent.train_round()
+    assert agent.sample(3).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"n_critic": 0}, "n_critic must be at least 1"),
+        ({"n_generator": 0}, "n_generator must be at least 1"),
+        ({"n_generator": 3, "minibatch_size": 50}, "128 transitions.* = 150"),
+        ({"minibatch_size": 65}, "n_generator \\* minibatch_size = 130"),
+        ({"solver": "ddim"}, "adds no noise"),
+        ({"solver_options": {"variance": "small"}}, "adds no noise in step 3"),
+        ({"regularizer": "nun"}, "unknown regularizer"),
+        ({"critic_lr_schedule": "linea"}, "did you mean 'linear'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, complaint, make_pg):
+    with pytest.raises(ValueError, match=complaint):
+        make_pg(**settings)

@@ -1,0 +1,179 @@
+"""The table of numbers, its JSON, and the one sampling loop."""
+
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fewstep.agents import Denoiser, Tableau
+from fewstep.envs import DiscreteVP
+
+TIMES = [1000.0, 700.0, 820.5, 300.0, 12.0, 0.0]
+
+
+@pytest.fixture
+def make_table(wave):
+    """A made-up sampler with everything: history, anchors, a rising time, noise in two steps."""
+    rng = np.random.default_rng(0)
+    parts = {
+        "name": "made up",
+        "process": wave.process,
+        "times": TIMES,
+        "scale": rng.uniform(0.5, 1.5, 5),
+        "weights": np.tril(rng.normal(size=(5, 5))) * (rng.random((5, 5)) < 0.7),
+        "noise": np.array([0.3, 0, 0, 0.2, 0]),
+        "anchors": np.array([0, 0, 0, 3, 1]),
+    }
+    return lambda **changes: Tableau(**{**parts, **changes})
+
+
+def naive(table, denoiser, start, fresh):
+    """The defining formula of DESIGN.md, one scalar at a time."""
+    states, outputs = [start], []
+    for j in range(table.steps):
+        x = torch.from_numpy(states[j])
+        t = torch.full((len(x),), table.times[j], dtype=torch.float64)
+        output = denoiser.epsilon(x, t) if table.output == "epsilon" else denoiser.denoised(x, t)
+        outputs.append(output.detach().numpy())
+        new = table.scale[j] * states[int(table.anchors[j])]
+        for k in range(j + 1):
+            new = new + table.weights[j, k] * outputs[k]
+        states.append(new + (table.noise[j] * fresh.pop(0) if table.noise[j] else 0))
+    return np.stack(states)
+
+
+@pytest.mark.parametrize("output", ["epsilon", "sample"])
+def test_the_loop_is_the_formula(output, make_table, wave, generator):
+    table = make_table(output=output)
+    start = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
+    rng = generator(1)
+    fresh = [torch.randn(3, 2, generator=rng, dtype=torch.float64).numpy() for _ in range(2)]
+    with torch.no_grad():
+        trajectory = table.sample(wave, start, generator=generator(1), return_trajectory=True)
+        last = table.sample(wave, start, generator=generator(1))
+    expected = naive(table, wave, start.numpy(), fresh)
+    np.testing.assert_allclose(trajectory.numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(last, trajectory[-1])
+
+
+def test_gradients_flow_to_the_network_and_the_start(make_table, wave, generator):
+    start = torch.randn(3, 2, generator=generator(), dtype=torch.float64, requires_grad=True)
+    make_table().sample(wave, start, generator=generator()).sum().backward()
+    assert start.grad.abs().min() > 0
+    assert wave.body.matrix.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_memory_does_not_grow_with_the_steps(anchored):
+    """A two-step method keeps a few states alive at any time, however many steps it takes."""
+    steps, alive, peak = 40, weakref.WeakSet(), []
+
+    class Body(nn.Module):
+        def forward(self, sample, time):
+            alive.add(sample)
+            peak.append(len(alive))
+            return 0.1 * sample
+
+    process = DiscreteVP.linear(1000)
+    index = np.arange(steps)
+    table = Tableau(
+        "two-step",
+        process,
+        np.linspace(1000, 0, steps + 1),
+        np.ones(steps),
+        np.eye(steps) + np.eye(steps, k=-1),
+        np.zeros(steps),
+        anchors=index - index % 2 if anchored else None,  # pairs of steps from one state, as Heun
+    )
+    with torch.no_grad():
+        table.sample(Denoiser(Body(), process), torch.ones(2, 2))
+    assert len(peak) == steps
+    assert max(peak) <= 4
+
+
+def test_nfe_is_the_calls(make_table, wave, count_calls, generator):
+    calls = count_calls(wave.body)
+    table = make_table()
+    table.sample(wave, torch.ones(2, 2, dtype=torch.float64), generator=generator())
+    assert table.nfe == table.steps == len(calls) == 5
+    assert calls.times == [t - 1 for t in TIMES[:-1]]  # the network's own time
+
+
+def test_json_round_trip_is_exact(make_table, tmp_path):
+    table = make_table(output="sample")
+    table.save(tmp_path / "table.json")
+    for again in (Tableau.from_json(table.to_json()), Tableau.load(tmp_path / "table.json")):
+        for part in ("times", "scale", "weights", "noise", "anchors"):
+            np.testing.assert_array_equal(getattr(again, part), getattr(table, part))
+        assert (again.name, again.output, again.process) == ("made up", "sample", table.process)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"times": TIMES[:-1]}, "times has shape"),
+        ({"scale": np.ones(4)}, "shape"),
+        ({"scale": []}, "at least one step"),
+        ({"weights": np.ones((5, 4))}, "weights has shape"),
+        ({"noise": np.zeros((5, 1))}, "noise has shape"),
+        ({"anchors": [0, 1, 2]}, "anchors has shape"),
+        ({"scale": [1, 1, NAN, 1, 1]}, "scale holds NaN"),
+        ({"times": [*TIMES[:-1], NAN]}, "times holds NaN"),
+        ({"weights": np.diag([1, 1, INFINITY, 1, 1])}, "weights holds NaN or infinite"),
+        ({"noise": [0, NAN, 0, 0, 0]}, "noise holds NaN"),
+        ({"weights": np.ones((5, 5))}, "lower-triangular"),
+        ({"weights": np.eye(5, k=2) * 1e-300}, "lower-triangular"),
+        ({"noise": [0, 0, -1e-9, 0, 0]}, "negative"),
+        ({"anchors": [0, 2, 2, 3, 4]}, "anchors"),
+        ({"anchors": [0, -1, 2, 3, 4]}, "anchors"),
+        ({"times": [1000.1, *TIMES[1:]]}, r"times must lie in \[0, 1000"),
+        ({"times": [*TIMES[:-1], -0.1]}, "times must lie"),
+        ({"output": "v"}, "unknown tableau output 'v'"),
+    ],
+)
+def test_bad_tables_are_refused(changes, complaint, make_table):
+    with pytest.raises(ValueError, match=complaint):
+        make_table(**changes)
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(make_table):
+    text = make_table().to_json()
+    for cut in (0, 1, 20, len(text) // 2, len(text) - 1):
+        with pytest.raises(ValueError, match="not valid JSON"):
+            Tableau.from_json(text[:cut])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": None}, "version"),
+        ({"format": "butcher"}, "format"),
+        ({"weights": ...}, "lacks weights"),
+        ({"scale": [1, NAN, 1, 1, 1]}, "scale holds NaN"),
+        ({"scale": None}, "malformed"),
+        ({"scale": 1.0}, "malformed"),
+        ({"noise": {"0": 1}}, "malformed"),
+        ({"noise": "none"}, "could not convert"),
+        ({"process": {"kind": "Brownian"}}, "noise process"),
+        ({"process": 3}, "malformed"),
+    ],
+)
+def test_bad_json_is_refused(changes, complaint, make_table):
+    table = {**json.loads(make_table().to_json()), **changes}
+    table = {key: value for key, value in table.items() if value is not ...}
+    with pytest.raises(ValueError, match=complaint):
+        Tableau.from_json(json.dumps(table))
+
+
+def test_json_that_is_no_table_is_refused():
+    for text in ("[]", "3", "null", "{}"):
+        with pytest.raises(ValueError, match="Not a tableau"):
+            Tableau.from_json(text)
