@@ -1,0 +1,202 @@
+"""`fewstep benchmark STUDY`: run a declared study; finished cells are kept, so it resumes.
+
+logs/benchmark/STUDY/results.json  table.md  plot.png  denoisers/  cells/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.markdown import Markdown
+
+from ..agents import AGENTS, BehaviorCloning
+from ..agents.checkpoint import write_atomically
+from ..envs.names import unknown_name
+from .console import console
+from .folder import RunFolder, write_json
+from .logs import read_live_metric
+from .measurements import MEASUREMENTS
+from .plots import curve_figure, save_figure
+from .settings import Settings, defaults
+from .studies import STUDIES, Contender, Study
+from .tables import spread, table
+from .train import Run, build_mdp
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """Run a declared study, or go on with it: finished cells are kept."""
+
+    study: Annotated[str, tyro.conf.Positional]
+    """Which study: see `fewstep benchmark list`."""
+    log_dir: Path = Path("logs")
+    """The study's folder is LOG_DIR/benchmark/STUDY."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; PyTorch's default if omitted."""
+    seeds: tuple[int, ...] | None = None
+    """Training seeds, if not the study's."""
+    steps: tuple[int, ...] | None = None
+    """Sampling steps K, if not the study's."""
+    rounds: int | None = None
+    """Rounds of every cell, if not the presets' (a quick look)."""
+    evaluation_samples: int = 200_000
+    """Samples of the metric against fresh data."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    environment: str
+    steps: int
+    contender: Contender
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of the cell's folder."""
+        label = "".join(c if c.isalnum() else "-" for c in self.contender.label.lower())
+        return f"{self.environment}__{self.steps}__{label}__seed{self.seed}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `fewstep benchmark` with these flags."""
+    settings = tyro.cli(BenchmarkSettings, args=list(argv), prog="fewstep benchmark")
+    titles = {name: study.title for name, study in STUDIES.items()}
+    titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
+    if settings.study == "list":
+        for name, title in titles.items():
+            console.print(f"{name:<12} {title}")
+        return
+    if settings.study not in titles:
+        raise unknown_name("study", settings.study, titles)
+    folder = settings.log_dir / "benchmark" / settings.study
+    if settings.study in MEASUREMENTS:
+        results, text = MEASUREMENTS[settings.study].measure(settings.device)
+        write_json(folder / "results.json", results)
+    else:
+        study = STUDIES[settings.study]
+        study = dataclasses.replace(
+            study, seeds=settings.seeds or study.seeds, steps=settings.steps or study.steps
+        )
+        text = run_study(study, settings, folder)
+    write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
+    console.print(Markdown(text))
+    console.print(f"Results: {folder}")
+
+
+def run_study(study: Study, settings: BenchmarkSettings, folder: Path) -> str:
+    """Run every cell that is not finished; write results.json and plot.png; return the table."""
+    finished = []
+    for cell in cells(study):
+        cell_folder = RunFolder(folder / "cells" / cell.key)
+        results = cell_folder.results()
+        if "metrics" not in results:
+            console.rule(cell.key)
+            results = run_cell(cell, study, settings, folder)
+        finished.append((cell, results))
+        write_json(folder / "results.json", [as_record(*pair) for pair in finished])
+    plot(study, finished, folder)
+    return table_of(study, finished)
+
+
+def cells(study: Study) -> Iterator[Cell]:
+    """Enumerate a study's cells."""
+    for environment in study.environments:
+        for contender in study.contenders:
+            for steps in contender.steps or study.steps:
+                for seed in study.seeds:
+                    yield Cell(environment, steps, contender, seed)
+
+
+def run_cell(cell: Cell, study: Study, settings: BenchmarkSettings, folder: Path) -> dict[str, Any]:
+    """Run one cell in its folder, from wherever it stands."""
+    contender = cell.contender
+    base = defaults(cell.environment, contender.agent, contender.preset)
+    run = dataclasses.replace(
+        base.run,
+        steps=cell.steps,
+        seed=cell.seed,
+        device=settings.device,
+        threads=settings.threads,
+        evaluation_samples=settings.evaluation_samples,
+        rounds=settings.rounds or contender.rounds or base.run.rounds,
+    )
+    resolved = Settings(run, {**base.agent, **contender.settings}, base.cloning)
+    if not study.clone_per_seed and AGENTS[contender.agent] is not BehaviorCloning:
+        shared = shared_denoiser(resolved, settings, folder)
+        resolved = dataclasses.replace(resolved, run=dataclasses.replace(run, denoiser=shared))
+    return Run(resolved, RunFolder.at(folder / "cells" / cell.key, resolved)).carry_through()
+
+
+def shared_denoiser(settings: Settings, flags: BenchmarkSettings, folder: Path) -> Path:
+    """Clone the denoiser that a study's contenders share, once for each noise process."""
+    mdp = build_mdp(settings.run)
+    base = defaults(settings.run.env, BehaviorCloning.name)
+    run = dataclasses.replace(
+        settings.run,
+        agent=BehaviorCloning.name,
+        seed=0,
+        rounds=flags.rounds or base.run.rounds,
+    )
+    path = folder / "denoisers" / f"{run.env}-T{mdp.process.t_max:g}"
+    resolved = Settings(run, base.agent, base.cloning)
+    shared = RunFolder.at(path, resolved)
+    if "metrics" not in shared.results():
+        console.rule(f"shared denoiser {path.name}")
+        Run(resolved, shared).carry_through()
+    return path
+
+
+def as_record(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
+    """Return a cell's results with the coordinates it has in the study."""
+    return {**results, "contender": cell.contender.label, "steps": cell.steps}
+
+
+def table_of(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
+    """Return the study as a Markdown table: mean and spread over seeds, floor, NFE, seconds."""
+    head = ["environment", "contender", "NFE"]
+    for metric in study.metrics:
+        head += [f"{metric} before", "after", "floor"]
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for cell, results in finished:
+        key = (cell.environment, cell.contender.label, cell.steps)
+        groups.setdefault(key, []).append(results)
+    rows = []
+    for (environment, label, _), runs in groups.items():
+        fields = [environment, label, str(runs[0]["nfe"])]
+        for metric in study.metrics:
+            scores = [run["metrics"][metric] for run in runs if metric in run["metrics"]]
+            for column in ("before", "after", "floor"):
+                fields.append(spread([score[column] for score in scores]))
+        fields += [spread([run["seconds"] for run in runs], "{:.0f}"), str(len(runs))]
+        rows.append(fields)
+    return f"**{study.title}**\n\n{table([*head, 'seconds', 'seeds'], rows)}"
+
+
+def plot(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]], folder: Path) -> None:
+    """Draw the live metric of every contender over its training (first seed)."""
+    curves = {}
+    for cell, _ in finished:
+        curve = read_live_metric(folder / "cells" / cell.key / "progress.csv")
+        name = cell.contender.label
+        if len(study.steps) > 1 or cell.contender.steps:
+            name = f"{name}, K = {cell.steps}"
+        if curve and name not in curves:
+            curves[name] = curve
+    floors = {results["metrics"][study.metrics[0]]["floor"] for _, results in finished}
+    if curves:
+        figure = curve_figure(
+            curves,
+            x="denoiser calls",
+            y="sliced 2-Wasserstein",
+            floor=min(floors) if len(floors) == 1 else None,
+        )
+        save_figure(figure, folder / "plot.png")

@@ -1,0 +1,78 @@
+"""The `fewstep` command.
+
+    fewstep train | pretrain | evaluate | sample | benchmark | envs | agents   [--help]
+
+Bad input ends with one sentence on stderr and exit code 2; set FEWSTEP_DEBUG=1 for the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+# Each command lives in a module of its own, imported only when it is asked for.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train", "clone a denoiser and train an agent (no flags: the main job)"),
+    "pretrain": ("pretrain", "only clone a denoiser from data"),
+    "evaluate": ("evaluate", "score a denoiser with any solver and number of steps"),
+    "sample": ("sample", "draw samples to a file"),
+    "benchmark": ("benchmark", "run a declared study: a table and a plot"),
+    "envs": ("listing", "list the environments"),
+    "agents": ("listing", "list the agents and solvers"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; raises SystemExit with code 0, 1 (diverged), 2 (bad input) or 130."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0)
+    name, *rest = arguments
+    try:
+        _command(name)(rest)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error, code=2)
+    except RuntimeError as error:
+        from ..agents.training import TrainingDivergedError
+
+        if not isinstance(error, TrainingDivergedError):
+            raise
+        _fail(error, code=1)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def usage() -> str:
+    """Return the overview that `fewstep --help` prints."""
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fewstep COMMAND [flags]",
+            "",
+            "Few-step diffusion sampling as reinforcement learning.",
+            "",
+            *lines,
+            "",
+            "fewstep COMMAND --help explains a command's flags.",
+        ]
+    )
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    if name not in COMMANDS:
+        from ..envs.names import unknown_name
+
+        raise unknown_name("command", name, COMMANDS)
+    module = import_module(f".{COMMANDS[name][0]}", __package__)
+    return getattr(module, name if name in ("envs", "agents") else "main")
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("FEWSTEP_DEBUG"):
+        raise error
+    print(f"fewstep: {error}", file=sys.stderr)
+    raise SystemExit(code) from None

@@ -1,0 +1,128 @@
+"""RunFolder: where a run keeps its settings, checkpoints, logs, results and pictures.
+
+logs/SwissRoll__sft-pg__10__seed0__20260101-120000/
+    config.json              resolved settings; `--config` reads them back
+    denoiser.safetensors     the cloned denoiser's training, where every agent starts
+    checkpoint.safetensors   the agent's training; `--resume` goes on from it
+    progress.csv tensorboard/ results.json samples.png trajectories.png curve.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ..agents.checkpoint import CheckpointError, write_atomically
+from .settings import Settings
+
+CLONING, CHECKPOINT = "denoiser.safetensors", "checkpoint.safetensors"
+
+
+class RunFolder:
+    """A run's folder. Use `create` or `reopen`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, settings: Settings) -> RunFolder:
+        """Make a new folder under `log_dir` and write config.json.
+
+        Raises:
+            PermissionError: the folder cannot be written.
+        """
+        run = settings.run
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        steps = run.steps if run.steps is not None else "default"
+        name = f"{run.env}__{run.agent}__{steps}__seed{run.seed}__{stamp}"
+        return cls.at(unused(run.log_dir / name), settings)
+
+    @classmethod
+    def at(cls, path: Path, settings: Settings) -> RunFolder:
+        """Make this folder if it is not there, with its config.json.
+
+        Raises:
+            PermissionError: the folder cannot be written.
+        """
+        config = path / "config.json"
+        if not config.is_file():
+            try:
+                write_atomically(config, lambda file: file.write_text(settings.to_json()))
+            except OSError as error:
+                raise PermissionError(
+                    f"Cannot write the log folder {path} ({error.strerror}); choose another with "
+                    "--log-dir."
+                ) from None
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Open a folder to resume.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            CheckpointError: a folder with no checkpoint.
+        """
+        if not path.is_dir():
+            raise FileNotFoundError(f"No run folder at {path}.")
+        folder = cls(path)
+        if not folder.cloning.is_file() and not folder.checkpoint.is_file():
+            raise CheckpointError(
+                f"{path} holds no checkpoint to resume; start anew: --config {path}/config.json."
+                if (path / "config.json").is_file()
+                else f"{path} holds no checkpoint to resume and is not a run folder."
+            )
+        return folder
+
+    @property
+    def cloning(self) -> Path:
+        """Checkpoint of behaviour cloning."""
+        return self.path / CLONING
+
+    @property
+    def checkpoint(self) -> Path:
+        """Checkpoint of the agent."""
+        return self.path / CHECKPOINT
+
+    def results(self) -> dict[str, Any]:
+        """Return results.json as far as it is written."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def update_results(self, **values: Any) -> dict[str, Any]:
+        """Merge values into results.json, atomically; return the whole."""
+        results = {**self.results(), **values}
+        write_json(self.path / "results.json", results)
+        return results
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def unused(path: Path) -> Path:
+    """Return `path`, or `path`-2, -3, ... if something is there already."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def denoiser_file(path: Path) -> Path:
+    """Find the file to load a denoiser from: a file itself, or a run folder's newest stage.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    for candidate in (path, path / CHECKPOINT, path / CLONING):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"No denoiser at {path}: give a .safetensors file or a run folder with "
+        f"{os.fspath(CHECKPOINT)} or {CLONING}."
+    )

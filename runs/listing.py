@@ -1,0 +1,50 @@
+"""`fewstep envs` and `fewstep agents`: what there is to choose from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from ..agents import AGENTS
+from ..agents.solvers import SOLVERS
+from ..envs.registration import ENVIRONMENTS, make_mdp
+from .console import console
+
+
+def envs(argv: Sequence[str]) -> None:
+    """List the environments."""
+    tyro.cli(_no_flags, args=list(argv), prog="fewstep envs", description=envs.__doc__)
+    table = Table("environment", "id", "sample shape", "training samples", "process", "steps")
+    for name in ENVIRONMENTS:
+        mdp = make_mdp(name)
+        table.add_row(
+            name,
+            f"fewstep/{name}-v0",
+            str(tuple(mdp.shape)),
+            f"{len(mdp.target.samples):,}",
+            repr(mdp.process),
+            str(mdp.steps),
+        )
+    console.print(table)
+
+
+def agents(argv: Sequence[str]) -> None:
+    """List the agents and the solvers."""
+    tyro.cli(_no_flags, args=list(argv), prog="fewstep agents", description=agents.__doc__)
+    console.print(_described("agent", AGENTS))
+    console.print(_described("solver", SOLVERS))
+
+
+def _no_flags() -> None:
+    """Take no flags."""
+
+
+def _described(kind: str, table: Mapping[str, Callable[..., Any]]) -> Table:
+    listing = Table(kind, "what it does")
+    for name, thing in table.items():
+        listing.add_row(name, (inspect.getdoc(thing) or "").splitlines()[0])
+    return listing

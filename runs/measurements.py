@@ -1,0 +1,214 @@
+"""What training costs, measured: stepping overhead, where an iteration's time goes, memory.
+
+Each measurement returns its figures and a Markdown table; `fewstep benchmark
+overhead|profile|memory`. Ratios come from one process with the compared loops interleaved, since
+the machine may be busy.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from ..agents import SFT, SFTPG, Denoiser
+from ..agents.base import Agent
+from ..agents.networks import make_body
+from ..envs import DiffusionMDP
+from ..envs.registration import make_mdp
+from .settings import resolve_device
+from .tables import table
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement: its title and the function device -> (figures, Markdown table)."""
+
+    title: str
+    measure: Callable[[str], tuple[dict[str, Any], str]]
+
+
+def overhead(device: str) -> tuple[dict[str, Any], str]:
+    """Compare an episode of `DiffusionVectorEnv` with a bare loop of the same network calls.
+
+    4096 environments, the swiss-roll MLP, K = 10. The reward is one cheap function on both sides:
+    what is measured is the stepping, not the critic.
+    """
+    where = resolve_device(device)
+
+    def reward(sample: Tensor) -> Tensor:
+        return -sample.square().sum(1)
+
+    env = gym.make_vec(
+        "fewstep/SwissRoll-v0",
+        num_envs=4096,
+        steps=10,
+        device=where,
+        reward=reward,
+        autoreset_mode="DISABLED",
+    )
+    mdp = env.unwrapped.mdp  # type: ignore[attr-defined]
+    denoiser = untrained(mdp)
+    times = mdp.schedule.times.tolist()
+    generator = torch.Generator(where).manual_seed(0)
+
+    @torch.no_grad()
+    def bare() -> None:
+        sample = mdp.initial(4096, generator)
+        for t in times[:-1]:
+            sample = denoiser.epsilon(sample, t)
+        reward(sample)
+
+    @torch.no_grad()
+    def stepped() -> None:
+        observation, _ = env.reset()
+        for t in times[:-1]:
+            observation, *_ = env.step(denoiser.epsilon(observation["sample"], t))
+
+    ratio, seconds = interleaved(bare, stepped, repeats=60)
+    figures = {"ratio": ratio, "bare_seconds": seconds[0], "env_seconds": seconds[1]}
+    rows = [["4096 environments, K = 10", *(f"{1e3 * s:.1f}" for s in seconds), f"{ratio:.3f}"]]
+    return figures, table(["", "bare loop (ms)", "environment (ms)", "ratio"], rows)
+
+
+def interleaved(
+    first: Callable[[], None], second: Callable[[], None], repeats: int
+) -> tuple[float, tuple[float, float]]:
+    """Time two functions by turns; return the median ratio second / first and both medians."""
+    samples: list[tuple[float, float]] = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        samples.append((middle - began, time.perf_counter() - middle))
+    samples = samples[repeats // 10 :]
+    medians = statistics.median(a for a, _ in samples), statistics.median(b for _, b in samples)
+    return statistics.median(b / a for a, b in samples), medians
+
+
+def profile(device: str) -> tuple[dict[str, Any], str]:
+    """Measure the share of SFT-PG's iteration that networks and optimisers take."""
+    agent = SFTPG(swiss_roll(10, device), untrained(swiss_roll(10, device)))
+    agent.learn(3 * agent.timesteps_per_round)
+    with timed(agent) as seconds:
+        began = time.perf_counter()
+        agent.learn(20 * agent.timesteps_per_round, reset_num_timesteps=False)
+        total = time.perf_counter() - began
+    shares = {name: value / total for name, value in seconds.items()}
+    shares["everything else"] = 1 - sum(shares.values())
+    rows = [[name, f"{100 * share:.1f} %"] for name, share in shares.items()]
+    return {"shares": shares, "seconds_per_round": total / 20}, table(["part", "share"], rows)
+
+
+@contextmanager
+def timed(agent: SFTPG) -> Iterator[dict[str, float]]:
+    """Time the agent's network forward passes, backward passes and optimiser steps by hooks."""
+    seconds = {"network forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+    open_: dict[str, float] = {}
+    handles: list[Any] = []
+
+    def starts(part: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            open_[part] = time.perf_counter()
+
+        return hook
+
+    def ends(part: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            seconds[part] += time.perf_counter() - open_[part]
+
+        return hook
+
+    critic: Any = agent.critic
+    for module in (agent.denoiser.body, critic.network, critic.baseline):
+        handles.append(module.register_forward_pre_hook(starts("network forward")))
+        handles.append(module.register_forward_hook(ends("network forward")))
+    for optimizer in (agent.optimizer, critic.optimizer):
+        handles.append(optimizer.register_step_pre_hook(starts("optimizer")))
+        handles.append(optimizer.register_step_post_hook(ends("optimizer")))
+    backward = Tensor.backward
+
+    def timed_backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
+        starts("backward")()
+        backward(self, *args, **kwargs)
+        ends("backward")()
+
+    Tensor.backward = timed_backward  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        Tensor.backward = backward  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
+
+
+def memory(device: str) -> tuple[dict[str, Any], str]:
+    """Measure the peak memory of one round at K = 10 and K = 100, each in a fresh process."""
+    cases: list[tuple[str, type[Agent], dict[str, Any]]] = [
+        ("SFT-PG", SFTPG, {"minibatch_size": 20_480}),
+        ("SFT", SFT, {}),
+        ("SFT, gradient checkpointing", SFT, {"gradient_checkpointing": True}),
+    ]
+    figures: dict[str, Any] = {}
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for label, agent, options in cases:
+        peaks = []
+        for steps in (10, 100):
+            with context.Pool(1) as pool:
+                peaks.append(pool.apply(peak_of_round, (agent, steps, options, device)))
+        trajectory = 4 * 2 * 101 * 2048 * 2 / MIB
+        figures[label] = {"K=10": peaks[0], "K=100": peaks[1], "trajectory_K=100": trajectory}
+        rows.append([label, *(f"{peak:.0f}" for peak in peaks), f"{peaks[1] - peaks[0]:+.0f}"])
+    head = ["peak of a round, batch 2048, 2 critic steps (MiB)", "K = 10", "K = 100", "growth"]
+    note = f"The stored trajectories are {trajectory:.1f} MiB at K = 100."
+    return figures, f"{table(head, rows)}\n\n{note}"
+
+
+def peak_of_round(agent: type[Agent], steps: int, options: dict[str, Any], device: str) -> float:
+    """Return by how many MiB one round raises this process's peak memory (or the GPU's)."""
+    mdp = swiss_roll(steps, device)
+    learner = agent(mdp, untrained(mdp), batch_size=2048, n_critic=2, n_generator=1, **options)  # type: ignore[call-arg]
+    if mdp.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        learner.learn(1)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    # ru_maxrss is in KiB on Linux.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    learner.learn(1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def swiss_roll(steps: int, device: str) -> DiffusionMDP:
+    """Build the swiss-roll environment with a free reward, for agents that bring a critic."""
+    return make_mdp("SwissRoll", steps=steps, device=resolve_device(device), reward=_zero)
+
+
+def _zero(sample: Tensor) -> Tensor:
+    return torch.zeros(len(sample), device=sample.device)
+
+
+def untrained(mdp: DiffusionMDP) -> Denoiser:
+    """Build a denoiser with random weights: speed and memory do not depend on training."""
+    body: nn.Module = make_body(mdp.shape, int(mdp.process.t_max))
+    return Denoiser(body, mdp.process).to(mdp.device)
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    "overhead": Measurement("What stepping the vector environment adds to network calls", overhead),
+    "profile": Measurement("Where an SFT-PG iteration spends its time", profile),
+    "memory": Measurement("Peak memory of a round at K = 10 and 100", memory),
+}

@@ -1,0 +1,207 @@
+"""The settings of a run as dataclasses: `tyro` turns them into flags, `config.json` keeps them.
+
+An agent's hyper-parameters are declared once, in its constructor: `hyperparameters` derives a
+dataclass from the signature and the docstring, so the command line cannot drift from the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from ..agents import AGENTS, BehaviorCloning
+from ..agents.base import Agent
+from ..envs.names import unknown_name
+from ..envs.registration import resolve_environment
+from .presets import preset
+
+# Constructor arguments that the runner supplies itself.
+SUPPLIED = {"env", "denoiser", "critic", "seed", "verbose", "tensorboard_log"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """Train an agent; without a denoiser, clone one from the data first."""
+
+    env: str = "SwissRoll"
+    """Environment; `fewstep envs` lists them."""
+    agent: str = "sft-pg"
+    """Agent; `fewstep agents` lists them."""
+    preset: str = "default"
+    """Named budget and hyper-parameters: default, or long where there is one."""
+    steps: int | None = None
+    """Sampling steps K; the environment's default if omitted."""
+    schedule: str | None = None
+    """Times visited: uniform, quadratic, karras, log_snr; the environment's default if omitted."""
+    rounds: int = 1
+    """Rounds of training of the agent."""
+    denoiser: Path | None = None
+    """Pretrained denoiser or run folder to start from, instead of cloning one."""
+    seed: int = 0
+    """Seed of initialisation and training."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; if omitted, PyTorch's default for images and 1 for vectors, whose tiny networks
+    gain little from more and lose much on a busy machine."""
+    log_dir: Path = Path("logs")
+    """Folder under which the run folder is made."""
+    data_dir: Path | None = None
+    """Folder of environments whose data are files."""
+    checkpoint_seconds: float = 20.0
+    """Seconds between two checkpoints; 0 writes one every round."""
+    log_interval: int = 10
+    """Rounds between two log entries."""
+    evaluations: int = 20
+    """How often the live metric is computed during training."""
+    evaluation_samples: int = 200_000
+    """Samples of the metric against fresh data."""
+    resume: Path | None = None
+    """Go on with the run in this folder (its own settings hold)."""
+    config: Path | None = None
+    """Take the settings of this config.json; flags beside it win."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A run's settings, resolved: the runner's own, the agent's, and those of behaviour cloning."""
+
+    run: TrainSettings
+    agent: dict[str, Any]
+    cloning: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return the settings as JSON that `--config` reads back."""
+        run = dataclasses.asdict(self.run)
+        run["resume"] = run["config"] = None
+        tree = {"run": run, "agent": self.agent, "cloning": self.cloning}
+        return json.dumps(tree, indent=1, default=str)
+
+    @classmethod
+    def from_json(cls, path: Path) -> Settings:
+        """Read a config.json. Raises FileNotFoundError or ValueError with the reason."""
+        if not path.is_file():
+            raise FileNotFoundError(f"No settings file at {path}.")
+        try:
+            tree = json.loads(path.read_text())
+            run = dict(tree["run"])
+            agent, cloning = dict(tree["agent"]), dict(tree["cloning"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a fewstep config.json ({error!r}).") from None
+        known = {field.name for field in dataclasses.fields(TrainSettings)}
+        for key in run:
+            if key not in known:
+                raise unknown_name(f"setting in {path}", key, known)
+        for key in ("denoiser", "log_dir", "data_dir"):
+            if run.get(key) is not None:
+                run[key] = Path(run[key])
+        return cls(TrainSettings(**run), agent, cloning)
+
+
+def hyperparameters(agent: type[Agent], extra: Sequence[tuple[str, Any, Any]] = ()) -> type[Any]:
+    """Derive a dataclass of an agent's hyper-parameters from its constructor, help included."""
+    hints = typing.get_type_hints(agent.__init__)
+    fields: list[tuple[str, Any, Any]] = list(extra)
+    for name, parameter in inspect.signature(agent).parameters.items():
+        if name not in SUPPLIED:
+            fields.append((name, hints[name], dataclasses.field(default=parameter.default)))
+    made = dataclasses.make_dataclass(f"{agent.__name__}Settings", fields, frozen=True)
+    made.__doc__ = inspect.getdoc(agent)
+    return made
+
+
+def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
+    """Resolve flags, `--config` and presets into settings.
+
+    Args:
+        argv: the flags.
+        agent: fixes the agent (`fewstep pretrain` is training with behaviour cloning).
+
+    Raises:
+        ValueError: an environment, agent or preset that does not exist.
+    """
+    base = _base(argv, agent)
+    kind = AGENTS[base.run.agent]
+    run_type = TrainSettings
+    agent_type = hyperparameters(kind)
+    cloning_type = hyperparameters(BehaviorCloning, [("rounds", int, dataclasses.field(default=1))])
+    everything = dataclasses.make_dataclass(
+        "Flags",
+        [
+            ("run", Annotated[run_type, tyro.conf.arg(name="")]),
+            ("agent", Annotated[agent_type, tyro.conf.arg(name="")]),
+            ("pretrain", cloning_type),
+        ],
+    )
+    flags = tyro.cli(
+        everything,
+        args=list(argv),
+        default=everything(base.run, agent_type(**base.agent), cloning_type(**base.cloning)),
+        prog=f"fewstep {'pretrain' if agent else 'train'}",
+        description=inspect.getdoc(TrainSettings),
+    )
+    return Settings(flags.run, dataclasses.asdict(flags.agent), dataclasses.asdict(flags.pretrain))
+
+
+def _base(argv: Sequence[str], agent: str | None) -> Settings:
+    """Read the flags that decide what the defaults of all the others are."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--env", "--agent", "--preset", "--config"):
+        first.add_argument(name)
+    chosen, _ = first.parse_known_args(list(argv))
+    if chosen.config is not None:
+        base = Settings.from_json(Path(chosen.config))
+        return dataclasses.replace(
+            base, run=dataclasses.replace(base.run, config=Path(chosen.config))
+        )
+    return defaults(
+        chosen.env or TrainSettings.env,
+        agent or chosen.agent or TrainSettings.agent,
+        chosen.preset or TrainSettings.preset,
+    )
+
+
+def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
+    """Return the settings of a preset, everything resolved.
+
+    Raises:
+        ValueError: an environment, agent or preset that does not exist.
+    """
+    env = resolve_environment(env)
+    if agent not in AGENTS:
+        raise unknown_name("agent", agent, AGENTS)
+    budget = preset(env, agent, preset_name)
+    run = TrainSettings(env=env, agent=agent, preset=preset_name, rounds=budget.rounds)
+    return Settings(
+        run,
+        {**dataclasses.asdict(hyperparameters(AGENTS[agent])()), **budget.agent},
+        {**dataclasses.asdict(hyperparameters(BehaviorCloning)()), **budget.cloning},
+    )
+
+
+def resumed_folder(argv: Sequence[str]) -> Path | None:
+    """Return the folder of `--resume`, if given; other flags have no say in a resumed run."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=Path(sys.argv[0]).name)
+    first.add_argument("--resume", type=Path)
+    return first.parse_known_args(list(argv))[0].resume
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a --device flag into a device. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"No device {name!r} here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)

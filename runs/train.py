@@ -1,0 +1,229 @@
+"""`fewstep train` and `fewstep pretrain`: clone a denoiser, train an agent, show what it gained.
+
+The stages of a run each leave a file, so a killed run goes on where it was:
+behaviour cloning -> the agent's training -> scores before and after, results.json, pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..agents import AGENTS, BehaviorCloning, Denoiser
+from ..agents.base import Agent, sample, sampler_of
+from ..agents.checkpoint import CheckpointError, load_checkpoint
+from ..agents.networks import make_body
+from ..agents.solvers import make_solver
+from ..agents.tableau import Tableau
+from ..agents.training import seeded
+from ..envs import DiffusionMDP
+from ..envs.registration import make_mdp
+from .console import console, print_results
+from .evaluation import NOISE_SEED, Evaluation, combine
+from .folder import RunFolder, denoiser_file
+from .logs import make_logger, read_live_metric
+from .monitor import Monitor
+from .plots import curve_figure, samples_figure, save_figure, trajectories_figure
+from .settings import Settings, TrainSettings, parse, resolve_device, resumed_folder
+
+PICTURED = 4000
+
+
+class InterruptedRun(Exception):  # noqa: N818 - not an error: the user asked for it
+    """Ctrl-C: everything is saved."""
+
+
+def main(argv: Sequence[str], agent: str | None = None) -> None:
+    """Run `fewstep train` (or `fewstep pretrain`, which fixes the agent) with these flags."""
+    resume = resumed_folder(argv)
+    if resume is not None:
+        folder = RunFolder.reopen(resume)
+        settings = Settings.from_json(folder.path / "config.json")
+    else:
+        settings = parse(argv, agent)
+        build_mdp(settings.run)  # refuses bad settings before a folder is made
+        folder = RunFolder.create(settings)
+    try:
+        Run(settings, folder).carry_through()
+    except InterruptedRun:
+        console.print(f"\nSaved. Go on with:  fewstep train --resume {folder.path}")
+        raise SystemExit(130) from None
+
+
+class Run:
+    """One run: its settings, its folder, and the stages between them.
+
+    Args:
+        settings: resolved settings.
+        folder: a new folder, or one to resume.
+    """
+
+    def __init__(self, settings: Settings, folder: RunFolder) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.mdp = build_mdp(settings.run)
+        threads = settings.run.threads or (1 if len(self.mdp.shape) == 1 else None)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._began = time.monotonic()
+        self._seconds_before = float(folder.results().get("seconds", 0.0))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, over all its processes."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def carry_through(self) -> dict[str, Any]:
+        """Do whatever is not done yet; return the results."""
+        run = self.settings.run
+        console.print(f"{run.agent} on {self.mdp.target.name}, {self.mdp.steps} steps")
+        console.print(f"Logs: {self.folder.path}  (tensorboard --logdir {run.log_dir})")
+        self.evaluation = Evaluation(self.mdp.target, run.evaluation_samples)
+        if run.agent == BehaviorCloning.name:
+            agent, before = self.clone(), None
+        else:
+            if run.denoiser is not None:
+                self.adopt_denoiser()
+            else:
+                self.clone()
+            agent = self.finetune()
+            before = Denoiser.load(self.folder.cloning, self.mdp.device)
+        return self.report(before, agent)
+
+    # -- stages --------------------------------------------------------------------------------
+
+    def clone(self) -> Agent:
+        """Train a denoiser by behaviour cloning, or find it trained."""
+        options = dict(self.settings.cloning)
+        rounds = options.pop("rounds")
+        if self.settings.run.agent == BehaviorCloning.name:
+            options, rounds = self.settings.agent, self.settings.run.rounds
+        denoiser = new_denoiser(self.mdp, self.settings.run.seed)
+        agent = BehaviorCloning(self.mdp, denoiser, seed=self.settings.run.seed, **options)
+        return self._learn(agent, rounds, self.folder.cloning)
+
+    def adopt_denoiser(self) -> None:
+        """Copy the denoiser that the user names into the folder, once."""
+        if self.folder.cloning.is_file():
+            return
+        assert self.settings.run.denoiser is not None
+        file = denoiser_file(self.settings.run.denoiser)
+        denoiser = Denoiser.load(file)
+        if denoiser.process != self.mdp.process:
+            raise CheckpointError(
+                f"{file} was trained on another environment: its noise process is "
+                f"{denoiser.process!r}, here it is {self.mdp.process!r}."
+            )
+        denoiser.save(self.folder.cloning)
+
+    def finetune(self) -> Agent:
+        """Train the agent from the cloned denoiser, or go on with it."""
+        run = self.settings.run
+        denoiser = Denoiser.load(self.folder.cloning, self.mdp.device)
+        agent = AGENTS[run.agent](self.mdp, denoiser, seed=run.seed + 1, **self.settings.agent)
+        return self._learn(agent, run.rounds, self.folder.checkpoint)
+
+    def _learn(self, agent: Agent, rounds: int, checkpoint: Any) -> Agent:
+        """Train an agent up to `rounds`, from its checkpoint if there is one."""
+        run = self.settings.run
+        if checkpoint.is_file():
+            agent.restore(load_checkpoint(checkpoint), str(checkpoint))
+        remaining = (rounds - agent.rounds) * agent.timesteps_per_round
+        if remaining <= 0:
+            return agent
+        progress = "progress.csv" if agent.name == run.agent else "cloning.csv"
+        agent.set_logger(make_logger(self.folder.path, agent.name, progress, agent.num_timesteps))
+        monitor = Monitor(
+            checkpoint,
+            run.checkpoint_seconds,
+            rounds,
+            self.evaluation,
+            run.evaluations,
+            {"env": run.env, "agent": agent.name, "steps": self.mdp.steps, **agent.settings()},
+            on_save=lambda: self.folder.update_results(seconds=self.seconds),
+        )
+        agent.learn(
+            remaining,
+            callback=monitor,
+            log_interval=run.log_interval,
+            reset_num_timesteps=False,
+        )
+        agent.logger.close()
+        if monitor.interrupted:
+            raise InterruptedRun
+        return agent
+
+    # -- what a person sees --------------------------------------------------------------------
+
+    def report(self, before: Denoiser | None, agent: Agent) -> dict[str, Any]:
+        """Score before and after; write results.json and the pictures; print the table."""
+        console.print("Evaluating ...")
+        samplers = {"after": (agent.tableau, agent.sampling_denoiser)}
+        if before is not None:
+            tableau = make_solver(agent.solver, self.mdp.schedule, **agent.solver_options)
+            samplers = {"before": (tableau, before), **samplers}
+        scores = {
+            name: self.evaluation(sampler_of(*sampler, tuple(self.mdp.shape)))
+            for name, sampler in samplers.items()
+        }
+        self._pictures(samplers)
+        results = self.folder.update_results(
+            env=self.settings.run.env,
+            agent=agent.name,
+            nfe=agent.nfe,
+            seed=self.settings.run.seed,
+            seconds=self.seconds,
+            metrics=combine(self.evaluation.floors, scores.get("before"), scores["after"]),
+        )
+        print_results(results)
+        console.print(f"Results, pictures and checkpoint: {self.folder.path}")
+        return results
+
+    def _pictures(self, samplers: dict[str, tuple[Tableau, Denoiser]]) -> None:
+        real = self.mdp.target.samples
+        trajectories = {}
+        for name, (tableau, denoiser) in samplers.items():
+            generator = torch.Generator(self.mdp.device).manual_seed(NOISE_SEED)
+            with torch.no_grad():
+                trajectories[name] = sample(
+                    tableau,
+                    denoiser,
+                    PICTURED,
+                    shape=self.mdp.shape,
+                    generator=generator,
+                    return_trajectory=True,
+                )
+        panels = {name: states[-1] for name, states in trajectories.items()} | {"data": real}
+        times = self.mdp.schedule.times.tolist()
+        folder = self.folder.path
+        save_figure(samples_figure(panels, real), folder / "samples.png")
+        save_figure(trajectories_figure(trajectories, real, times), folder / "trajectories.png")
+        curve = read_live_metric(folder / "progress.csv")
+        if curve:
+            figure = curve_figure(
+                {self.settings.run.agent: curve},
+                x="denoiser calls",
+                y="sliced 2-Wasserstein",
+                floor=self.evaluation.floors["sliced_wasserstein"],
+            )
+            save_figure(figure, folder / "curve.png")
+
+
+def build_mdp(run: TrainSettings) -> DiffusionMDP:
+    """Build the environment that the settings name."""
+    return make_mdp(
+        run.env,
+        steps=run.steps,
+        schedule=run.schedule,
+        device=resolve_device(run.device),
+        data_dir=run.data_dir,
+    )
+
+
+def new_denoiser(mdp: DiffusionMDP, seed: int) -> Denoiser:
+    """Build an untrained denoiser for an environment; the same seed gives the same weights."""
+    with seeded(seed):
+        return Denoiser(make_body(mdp.shape, int(mdp.process.t_max)), mdp.process)

@@ -1,0 +1,55 @@
+"""Runs with a tiny budget: every stage, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.runs.cli import main
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Flags of a run of a second."""
+    return [
+        "--rounds=4",
+        "--batch-size=16",
+        "--evaluations=2",
+        "--evaluation-samples=500",
+        "--log-interval=1",
+        "--pretrain.rounds=6",
+        "--pretrain.batch-size=32",
+    ]
+
+
+@pytest.fixture(scope="session")
+def fewstep() -> Callable[..., int]:
+    """The command, in this process; returns its exit code."""
+
+    def run(*argv: object) -> int:
+        try:
+            main([str(argument) for argument in argv])
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, fewstep: Callable[..., int], tiny: list[str]
+) -> Path:
+    """The folder of a finished `fewstep train` on the swiss roll."""
+    log_dir = tmp_path_factory.mktemp("logs")
+    assert fewstep("train", f"--log-dir={log_dir}", *tiny) == 0
+    (folder,) = log_dir.iterdir()
+    return folder

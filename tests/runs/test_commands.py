@@ -1,0 +1,147 @@
+"""The other commands, and what each says to bad input: one sentence, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.runs.cli import COMMANDS
+
+
+def test_pretrain_leaves_a_denoiser_that_evaluate_and_sample_use(tmp_path, fewstep, tiny):
+    flags = [flag for flag in tiny if not flag.startswith("--pretrain")]
+    assert fewstep("pretrain", f"--log-dir={tmp_path / 'logs'}", *flags) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    scores = tmp_path / "scores.json"
+    evaluate = ["evaluate", folder, "--solver=ddim", "--steps=4", "--samples=500"]
+    assert fewstep(*evaluate, f"--output={scores}") == 0
+    results = json.loads(scores.read_text())
+    assert results["nfe"] == 4
+    assert results["metrics"]["mmd"]["after"] > results["metrics"]["mmd"]["floor"]
+    for name in ("samples.npy", "samples.png"):
+        assert fewstep("sample", folder, "--n=50", f"--output={tmp_path / name}") == 0
+    assert np.load(tmp_path / "samples.npy").shape == (50, 2)
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_draws_the_same_samples(finished, tmp_path, fewstep):
+    for name in ("a.npy", "b.npy"):
+        assert fewstep("sample", finished, "--n=9", f"--output={tmp_path / name}") == 0
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_envs_and_agents_list_what_there_is(fewstep, capsys):
+    assert fewstep("envs") == 0
+    assert "fewstep/Digits-v0" in capsys.readouterr().out
+    assert fewstep("agents") == 0
+    listed = capsys.readouterr().out
+    assert "sft-pg" in listed
+    assert "ddim" in listed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, fewstep, capsys):
+    assert fewstep(command, "--help") == 0
+    assert f"fewstep {command}" in capsys.readouterr().out
+
+
+def test_a_study_runs_resumes_and_writes_its_table(tmp_path, fewstep, monkeypatch):
+    from fewstep.runs import benchmark
+
+    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--evaluation-samples=500", "--seeds", "0", "1"]
+    assert fewstep("benchmark", "gradients", *flags) == 0
+    folder = tmp_path / "benchmark" / "gradients"
+    table = (folder / "table.md").read_text()
+    for label in ("SFT (GP)", "SFT-PG (GP)", "SFT-PG (B)"):
+        assert label in table
+    assert "±" in table
+    assert len(json.loads((folder / "results.json").read_text())) == 6
+    assert (folder / "plot.png").is_file()
+
+    # A second call finds every cell finished; with one removed, it runs just that one.
+    ran = []
+    run_cell = benchmark.run_cell
+    monkeypatch.setattr(
+        benchmark, "run_cell", lambda cell, *rest: ran.append(cell.key) or run_cell(cell, *rest)
+    )
+    lost = "SwissRoll__10__sft--gp-__seed1"
+    shutil.rmtree(folder / "cells" / lost)
+    assert fewstep("benchmark", "gradients", *flags) == 0
+    assert ran == [lost]
+    assert (folder / "table.md").read_text().count("SwissRoll") == table.count("SwissRoll")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "--env=SwisRoll"], "did you mean 'SwissRoll'"),
+        (["train", "--agent=sftpg"], "did you mean 'sft-pg'"),
+        (["train", "--preset=huge"], "unknown preset"),
+        (["train", "--steps=0"], "steps must be at least 1"),
+        (["train", "--schedule=karas"], "did you mean 'karras'"),
+        (["train", "--data-dir=/nowhere"], "/nowhere"),
+        (["train", "--device=cuda:77"], "cuda:77"),
+        (["train", "--resume=/nowhere"], "/nowhere"),
+        (["train", "--config=/nowhere.json"], "/nowhere.json"),
+        (["train", "--denoiser=/nowhere"], "/nowhere"),
+        (["train", "--batch-size=0"], "batch_size"),
+        (["train", "--ema=1.5"], "[0, 1)"),
+        (["train", "--solver=ddmi"], "did you mean 'ddim'"),
+        (["train", "--solver=ddim"], "adds no noise"),
+        (["train", "--learning-rate=fast"], "learning-rate"),
+        (["evaluate", "/nowhere"], "/nowhere"),
+        (["sample", "/nowhere"], "/nowhere"),
+        (["sample", "/nowhere", "--output=x.bmp"], ".npy or .png"),
+        (["benchmark", "gradient"], "did you mean 'gradients'"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(argv, says, fewstep, capsys, tmp_path):
+    if argv[0] == "train":
+        argv = [*argv, f"--log-dir={tmp_path}", "--pretrain.rounds=1", "--rounds=1"]
+    assert fewstep(*argv) == 2
+    captured = capsys.readouterr()
+    said = " ".join((captured.err + captured.out).split())
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_log_folder_is_refused(tmp_path, fewstep, capsys):
+    tmp_path.chmod(0o500)
+    assert fewstep("train", f"--log-dir={tmp_path / 'logs'}") == 2
+    assert "--log-dir" in capsys.readouterr().err
+
+
+def test_a_log_folder_that_is_a_file_is_refused(tmp_path, fewstep, capsys):
+    (tmp_path / "logs").write_text("not a folder")
+    assert fewstep("train", f"--log-dir={tmp_path / 'logs'}") == 2
+    assert "--log-dir" in capsys.readouterr().err
+
+
+def test_resume_wants_a_checkpoint(tmp_path, fewstep, capsys):
+    assert fewstep("train", "--resume", tmp_path) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_environment_is_refused(finished, tmp_path, fewstep, tiny, capsys):
+    flags = [f"--denoiser={finished}", f"--log-dir={tmp_path}", *tiny]
+    assert fewstep("train", "--env=Digits", *flags) == 2
+    assert "another environment" in capsys.readouterr().err
+
+
+def test_a_pickle_and_a_truncated_checkpoint_are_refused(finished, tmp_path, fewstep, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    checkpoint = copy / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    assert fewstep("train", "--resume", copy) == 2
+    assert "truncated" in capsys.readouterr().err
+    torch.save({"weights": torch.zeros(2)}, checkpoint)
+    assert fewstep("train", "--resume", copy) == 2
+    assert "pickle" in capsys.readouterr().err
