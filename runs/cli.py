@@ -76,3 +76,7 @@ def _fail(error: Exception, code: int) -> None:
         raise error
     print(f"fewstep: {error}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -18,15 +18,16 @@ from .console import console
 def envs(argv: Sequence[str]) -> None:
     """List the environments."""
     tyro.cli(_no_flags, args=list(argv), prog="fewstep envs", description=envs.__doc__)
-    table = Table("environment", "id", "sample shape", "training samples", "process", "steps")
+    table = Table()
+    for column in ("id", "sample", "training set", "noising steps", "K"):
+        table.add_column(column, no_wrap=True)
     for name in ENVIRONMENTS:
         mdp = make_mdp(name)
         table.add_row(
-            name,
             f"fewstep/{name}-v0",
-            str(tuple(mdp.shape)),
+            " x ".join(str(side) for side in mdp.shape),
             f"{len(mdp.target.samples):,}",
-            repr(mdp.process),
+            f"{mdp.process.t_max:g}",
             str(mdp.steps),
         )
     console.print(table)
