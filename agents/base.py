@@ -33,6 +33,7 @@ from torch import Tensor
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
+from .sampling import default_solver_options, sample
 from .solvers import make_solver
 from .tableau import Tableau
 from .training import TrainingDivergedError
@@ -40,10 +41,6 @@ from .training import TrainingDivergedError
 Environment = DiffusionVectorEnv | DiffusionMDP | str
 Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
-
-# Sampling in chunks of this many keeps a large request in the processor's caches and the memory
-# bounded.
-CHUNK = 16_384
 
 
 class Agent(ABC):
@@ -407,45 +404,6 @@ class Agent(ABC):
         if tree["live"] is not None:
             self.denoiser.body.load_state_dict(tree["live"])
         self.load_state(tree["state"])
-
-
-def sample(
-    tableau: Tableau,
-    denoiser: Denoiser,
-    start: int | Tensor,
-    *,
-    shape: tuple[int, ...],
-    generator: torch.Generator | None = None,
-    return_trajectory: bool = False,
-) -> Tensor:
-    """Run a tableau on `start` fresh prior samples, or from given states (N, *shape), in chunks."""
-    if isinstance(start, int):
-        device = next(denoiser.parameters()).device
-        start = denoiser.process.prior_sample((start, *shape), generator, device=device)
-    chunks = [
-        tableau.sample(denoiser, chunk, generator=generator, return_trajectory=return_trajectory)
-        for chunk in start.split(CHUNK)
-    ]
-    return torch.cat(chunks, dim=1 if return_trajectory else 0)
-
-
-def sampler_of(
-    tableau: Tableau, denoiser: Denoiser, shape: tuple[int, ...]
-) -> Callable[[int, torch.Generator], Tensor]:
-    """Bind a tableau and a denoiser to a sampler `(n, generator) -> (n, *shape)`."""
-
-    @torch.no_grad()
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return sample(tableau, denoiser, n, shape=shape, generator=generator)
-
-    return draw
-
-
-def default_solver_options(solver: str, shape: tuple[int, ...]) -> dict[str, float | str]:
-    """Return paper A's: variance beta for vectors, small with a last std of 0.001 for images."""
-    if solver != "ancestral":
-        return {}
-    return {"variance": "small", "last_std": 0.001} if len(shape) == 3 else {"variance": "beta"}
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
 from ..critics import make_baseline
-from .base import sample
 from .chain import GaussianChain, Reduction, gaussian_log_density
 from .denoiser import Denoiser
+from .sampling import sample
 from .tableau import Tableau
 
 State = tuple[np.ndarray, ...]

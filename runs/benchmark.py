@@ -127,6 +127,7 @@ def run_cell(cell: Cell, study: Study, settings: BenchmarkSettings, folder: Path
         device=settings.device,
         threads=settings.threads,
         evaluation_samples=settings.evaluation_samples,
+        evaluations=contender.evaluations,
         rounds=settings.rounds or contender.rounds or base.run.rounds,
     )
     resolved = Settings(run, {**base.agent, **contender.settings}, base.cloning)

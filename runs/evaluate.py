@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from ..agents.base import sampler_of
+from ..agents.sampling import sampler_of
 from .console import console, print_results
 from .evaluation import Evaluation, combine
 from .folder import write_json

@@ -1,6 +1,6 @@
 """Budgets and hyper-parameters by environment, agent and preset: the tuned numbers we ship.
 
-Each entry overrides the agent's own defaults. How they were found is in README, section Results.
+Each entry overrides the agent's own defaults. An environment without an entry gets plain ones.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..agents import BehaviorCloning
 from ..envs.names import unknown_name
+
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -16,39 +19,45 @@ class Preset:
     """A budget: rounds of the agent, its hyper-parameters, and those of behaviour cloning."""
 
     rounds: int
-    agent: dict[str, Any] = field(default_factory=dict)
-    cloning: dict[str, Any] = field(default_factory=dict)
+    agent: Values = field(default_factory=dict)
+    cloning: Values = field(default_factory=dict)
 
 
-_TOY_CLONING: dict[str, Any] = {"rounds": 2000, "batch_size": 1024, "learning_rate": 5e-3}
-_TOY_SFT_PG: dict[str, Any] = {
-    "coefficient": 1.0,
-    "learning_rate": 2e-4,
-    "ema": 0.97,
+# Behaviour cloning of each environment, with its rounds.
+_TOY: Values = {"rounds": 2000, "batch_size": 1024, "learning_rate": 5e-3}
+CLONING: dict[str, Values] = {
+    "SwissRoll": _TOY,
+    "Moons": _TOY,
+    "GaussianCluster": {**_TOY, "rounds": 1000},
+    "Digits": {"rounds": 3000, "batch_size": 128, "learning_rate": 2e-3, "ema": 0.999},
 }
 
-PRESETS: dict[tuple[str, str, str], Preset] = {
-    ("SwissRoll", "sft-pg", "default"): Preset(400, _TOY_SFT_PG, _TOY_CLONING),
-    ("SwissRoll", "sft-pg", "long"): Preset(
-        2500,
-        {**_TOY_SFT_PG, "ema": 0.99},
-        {**_TOY_CLONING, "rounds": 4000},
-    ),
-    ("SwissRoll", "sft", "default"): Preset(400, {"ema": 0.97}, _TOY_CLONING),
+# Fine-tuning: rounds and hyper-parameters by environment, agent and preset name.
+_TOY_SFT_PG: Values = {"coefficient": 1.0, "learning_rate": 2e-4, "ema": 0.97}
+_TOY_SFT: Values = {"coefficient": 0.1, "learning_rate": 2e-4, "ema": 0.97}
+FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
+    ("SwissRoll", "sft-pg", "default"): (400, _TOY_SFT_PG),
+    ("SwissRoll", "sft-pg", "long"): (2400, {**_TOY_SFT_PG, "ema": 0.99}),
+    ("SwissRoll", "sft", "default"): (400, _TOY_SFT),
+    ("Moons", "sft-pg", "default"): (400, _TOY_SFT_PG),
+    ("Moons", "sft", "default"): (400, _TOY_SFT),
+    ("GaussianCluster", "sft-pg", "default"): (100, _TOY_SFT_PG),
+    ("GaussianCluster", "sft", "default"): (100, _TOY_SFT),
 }
-# Where no entry is more particular.
-ANY_AGENT = Preset(rounds=500, cloning={"rounds": 2000})
 
 
-def preset(env: str, agent: str, name: str) -> Preset:
+def preset(env: str, agent: str, name: str = "default") -> Preset:
     """Look up a preset; the default of an untuned pair is a plain one.
 
     Raises:
         ValueError: a preset name that this environment and agent do not have.
     """
-    if (env, agent, name) in PRESETS:
-        return PRESETS[env, agent, name]
-    if name == "default":
-        return ANY_AGENT
-    known = {"default"} | {key[2] for key in PRESETS if key[:2] == (env, agent)}
-    raise unknown_name(f"preset of {agent} on {env}", name, known)
+    cloning = CLONING.get(env, {"rounds": 2000})
+    known = {"default"} | {key[2] for key in FINE_TUNING if key[:2] == (env, agent)}
+    if name not in known:
+        raise unknown_name(f"preset of {agent} on {env}", name, known)
+    if agent == BehaviorCloning.name:
+        hyperparameters = {key: value for key, value in cloning.items() if key != "rounds"}
+        return Preset(cloning["rounds"], hyperparameters, cloning)
+    rounds, hyperparameters = FINE_TUNING.get((env, agent, name), (400, {}))
+    return Preset(rounds, hyperparameters, cloning)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..agents import Denoiser, Tableau
-from ..agents.base import default_solver_options
+from ..agents.sampling import default_solver_options
 from ..agents.solvers import make_solver
 from ..envs import DiffusionMDP
 from ..envs.registration import make_mdp, resolve_environment

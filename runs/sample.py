@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import tyro
 
-from ..agents.base import sampler_of
 from ..agents.checkpoint import write_atomically
+from ..agents.sampling import sampler_of
 from .console import console
 from .plots import samples_figure, save_figure
 from .pretrained import PretrainedSettings, load

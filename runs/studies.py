@@ -21,6 +21,7 @@ class Contender:
         preset: where rounds and hyper-parameters come from.
         settings: hyper-parameters that differ from the preset's.
         rounds: rounds of training, if not the preset's.
+        evaluations: of the live metric; few, where a sample costs many network calls.
         steps: sampling steps, if not the study's.
     """
 
@@ -29,6 +30,7 @@ class Contender:
     preset: str = "default"
     settings: dict[str, Any] = field(default_factory=dict)
     rounds: int | None = None
+    evaluations: int = 20
     steps: tuple[int, ...] | None = None
 
 
@@ -81,7 +83,7 @@ STUDIES: dict[str, Study] = {
             Contender(
                 "SFT-PG (GP)",
                 "sft-pg",
-                settings={"regularizer": "gradient-penalty", "coefficient": None},
+                settings={"regularizer": "gradient-penalty", "coefficient": 0.1},
             ),
             SFT_PG_B,
         ),
@@ -91,9 +93,20 @@ STUDIES: dict[str, Study] = {
         environments=("SwissRoll",),
         contenders=(
             SFT_PG_B,
-            Contender("DDPM", "behavior-cloning", steps=(10, 100, 1000)),
+            Contender("DDPM", "behavior-cloning", evaluations=2, steps=(10, 100, 1000)),
         ),
         steps=(3, 5, 8, 10),
+    ),
+    "ingredients": Study(
+        title="What our additions to SFT-PG (B) earn",
+        environments=("SwissRoll",),
+        contenders=(
+            SFT_PG_B,
+            Contender("V alone", "sft-pg", settings={"residual_baseline": False}),
+            Contender("GAE lambda = 1", "sft-pg", settings={"gae_lambda": 1.0}),
+            Contender("all states for V", "sft-pg", settings={"baseline_states": 10}),
+            Contender("PPO ratio clip 0.2", "sft-pg", settings={"clip_range": 0.2}),
+        ),
     ),
     "digits": Study(
         title="Real 8x8 digits in ten steps",

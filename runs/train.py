@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..agents import AGENTS, BehaviorCloning, Denoiser
-from ..agents.base import Agent, sample, sampler_of
+from ..agents.base import Agent
 from ..agents.checkpoint import CheckpointError, load_checkpoint
 from ..agents.networks import make_body
+from ..agents.sampling import sample, sampler_of
 from ..agents.solvers import make_solver
 from ..agents.tableau import Tableau
 from ..agents.training import seeded

@@ -384,7 +384,7 @@ def after_prior(generator, n):
 
 
 def test_large_requests_are_drawn_in_chunks(make_agent, generator, monkeypatch):
-    monkeypatch.setattr("fewstep.agents.base.CHUNK", 8)
+    monkeypatch.setattr("fewstep.agents.sampling.CHUNK", 8)
     agent = make_agent("cloning", solver="ddim")
     noise = torch.randn(21, 2, generator=generator())
     whole = ddim(agent.mdp.schedule).sample(agent.sampling_denoiser, noise)

@@ -1,0 +1,60 @@
+"""RewardCritic: a reward of one's own behind a critic's face."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fewstep.critics import MLPBaseline, MMDCritic, RewardCritic
+
+K, N = 4, 64
+
+
+def reward(sample: torch.Tensor) -> torch.Tensor:
+    return -sample.square().sum(1)
+
+
+def states_of(fake: torch.Tensor) -> torch.Tensor:
+    return fake + 0.1 * torch.randn(K, *fake.shape)
+
+
+def test_the_reward_is_passed_through_and_its_baseline_learns_it():
+    torch.manual_seed(0)
+    critic = RewardCritic(reward, MLPBaseline((2,), K, hidden=32), learning_rate=1e-2)
+    real = torch.randn(N, 2)
+    losses = []
+    for _ in range(200):
+        fake = torch.randn(N, 2)
+        losses.append(float(critic.update(real, fake, states_of(fake))["baseline_loss"]))
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    fake = torch.randn(N, 2)
+    assert torch.equal(critic(fake), reward(fake))
+    assert critic.value(states_of(fake)).shape == (K, N)
+
+
+def test_a_reward_that_learns_is_told_of_every_batch():
+    real, fake = torch.randn(N, 2), torch.randn(N, 2) + 1
+    witness = MMDCritic(real)
+    metrics = RewardCritic(witness).update(real, fake)
+    assert torch.equal(witness.reference, fake)
+    assert metrics["ipm_gap"] > 0
+
+
+def test_state_round_trip_continues_bit_for_bit():
+    torch.manual_seed(0)
+    real, fake = torch.randn(N, 2), torch.randn(N, 2)
+    states = states_of(fake)
+    critics = [RewardCritic(MMDCritic(real), MLPBaseline((2,), K, hidden=8)) for _ in range(2)]
+    critics[0].update(real, fake, states)
+    critics[1].load_state_dict(copy.deepcopy(critics[0].state_dict()))
+    for critic in critics:
+        critic.update(real, fake + 1, states)
+    assert torch.equal(*(critic.value(states) for critic in critics))
+    assert torch.equal(*(critic(fake) for critic in critics))
+
+
+def test_without_a_baseline_there_is_no_value():
+    with pytest.raises(ValueError, match="no baseline"):
+        RewardCritic(reward).value(torch.zeros(K, N, 2))

@@ -1,0 +1,28 @@
+"""README's Python snippets run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_readme_has_the_four_snippets():
+    assert len(SNIPPETS) == 4
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["denoiser", "reward", "target", "algorithm"])
+def test_snippet_runs(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_links_into_the_code_lead_somewhere():
+    root = Path(__file__).parent.parent
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    missing = [link for link in links if not (root / link).exists()]
+    assert not missing
