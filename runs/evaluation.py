@@ -48,11 +48,14 @@ class Evaluation:
         self.target = target
         self.metrics: list[Metric] = []
         training = target.samples[:10_000]
-        size = len(training) if limit is None else min(len(training), limit)
-        paper = SlicedWasserstein(training, n_projections=100)
-        self._add("sliced_wasserstein", paper, len(training), target.sample_fresh(size, FLOOR_SEED))
+        score = SlicedWasserstein(training, n_projections=100)
         if limit == 0:
+            # No fresh data: the floor is that between two halves, and there is no honest metric.
+            floor = SlicedWasserstein(training[::2], n_projections=100)(training[1::2])
+            self.metrics.append(Metric("sliced_wasserstein", len(training), score, floor))
             return
+        size = len(training) if limit is None else min(len(training), limit)
+        self._add("sliced_wasserstein", score, len(training), target.sample_fresh(size, FLOOR_SEED))
         count = fresh_samples if limit is None else min(fresh_samples, limit)
         honest = SlicedWasserstein(target.sample_fresh(count, FRESH_SEED), n_projections=200)
         self._add("sliced_wasserstein_fresh", honest, count, self._other_real(count))

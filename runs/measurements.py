@@ -177,10 +177,13 @@ def memory(device: str) -> tuple[dict[str, Any], str]:
     return figures, f"{table(head, rows)}\n\n{note}"
 
 
-def peak_of_round(agent: type[Agent], steps: int, options: dict[str, Any], device: str) -> float:
+def peak_of_round(
+    agent: type[Agent], steps: int, options: dict[str, Any], device: str, batch_size: int = 2048
+) -> float:
     """Return by how many MiB one round raises this process's peak memory (or the GPU's)."""
     mdp = swiss_roll(steps, device)
-    learner = agent(mdp, untrained(mdp), batch_size=2048, n_critic=2, n_generator=1, **options)  # type: ignore[call-arg]
+    counts: dict[str, Any] = {"batch_size": batch_size, "n_critic": 2, "n_generator": 1}
+    learner = agent(mdp, untrained(mdp), **counts, **options)
     if mdp.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -76,6 +76,32 @@ def test_a_study_runs_resumes_and_writes_its_table(tmp_path, fewstep, monkeypatc
     assert (folder / "table.md").read_text().count("SwissRoll") == table.count("SwissRoll")
 
 
+@pytest.mark.parametrize("measurement", ["overhead", "profile"])
+def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep):
+    assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
+    folder = tmp_path / "benchmark" / measurement
+    figures = json.loads((folder / "results.json").read_text())
+    assert "|" in (folder / "table.md").read_text()
+    if measurement == "profile":
+        assert sum(figures["shares"].values()) == pytest.approx(1)
+        assert all(share > 0 for share in figures["shares"].values())
+    else:
+        assert figures["ratio"] > 0
+
+
+def test_peak_memory_of_a_round_is_measured():
+    from fewstep.agents import SFTPG
+    from fewstep.runs.measurements import peak_of_round
+
+    assert peak_of_round(SFTPG, 3, {"minibatch_size": 64}, "cpu", batch_size=64) >= 0
+
+
+def test_studies_are_listed(fewstep, capsys):
+    assert fewstep("benchmark", "list") == 0
+    listed = capsys.readouterr().out
+    assert all(study in listed for study in ("main", "gradients", "steps", "memory"))
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
