@@ -1,4 +1,4 @@
-"""Network bodies ``body(sample, time)``: an MLP for vectors, a small U-Net for images.
+"""Network bodies ``body(sample, time)``: MLPs for vectors and tiny images, a small U-Net.
 
 `time` is the network's own time (see `NoiseProcess.network_time`), one value a sample. When the
 whole batch shares one time the denoiser passes a tensor of stride 0 (an expanded scalar): both
@@ -111,6 +111,63 @@ class SinusoidalTime(nn.Module):
         return self.layers(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
 
+class ResidualMLP(nn.Module):
+    """Residual layers over the flattened sample, for tiny images such as the 8x8 digits.
+
+    Per step it is several times as fast as a U-Net there, and reaches the same quality sooner.
+
+    Args:
+        shape: shape of one sample; it is flattened.
+        hidden: width of the residual stream.
+        blocks: number of residual blocks.
+    """
+
+    def __init__(self, shape: Sequence[int], hidden: int = 256, blocks: int = 3) -> None:
+        super().__init__()
+        self.config = {
+            "kind": "residual-mlp",
+            "shape": list(shape),
+            "hidden": hidden,
+            "blocks": blocks,
+        }
+        dimension, embedding = math.prod(shape), 64
+        self.time = SinusoidalTime(embedding, embedding)
+        self.stem = nn.Linear(dimension, hidden)
+        self.blocks = nn.ModuleList(_ResidualLayer(hidden, embedding) for _ in range(blocks))
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(hidden, dimension)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
+        """Return the prediction, shaped like `sample` (N, *shape), at network times (N,)."""
+        embedding = F.silu(self.time(_shared(time).to(sample.dtype)))
+        h = self.stem(sample.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.out(F.silu(self.norm(h))).view_as(sample)
+
+
+class _ResidualLayer(nn.Module):
+    """Two linear layers; the time enters as a scale and a shift. It starts as the identity."""
+
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.modulation = nn.Linear(embedding, 2 * hidden)
+        self.linear1 = nn.Linear(hidden, hidden)
+        self.linear2 = nn.Linear(hidden, hidden)
+        for layer in (self.modulation, self.linear2):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Map (N, hidden) and embedded times (N or 1, embedding) to (N, hidden)."""
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        residual = self.linear1(self.norm(h)) * (1 + scale) + shift
+        return h + self.linear2(F.silu(residual))
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with group normalisation; the time enters as a scale and a shift."""
 
@@ -132,7 +189,7 @@ class ResidualBlock(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """A U-Net of two resolutions for small images, e.g. the 8x8 digits (about 0.2 million weights).
+    """A U-Net of two resolutions for small images (about 0.2 million weights).
 
     Args:
         shape: (channels, height, width); height and width are even.
@@ -171,12 +228,18 @@ class SmallUNet(nn.Module):
         return self.out(self.decode(torch.cat([fine, self.up(coarse)], dim=1), embedding))
 
 
-BODIES: dict[str, type[nn.Module]] = {"mlp": MLP, "small-unet": SmallUNet}
+BODIES: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "residual-mlp": ResidualMLP,
+    "small-unet": SmallUNet,
+}
 
 
 def make_body(shape: Sequence[int], levels: int) -> nn.Module:
-    """Choose a body for samples of this shape: an MLP for vectors, a small U-Net for images."""
-    return SmallUNet(shape) if len(shape) == 3 else MLP(shape, levels)
+    """Choose a body: an MLP for vectors, a residual MLP for tiny images, else a small U-Net."""
+    if len(shape) != 3:
+        return MLP(shape, levels)
+    return ResidualMLP(shape) if math.prod(shape) <= 256 else SmallUNet(shape)
 
 
 def body_from_config(config: dict[str, Any]) -> nn.Module:

@@ -24,6 +24,9 @@ from .targets import Target
 Observation = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]
 
+# Real samples of the default reward: enough to guide, and about as dear as the toys' networks.
+DEFAULT_REWARD_SAMPLES = 512
+
 
 @dataclass(eq=False)
 class DiffusionMDP:
@@ -36,8 +39,8 @@ class DiffusionMDP:
         target: The real distribution; its device is where everything lives.
         process: The noise process.
         schedule: The times to visit, on the same process.
-        reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic(target.samples)`` if None. May be
-            replaced at any time, or learn in place.
+        reward: ``(N, *shape) -> (N,)``, high on data; an ``MMDCritic`` of some training samples if
+            None. May be replaced at any time, or learn in place.
 
     Raises:
         ValueError: The schedule belongs to another process.
@@ -55,7 +58,7 @@ class DiffusionMDP:
                 f"the environment has {self.process!r}; build it on that one"
             )
         if self.reward is None:
-            self.reward = MMDCritic(self.target.samples)
+            self.reward = MMDCritic(self.target.samples, max_real=DEFAULT_REWARD_SAMPLES)
         self._times: list[float] = self.schedule.times.tolist()
 
     @property

@@ -163,9 +163,6 @@ def as_record(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
 
 def table_of(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     """Return the study as a Markdown table: mean and spread over seeds, floor, NFE, seconds."""
-    head = ["environment", "contender", "NFE"]
-    for metric in study.metrics:
-        head += [f"{metric} before", "after", "floor"]
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for cell, results in finished:
         key = (cell.environment, cell.contender.label, cell.steps)
@@ -173,13 +170,20 @@ def table_of(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]]) -> s
     rows = []
     for (environment, label, _), runs in groups.items():
         fields = [environment, label, str(runs[0]["nfe"])]
-        for metric in study.metrics:
-            scores = [run["metrics"][metric] for run in runs if metric in run["metrics"]]
-            for column in ("before", "after", "floor"):
-                fields.append(spread([score[column] for score in scores]))
+        fields += [score_of([run["metrics"][metric] for run in runs]) for metric in study.metrics]
         fields += [spread([run["seconds"] for run in runs], "{:.0f}"), str(len(runs))]
         rows.append(fields)
-    return f"**{study.title}**\n\n{table([*head, 'seconds', 'seeds'], rows)}"
+    head = ["environment", "contender", "NFE", *study.metrics, "seconds", "seeds"]
+    note = "Scores: before → after (floor), mean ± standard deviation over seeds."
+    return f"**{study.title}**\n\n{table(head, rows)}\n\n{note}"
+
+
+def score_of(scores: Sequence[dict[str, float | None]]) -> str:
+    """Format one metric over seeds: before -> after (floor)."""
+    before, after, floor = (
+        spread([score[column] for score in scores]) for column in ("before", "after", "floor")
+    )
+    return f"{after} ({floor})" if before == "-" else f"{before} → {after} ({floor})"
 
 
 def plot(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]], folder: Path) -> None:

@@ -37,7 +37,7 @@ _TOY_SFT_PG: Values = {"coefficient": 1.0, "learning_rate": 2e-4, "ema": 0.97}
 _TOY_SFT: Values = {"coefficient": 0.1, "learning_rate": 2e-4, "ema": 0.97}
 FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
     ("SwissRoll", "sft-pg", "default"): (400, _TOY_SFT_PG),
-    ("SwissRoll", "sft-pg", "long"): (2400, {**_TOY_SFT_PG, "ema": 0.99}),
+    ("SwissRoll", "sft-pg", "long"): (2000, {**_TOY_SFT_PG, "ema": 0.99}),
     ("SwissRoll", "sft", "default"): (400, _TOY_SFT),
     ("Moons", "sft-pg", "default"): (400, _TOY_SFT_PG),
     ("Moons", "sft", "default"): (400, _TOY_SFT),

@@ -45,6 +45,9 @@ class TrainSettings:
     """Times visited: uniform, quadratic, karras, log_snr; the environment's default if omitted."""
     rounds: int = 1
     """Rounds of training of the agent."""
+    prediction: str | None = None
+    """What a cloned denoiser predicts: epsilon, sample or v; if omitted epsilon for vectors, sample
+    for images."""
     denoiser: Path | None = None
     """Pretrained denoiser or run folder to start from, instead of cloning one."""
     seed: int = 0

@@ -98,12 +98,13 @@ class Run:
 
     def clone(self) -> Agent:
         """Train a denoiser by behaviour cloning, or find it trained."""
+        run = self.settings.run
         options = dict(self.settings.cloning)
         rounds = options.pop("rounds")
-        if self.settings.run.agent == BehaviorCloning.name:
-            options, rounds = self.settings.agent, self.settings.run.rounds
-        denoiser = new_denoiser(self.mdp, self.settings.run.seed)
-        agent = BehaviorCloning(self.mdp, denoiser, seed=self.settings.run.seed, **options)
+        if run.agent == BehaviorCloning.name:
+            options, rounds = self.settings.agent, run.rounds
+        denoiser = new_denoiser(self.mdp, run.seed, run.prediction)
+        agent = BehaviorCloning(self.mdp, denoiser, seed=run.seed, **options)
         return self._learn(agent, rounds, self.folder.cloning)
 
     def adopt_denoiser(self) -> None:
@@ -224,7 +225,12 @@ def build_mdp(run: TrainSettings) -> DiffusionMDP:
     )
 
 
-def new_denoiser(mdp: DiffusionMDP, seed: int) -> Denoiser:
+def new_denoiser(mdp: DiffusionMDP, seed: int, prediction: str | None = None) -> Denoiser:
     """Build an untrained denoiser for an environment; the same seed gives the same weights."""
+    if prediction is None:
+        # From pure noise an image's epsilon says little of it: a few-step sampler's first step
+        # would magnify the errors of a network that predicts it.
+        prediction = "sample" if len(mdp.shape) == 3 else "epsilon"
     with seeded(seed):
-        return Denoiser(make_body(mdp.shape, int(mdp.process.t_max)), mdp.process)
+        body = make_body(mdp.shape, int(mdp.process.t_max))
+    return Denoiser(body, mdp.process, prediction)  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep):
         assert sum(figures["shares"].values()) == pytest.approx(1)
         assert all(share > 0 for share in figures["shares"].values())
     else:
-        assert figures["ratio"] > 0
+        assert all(figure["ratio"] > 0 for figure in figures.values())
 
 
 def test_peak_memory_of_a_round_is_measured():
@@ -118,6 +118,7 @@ def test_studies_are_listed(fewstep, capsys):
         (["train", "--denoiser=/nowhere"], "/nowhere"),
         (["train", "--batch-size=0"], "batch_size"),
         (["train", "--ema=1.5"], "[0, 1)"),
+        (["train", "--prediction=noise"], "unknown prediction"),
         (["train", "--solver=ddmi"], "did you mean 'ddim'"),
         (["train", "--solver=ddim"], "adds no noise"),
         (["train", "--learning-rate=fast"], "learning-rate"),
