@@ -101,13 +101,13 @@ def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15
 
 
 def image_grid(samples: Tensor, columns: int | None = None, most: int = 64) -> np.ndarray:
-    """Tile images (N, C, H, W) in [-1, 1] to one (rows * H, columns * W[, 3]) array in [0, 1]."""
+    """Tile images (N, C, H, W) in [-1, 1], grey lines between, to one (H', W'[, 3]) in [0, 1]."""
     images = ((samples[:most].detach().cpu().clamp(-1, 1) + 1) / 2).numpy()
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     rows = -(-len(images) // columns)
     n, channels, height, width = images.shape
-    grid = np.zeros((rows * columns, channels, height, width), images.dtype)
-    grid[:n] = images
-    grid = grid.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    grid = grid.reshape(rows * height, columns * width, channels)
+    tiles = np.full((rows * columns, channels, height + 1, width + 1), 0.5, images.dtype)
+    tiles[:n, :, :height, :width] = images
+    tiles = tiles.reshape(rows, columns, channels, height + 1, width + 1)
+    grid = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), -1)
     return grid[..., 0] if channels == 1 else grid

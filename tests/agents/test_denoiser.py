@@ -6,7 +6,7 @@ from torch import nn
 
 from fewstep.agents import CheckpointError, Denoiser
 from fewstep.agents.checkpoint import save_checkpoint
-from fewstep.agents.networks import MLP, SmallUNet, make_body
+from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet, make_body
 from fewstep.envs import VE
 
 PREDICTIONS = ["epsilon", "sample", "v"]
@@ -165,4 +165,5 @@ def test_arguments_that_make_no_sense_are_refused(process, make_denoiser):
 
 def test_the_default_body_fits_the_kind_of_sample():
     assert isinstance(make_body((2,), 4), MLP)
-    assert isinstance(make_body((3, 8, 8), 4), SmallUNet)
+    assert isinstance(make_body((1, 8, 8), 4), ResidualMLP)
+    assert isinstance(make_body((3, 16, 16), 4), SmallUNet)
