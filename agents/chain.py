@@ -71,6 +71,8 @@ class GaussianChain(nn.Module):
         self.denoiser = denoiser
         self.tableau = tableau
         self.steps = tableau.steps
+        # As Python numbers too: asking a device for one would wait for it.
+        self._times: list[float] = tableau.times[:-1].tolist()
         times = torch.from_numpy(tableau.times[:-1])
         if (times == times.round()).all():
             times = times.long()
@@ -91,7 +93,7 @@ class GaussianChain(nn.Module):
             step: the step j they are at: one number for all, or (N,) int64.
         """
         if isinstance(step, int):
-            t: float | Tensor = float(self.times[step])
+            t: float | Tensor = self._times[step]
         else:
             t = self.times[step]
             step = step.view(-1, *[1] * (sample.ndim - 1))
