@@ -98,8 +98,12 @@ class Settings:
         try:
             tree = json.loads(path.read_text())
             run = dict(tree["run"])
-            agent, cloning = dict(tree["agent"]), dict(tree["cloning"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            # JSON has no tuples.
+            agent, cloning = (
+                {k: tuple(v) if isinstance(v, list) else v for k, v in tree[part].items()}
+                for part in ("agent", "cloning")
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a fewstep config.json ({error!r}).") from None
         known = {field.name for field in dataclasses.fields(TrainSettings)}
         for key in run:
