@@ -51,8 +51,7 @@ class DenoiserPolicy(ActorCriticPolicy):
         denoiser: a `Denoiser`, or the file of one.
         tableau: a one-step `Tableau` with noise in every step, or the JSON file of one.
         learn_std: train the standard deviations.
-        log_density: over dimensions: "sum", or "mean" for images (LIBRARIES: PPO's clip depends on
-            it).
+        log_density: over dimensions: "sum", or "mean" for images. PPO's clip range must suit it.
         **kwargs: Stable-Baselines3's remaining arguments (optimizer_class, ...).
     """
 

@@ -1,7 +1,7 @@
 """Tableau: a sampler as a table of numbers, and the one loop that runs every table.
 
 With the denoiser's outputs O_0, O_1, ... in the order of its evaluations, each new state is linear
-in what came before (DESIGN.md):
+in what came before:
 
     z_{j+1} = p_j z_{a(j)} + sum_{k<=j} W_jk O_k + s_j noise_j,        O_j evaluated at (z_j, t_j)
 

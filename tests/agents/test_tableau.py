@@ -31,7 +31,7 @@ def make_table(wave):
 
 
 def naive(table, denoiser, start, fresh):
-    """The defining formula of DESIGN.md, one scalar at a time."""
+    """The defining formula, one scalar at a time."""
     states, outputs = [start], []
     for j in range(table.steps):
         x = torch.from_numpy(states[j])
