@@ -1,23 +1,27 @@
 """Denoiser: a network body, the noise process it was trained on, and what it predicts.
 
 Whatever the body predicts, `epsilon(x, t)` and `denoised(x, t)` give the predicted noise and the
-predicted clean sample (MATH.md 0.2), so solvers and agents never ask.
+predicted clean sample (MATH.md 0.2), so solvers and agents never ask. With "edm" the body is
+preconditioned as in Karras et al. 2022, Table 1: it sees and returns numbers of unit size,
+
+    D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).                              (MATH.md 3.7)
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..envs.names import unknown_name
-from ..envs.process import DiscreteVP, NoiseProcess
+from ..envs.process import VE, DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .networks import body_from_config
 
-Prediction = Literal["epsilon", "sample", "v"]
+Prediction = Literal["epsilon", "sample", "v", "edm"]
 
 
 class Denoiser(nn.Module):
@@ -25,29 +29,47 @@ class Denoiser(nn.Module):
 
     Args:
         body: any module `body(x, t)` with x (N, *shape) and t (N,) the network's own time
-            (`process.network_time`), returning (N, *shape).
+            (`process.network_time`, or log(sigma) / 4 for "edm"), returning (N, *shape).
         process: the forward process x_t = alpha(t) x_0 + sigma(t) eps.
-        prediction: what the body returns: the noise ("epsilon"), the clean sample ("sample"), or
-            the velocity v = alpha eps - sigma x_0 ("v", variance-preserving processes only).
+        prediction: what the body returns: the noise ("epsilon"), the clean sample ("sample"), the
+            velocity v = alpha eps - sigma x_0 ("v", variance-preserving processes only), or EDM's
+            preconditioned F ("edm", VE only).
+        sigma_data: standard deviation of the data, > 0, in the coefficients of "edm"; the others
+            ignore it.
 
     Raises:
-        ValueError: unknown prediction, or "v" on a process with alpha^2 + sigma^2 != 1.
+        ValueError: unknown prediction, "v" on a process with alpha^2 + sigma^2 != 1, "edm" on one
+            that is not VE, or sigma_data is not positive and finite.
     """
 
     def __init__(
-        self, body: nn.Module, process: NoiseProcess, prediction: Prediction = "epsilon"
+        self,
+        body: nn.Module,
+        process: NoiseProcess,
+        prediction: Prediction = "epsilon",
+        sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
         if prediction not in get_args(Prediction):
             raise unknown_name("prediction", prediction, get_args(Prediction))
         if prediction == "v" and not isinstance(process, DiscreteVP):
             raise ValueError("prediction='v' needs a variance-preserving process (DiscreteVP).")
+        if prediction == "edm" and not isinstance(process, VE):
+            raise ValueError("prediction='edm' needs a variance-exploding process (VE).")
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}.")
         self.body = body
         self.process = process
         self.prediction: Prediction = prediction
+        self.sigma_data = float(sigma_data)
 
     def forward(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Return the body's raw prediction (N, *shape) for samples at time t, a number or (N,)."""
+        if self.prediction == "edm":
+            sigma, scale = self._edm_levels(t, sample)
+            # One time for all becomes one of stride 0, as in _network_time.
+            time = (sigma.log() / 4).flatten().expand(len(sample))
+            return self.body(scale * sample, time)
         return self.body(sample, self._network_time(t, sample))
 
     def epsilon(self, sample: Tensor, t: float | Tensor) -> Tensor:
@@ -55,6 +77,10 @@ class Denoiser(nn.Module):
         raw = self(sample, t)
         if self.prediction == "epsilon":
             return raw
+        if self.prediction == "edm":
+            # (x - D) / sigma, without the cancellation at small sigma.
+            sigma, scale = self._edm_levels(t, sample)
+            return scale * (sigma * scale * sample - self.sigma_data * raw)
         alpha, sigma = self._levels(t, sample)
         if self.prediction == "sample":
             return (sample - alpha * raw) / sigma
@@ -65,32 +91,44 @@ class Denoiser(nn.Module):
         raw = self(sample, t)
         if self.prediction == "sample":
             return raw
+        if self.prediction == "edm":
+            sigma, scale = self._edm_levels(t, sample)
+            skip = (self.sigma_data * scale) ** 2
+            return skip * sample + sigma * self.sigma_data * scale * raw
         alpha, sigma = self._levels(t, sample)
         if self.prediction == "epsilon":
             return (sample - sigma * raw) / alpha
         return alpha * sample - sigma * raw
 
     def training_target(self, clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-        """Return what the body should predict for x_t = alpha clean + sigma noise."""
+        """Return what the body should predict for x_t = alpha clean + sigma noise.
+
+        For "edm" it is (clean - c_skip x_t) / c_out, so that the plain squared error of the body is
+        EDM's loss with its weights (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
+        """
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
             return clean
+        if self.prediction == "edm":
+            sigma, scale = self._edm_levels(t, clean)
+            return scale * (sigma / self.sigma_data * clean - self.sigma_data * noise)
         alpha, sigma = self._levels(t, clean)
         return alpha * noise - sigma * clean
 
     def save(self, path: str | Path) -> None:
         """Write weights and settings to one safetensors file."""
-        save_checkpoint(
-            path,
-            {
-                "kind": "denoiser",
-                "prediction": self.prediction,
-                "process": self.process.to_config(),
-                "body": getattr(self.body, "config", None),
-                "weights": self.body.state_dict(),
-            },
-        )
+        save_checkpoint(path, {"kind": "denoiser", **self.to_tree()})
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return weights and settings as a tree for `save_checkpoint`, which `load` understands."""
+        return {
+            "prediction": self.prediction,
+            "sigma_data": self.sigma_data,
+            "process": self.process.to_config(),
+            "body": getattr(self.body, "config", None),
+            "weights": self.body.state_dict(),
+        }
 
     @classmethod
     def load(
@@ -119,7 +157,9 @@ class Denoiser(nn.Module):
             body.load_state_dict(tree["weights"])
         except RuntimeError as error:
             raise CheckpointError(f"The weights in {path} do not fit the body: {error}") from None
-        return cls(body.to(device), NoiseProcess.from_config(tree["process"]), tree["prediction"])
+        process = NoiseProcess.from_config(tree["process"])
+        # Files from before there was an EDM prediction have no sigma_data, nor any use for it.
+        return cls(body.to(device), process, tree["prediction"], tree.get("sigma_data", 0.5))
 
     def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
         if isinstance(t, Tensor) and t.ndim == 1:
@@ -132,9 +172,22 @@ class Denoiser(nn.Module):
         # Stride 0 tells the body that the whole batch shares one time.
         return time.expand(len(sample))
 
-    def _levels(self, t: float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        def shaped(level: Tensor) -> Tensor:
-            level = level.to(sample)
-            return level.view(-1, *[1] * (sample.ndim - 1)) if level.ndim else level
+    def _edm_levels(self, t: float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sigma and c_in = 1 / sqrt(sigma^2 + sigma_data^2); the rest follows from them."""
+        sigma = _shaped(self.process.sigma(t), sample)
+        return sigma, (sigma.square() + self.sigma_data**2).rsqrt()
 
-        return shaped(self.process.alpha(t)), shaped(self.process.sigma(t))
+    def _levels(self, t: float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        return _shaped(alpha, sample), _shaped(sigma, sample)
+
+
+def edm_time_range(process: VE) -> tuple[float, float]:
+    """Range of the network times log(sigma) / 4 of an "edm" denoiser, for a body's `time_range`."""
+    return math.log(process.t_min) / 4, math.log(process.t_max) / 4
+
+
+def _shaped(level: Tensor, sample: Tensor) -> Tensor:
+    """Cast a coefficient, one for all or (N,), so that it broadcasts against samples."""
+    level = level.to(sample)
+    return level.view(-1, *[1] * (sample.ndim - 1)) if level.ndim else level

@@ -3,7 +3,8 @@
 `time` is the network's own time (see `NoiseProcess.network_time`), one value a sample. When the
 whole batch shares one time the denoiser passes a tensor of stride 0 (an expanded scalar): both
 bodies then embed it once instead of N times. Integral times come as int64, fractional ones as
-floats.
+floats. Bodies resolve times 0 .. 1000 or so; `time_range` stretches others, such as EDM's
+log(sigma) / 4 from -1.6 to 1.1, to that.
 """
 
 from __future__ import annotations
@@ -23,6 +24,22 @@ def _shared(time: Tensor) -> Tensor:
     return time[:1] if time.ndim == 1 and time.stride(0) == 0 else time
 
 
+def _check_range(time_range: Sequence[float] | None) -> list[float] | None:
+    """Validate a range of times; JSON gives it as a list."""
+    if time_range is None:
+        return None
+    low, high = time_range
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"time_range must be finite and increasing, got {tuple(time_range)}.")
+    return [float(low), float(high)]
+
+
+def _stretched(time: Tensor, time_range: Sequence[float], top: float) -> Tensor:
+    """Map floating times linearly from a range onto 0 .. top."""
+    low, high = time_range
+    return (time - low) * (top / (high - low))
+
+
 class MLP(nn.Module):
     """Softplus layers, each multiplied by a learned embedding of the step (paper A, appendix F.1).
 
@@ -35,6 +52,11 @@ class MLP(nn.Module):
         input_gain: the first layer starts this many times as steep as usual. A vector of unit size
             fed to a default layer gives a network that learns only smooth functions and blurs a
             thin manifold; 20 makes the swiss roll sharp. 1 is the usual initialisation.
+        time_range: (low, high) of continuous network times; they are mapped linearly onto 0 ..
+            levels - 1 (clamped there) and interpolate. None takes times as levels.
+
+    Raises:
+        ValueError: `time_range` is not finite and increasing.
     """
 
     def __init__(
@@ -44,6 +66,7 @@ class MLP(nn.Module):
         hidden: int = 128,
         layers: int = 3,
         input_gain: float = 20.0,
+        time_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.config = {
@@ -53,8 +76,10 @@ class MLP(nn.Module):
             "hidden": hidden,
             "layers": layers,
             "input_gain": input_gain,
+            "time_range": _check_range(time_range),
         }
         self.levels = levels
+        self.time_range = _check_range(time_range)
         dimension = math.prod(shape)
         widths = [dimension, *[hidden] * layers]
         linears = [nn.Linear(i, o) for i, o in pairwise(widths)]
@@ -71,6 +96,8 @@ class MLP(nn.Module):
     def forward(self, sample: Tensor, time: Tensor) -> Tensor:
         """Return the prediction, shaped like `sample` (N, *shape), at network times (N,)."""
         time = _shared(time)
+        if self.time_range is not None:
+            time = _stretched(time.to(sample.dtype), self.time_range, self.levels - 1)
         h = sample.flatten(1)
         for linear, embedding in zip(self.hidden, self.embeddings, strict=True):
             factor = self._embed(embedding, time)
@@ -94,12 +121,19 @@ class MLP(nn.Module):
 
 
 class SinusoidalTime(nn.Module):
-    """Sines and cosines of the time at geometric frequencies, then two linear layers."""
+    """Sines and cosines of the time at geometric frequencies, then two linear layers.
+
+    Args:
+        width: number of sines and cosines, even.
+        out: width of the layers.
+        time_range: (low, high) of times that are mapped linearly onto 0 .. 1000 first.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, time_range: Sequence[float] | None = None) -> None:
         super().__init__()
+        self.time_range = _check_range(time_range)
         half = width // 2
         frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half) / (half - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -107,6 +141,8 @@ class SinusoidalTime(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """Map times (N,) to embeddings (N, out)."""
+        if self.time_range is not None:
+            time = _stretched(time, self.time_range, 1000.0)
         angles = time.unsqueeze(-1) * self.frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
@@ -120,18 +156,26 @@ class ResidualMLP(nn.Module):
         shape: shape of one sample; it is flattened.
         hidden: width of the residual stream.
         blocks: number of residual blocks.
+        time_range: see `SinusoidalTime`.
     """
 
-    def __init__(self, shape: Sequence[int], hidden: int = 256, blocks: int = 3) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        hidden: int = 256,
+        blocks: int = 3,
+        time_range: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         self.config = {
             "kind": "residual-mlp",
             "shape": list(shape),
             "hidden": hidden,
             "blocks": blocks,
+            "time_range": _check_range(time_range),
         }
         dimension, embedding = math.prod(shape), 64
-        self.time = SinusoidalTime(embedding, embedding)
+        self.time = SinusoidalTime(embedding, embedding, time_range)
         self.stem = nn.Linear(dimension, hidden)
         self.blocks = nn.ModuleList(_ResidualLayer(hidden, embedding) for _ in range(blocks))
         self.norm = nn.LayerNorm(hidden)
@@ -194,18 +238,29 @@ class SmallUNet(nn.Module):
     Args:
         shape: (channels, height, width); height and width are even.
         width: channels at full resolution (a multiple of 8); twice as many at half resolution.
+        time_range: see `SinusoidalTime`.
     """
 
-    def __init__(self, shape: Sequence[int], width: int = 32) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int = 32,
+        time_range: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         channels, height, breadth = shape
         if height % 2 or breadth % 2:
             raise ValueError(
                 f"SmallUNet halves the image: its sides must be even, got {height}x{breadth}."
             )
-        self.config = {"kind": "small-unet", "shape": list(shape), "width": width}
+        self.config = {
+            "kind": "small-unet",
+            "shape": list(shape),
+            "width": width,
+            "time_range": _check_range(time_range),
+        }
         embedding = 4 * width
-        self.time = SinusoidalTime(width, embedding)
+        self.time = SinusoidalTime(width, embedding, time_range)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encode = ResidualBlock(width, width, embedding)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -235,11 +290,22 @@ BODIES: dict[str, type[nn.Module]] = {
 }
 
 
-def make_body(shape: Sequence[int], levels: int) -> nn.Module:
-    """Choose a body: an MLP for vectors, a residual MLP for tiny images, else a small U-Net."""
+def make_body(
+    shape: Sequence[int], levels: int, time_range: Sequence[float] | None = None
+) -> nn.Module:
+    """Choose a body: an MLP for vectors, a residual MLP for tiny images, else a small U-Net.
+
+    Args:
+        shape: shape of one sample.
+        levels: number of network times, which only the MLP asks for.
+        time_range: (low, high) of the network times where they are not 0 .. levels - 1; see
+            `edm_time_range`.
+    """
     if len(shape) != 3:
-        return MLP(shape, levels)
-    return ResidualMLP(shape) if math.prod(shape) <= 256 else SmallUNet(shape)
+        return MLP(shape, levels, time_range=time_range)
+    if math.prod(shape) <= 256:
+        return ResidualMLP(shape, time_range=time_range)
+    return SmallUNet(shape, time_range=time_range)
 
 
 def body_from_config(config: dict[str, Any]) -> nn.Module:

@@ -7,11 +7,12 @@ Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
 
 from .mdp import DiffusionMDP
 from .names import unknown_name
-from .process import VE, DiscreteVP, NoiseProcess
+from .process import VE, DiscreteVP, NoiseProcess, make_process
 from .registration import ENVIRONMENTS, make_mdp, register_environments
 from .sb3 import SB3VecEnv
 from .schedule import Schedule, make_schedule
 from .single import DiffusionEnv
+from .spacings import refine_times
 from .targets import Target, make_target
 from .vector import DiffusionVectorEnv
 
@@ -29,7 +30,9 @@ __all__ = [
     "Schedule",
     "Target",
     "make_mdp",
+    "make_process",
     "make_schedule",
     "make_target",
+    "refine_times",
     "unknown_name",
 ]

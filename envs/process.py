@@ -10,8 +10,9 @@ are float64; they are cast once, where they meet a sample.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -61,6 +62,16 @@ class NoiseProcess(ABC):
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """A JSON-able description that ``NoiseProcess.from_config`` reads back exactly."""
+
+    def kinks(self, low: float, high: float) -> Tensor:
+        """The times strictly inside ``(low, high)`` at which ``log_snr(t)`` is not smooth.
+
+        A quadrature over times is accurate only between them. By default there are none.
+
+        Returns:
+            Ascending float64 times on the CPU, perhaps none.
+        """
+        return torch.empty(0, dtype=torch.float64)
 
     @property
     def prior_std(self) -> float:
@@ -230,6 +241,11 @@ class DiscreteVP(NoiseProcess):
         """``t - 1``: the 0-based index of DDPM, at which ``abar`` holds ``n + 1`` noisings."""
         return t - 1
 
+    def kinks(self, low: float, high: float) -> Tensor:
+        """The integers: between them ``log alpha`` is linear. See ``NoiseProcess.kinks``."""
+        first, end = max(math.floor(low) + 1, 1), min(math.ceil(high), len(self.betas))
+        return torch.arange(first, max(first, end), dtype=torch.float64)
+
     def to_config(self) -> dict[str, Any]:
         """See ``NoiseProcess.to_config``."""
         return {"kind": "DiscreteVP", "betas": self.betas.tolist()}
@@ -298,6 +314,43 @@ class VE(NoiseProcess):
 
     def __repr__(self) -> str:
         return f"VE(sigma_min={self.t_min:g}, sigma_max={self.t_max:g})"
+
+
+_CHAINS: dict[str, Callable[[int], DiscreteVP]] = {
+    "sigmoid": DiscreteVP.sigmoid,
+    "linear": DiscreteVP.linear,
+    "cosine": DiscreteVP.cosine,
+}
+_NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)"
+
+
+def make_process(name: str) -> NoiseProcess:
+    """Build a noise process by name.
+
+    Args:
+        name: ``sigmoid-T``, ``linear-T`` or ``cosine-T`` for a ``DiscreteVP`` of ``T`` noisings
+            (``linear-1000``, say); ``ve`` for the ``VE`` of EDM, ``ve-0.002-80`` for one from
+            ``sigma_min`` to ``sigma_max``.
+
+    Raises:
+        ValueError: The kind is unknown, its numbers are missing or no numbers, or the process
+            refuses them.
+    """
+    kind, _, rest = name.partition("-")
+    if kind in _CHAINS:
+        if not re.fullmatch(r"0*[1-9]\d*", rest):
+            raise ValueError(
+                f"{kind} needs its number of noisings, as in '{kind}-1000'; got {name!r}"
+            )
+        return _CHAINS[kind](int(rest))
+    if kind != "ve":
+        raise unknown_name("noise process", kind, [*_CHAINS, "ve"])
+    if name == "ve":
+        return VE()
+    levels = re.fullmatch(f"{_NUMBER}-{_NUMBER}", rest)
+    if levels is None:
+        raise ValueError(f"ve needs two noise levels or none, as in 've-0.002-80'; got {name!r}")
+    return VE(float(levels[1]), float(levels[2]))
 
 
 def _float64(value: float | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -17,7 +18,7 @@ import torch
 from .mdp import DiffusionMDP, Reward
 from .names import unknown_name
 from .process import DiscreteVP, NoiseProcess
-from .schedule import Schedule, make_schedule
+from .schedule import Schedule, listed_times, make_schedule
 from .targets import Target, make_target
 
 
@@ -69,23 +70,26 @@ def make_mdp(
     data_dir: str | Path | None = None,
     process: NoiseProcess | None = None,
     target: Target | str | None = None,
+    schedule_options: dict[str, Any] | None = None,
 ) -> DiffusionMDP:
     """Build the decision process of a known environment, with any part replaced.
 
     Args:
         name: A key of ``ENVIRONMENTS``.
-        steps: Number of steps, at least 1; that of a given ``Schedule``, else the default.
-        schedule: The times to visit, or the name of a schedule. A given ``Schedule`` brings its
-            process with it.
+        steps: Number of steps, at least 1; that of a given ``Schedule`` or list of times, else the
+            default.
+        schedule: The times to visit, or a name for ``make_schedule``. A given ``Schedule`` brings
+            its process with it.
         reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
         device: Where tensors live.
         data_dir: Folder of the data files, for targets that need one.
         process: The noise process.
         target: The real distribution, or the name of one.
+        schedule_options: Options of a schedule given by name, such as ``{"rho": 5.0}``.
 
     Raises:
-        ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, or the
-            process contradicts it.
+        ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, the process
+            contradicts it, or it takes no such options.
         FileNotFoundError: ``data_dir`` is given and is not a folder.
     """
     if name not in ENVIRONMENTS:
@@ -94,13 +98,20 @@ def make_mdp(
     if isinstance(schedule, Schedule):
         if steps not in (None, schedule.steps):
             raise ValueError(f"steps={steps}, but the given schedule has {schedule.steps}")
+        if schedule_options:
+            raise ValueError(
+                "schedule_options are for a schedule given by name; build the Schedule with them"
+            )
         process = schedule.process if process is None else process
     else:
-        steps = known.steps if steps is None else steps
+        schedule = schedule or known.schedule
+        if steps is None:
+            times = listed_times(schedule)
+            steps = known.steps if times is None else len(times) - 1
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
         process = known.process(steps) if process is None else process
-        schedule = make_schedule(schedule or known.schedule, process, steps)
+        schedule = make_schedule(schedule, process, steps, **(schedule_options or {}))
     if not isinstance(target, Target):
         target = make_target(target or known.target, device=device, data_dir=data_dir)
     return DiffusionMDP(target.to(device), process, schedule, reward)

@@ -2,14 +2,17 @@
 
 A ``Schedule`` of ``K`` steps is a noise process and ``K + 1`` strictly decreasing times, from the
 noisiest to (nearly) clean: state ``j`` has time ``times[j]``, step ``j`` leads to ``times[j + 1]``.
-The constructors are the usual grids (MATH.md 0.5). All but ``uniform`` space their times down to
-``process.t_min``, for the log-SNR is infinite at 0, and with ``append_zero`` reach 0 by one last
-step. A plain list of times is a schedule too: ``Schedule(process, [10, 4, 1, 0])``.
+The constructors are the usual grids (MATH.md 0.5). ``uniform`` spaces its times down to 0;
+``quadratic``, ``karras`` and ``log_snr`` down to ``process.t_min``, for the log-SNR is infinite at
+0; the subsets (``leading``, ``quad``, ...) pick whole noisings of a ``DiscreteVP``. With
+``append_zero`` the last two kinds reach 0 by one last step. A schedule remembers its recipe, so it
+can be respaced. A plain list of times is a schedule too: ``Schedule(process, [10, 4, 1, 0])``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from operator import index
 from typing import Any
 
@@ -18,7 +21,17 @@ import torch
 from torch import Tensor
 
 from .names import unknown_name
-from .process import NoiseProcess
+from .process import DiscreteVP, NoiseProcess
+from .spacings import Spacing, refine_times, subset_times, variable
+
+Recipe = tuple[str, dict[str, Any]]
+
+# Spacing of each recipe that is even in something else than the time.
+_SPACINGS: dict[str, Spacing] = {
+    "quadratic": "sqrt_time",
+    "karras": "karras",
+    "log_snr": "log_snr",
+}
 
 
 class Schedule:
@@ -27,17 +40,27 @@ class Schedule:
     Args:
         process: The noise process that gives the times their meaning.
         times: ``(K + 1,)`` strictly decreasing times in ``[0, process.t_max]``, with ``K >= 1``.
+        recipe: How the times were made; left to the named constructors.
 
     Attributes:
         process: The same.
         times: The same, as a float64 tensor on the CPU. Treat it as read-only.
+        recipe: Key of ``SCHEDULES`` and the keyword options that made the times; None for a list of
+            times. It takes no part in equality.
 
     Raises:
         ValueError: The times are too few, not finite, not strictly decreasing or out of range.
     """
 
-    def __init__(self, process: NoiseProcess, times: Tensor | Sequence[float]) -> None:
+    def __init__(
+        self,
+        process: NoiseProcess,
+        times: Tensor | Sequence[float],
+        *,
+        recipe: Recipe | None = None,
+    ) -> None:
         self.process = process
+        self.recipe = recipe
         self.times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
         if self.times.ndim != 1 or len(self.times) < 2:
             raise ValueError(
@@ -63,6 +86,11 @@ class Schedule:
         """``K``, the number of transitions."""
         return len(self.times) - 1
 
+    @property
+    def spacing(self) -> Spacing:
+        """The variable that its times are even in, a ``spacing`` of ``refine_times``."""
+        return "time" if self.recipe is None else _SPACINGS.get(self.recipe[0], "time")
+
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """``alpha`` and ``sigma`` at the times, ``(K + 1,)`` float64 each, for the solvers."""
         return self.process.alpha(self.times).numpy(), self.process.sigma(self.times).numpy()
@@ -79,6 +107,36 @@ class Schedule:
             raise ValueError(f"no step of {self!r} starts at time {timestep:g}")
         return step
 
+    def respaced(self, steps: int) -> Schedule:
+        """The same recipe with another number of steps, at least 1.
+
+        Raises:
+            ValueError: The schedule has no recipe, or its recipe refuses that many steps.
+        """
+        if self.recipe is None:
+            raise ValueError(
+                f"a list of times cannot be respaced; give the {steps} steps' times, or name a grid"
+            )
+        name, options = self.recipe
+        return make_schedule(name, self.process, steps, **options)
+
+    def refined(self, factor: int, *, integer: bool = False) -> Schedule:
+        """Split each step into ``factor`` sub-steps, even in the grid's own variable (``spacing``).
+
+        A last step to time 0 is split only if that variable is the time. The times of this schedule
+        are among the new ones without any rounding.
+
+        Args:
+            factor: Sub-steps a step, at least 1.
+            integer: Round the new times to whole numbers and drop those that coincide.
+
+        Raises:
+            ValueError: ``factor`` is below 1.
+        """
+        rho = 7.0 if self.recipe is None else self.recipe[1].get("rho", 7.0)
+        times = refine_times(self.process, self.times, factor, self.spacing, integer, rho=rho)
+        return Schedule(self.process, times)
+
     @classmethod
     def uniform(cls, process: NoiseProcess, steps: int, *, end: float = 0.0) -> Schedule:
         """Times on a line from ``t_max`` to ``end`` (0 or ``process.t_min``, say).
@@ -87,13 +145,13 @@ class Schedule:
         """
         # Multiply before dividing: an integer grid then has no rounding at all.
         ramp = torch.arange(_check_steps(steps), -1, -1, dtype=torch.float64)
-        return cls(process, end + (process.t_max - end) * ramp / steps)
+        times = end + (process.t_max - end) * ramp / steps
+        return cls(process, times, recipe=("uniform", {"end": end}))
 
     @classmethod
     def quadratic(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
         """Square roots of the times on a line from ``t_max`` to ``t_min``, then 0."""
-        ends = torch.tensor([process.t_max, process.t_min], dtype=torch.float64).sqrt()
-        return cls._between(process, steps, append_zero, ends, torch.square)
+        return cls._between(process, steps, ("quadratic", {"append_zero": append_zero}))
 
     @classmethod
     def karras(
@@ -107,46 +165,107 @@ class Schedule:
             rho: How strongly the times crowd near the data, > 0.
             append_zero: End with a step from ``t_min`` to 0, as EDM does.
         """
-        if not rho > 0:
-            raise ValueError(f"rho must be positive; got {rho}")
-        ends = (-_end_log_snrs(process) / rho).exp()
-        return cls._between(
-            process, steps, append_zero, ends, lambda r: process.time_of_log_snr(-rho * r.log())
-        )
+        options = {"rho": rho, "append_zero": append_zero}
+        return cls._between(process, steps, ("karras", options), rho)
 
     @classmethod
     def log_snr(cls, process: NoiseProcess, steps: int, *, append_zero: bool = False) -> Schedule:
         """Log-SNRs on a line from ``t_max`` to ``t_min``; the grid of DPM-Solver."""
-        return cls._between(
-            process, steps, append_zero, _end_log_snrs(process), process.time_of_log_snr
-        )
+        return cls._between(process, steps, ("log_snr", {"append_zero": append_zero}))
 
     @classmethod
-    def _between(
+    def leading(
         cls,
         process: NoiseProcess,
         steps: int,
-        append_zero: bool,
-        ends: Tensor,
-        time_of: Callable[[Tensor], Tensor],
+        *,
+        append_zero: bool = True,
+        steps_offset: int = 0,
     ) -> Schedule:
-        """Space a coordinate evenly between its values at ``t_max`` and ``t_min``."""
-        levels = _check_steps(steps) + (0 if append_zero else 1)
+        """Every ``k``-th noising from the first on, ``k = N // steps``; DDIM's "uniform".
+
+        Args:
+            process: A ``DiscreteVP`` of ``N`` noisings.
+            steps: Number of transitions, at least 1.
+            append_zero: Pick ``steps`` noisings and end with a step to 0; else pick one more.
+            steps_offset: Added to each index, at least 0; some image models use 1.
+
+        Raises:
+            ValueError: The process is not discrete, has too few noisings, or ``steps_offset`` leads
+                beyond the last.
+        """
+        return cls._subset("leading", process, steps, append_zero, steps_offset=steps_offset)
+
+    @classmethod
+    def uniform_torch(
+        cls, process: NoiseProcess, steps: int, *, append_zero: bool = True
+    ) -> Schedule:
+        """Floors of a line from 0 to ``N``, end excluded, as in D-ODE; see ``leading``."""
+        return cls._subset("uniform_torch", process, steps, append_zero)
+
+    @classmethod
+    def quad(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
+        """Floored squares of a line from 0 to ``sqrt(0.8 N)``, DDIM's "quad"; see ``leading``."""
+        return cls._subset("quad", process, steps, append_zero)
+
+    @classmethod
+    def linspace(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
+        """A rounded line from the last noising to the first, both included; see ``leading``."""
+        return cls._subset("linspace", process, steps, append_zero)
+
+    @classmethod
+    def trailing(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
+        """Every ``N / steps``-th noising from the last on, rounded; see ``leading``."""
+        return cls._subset("trailing", process, steps, append_zero)
+
+    @classmethod
+    def _between(
+        cls, process: NoiseProcess, steps: int, recipe: Recipe, rho: float = 7.0
+    ) -> Schedule:
+        """Space the recipe's variable evenly between its values at ``t_max`` and ``t_min``."""
+        name, options = recipe
+        levels = _check_steps(steps) + (0 if options["append_zero"] else 1)
+        forth, back = variable(process, _SPACINGS[name], rho)
+        ends = forth(torch.tensor([process.t_max, process.t_min], dtype=torch.float64))
         ramp = torch.linspace(0, 1, levels, dtype=torch.float64)
-        times = time_of(torch.lerp(ends[0], ends[1], ramp))
+        times = back(torch.lerp(ends[0], ends[1], ramp))
         # The ends are known without rounding.
         times[-1] = process.t_min
         times[0] = process.t_max
-        return cls(process, torch.cat([times, times.new_zeros(1)]) if append_zero else times)
+        if options["append_zero"]:
+            times = torch.cat([times, times.new_zeros(1)])
+        return cls(process, times, recipe=recipe)
+
+    @classmethod
+    def _subset(
+        cls, name: str, process: NoiseProcess, steps: int, append_zero: bool, **options: int
+    ) -> Schedule:
+        """Pick noisings of a discrete process."""
+        if not isinstance(process, DiscreteVP):
+            raise ValueError(f"{name} picks noisings of a DiscreteVP; got {process!r}")
+        count = _check_steps(steps) + (0 if append_zero else 1)
+        times = subset_times(name, len(process.betas), count, **options)
+        if append_zero:
+            times = torch.cat([times, times.new_zeros(1)])
+        return cls(process, times, recipe=(name, {"append_zero": append_zero, **options}))
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-able description that ``Schedule.from_config`` reads back exactly."""
-        return {"process": self.process.to_config(), "times": self.times.tolist()}
+        config = {"process": self.process.to_config(), "times": self.times.tolist()}
+        if self.recipe is not None:
+            name, options = self.recipe
+            config["recipe"] = [name, dict(options)]
+        return config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Rebuild the schedule that ``to_config`` described."""
-        return cls(NoiseProcess.from_config(config["process"]), config["times"])
+        """Rebuild the schedule that ``to_config`` described.
+
+        Raises:
+            ValueError: The recipe is not a name with options, or another part is refused.
+        """
+        process = NoiseProcess.from_config(config["process"])
+        return cls(process, config["times"], recipe=_check_recipe(config.get("recipe")))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
@@ -165,18 +284,58 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "quadratic": Schedule.quadratic,
     "karras": Schedule.karras,
     "log_snr": Schedule.log_snr,
+    "leading": Schedule.leading,
+    "ddim-uniform": Schedule.leading,
+    "uniform_torch": Schedule.uniform_torch,
+    "quad": Schedule.quad,
+    "linspace": Schedule.linspace,
+    "trailing": Schedule.trailing,
 }
 
 
 def make_schedule(name: str, process: NoiseProcess, steps: int, **options: Any) -> Schedule:
-    """Build a schedule by name: ``uniform``, ``quadratic``, ``karras`` or ``log_snr``.
+    """Build a schedule by name, or from a list of times such as ``"1000, 300, 50, 0"``.
+
+    Args:
+        name: A key of ``SCHEDULES``, or the times themselves, separated by commas.
+        process: The noise process that gives the times their meaning.
+        steps: Number of transitions; that of the list, if it is one.
+        options: Keyword arguments of the named constructor.
 
     Raises:
-        ValueError: The name is unknown or the constructor refuses its arguments.
+        ValueError: The name or an option is unknown, a time is no number, the list has another
+            number of steps, or the constructor refuses its arguments.
     """
+    times = listed_times(name)
+    if times is not None:
+        if options:
+            raise ValueError(f"a list of times takes no options; got {', '.join(options)}")
+        if steps != len(times) - 1:
+            raise ValueError(f"steps={steps}, but the list of times has {len(times) - 1}: {name}")
+        return Schedule(process, times)
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
+    known = list(signature(SCHEDULES[name]).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of schedule {name}", option, known)
     return SCHEDULES[name](process, steps, **options)
+
+
+def listed_times(name: str) -> list[float] | None:
+    """Read a comma-separated list of times; None for a name, which has no comma.
+
+    Raises:
+        ValueError: A part of the list is no number.
+    """
+    if "," not in name:
+        return None
+    try:
+        return [float(part) for part in name.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"a list of times needs numbers between its commas; got {name!r}"
+        ) from None
 
 
 def _check_steps(steps: int) -> int:
@@ -185,5 +344,16 @@ def _check_steps(steps: int) -> int:
     return steps
 
 
-def _end_log_snrs(process: NoiseProcess) -> Tensor:
-    return process.log_snr(torch.tensor([process.t_max, process.t_min], dtype=torch.float64))
+def _check_recipe(recipe: Any) -> Recipe | None:
+    if recipe is None:
+        return None
+    # JSON knows no tuples.
+    if (
+        not isinstance(recipe, (list, tuple))
+        or [type(part) for part in recipe] != [str, dict]
+        or not all(isinstance(key, str) for key in recipe[1])
+    ):
+        raise ValueError(
+            f"a schedule's recipe must be a name and a dict of options; got {recipe!r}"
+        )
+    return recipe[0], dict(recipe[1])

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from fewstep.agents import BehaviorCloning, Denoiser
+from fewstep.agents.denoiser import edm_time_range
+from fewstep.agents.networks import MLP
 from fewstep.critics.metrics import sliced_wasserstein
-from fewstep.envs import VE, DiffusionMDP, Schedule
+from fewstep.envs import VE, DiffusionMDP, Schedule, Target
 
 
 def test_it_learns_to_sample_the_target(mdp, make_denoiser):
@@ -121,9 +123,81 @@ def test_a_variance_exploding_process_is_cloned_too(mdp):
     assert agent.sample(3).shape == (3, 2)
 
 
+@pytest.fixture
+def make_edm(reward):
+    """EDM on a 2-D Gaussian of mean (0.5, -0.5) and standard deviation 0.4, sigma_data 0.5."""
+
+    def gaussian(n, seed):
+        noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+        return 0.4 * noise + torch.tensor([0.5, -0.5])
+
+    def make(sigma_data=0.5, **settings):
+        process = VE(0.01, 10)
+        schedule = Schedule.karras(process, 6)
+        mdp = DiffusionMDP(Target.from_sampler(gaussian, "G", 4000), process, schedule, reward)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            body = MLP(
+                (2,), 8, hidden=32, layers=2, input_gain=1.0, time_range=edm_time_range(process)
+            )
+        denoiser = Denoiser(body, process, "edm", sigma_data)
+        return BehaviorCloning(mdp, denoiser, **{"solver": "ddim", **settings})
+
+    return make
+
+
+def test_an_edm_denoiser_approaches_the_exact_one(make_edm, generator):
+    agent = make_edm(batch_size=512, learning_rate=1e-2)
+    process, mean = agent.mdp.process, torch.tensor([0.5, -0.5])
+    clean = agent.mdp.target.sample_fresh(2000)
+
+    def worst_error():
+        errors = []
+        for sigma in (0.1, 0.5, 2.0, 8.0):
+            noise = torch.randn(clean.shape, generator=generator())
+            noisy = process.add_noise(clean, sigma, noise)
+            exact = (0.4**2 * noisy + sigma**2 * mean) / (0.4**2 + sigma**2)
+            with torch.no_grad():
+                denoised = agent.sampling_denoiser.denoised(noisy, sigma)
+            errors.append(float((denoised - exact).square().mean().sqrt()))
+        return max(errors)
+
+    before = worst_error()
+    agent.learn(500 * 512)
+    assert worst_error() < 0.06 < 0.3 < before
+    sample = agent.sample(4000)
+    torch.testing.assert_close(sample.mean(0), mean, rtol=0, atol=0.05)
+
+
+def test_edm_draws_log_normal_levels_within_the_range(make_edm):
+    agent = make_edm(batch_size=20_000, p_mean=-0.5, p_std=2.0)
+    seen = []
+    agent.denoiser.register_forward_hook(lambda _, arguments, _out: seen.append(arguments[1]))
+    agent.train_round()
+    log_sigma = seen[0].log()
+    assert float(seen[0].min()) == agent.mdp.process.t_min
+    assert float(seen[0].max()) == agent.mdp.process.t_max
+    quantiles = torch.quantile(log_sigma, torch.tensor([0.1587, 0.5, 0.8413]).double())
+    torch.testing.assert_close(
+        quantiles, torch.tensor([-2.5, -0.5, 1.5]).double(), rtol=0, atol=0.08
+    )
+
+
+def test_an_edm_agent_comes_back_and_goes_on(make_edm, tmp_path):
+    agent = make_edm(sigma_data=0.8, batch_size=32, p_mean=-0.7, p_std=1.0)
+    agent.learn(3 * 32)
+    agent.save(tmp_path / "agent")
+    again = BehaviorCloning.load(tmp_path / "agent", agent.mdp)
+    assert (again.p_mean, again.p_std) == (-0.7, 1.0)
+    assert (again.denoiser.prediction, again.denoiser.sigma_data) == ("edm", 0.8)
+    assert torch.equal(agent.train_round()["train/loss"], again.train_round()["train/loss"])
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
+        ({"p_std": 0.0}, "positive p_std"),
+        ({"p_mean": float("nan")}, "finite p_mean"),
         ({"lr_schedule": "cosin"}, "did you mean 'cosine'"),
         ({"ema": 1.0}, "decay"),
         ({"ema": -0.1}, "decay"),

@@ -1,12 +1,17 @@
 """Parameterisations, times, and files of a denoiser."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fewstep.agents import CheckpointError, Denoiser
-from fewstep.agents.checkpoint import save_checkpoint
-from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet, make_body
+from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.agents.denoiser import edm_time_range
+from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet, body_from_config, make_body
 from fewstep.envs import VE
 
 PREDICTIONS = ["epsilon", "sample", "v"]
@@ -113,6 +118,133 @@ def test_fractional_times_interpolate_the_embeddings(generator):
         torch.testing.assert_close(body(sample, torch.full((5,), time)), at(expected))
 
 
+class Probe(nn.Module):
+    """A nonlinear float64 body that keeps what it was asked."""
+
+    def forward(self, sample, time):
+        self.sample, self.time = sample, time
+        return torch.sin(sample + time.view(-1, *[1] * (sample.ndim - 1)))
+
+
+@given(
+    sigma=st.floats(0.002, 80.0),
+    sigma_data=st.floats(0.05, 5.0),
+    shared=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_edm_is_karras_et_al_s_table_1(sigma, sigma_data, shared, seed):
+    """Each coefficient as printed, for one time for all and for a time for each."""
+    generator = torch.Generator().manual_seed(seed)
+    clean, noise = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
+    sample = clean + sigma * noise
+    denoiser = Denoiser(Probe(), VE(), "edm", sigma_data=sigma_data)
+    t = sigma if shared else torch.full((3,), sigma, dtype=torch.float64)
+    raw = denoiser(sample, t)
+    root = math.sqrt(sigma**2 + sigma_data**2)
+    skip, out = sigma_data**2 / root**2, sigma * sigma_data / root
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(denoiser.body.sample, sample / root, **close)
+    time = torch.full((3,), math.log(sigma) / 4, dtype=torch.float64)
+    torch.testing.assert_close(denoiser.body.time, time, **close)
+    assert (denoiser.body.time.stride(0) == 0) == shared
+    denoised, epsilon = denoiser.denoised(sample, t), denoiser.epsilon(sample, t)
+    torch.testing.assert_close(denoised, skip * sample + out * raw, **close)
+    torch.testing.assert_close(denoised + sigma * epsilon, sample, rtol=1e-9, atol=1e-9)
+    target = denoiser.training_target(clean, noise, t)
+    # The quotient cancels at small sigma: there only so many digits can agree.
+    torch.testing.assert_close(target, (clean - skip * sample) / out, rtol=1e-7, atol=1e-9)
+    # The plain squared error is EDM's loss with the weight 1 / c_out^2.
+    torch.testing.assert_close(
+        (raw - target) ** 2, (denoised - clean) ** 2 / out**2, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_an_edm_body_that_answers_the_truth_gives_the_truth(generator):
+    process, t = VE(), torch.tensor([0.002, 0.1, 1.0, 20.0, 80.0])
+    clean, noise = torch.randn(2, 5, 2, 3, generator=generator(), dtype=torch.float64)
+    silent = Denoiser(Truth(None), process, "edm", sigma_data=0.7)
+    denoiser = Denoiser(
+        Truth(silent.training_target(clean, noise, t)), process, "edm", sigma_data=0.7
+    )
+    sample = process.add_noise(clean, t, noise)
+    torch.testing.assert_close(denoiser.denoised(sample, t), clean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(denoiser.epsilon(sample, t), noise, rtol=1e-9, atol=1e-9)
+
+
+def test_edm_is_exact_for_gaussian_data_where_the_body_is_silent(generator):
+    """The posterior mean of data N(0, s^2) is s^2 / (s^2 + sigma^2) x: that is c_skip x."""
+    sample = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
+    denoiser = Denoiser(Truth(torch.zeros(5, 2)), VE(), "edm", sigma_data=0.3)
+    for sigma in (0.002, 0.3, 80.0):
+        mean = 0.3**2 / (0.3**2 + sigma**2) * sample
+        torch.testing.assert_close(denoiser.denoised(sample, sigma), mean)
+        torch.testing.assert_close(denoiser.epsilon(sample, sigma), (sample - mean) / sigma)
+
+
+def test_gradients_of_edm_flow_through_sample_and_noise_level(generator):
+    sample = torch.randn(3, 2, generator=generator(), dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64, requires_grad=True)
+    denoiser = Denoiser(Probe(), VE(), "edm")
+    for output in (denoiser.denoised, denoiser.epsilon):
+        assert torch.autograd.gradcheck(output, (sample, t))
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 16, 16)])
+def test_bodies_resolve_the_times_of_edm(shape, generator):
+    process = VE()
+    time_range = edm_time_range(process)
+    assert time_range == pytest.approx((math.log(0.002) / 4, math.log(80) / 4))
+    body = make_body(shape, 16, time_range)
+    for parameter in body.parameters():  # residual bodies start as the identity
+        nn.init.normal_(parameter, std=0.1, generator=generator())
+    denoiser = Denoiser(body, process, "edm")
+    sample = torch.randn(4, *shape, generator=generator())
+    again = body_from_config(body.config)
+    again.load_state_dict(body.state_dict())
+    for t in (0.002, 1, 80):
+        each = denoiser(sample, torch.full((4,), t))
+        torch.testing.assert_close(denoiser(sample, t), each, rtol=1e-4, atol=1e-5)
+        time = torch.full((4,), math.log(t) / 4)
+        assert torch.equal(again(sample, time), body(sample, time))
+    low, middle, high = (body(sample, torch.full((4,), t)) for t in (-1.5, -0.2, 1.0))
+    assert min((low - middle).abs().max(), (middle - high).abs().max()) > 1e-3
+
+
+def test_a_time_range_maps_its_ends_to_the_first_and_last_level(generator):
+    body = MLP((2,), levels=5, time_range=(-1.0, 1.0))
+    plain = MLP((2,), levels=5)
+    plain.load_state_dict(body.state_dict())
+    sample = torch.randn(3, 2, generator=generator())
+    for time, level in ((-1.0, 0.0), (0.25, 2.5), (1.0, 4.0), (3.0, 4.0), (-3.0, 0.0)):
+        expected = plain(sample, torch.full((3,), level))
+        torch.testing.assert_close(body(sample, torch.full((3,), time)), expected)
+    for bad in ((1.0, 1.0), (0.0, math.inf), (2.0, 1.0)):
+        with pytest.raises(ValueError, match="finite and increasing"):
+            MLP((2,), levels=5, time_range=bad)
+
+
+def test_an_edm_denoiser_comes_back_with_its_sigma_data(generator, tmp_path):
+    process = VE(0.01, 50)
+    body = MLP((2,), levels=8, hidden=16, time_range=edm_time_range(process))
+    denoiser = Denoiser(body, process, "edm", sigma_data=0.8)
+    denoiser.save(tmp_path / "edm")
+    again = Denoiser.load(tmp_path / "edm")
+    sample = torch.randn(4, 2, generator=generator())
+    assert (again.prediction, again.sigma_data) == ("edm", 0.8)
+    assert torch.equal(again.denoised(sample, 2.0), denoiser.denoised(sample, 2.0))
+    assert load_checkpoint(tmp_path / "edm").keys() == {"kind", *denoiser.to_tree()}
+
+
+def test_a_file_without_sigma_data_is_read_as_before(make_denoiser, tmp_path):
+    tree = make_denoiser().to_tree()
+    del tree["sigma_data"]
+    del tree["body"]["time_range"]
+    save_checkpoint(tmp_path / "old", {"kind": "denoiser", **tree})
+    again = Denoiser.load(tmp_path / "old")
+    assert again.sigma_data == 0.5
+    assert again.body.time_range is None
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_save_and_load(prediction, make_denoiser, generator, tmp_path):
     denoiser = make_denoiser(seed=3, prediction=prediction)
@@ -157,6 +289,11 @@ def test_arguments_that_make_no_sense_are_refused(process, make_denoiser):
         Denoiser(body, process, "epsilom")
     with pytest.raises(ValueError, match="variance-preserving"):
         Denoiser(body, VE(), "v")
+    with pytest.raises(ValueError, match=r"needs a variance-exploding process \(VE\)"):
+        Denoiser(body, process, "edm")
+    for sigma_data in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
+            Denoiser(body, VE(), "edm", sigma_data=sigma_data)
     with pytest.raises(ValueError, match="times must lie in"):
         make_denoiser(prediction="v").epsilon(torch.ones(2, 2), 4.5)
     with pytest.raises(ValueError, match="even"):

@@ -7,7 +7,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.envs import VE, DiscreteVP, NoiseProcess
+from fewstep.envs import VE, DiscreteVP, NoiseProcess, make_process
 
 PROCESSES = {
     "linear": DiscreteVP.linear(),
@@ -173,3 +173,56 @@ def test_bad_betas_are_refused(betas):
 def test_bad_noise_levels_are_refused(levels):
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         VE(*levels)
+
+
+@given(low=st.floats(-3, 14), high=st.floats(-3, 14))
+def test_the_kinks_of_a_chain_are_its_inner_integers(low, high):
+    inside = [float(n) for n in range(1, 10) if low < n < high]
+    kinks = DiscreteVP.sigmoid(10).kinks(low, high)
+    assert kinks.dtype == torch.float64
+    assert kinks.tolist() == inside
+
+
+def test_a_kink_is_where_the_slope_jumps():
+    process, h = DiscreteVP([0.1, 0.5, 0.2]), 1e-6
+
+    def jump(t):
+        left, middle, right = (float(process.log_snr(t + d)) for d in (-h, 0, h))
+        return abs(right - 2 * middle + left) / h
+
+    assert process.kinks(0.5, 3).tolist() == [1, 2]
+    assert all(jump(t) > 0.1 for t in (1.0, 2.0))
+    assert all(jump(t) < 1e-3 for t in (0.8, 1.5, 2.7))
+
+
+def test_a_ve_has_no_kinks():
+    kinks = VE().kinks(0.0, 80.0)
+    assert kinks.shape == (0,)
+    assert kinks.dtype == torch.float64
+
+
+def test_processes_have_names():
+    assert make_process("sigmoid-10") == DiscreteVP.sigmoid(10)
+    assert make_process("linear-1000") == DiscreteVP.linear(1000)
+    assert make_process("cosine-50") == DiscreteVP.cosine(50)
+    assert make_process("ve") == VE()
+    assert make_process("ve-0.01-50") == VE(0.01, 50)
+    assert make_process("ve-2e-3-80.5") == VE(0.002, 80.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("liner-1000", "unknown noise process 'liner'; did you mean 'linear'"),
+        ("linear", "as in 'linear-1000'; got 'linear'"),
+        ("cosine-0", "needs its number of noisings"),
+        ("cosine-1.5", "needs its number of noisings"),
+        ("ve-80", "two noise levels or none"),
+        ("ve-", "two noise levels or none"),
+        ("ve-a-b", "two noise levels or none"),
+        ("ve-80-0.002", "sigma_min < sigma_max"),
+    ],
+)
+def test_bad_names_are_refused(name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_process(name)

@@ -56,6 +56,21 @@ def test_any_part_can_be_replaced(reward):
     assert make_mdp("SwissRoll", target="Digits", reward=reward).shape == (1, 8, 8)
 
 
+def test_a_schedule_s_name_comes_with_options_or_is_a_list_of_times(reward):
+    mdp = make_mdp(
+        "Digits", steps=4, schedule="karras", schedule_options={"rho": 3.0}, reward=reward
+    )
+    assert mdp.schedule == Schedule.karras(mdp.process, 4, rho=3.0)
+    mdp = make_mdp("Digits", schedule="1000, 700, 300, 0", reward=reward)
+    assert mdp.schedule == Schedule(mdp.process, [1000, 700, 300, 0])
+    with pytest.raises(ValueError, match="steps=4, but the list of times has 3"):
+        make_mdp("Digits", steps=4, schedule="1000, 700, 300, 0")
+    with pytest.raises(ValueError, match="did you mean 'rho'"):
+        make_mdp("Digits", schedule="karras", schedule_options={"rh": 3.0})
+    with pytest.raises(ValueError, match="schedule_options are for a schedule given by name"):
+        make_mdp("Digits", schedule=mdp.schedule, schedule_options={"rho": 3.0})
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 @pytest.mark.parametrize("name", ["SwissRoll", "Digits"])
 def test_steps_below_one_are_refused(name, steps):

@@ -3,13 +3,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule
+from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule, refine_times
+from fewstep.envs.schedule import SCHEDULES
 
 LINEAR = DiscreteVP.linear()
 NAMES = ["uniform", "quadratic", "karras", "log_snr"]
+SUBSETS = ["leading", "uniform_torch", "quad", "linspace", "trailing"]
+SPACINGS = ["time", "sqrt_time", "log_snr", "karras"]
 
 
 @given(
@@ -53,7 +57,79 @@ def test_spacing_is_even_in_its_own_coordinate():
     assert_even(noise_to_signal ** (1 / 7))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def indices_of(schedule):
+    """The 0-based noisings that a subset visits, without its last time 0, ascending."""
+    return [int(t) - 1 for t in schedule.times[:-1].flip(0).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("name", "indices"),
+    [  # MATH.md 0.5, ten of a thousand
+        ("leading", [0, 100, 200, 300, 400, 500, 600, 700, 800, 900]),
+        ("uniform_torch", [0, 100, 200, 300, 400, 500, 600, 700, 800, 900]),
+        ("quad", [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]),
+        ("linspace", [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]),
+        ("trailing", [99, 199, 299, 399, 499, 599, 699, 799, 899, 999]),
+        # and seven, where the strides of the first two differ
+        ("leading", [0, 142, 284, 426, 568, 710, 852]),
+        ("uniform_torch", [0, 142, 285, 428, 571, 714, 857]),
+    ],
+)
+def test_subsets_match_the_published_indices(name, indices):
+    schedule = make_schedule(name, LINEAR, len(indices))
+    assert indices_of(schedule) == indices
+    assert schedule.times[-1] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 15, 50, 999, 1000])
+@pytest.mark.parametrize("name", ["leading", "linspace", "trailing"])
+def test_subsets_agree_with_diffusers(name, steps):
+    scheduler = DDIMScheduler(1000, timestep_spacing=name, steps_offset=0)
+    scheduler.set_timesteps(steps)
+    assert indices_of(make_schedule(name, LINEAR, steps)) == scheduler.timesteps.tolist()[::-1]
+
+
+def test_the_offset_of_leading_agrees_with_diffusers():
+    scheduler = DDIMScheduler(1000, timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(50)
+    schedule = make_schedule("ddim-uniform", LINEAR, 50, steps_offset=1)
+    assert indices_of(schedule) == scheduler.timesteps.tolist()[::-1]
+    for offset in (-1, 20):
+        with pytest.raises(ValueError, match="must stay within 0"):
+            Schedule.leading(LINEAR, 50, steps_offset=offset)
+
+
+@given(
+    name=st.sampled_from(SUBSETS),
+    noisings=st.integers(1, 60),
+    steps=st.integers(1, 60),
+    append_zero=st.booleans(),
+)
+def test_a_subset_is_strictly_decreasing_whole_times_or_refused(name, noisings, steps, append_zero):
+    count = steps if append_zero else steps + 1
+    try:
+        schedule = make_schedule(name, DiscreteVP.linear(noisings), steps, append_zero=append_zero)
+    except ValueError as error:
+        assert count > noisings or (name == "quad" and "twice" in str(error))
+        return
+    times = schedule.times
+    assert schedule.steps == steps
+    assert (times.diff() < 0).all()
+    assert torch.equal(times, times.round())
+    assert (times[-1] == 0) == append_zero
+
+
+def test_subsets_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="1001 times of 1000 noisings"):
+        Schedule.trailing(LINEAR, 1000, append_zero=False)
+    with pytest.raises(ValueError, match="quad picks a noising twice for 30 times"):
+        Schedule.quad(LINEAR, 30)
+    for name in SUBSETS:
+        with pytest.raises(ValueError, match=f"{name} picks noisings of a DiscreteVP; got VE"):
+            make_schedule(name, VE(), 5)
+
+
+@pytest.mark.parametrize("name", NAMES + SUBSETS)
 @pytest.mark.parametrize("steps", [0, -3])
 def test_steps_below_one_are_refused(name, steps):
     with pytest.raises(ValueError, match="steps must be at least 1"):
@@ -92,6 +168,131 @@ def test_bad_options_are_refused():
         ValueError, match="strictly decrease"
     ):  # a chain of one beta has no interior
         Schedule.log_snr(DiscreteVP([0.5]), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("karras", {"rh": 5.0}, "unknown option of schedule karras 'rh'; did you mean 'rho'"),
+        ("uniform", {"append_zero": True}, "unknown option of schedule uniform 'append_zero'"),
+        ("9, 5, 1", {}, "steps=3, but the list of times has 2"),
+        ("9, five, 1, 0", {}, "needs numbers between its commas; got '9, five, 1, 0'"),
+        ("9,, 1, 0", {}, "needs numbers between its commas"),
+        ("9, 5, 1, 0", {"rho": 5.0}, "a list of times takes no options; got rho"),
+        ("9, 5, 5, 0", {}, "strictly decrease"),
+        ("9, 5, nan, 0", {}, "finite"),
+    ],
+)
+def test_names_with_bad_options_and_bad_lists_are_refused(name, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_schedule(name, LINEAR, 3, **options)
+
+
+def test_a_name_may_be_a_list_of_times():
+    schedule = make_schedule("1000, 700.5,300 , 5e1, 0", LINEAR, 4)
+    assert schedule == Schedule(LINEAR, [1000, 700.5, 300, 50, 0])
+    assert schedule.recipe is None
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_recipe_makes_the_same_grid_again(name):
+    schedule = make_schedule(name, LINEAR, 6)
+    assert schedule.recipe[0] == ("leading" if name == "ddim-uniform" else name)
+    assert schedule.respaced(6) == schedule
+    assert schedule.respaced(9) == make_schedule(name, LINEAR, 9)
+    assert schedule.respaced(9).recipe == schedule.recipe
+    back = Schedule.from_config(json.loads(json.dumps(schedule.to_config())))
+    assert back.recipe == schedule.recipe
+    assert back.to_config() == schedule.to_config()
+
+
+def test_the_recipe_keeps_its_options():
+    for schedule in (
+        Schedule.karras(VE(), 5, rho=3.0, append_zero=False),
+        Schedule.uniform(LINEAR, 5, end=1.0),
+        Schedule.leading(LINEAR, 5, steps_offset=1, append_zero=False),
+    ):
+        name, options = schedule.recipe
+        assert schedule.respaced(8) == make_schedule(name, schedule.process, 8, **options)
+        assert schedule.respaced(8) != make_schedule(name, schedule.process, 8)
+
+
+def test_a_list_of_times_has_no_recipe():
+    schedule = Schedule(LINEAR, [1000, 10, 0])
+    assert "recipe" not in schedule.to_config()
+    assert Schedule.from_config(schedule.to_config()).recipe is None
+    with pytest.raises(ValueError, match="a list of times cannot be respaced"):
+        schedule.respaced(4)
+    assert Schedule(LINEAR, Schedule.uniform(LINEAR, 4).times) == Schedule.uniform(LINEAR, 4)
+
+
+@pytest.mark.parametrize("recipe", ["karras", ["karras"], ["karras", 7.0], [1, {}], ["a", {1: 2}]])
+def test_a_recipe_of_another_form_is_refused(recipe):
+    with pytest.raises(ValueError, match="recipe must be a name and a dict of options"):
+        Schedule.from_config({**Schedule.karras(VE(), 5).to_config(), "recipe": recipe})
+
+
+@given(
+    process=st.sampled_from([LINEAR, DiscreteVP.sigmoid(10), VE()]),
+    fractions=st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True),
+    factor=st.integers(1, 7),
+    spacing=st.sampled_from(SPACINGS),
+    integer=st.booleans(),
+    rho=st.floats(1, 10),
+)
+def test_refined_times_contain_the_given_ones(process, fractions, factor, spacing, integer, rho):
+    times = torch.tensor(sorted(fractions, reverse=True), dtype=torch.float64) * process.t_max
+    assume((times.diff() < 0).all())
+    finer = refine_times(process, times, factor, spacing, integer, rho=rho)
+    assert (finer.diff() < 0).all()
+    assert finer[0] == times[0]
+    assert finer[-1] == times[-1]
+    assert set(times.tolist()) <= set(finer.tolist())
+    assert len(finer) <= factor * (len(times) - 1) + 1
+    if times[-1] == 0 and spacing != "time":
+        assert finer[-2] == times[-2]
+    if integer:
+        assert all(t in times or t == t.round() for t in finer)
+    if factor == 1:
+        assert torch.equal(finer, times)
+
+
+def test_refined_steps_are_even_in_the_grid_s_own_variable():
+    """A refined grid is the same grid with more steps, where it does not end in a step to 0."""
+    for process in (LINEAR, VE()):
+        for name, options in (
+            ("uniform", {"end": 1.0}),
+            ("quadratic", {"append_zero": False}),
+            ("log_snr", {}),
+            ("karras", {"append_zero": False, "rho": 4.0}),
+        ):
+            schedule = make_schedule(name, process, 6, **options)
+            finer = schedule.refined(4)
+            torch.testing.assert_close(
+                finer.times, schedule.respaced(24).times, rtol=1e-9, atol=1e-9
+            )
+            assert torch.equal(finer.times[::4], schedule.times)
+            assert finer.recipe is None
+            assert finer.spacing == "time"
+            last = make_schedule(name, process, 6)
+            if last.times[-1] == 0 and name != "uniform":
+                assert last.refined(4).steps == 5 * 4 + 1
+
+
+def test_whole_times_stay_whole_when_refined():
+    assert Schedule.uniform(LINEAR, 10).refined(20) == Schedule.uniform(LINEAR, 200)
+    assert Schedule.trailing(LINEAR, 10).refined(100) == Schedule.uniform(LINEAR, 1000)
+    schedule = Schedule(LINEAR, [10, 7, 5.5, 5, 0])
+    assert schedule.refined(2, integer=True).times.tolist() == [10, 8, 7, 6, 5.5, 5, 2, 0]
+
+
+def test_refining_refuses_what_makes_no_sense():
+    with pytest.raises(ValueError, match="factor must be at least 1"):
+        Schedule.uniform(LINEAR, 3).refined(0)
+    with pytest.raises(ValueError, match="unknown spacing 'sqrt'; did you mean 'sqrt_time'"):
+        refine_times(LINEAR, [2, 1], 2, "sqrt")
+    with pytest.raises(ValueError, match="rho must be positive"):
+        refine_times(LINEAR, [2, 1], 2, "karras", rho=0.0)
 
 
 def test_config_round_trip_and_equality():
