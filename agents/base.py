@@ -33,8 +33,9 @@ from torch import Tensor
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
+from .policies import SolverPolicy
 from .sampling import default_solver_options, sample
-from .solvers import make_solver
+from .solvers import Options, make_solver
 from .tableau import Tableau
 from .training import TrainingDivergedError
 
@@ -60,10 +61,12 @@ class Agent(ABC):
         num_timesteps: denoiser calls on single samples so far.
         mdp: the decision process.
         generator: the source of the training's randomness.
+        checkpoint_name: what a run calls the file that `save` writes.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
 
     name: ClassVar[str]
+    checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class Agent(ABC):
         denoiser: Denoiser,
         *,
         solver: str = "ancestral",
-        solver_options: dict[str, float | str] | None = None,
+        solver_options: Options | None = None,
         seed: int = 0,
         verbose: int = 0,
         tensorboard_log: str | None = None,
@@ -127,6 +130,15 @@ class Agent(ABC):
         """Denoiser calls on single samples that one round makes."""
 
     @property
+    def planned_rounds(self) -> int | None:
+        """Rounds that the settings call for; None leaves their number to the caller."""
+        return None
+
+    def timesteps_until(self, rounds: int) -> int:
+        """Return the timesteps left until `rounds` rounds are done; 0 if they are."""
+        return max(rounds - self.rounds, 0) * self.timesteps_per_round
+
+    @property
     def sampling_denoiser(self) -> Denoiser:
         """The denoiser that samples: the averaged one where the agent averages."""
         return self.denoiser
@@ -135,6 +147,10 @@ class Agent(ABC):
     def tableau(self) -> Tableau:
         """The sampler: the solver on the environment's schedule."""
         return self._tableau
+
+    def tableau_on(self, schedule: Schedule) -> Tableau:
+        """Return the sampler on another schedule."""
+        return make_solver(self.solver, schedule, **self.solver_options)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -172,7 +188,8 @@ class Agent(ABC):
         callbacks.on_training_start(locals(), globals())
         while self.num_timesteps < self._total_timesteps:
             callbacks.on_rollout_start()
-            self.will_log = (self.rounds + 1) % log_interval == 0
+            last = self.num_timesteps + self.timesteps_per_round >= self._total_timesteps
+            self.will_log = last or (self.rounds + 1) % log_interval == 0
             metrics = self.train_round()
             self.rounds += 1
             self._check_finite(metrics)
@@ -257,10 +274,15 @@ class Agent(ABC):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Return the next samples for NumPy observations, single or batched.
 
+        A sampler with memory keeps it in `state`: hand it back with the next call.
+
         `deterministic` takes the mean of each transition. For an ancestral sampler that is a
         different, noise-free sampler, so False is the default here; Stable-Baselines3's
         `evaluate_policy` passes True unless told otherwise.
         """
+        if not self.tableau.one_step:
+            policy = SolverPolicy(self.tableau, self.sampling_denoiser)
+            return policy.predict(observation, state, episode_start, True, self.acting_generator)
         sample = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = sample.ndim == len(self.mdp.shape)
         sample = sample.unsqueeze(0) if single else sample
@@ -269,7 +291,6 @@ class Agent(ABC):
         if deterministic:
             tableau = dataclasses.replace(tableau, noise=np.zeros(tableau.steps))
         output = tableau.evaluate(self.sampling_denoiser, sample, step)
-        # The agents' samplers have no memory: a step reads its own state and output only.
         action = tableau.advance(step, {step: sample}, {step: output}, self.acting_generator)
         action = action[0] if single else action
         return action.cpu().numpy(), state
@@ -293,9 +314,7 @@ class Agent(ABC):
             noise: initial states (n, *shape) instead of fresh prior samples.
             return_trajectory: return all states (K + 1, n, *shape) instead, the noisiest first.
         """
-        tableau = self.tableau
-        if schedule is not None:
-            tableau = make_solver(self.solver, schedule, **self.solver_options)
+        tableau = self.tableau if schedule is None else self.tableau_on(schedule)
         generator = self.acting_generator if generator is None else generator
         if noise is not None and len(noise) != n:
             raise ValueError(f"n is {n}, but noise holds {len(noise)} initial states.")
@@ -339,12 +358,7 @@ class Agent(ABC):
                 "rounds": self.rounds,
                 "generator": self.generator.get_state(),
                 "acting_generator": self.acting_generator.get_state(),
-                "denoiser": {
-                    "prediction": denoiser.prediction,
-                    "process": denoiser.process.to_config(),
-                    "body": getattr(denoiser.body, "config", None),
-                    "weights": denoiser.body.state_dict(),
-                },
+                "denoiser": denoiser.to_tree(),
                 "live": self.denoiser.body.state_dict() if denoiser is not self.denoiser else None,
                 "state": self.state(),
             },
@@ -384,6 +398,10 @@ class Agent(ABC):
         agent.restore(tree, str(path))
         return agent
 
+    def resume(self, path: str | Path) -> None:
+        """Take over the training state of a file that `save` wrote; see `restore`."""
+        self.restore(load_checkpoint(path), str(path))
+
     def restore(self, tree: dict[str, Any], origin: str = "checkpoint") -> None:
         """Take over the training state of a tree that `save` wrote.
 
@@ -408,8 +426,6 @@ class Agent(ABC):
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
     """Return what two environments must share for a checkpoint of one to fit the other."""
-    return {
-        "target": mdp.target.name,
-        "shape": list(mdp.shape),
-        "schedule": mdp.schedule.to_config(),
-    }
+    schedule = mdp.schedule.to_config()
+    schedule.pop("recipe", None)  # the same times by another name are the same schedule
+    return {"target": mdp.target.name, "shape": list(mdp.shape), "schedule": schedule}

@@ -56,8 +56,7 @@ class GaussianChain(nn.Module):
 
     def __init__(self, denoiser: Denoiser, tableau: Tableau, learn_std: bool = False) -> None:
         super().__init__()
-        anchored = any(tableau.anchor(j) != j for j in range(tableau.steps))
-        if anchored or (tableau.weights != np.diag(np.diag(tableau.weights))).any():
+        if not tableau.one_step:
             raise ValueError(
                 f"'{tableau.name}' uses earlier states or outputs; a Gaussian policy needs a "
                 "one-step sampler such as ancestral or ddim."

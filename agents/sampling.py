@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
+from .solvers import Options
 from .tableau import Tableau
 
 # Chunks of this many samples stay in the processor's caches, and bound the memory.
@@ -46,7 +47,7 @@ def sampler_of(
     return draw
 
 
-def default_solver_options(solver: str, shape: tuple[int, ...]) -> dict[str, float | str]:
+def default_solver_options(solver: str, shape: tuple[int, ...]) -> Options:
     """Return paper A's: variance beta for vectors, small with a last std of 0.001 for images."""
     if solver != "ancestral":
         return {}

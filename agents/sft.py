@@ -18,6 +18,7 @@ from ..envs.mdp import Reward
 from .base import Environment
 from .denoiser import Denoiser
 from .shortcut import Critic, ShortcutAgent
+from .solvers import Options
 
 
 class SFT(ShortcutAgent):
@@ -57,7 +58,7 @@ class SFT(ShortcutAgent):
         learn_std: bool = False,
         gradient_checkpointing: bool = False,
         solver: str = "ancestral",
-        solver_options: dict[str, float | str] | None = None,
+        solver_options: Options | None = None,
         seed: int = 0,
         verbose: int = 0,
         tensorboard_log: str | None = None,

@@ -19,6 +19,7 @@ from .base import Environment
 from .chain import Reduction
 from .denoiser import Denoiser
 from .shortcut import Critic, ShortcutAgent
+from .solvers import Options
 
 
 class SFTPG(ShortcutAgent):
@@ -102,7 +103,7 @@ class SFTPG(ShortcutAgent):
         ema: float = 0.95,
         learn_std: bool = False,
         solver: str = "ancestral",
-        solver_options: dict[str, float | str] | None = None,
+        solver_options: Options | None = None,
         seed: int = 0,
         verbose: int = 0,
         tensorboard_log: str | None = None,

@@ -18,6 +18,7 @@ from ..envs.mdp import Reward
 from .base import Agent, Environment
 from .chain import GaussianChain
 from .denoiser import Denoiser
+from .solvers import Options
 from .tableau import Tableau
 from .training import (
     Averaged,
@@ -92,7 +93,7 @@ class ShortcutAgent(Agent):
         ema: float,
         learn_std: bool,
         solver: str,
-        solver_options: dict[str, float | str] | None,
+        solver_options: Options | None,
         seed: int,
         verbose: int,
         tensorboard_log: str | None,

@@ -3,7 +3,7 @@
 With the denoiser's outputs O_0, O_1, ... in the order of its evaluations, each new state is linear
 in what came before:
 
-    z_{j+1} = p_j z_{a(j)} + sum_{k<=j} W_jk O_k + s_j noise_j,        O_j evaluated at (z_j, t_j)
+    z_{j+1} = p_j z_{a(j)} + q_j z_j + sum_{k<=j} W_jk O_k + s_j noise_j,      O_j = O(z_j, t_j)
 
 as a Butcher tableau is for Runge-Kutta. Solvers are pure functions Schedule -> Tableau
 (`fewstep.agents.solvers`); coefficients are float64 and the loop only multiplies and adds.
@@ -12,7 +12,8 @@ as a Butcher tableau is for Runge-Kutta. Solvers are pure functions Schedule -> 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
 
 Output = Literal["epsilon", "sample"]
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,13 @@ class Tableau:
         noise: (K,) float64, s >= 0: standard deviation of the fresh noise of each step.
         anchors: (K,) int64, a(j) <= j: which state a step starts from; j itself by default.
         output: what O is: the predicted noise ("epsilon") or the predicted clean sample ("sample").
+        current: (K,) float64, q: the factor on z_j itself where a step starts from an earlier
+            state (Heun in data prediction); 0 elsewhere, and by default.
 
     Raises:
         ValueError: wrong shapes, non-finite numbers, weights above the diagonal, negative noise,
-            anchors out of range, times outside the process.
+            anchors out of range, `current` on a step that starts from z_j anyway, times outside
+            the process.
     """
 
     name: str
@@ -61,15 +65,18 @@ class Tableau:
     noise: np.ndarray
     anchors: np.ndarray | None = None
     output: Output = "epsilon"
+    current: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for field in ("times", "scale", "weights", "noise"):
-            object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=np.float64))
         steps = len(self.scale)
         anchors = np.arange(steps) if self.anchors is None else np.asarray(self.anchors)
         if not np.issubdtype(anchors.dtype, np.integer):
             raise ValueError("Tableau.anchors must be whole numbers, the indices of states.")
         object.__setattr__(self, "anchors", anchors)
+        if self.current is None:
+            object.__setattr__(self, "current", np.zeros(steps))
+        for field in ("times", "scale", "weights", "noise", "current"):
+            object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=np.float64))
         self._validate(steps)
 
     def _validate(self, steps: int) -> None:
@@ -79,6 +86,7 @@ class Tableau:
             "weights": (steps, steps),
             "noise": (steps,),
             "anchors": (steps,),
+            "current": (steps,),
         }
         if steps < 1:
             raise ValueError("A tableau needs at least one step.")
@@ -96,6 +104,10 @@ class Tableau:
             raise ValueError("Tableau.noise holds negative standard deviations.")
         if any(not 0 <= self.anchor(j) <= j for j in range(steps)):
             raise ValueError("Tableau.anchors must point to states that exist: 0 <= a(j) <= j.")
+        if any(q and self.anchor(j) == j for j, q in enumerate(self._current)):
+            raise ValueError(
+                "Tableau.current must be 0 where the anchor is the current state: use scale there."
+            )
         if self.times.min() < 0 or self.times.max() > self.process.t_max:
             raise ValueError(f"Tableau.times must lie in [0, {self.process.t_max}].")
         if self.output not in get_args(Output):
@@ -132,19 +144,28 @@ class Tableau:
 
         Gradients flow to the denoiser and the noise unless the caller is under `torch.no_grad()`.
         """
+        states = self.states(denoiser, noise, generator)
+        return torch.stack(list(states)) if return_trajectory else deque(states, maxlen=1).pop()
+
+    def states(
+        self, denoiser: Denoiser, noise: Tensor, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """Yield z_0 = `noise`, z_1, ..., z_K (N, *shape) one by one; see `sample`.
+
+        What no later step reads is dropped, so memory does not grow with K.
+        """
         states: list[Any] = [noise]
         outputs: list[Any] = []
         last_state, last_output = self._last_readers()
+        yield noise
         for j in range(self.steps):
             outputs.append(self.evaluate(denoiser, states[j], j))
             states.append(self.advance(j, states, outputs, generator))
-            if not return_trajectory:
-                # Drop what no later step reads, so memory does not grow with K.
-                for i in np.flatnonzero(last_state == j):
-                    states[i] = None
-                for k in np.flatnonzero(last_output == j):
-                    outputs[k] = None
-        return torch.stack(states) if return_trajectory else states[-1]
+            for i in np.flatnonzero(last_state == j):
+                states[i] = None
+            for k in np.flatnonzero(last_output == j):
+                outputs[k] = None
+            yield states[-1]
 
     def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
         """Return O_j, the denoiser's output at state z_j (N, *shape)."""
@@ -159,7 +180,7 @@ class Tableau:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return z_{j+1} (N, *shape) from states z_0 .. z_j and outputs O_0 .. O_j."""
-        state = float(self.scale[j]) * states[self.anchor(j)]
+        state = self.carried(j, states)
         for k in np.flatnonzero(self.weights[j]).tolist():
             state = torch.add(state, outputs[k], alpha=float(self.weights[j, k]))
         if self.noise[j] > 0:
@@ -167,9 +188,27 @@ class Tableau:
             state = torch.add(state, fresh, alpha=float(self.noise[j]))
         return state
 
+    def carried(self, j: int, states: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+        """Return what step j takes over of the states, p_j z_{a(j)} + q_j z_j (N, *shape)."""
+        state = float(self.scale[j]) * states[self.anchor(j)]
+        if self._current[j]:
+            state = torch.add(state, states[j], alpha=float(self._current[j]))
+        return state
+
     def anchor(self, j: int) -> int:
         """Return a(j), the state that step j starts from."""
         return j if self.anchors is None else int(self.anchors[j])
+
+    @property
+    def one_step(self) -> bool:
+        """Whether every step reads its own state and output only: a sampler without memory."""
+        anchored = any(self.anchor(j) != j for j in range(self.steps))
+        return not anchored and not np.tril(self.weights, -1).any()
+
+    @property
+    def _current(self) -> np.ndarray:
+        assert self.current is not None  # __post_init__ saw to it
+        return self.current
 
     def _last_readers(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the last step that reads each state z_i and each output O_k, (K,) each."""
@@ -179,8 +218,12 @@ class Tableau:
         outputs = np.where(self.weights != 0, steps[:, None], steps).max(axis=0)
         return states, outputs
 
-    def to_json(self) -> str:
-        """Return the table as human-readable JSON that any program can run."""
+    def to_json(self, **extra: Any) -> str:
+        """Return the table as human-readable JSON that any program can run.
+
+        Args:
+            extra: further entries, JSON values; readers of the table ignore them.
+        """
         table = {
             "format": "fewstep-tableau",
             "version": VERSION,
@@ -192,8 +235,12 @@ class Tableau:
             "weights": self.weights.tolist(),
             "noise": self.noise.tolist(),
             "anchors": [self.anchor(j) for j in range(self.steps)],
+            "current": self._current.tolist(),
         }
-        return json.dumps(table, indent=1)
+        lines = [
+            f" {json.dumps(key)}: {_lines(value)}" for key, value in {**table, **extra}.items()
+        ]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Tableau:
@@ -208,15 +255,17 @@ class Tableau:
             raise ValueError(f"Not a tableau: the text is not valid JSON ({error}).") from None
         if not isinstance(table, dict) or table.get("format") != "fewstep-tableau":
             raise ValueError("Not a tableau: the JSON has no 'format': 'fewstep-tableau'.")
-        if table.get("version") != VERSION:
+        if table.get("version") not in range(1, VERSION + 1):
             raise ValueError(
-                f"This tableau has version {table.get('version')!r}; this fewstep reads {VERSION}."
+                f"This tableau has version {table.get('version')!r}; this fewstep reads 1 to "
+                f"{VERSION}."
             )
         fields = ("name", "times", "scale", "weights", "noise", "anchors", "output", "process")
         missing = [field for field in fields if field not in table]
         if missing:
             raise ValueError(f"The tableau lacks {', '.join(missing)}.")
         values = {field: table[field] for field in fields}
+        values["current"] = table.get("current")  # version 1 had none
         try:
             values["process"] = NoiseProcess.from_config(values["process"])
             return cls(**values)
@@ -233,6 +282,13 @@ class Tableau:
         return cls.from_json(Path(path).read_text())
 
 
+def _lines(value: Any) -> str:
+    """Write a JSON value on one line, but lists of lists or objects one a line."""
+    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+        return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+    return json.dumps(value)
+
+
 def one_step_tableau(
     name: str,
     process: NoiseProcess,
@@ -240,6 +296,7 @@ def one_step_tableau(
     scale: np.ndarray,
     weight: np.ndarray,
     noise: np.ndarray,
+    output: Output = "epsilon",
 ) -> Tableau:
-    """Build a one-step method's tableau: each state follows from the one before and epsilon."""
-    return Tableau(name, process, np.asarray(times), scale, np.diag(weight), noise)
+    """Build a one-step method's tableau: each state follows from the one before and its output."""
+    return Tableau(name, process, np.asarray(times), scale, np.diag(weight), noise, output=output)

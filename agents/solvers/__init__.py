@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...envs.names import unknown_name
@@ -11,27 +12,152 @@ from ...envs.schedule import Schedule
 from ..tableau import Tableau
 from .ancestral import ancestral
 from .ddim import ddim
+from .deis import deis
+from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
+from .heun import euler, heun
+from .ipndm import ipndm
+from .singlestep import singlestep_orders
 
-SOLVERS: dict[str, Callable[..., Tableau]] = {
-    "ancestral": ancestral,
-    "ddim": ddim,
+# Options of a solver or a schedule by name, as they come from a command line or a JSON file.
+Options = dict[str, bool | int | float | str]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A builder under a name, with the options that the name fixes.
+
+    Attributes:
+        build: the builder.
+        summary: one line for listings.
+        fixed: options that the name stands for.
+        to_t_min: whether it is at its best on a schedule that ends at `process.t_min`: in log-SNR
+            a last step to clean data is infinitely long.
+        singlestep: whether it groups the schedule's times into blocks of several calls.
+    """
+
+    build: Callable[..., Tableau]
+    summary: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    to_t_min: bool = False
+    singlestep: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options that are left to choose."""
+        names = list(inspect.signature(self.build).parameters)[1:]
+        return [name for name in names if name not in self.fixed]
+
+    def __call__(self, schedule: Schedule, **options: Any) -> Tableau:
+        """Build the tableau."""
+        return self.build(schedule, **self.fixed, **options)
+
+
+def _singlestep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
+    return Solver(build, summary, fixed, to_t_min=True, singlestep=True)
+
+
+def _multistep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
+    return Solver(build, summary, fixed, to_t_min=True)
+
+
+# What the other method's options must be: they are not left to choose.
+_PP_SINGLESTEP = {"method": "singlestep", "compat": False, "lower_order_final": None}
+_PP_MULTISTEP = {"method": "multistep", "orders": None}
+
+
+SOLVERS: dict[str, Solver] = {
+    "ancestral": Solver(ancestral, "DDPM's stochastic sampler on any times"),
+    "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
+    "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
+    "heun": Solver(heun, "EDM's sampler, second order, two calls a step"),
+    "ipndm": Solver(ipndm, "improved PNDM, orders 1 to 4"),
+    "deis": Solver(deis, "tAB-DEIS: polynomial in the time, degrees 0 to 3", {"basis": "time"}),
+    "rho-deis": Solver(deis, "rho-AB DEIS: polynomial in sigma / alpha", {"basis": "rho"}),
+    "dpm-solver-1": _singlestep(dpm_solver, "DPM-Solver, first order: DDIM", order=1),
+    "dpm-solver-2": _singlestep(dpm_solver, "DPM-Solver singlestep, second order", order=2),
+    "dpm-solver-3": _singlestep(dpm_solver, "DPM-Solver singlestep, third order", order=3),
+    "dpm-solver-2m": _multistep(
+        dpm_solver_multistep, "DPM-Solver multistep, second order", order=2
+    ),
+    "dpm-solver-3m": _multistep(
+        dpm_solver_multistep, "DPM-Solver multistep, third order (compat: as published)", order=3
+    ),
+    "dpm-solver++-2s": _singlestep(
+        dpm_solver_pp, "DPM-Solver++ singlestep, second order", order=2, **_PP_SINGLESTEP
+    ),
+    "dpm-solver++-3s": _singlestep(
+        dpm_solver_pp, "DPM-Solver++ singlestep, third order", order=3, **_PP_SINGLESTEP
+    ),
+    "dpm-solver++-2m": _multistep(
+        dpm_solver_pp, "DPM-Solver++ multistep, second order", order=2, **_PP_MULTISTEP
+    ),
+    "dpm-solver++-3m": _multistep(
+        dpm_solver_pp,
+        "DPM-Solver++ multistep, third order (compat: as published)",
+        order=3,
+        **_PP_MULTISTEP,
+    ),
 }
 
 
 def make_solver(name: str, schedule: Schedule, **options: Any) -> Tableau:
     """Build the named solver's tableau on a schedule.
 
+    The schedule's steps are the network calls a sample costs, except for "heun", which takes two a
+    step; `tableau.nfe` says. `solver_within` chooses the steps for a budget.
+
     Raises:
         ValueError: a solver or an option that does not exist; the message lists those that do.
     """
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
-    builder = SOLVERS[name]
-    known = [key for key in inspect.signature(builder).parameters if key != "schedule"]
+    solver = SOLVERS[name]
     for option in options:
-        if option not in known:
-            raise unknown_name(f"option of solver '{name}'", option, known)
-    return builder(schedule, **options)
+        if option not in solver.options:
+            raise unknown_name(f"option of solver '{name}'", option, solver.options)
+    return solver(schedule, **options)
 
 
-__all__ = ["SOLVERS", "ancestral", "ddim", "make_solver"]
+def solver_within(
+    name: str, nfe: int, schedule_of: Callable[[int], Schedule], **options: Any
+) -> Tableau:
+    """Build the named solver with a budget of exactly `nfe` network calls a sample.
+
+    Args:
+        name: a key of `SOLVERS`.
+        nfe: the budget.
+        schedule_of: steps -> schedule.
+        options: of the solver.
+
+    Raises:
+        ValueError: as `make_solver`; or no number of steps costs exactly that.
+    """
+    costs = set()
+    for steps in dict.fromkeys((nfe, (nfe + 1) // 2)):
+        tableau = make_solver(name, schedule_of(steps), **options)
+        if tableau.nfe == nfe:
+            return tableau
+        costs.add(tableau.nfe)
+    near = " or ".join(str(cost) for cost in sorted(costs))
+    raise ValueError(
+        f"{name} cannot spend exactly {nfe} network calls on this kind of schedule, but {near}."
+    )
+
+
+__all__ = [
+    "SOLVERS",
+    "Options",
+    "Solver",
+    "ancestral",
+    "ddim",
+    "deis",
+    "dpm_solver",
+    "dpm_solver_multistep",
+    "dpm_solver_pp",
+    "euler",
+    "heun",
+    "ipndm",
+    "make_solver",
+    "singlestep_orders",
+    "solver_within",
+]

@@ -1,0 +1,103 @@
+"""DPM-Solver and DPM-Solver++, singlestep and multistep: the public builders.
+
+C. Lu et al., "DPM-Solver" (2022a) and "DPM-Solver++" (2022b); MATH.md 1.4, 1.6, 1.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from ...envs.names import unknown_name
+from ...envs.schedule import Schedule
+from ..tableau import Tableau
+from .multistep import multistep
+from .singlestep import SolverType, singlestep
+
+Method = Literal["multistep", "singlestep"]
+
+
+def dpm_solver(
+    schedule: Schedule,
+    order: int = 2,
+    solver_type: SolverType = "dpmsolver",
+    orders: Sequence[int] | None = None,
+) -> Tableau:
+    """Build DPM-Solver singlestep, in noise prediction.
+
+    Args:
+        schedule: by default its K steps are the budget of network calls: `singlestep_orders`
+            groups them into blocks, and the times inside a block are those of its inner stages. A
+            schedule that ends at time 0 ends with a block of order 1.
+        order: 1, 2 or 3.
+        solver_type: how differences of outputs stand for derivatives, as published: "dpmsolver"
+            or "taylor".
+        orders: the order of each step instead, every step being a block of its own with stages
+            evenly spaced in log-SNR. The published log-SNR grid is
+            ``orders=singlestep_orders(nfe, 3)`` on ``Schedule.log_snr(process, len(orders))``.
+
+    Raises:
+        ValueError: no such order or type, fewer steps than the order, orders that do not fit the
+            steps, or a block of order 2 or 3 that ends at time 0.
+    """
+    return singlestep(f"dpm-solver-{order}", schedule, order, solver_type, orders, "epsilon")
+
+
+def dpm_solver_pp(
+    schedule: Schedule,
+    order: int = 2,
+    method: Method = "multistep",
+    solver_type: SolverType = "dpmsolver",
+    orders: Sequence[int] | None = None,
+    compat: bool = False,
+    lower_order_final: bool | None = None,
+) -> Tableau:
+    """Build DPM-Solver++, in data prediction: 2M and 3M, or 2S and 3S.
+
+    Args:
+        schedule: the times.
+        order: 1, 2 or 3.
+        method: "multistep", one network call a step, or "singlestep", see `dpm_solver`.
+        solver_type: "dpmsolver" or "taylor".
+        orders: of singlestep blocks, see `dpm_solver`.
+        compat: of multistep, see `dpm_solver_multistep`.
+        lower_order_final: of multistep, see `dpm_solver_multistep`.
+
+    Raises:
+        ValueError: as `dpm_solver`; or no such method, or an option of the other method.
+    """
+    if method not in get_args(Method):
+        raise unknown_name("method", method, get_args(Method))
+    if method == "singlestep":
+        if compat or lower_order_final is not None:
+            raise ValueError("compat and lower_order_final belong to method='multistep'.")
+        return singlestep(f"dpm-solver++-{order}s", schedule, order, solver_type, orders, "sample")
+    if orders is not None:
+        raise ValueError("orders belongs to method='singlestep'.")
+    name = f"dpm-solver++-{order}m"
+    return multistep(name, schedule, order, solver_type, compat, lower_order_final, "sample")
+
+
+def dpm_solver_multistep(
+    schedule: Schedule,
+    order: int = 2,
+    solver_type: SolverType = "dpmsolver",
+    compat: bool = False,
+    lower_order_final: bool | None = None,
+) -> Tableau:
+    """Build DPM-Solver multistep in noise prediction, 2M or 3M.
+
+    Args:
+        schedule: the times; a last step to time 0 is of first order.
+        order: 1, 2 or 3. Order 3 with `solver_type="taylor"` is Adams-Bashforth in log-SNR.
+        solver_type: of the steps of second order: "dpmsolver" or "taylor".
+        compat: the third-order formula as published, which lacks a factor 2 and converges at
+            order 2 only.
+        lower_order_final: lower the order of the last steps; None does so on fewer than 10 steps,
+            as published.
+
+    Raises:
+        ValueError: no such order or type, or fewer steps than the order.
+    """
+    name = f"dpm-solver-{order}m"
+    return multistep(name, schedule, order, solver_type, compat, lower_order_final, "epsilon")

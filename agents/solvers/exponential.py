@@ -1,0 +1,45 @@
+"""The exponential integrator behind the DPM-Solver family (MATH.md 1.1, 1.4, 1.6).
+
+In log-SNR the probability-flow ODE is linear plus the network's output. With the output expanded
+at s as m + G_1 tau + G_2 tau^2 / 2 ..., the step from s to t, h = log_snr_t - log_snr_s, is
+
+    x_t = a x_s + c_1 m + c_2 G_1 + c_3 G_2,          c_k = -g E_k(+-h)
+
+where noise prediction has a = alpha_t / alpha_s, g = sigma_t and +h, and data prediction
+a = sigma_t / sigma_s, g = alpha_t and -h (so that E_k(-h) is, up to its sign, P_k of MATH.md 1.6).
+The G's are scaled by h: G_1 is a difference of outputs divided by its distance in units of h.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..tableau import Output
+from .rows import Node
+
+# Below this the closed forms of E_2 and E_3 lose digits and the series has them all.
+_SMALL = 1.0
+
+
+def exponential(k: int, a: float) -> float:
+    """Return E_k(a): E_1 = e^a - 1, E_2 = E_1 / a - 1, E_3 = E_2 / a - 1/2 (MATH.md 1.4)."""
+    if k == 1:
+        return math.expm1(a)
+    if abs(a) < _SMALL:
+        # E_k(a) = sum_{n >= 1} a^n / (n + k - 1)!; the twentieth term is below rounding.
+        return math.fsum(a**n / math.factorial(n + k - 1) for n in range(1, 21))
+    return exponential(k - 1, a) / a - (1.0 if k == 2 else 0.5)
+
+
+def scale(s: Node, t: Node, output: Output) -> float:
+    """Return a, the factor on the state."""
+    return t.alpha / s.alpha if output == "epsilon" else t.sigma / s.sigma
+
+
+def coefficient(k: int, s: Node, t: Node, output: Output) -> float:
+    """Return c_k; c_1 also for t at time 0, where h is infinite."""
+    h = t.log_snr - s.log_snr
+    if math.isinf(h):
+        assert k == 1, "only first-order steps can end at clean data"
+        return -s.sigma * t.alpha / s.alpha if output == "epsilon" else t.alpha
+    return -t.sigma * exponential(k, h) if output == "epsilon" else -t.alpha * exponential(k, -h)

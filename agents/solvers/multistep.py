@@ -1,0 +1,71 @@
+"""Multistep exponential integrators, one evaluation a step (MATH.md 1.6 and 1.7).
+
+Noise prediction makes DPM-Solver 2M and 3M (the third order exact: it is Adams-Bashforth in
+log-SNR), data prediction DPM-Solver++ 2M and 3M.
+"""
+
+from __future__ import annotations
+
+from ...envs.schedule import Schedule
+from ..tableau import Output, Tableau
+from .exponential import coefficient, scale
+from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
+from .singlestep import SolverType, check_solver_type
+
+# The published rule: with fewer steps than this the last ones use lower orders.
+LOWERED_BELOW = 10
+
+
+def multistep(
+    name: str,
+    schedule: Schedule,
+    order: int,
+    solver_type: SolverType,
+    compat: bool,
+    lower_order_final: bool | None,
+    output: Output,
+) -> Tableau:
+    """Build the tableau; see `dpm_solver_multistep` for the arguments."""
+    check_solver_type(solver_type)
+    check_order(order, (1, 2, 3), name)
+    check_budget(schedule.steps, order, name)
+    nodes = nodes_of(schedule)
+    steps = schedule.steps
+    lowered = steps < LOWERED_BELOW if lower_order_final is None else lower_order_final
+    rows = Rows()
+    for i in range(steps):
+        used = min(i + 1, order, steps - i if lowered else order)
+        if nodes[i + 1].sigma == 0:
+            used = 1
+        weights = _weights(nodes, i, used, solver_type, compat, output)
+        rows.add(nodes[i].time, scale(nodes[i], nodes[i + 1], output), weights)
+    return rows.tableau(name, schedule.process, nodes[-1].time, output)
+
+
+def _weights(
+    nodes: list[Node],
+    i: int,
+    order: int,
+    solver_type: SolverType,
+    compat: bool,
+    output: Output,
+) -> dict[int, float]:
+    """Return the weights of step i on the outputs up to its own."""
+    start, end = nodes[i], nodes[i + 1]
+    c1 = coefficient(1, start, end, output)
+    now = {i: 1.0}
+    if order == 1:
+        return combine((c1, now))
+    h = end.log_snr - start.log_snr
+    r0 = (start.log_snr - nodes[i - 1].log_snr) / h
+    d0 = combine((1 / r0, difference(i, i - 1)))
+    if order == 2:
+        c2 = c1 / 2 if solver_type == "dpmsolver" else coefficient(2, start, end, output)
+        return combine((c1, now), (c2, d0))
+    r1 = (nodes[i - 1].log_snr - nodes[i - 2].log_snr) / h
+    d1 = combine((1 / r1, difference(i - 1, i - 2)))
+    # The second divided difference is half a second derivative: the published codes forget the 2.
+    second = coefficient(3, start, end, output) * (1 if compat else 2) / (r0 + r1)
+    first = coefficient(2, start, end, output)
+    tilt = first * r0 / (r0 + r1) + second
+    return combine((c1, now), (first + tilt, d0), (-tilt, d1))

@@ -1,0 +1,140 @@
+"""Rows: a tableau put together row by row, and the nodes that its rows join."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ...envs.process import NoiseProcess
+from ...envs.schedule import Schedule
+from ..tableau import Output, Tableau
+
+
+class Node(NamedTuple):
+    """A time of a noise process with its coefficients; the log-SNR is infinite at time 0."""
+
+    time: float
+    alpha: float
+    sigma: float
+    log_snr: float
+
+    @property
+    def rho(self) -> float:
+        """The noise-to-signal ratio sigma / alpha, the noise level of EDM."""
+        return self.sigma / self.alpha
+
+    @classmethod
+    def at(cls, process: NoiseProcess, time: float) -> Node:
+        """Look up a time."""
+        return cls(
+            float(time),
+            float(process.alpha(time)),
+            float(process.sigma(time)),
+            float(process.log_snr(time)),
+        )
+
+    @classmethod
+    def at_log_snr(cls, process: NoiseProcess, log_snr: float) -> Node:
+        """Look up a log-SNR."""
+        return cls.at(process, float(process.time_of_log_snr(log_snr)))
+
+
+def nodes_of(schedule: Schedule) -> list[Node]:
+    """Return the K + 1 nodes of a schedule.
+
+    Raises:
+        ValueError: times so close that their log-SNRs are the same number.
+    """
+    log_snr = schedule.process.log_snr(schedule.times).numpy()
+    same = np.flatnonzero(np.diff(log_snr) <= 0)
+    if len(same):
+        pair = schedule.times[same[0] : same[0] + 2].tolist()
+        raise ValueError(f"The times {pair} are too close together to make a step.")
+    columns = (schedule.times.numpy(), *schedule.levels(), log_snr)
+    return [Node(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+class Rows:
+    """The rows of a tableau so far. Row j is evaluated at `time` and leads to state j + 1."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._scale: list[float] = []
+        self._weights: list[Mapping[int, float]] = []
+        self._noise: list[float] = []
+        self._anchors: list[int] = []
+        self._current: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def add(
+        self,
+        time: float,
+        scale: float,
+        weights: Mapping[int, float],
+        *,
+        anchor: int | None = None,
+        current: float = 0.0,
+        noise: float = 0.0,
+    ) -> None:
+        """Append a row: the fields of `Tableau`, the weights by the index of their output."""
+        self._times.append(time)
+        self._scale.append(scale)
+        self._weights.append(weights)
+        self._noise.append(noise)
+        self._anchors.append(len(self) - 1 if anchor is None else anchor)
+        self._current.append(current)
+
+    def tableau(
+        self, name: str, process: NoiseProcess, final_time: float, output: Output
+    ) -> Tableau:
+        """Finish the table; its samples have time `final_time`."""
+        weights = np.zeros((len(self), len(self)))
+        for row, entries in zip(weights, self._weights, strict=True):
+            for k, weight in entries.items():
+                row[k] = weight
+        return Tableau(
+            name,
+            process,
+            np.array([*self._times, final_time]),
+            np.array(self._scale),
+            weights,
+            np.array(self._noise),
+            np.array(self._anchors),
+            output,
+            np.array(self._current),
+        )
+
+
+def combine(*terms: tuple[float, Mapping[int, float]]) -> dict[int, float]:
+    """Return the linear combination of sparse rows, given as (factor, row) pairs."""
+    total: dict[int, float] = {}
+    for factor, row in terms:
+        for k, weight in row.items():
+            total[k] = total.get(k, 0.0) + factor * weight
+    return total
+
+
+def difference(later: int, earlier: int) -> dict[int, float]:
+    """Return the sparse row of O_later - O_earlier."""
+    return {later: 1.0, earlier: -1.0}
+
+
+def check_order(order: int, allowed: Iterable[int], solver: str) -> None:
+    """Raise ValueError for an order that the solver does not have."""
+    allowed = list(allowed)
+    if order not in allowed:
+        choices = ", ".join(str(choice) for choice in allowed)
+        raise ValueError(f"{solver} has the orders {choices}; got {order!r}.")
+
+
+def check_budget(steps: int, needed: int, solver: str) -> None:
+    """Raise ValueError for a schedule too short for a solver's order."""
+    if steps < needed:
+        raise ValueError(
+            f"{solver} needs at least {needed} network calls on this schedule, which has {steps}: "
+            "take a lower order or more steps."
+        )

@@ -1,0 +1,145 @@
+"""DPM-Solver singlestep: blocks of one to three evaluations (MATH.md 1.4 and 1.6).
+
+Noise prediction makes DPM-Solver (Lu et al. 2022a), data prediction DPM-Solver++ 2S and 3S
+(Lu et al. 2022b): the same rows with other coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from operator import index
+from typing import Literal, get_args
+
+from ...envs.names import unknown_name
+from ...envs.process import NoiseProcess
+from ...envs.schedule import Schedule
+from ..tableau import Output, Tableau
+from .exponential import coefficient, scale
+from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
+
+SolverType = Literal["dpmsolver", "taylor"]
+
+
+def singlestep_orders(nfe: int, order: int) -> list[int]:
+    """Split a budget of network calls into blocks (the rule of "DPM-Solver-fast").
+
+    Args:
+        nfe: network evaluations, at least 1.
+        order: of most blocks, 1 to 3.
+
+    Returns:
+        The orders of the blocks; they add up to `nfe`.
+
+    Raises:
+        ValueError: no such order, or no budget.
+    """
+    check_order(order, (1, 2, 3), "DPM-Solver")
+    if index(nfe) < 1:
+        raise ValueError(f"The budget must be at least one network call; got {nfe}.")
+    full, rest = divmod(nfe, order)
+    if order == 3 and rest == 0:
+        return [3] * (full - 1) + [2, 1]
+    return [order] * full + ([rest] if rest else [])
+
+
+def singlestep(
+    name: str,
+    schedule: Schedule,
+    order: int,
+    solver_type: SolverType,
+    orders: Sequence[int] | None,
+    output: Output,
+) -> Tableau:
+    """Build the tableau of a composition of blocks; see `dpm_solver` for the arguments."""
+    check_solver_type(solver_type)
+    check_order(order, (1, 2, 3), name)
+    nodes = nodes_of(schedule)
+    if orders is None:
+        to_zero = nodes[-1].sigma == 0
+        check_budget(schedule.steps, order + 1 if to_zero and order > 1 else order, name)
+        blocks = _blocks_of_budget(nodes, order)
+    else:
+        blocks = _blocks_of_steps(schedule.process, nodes, orders, name)
+    rows = Rows()
+    for block in blocks:
+        _add_block(rows, block, solver_type, output)
+    return rows.tableau(name, schedule.process, nodes[-1].time, output)
+
+
+def check_solver_type(solver_type: str) -> None:
+    """Raise ValueError for a type that does not exist."""
+    if solver_type not in get_args(SolverType):
+        raise unknown_name("solver_type", solver_type, get_args(SolverType))
+
+
+def _blocks_of_budget(nodes: list[Node], order: int) -> list[list[Node]]:
+    """Cut the nodes into blocks: the nodes between two block ends are the inner stages."""
+    calls = len(nodes) - 1
+    orders = singlestep_orders(calls, order)
+    if nodes[-1].sigma == 0 and orders[-1] != 1:
+        orders = [*singlestep_orders(calls - 1, order), 1]
+    ends = [0, *accumulate(orders)]
+    return [nodes[start : end + 1] for start, end in pairwise(ends)]
+
+
+def _blocks_of_steps(
+    process: NoiseProcess, nodes: list[Node], orders: Sequence[int], name: str
+) -> list[list[Node]]:
+    """Make each step a block, its inner stages spread evenly in log-SNR."""
+    if len(orders) != len(nodes) - 1:
+        raise ValueError(
+            f"{name}: give one order for each of the schedule's {len(nodes) - 1} steps; "
+            f"got {len(orders)}."
+        )
+    blocks = []
+    for (start, end), order in zip(pairwise(nodes), orders, strict=True):
+        check_order(order, (1, 2, 3), f"A block of {name}")
+        if end.sigma == 0 and order > 1:
+            raise ValueError(
+                f"{name}: a block of order {order} cannot end at time 0, where the log-SNR is "
+                f"infinite; end the schedule at process.t_min ({process.t_min:g}), or the orders "
+                "with a 1."
+            )
+        h = end.log_snr - start.log_snr
+        stages = [
+            Node.at_log_snr(process, start.log_snr + h * stage / order) for stage in range(1, order)
+        ]
+        blocks.append([start, *stages, end])
+    return blocks
+
+
+def _add_block(rows: Rows, block: Sequence[Node], solver_type: SolverType, output: Output) -> None:
+    """Append a block from its first node to its last, through the stages between."""
+    start, *stages, end = block
+    first = len(rows)
+
+    def add(time: float, goal: Node, *terms: tuple[float, dict[int, float]]) -> None:
+        weights = combine((coefficient(1, start, goal, output), {first: 1.0}), *terms)
+        rows.add(time, scale(start, goal, output), weights, anchor=first)
+
+    if not stages:
+        add(start.time, end)
+        return
+    h = end.log_snr - start.log_snr
+    r = [(stage.log_snr - start.log_snr) / h for stage in stages]
+    slope = difference(first + 1, first)  # r_1 times the first derivative
+    add(start.time, stages[0])
+    if len(stages) == 1:
+        if solver_type == "dpmsolver":
+            factor = coefficient(1, start, end, output) / (2 * r[0])
+        else:
+            factor = coefficient(2, start, end, output) / r[0]
+        add(stages[0].time, end, (factor, slope))
+        return
+    c2 = coefficient(2, start, stages[1], output)
+    add(stages[0].time, stages[1], (c2 * r[1] / r[0], slope))
+    c2, slope2 = coefficient(2, start, end, output), difference(first + 2, first)
+    if solver_type == "dpmsolver":
+        add(stages[1].time, end, (c2 / r[1], slope2))
+        return
+    c3, gap = coefficient(3, start, end, output), r[1] - r[0]
+    # G_1 = (r_2 d_1 - r_1 d_2) / gap and G_2 = 2 (d_2 - d_1) / gap, with d_k = slope_k / r_k.
+    on_first = (c2 * r[1] - 2 * c3) / (gap * r[0])
+    on_second = (2 * c3 - c2 * r[0]) / (gap * r[1])
+    add(stages[1].time, end, (on_first, slope), (on_second, slope2))

@@ -1,0 +1,365 @@
+"""What the ODE solvers have in common: identities between them, exact cases, their price, refusals.
+
+The identities are those of MATH.md 1 and 2.5.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from torch import nn
+
+from fewstep.agents import Denoiser, Tableau
+from fewstep.agents.solvers import (
+    SOLVERS,
+    ddim,
+    deis,
+    dpm_solver,
+    dpm_solver_multistep,
+    dpm_solver_pp,
+    euler,
+    heun,
+    ipndm,
+    make_solver,
+    singlestep_orders,
+)
+from fewstep.envs import VE, DiscreteVP, Schedule
+
+VP = DiscreteVP.linear(1000)
+EDM = VE(0.002, 80.0)
+PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
+NAMES = pytest.mark.parametrize(
+    "name", ["uniform", "log_snr", "irregular", "uniform-to-0", "karras-to-0"]
+)
+ODE_SOLVERS = sorted(set(SOLVERS) - {"ancestral"})
+
+
+def same_rows(one, other, tolerance=1e-12):
+    """Equal tables, each row to `tolerance` of its largest number."""
+    assert one.output == other.output
+    np.testing.assert_array_equal(one.times, other.times)
+    np.testing.assert_allclose(one.scale, other.scale, rtol=tolerance)
+    for ours, theirs in zip(one.weights, other.weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * abs(theirs).max())
+    np.testing.assert_array_equal(one.noise, other.noise)
+
+
+@torch.no_grad()
+def same_maps(one, other, denoiser, noise, generator, tolerance=1e-12):
+    """The two tables send the same noise to the same samples."""
+    ours, theirs = (t.sample(denoiser, noise, generator=generator(3)) for t in (one, other))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def extrapolated(schedule, lambdas, output):
+    """DDIM on O_j + lambda_j (O_j - O_{j-1}), which is D-DDIM (MATH.md 2.5)."""
+    table = ddim(schedule, output=output)
+    last = np.diag(table.weights)
+    weights = np.diag(last * (1 + lambdas)) - np.diag((last * lambdas)[1:], -1)
+    return Tableau(
+        "by hand", schedule.process, table.times, table.scale, weights, table.noise, output=output
+    )
+
+
+@NAMES
+@PROCESSES
+def test_extrapolated_ddim_is_2m_and_ipndm_2(process, name, grid):
+    schedule = grid(name, process, 7)
+    log_snr = process.log_snr(schedule.times).numpy()
+    h = np.diff(log_snr)
+    lambdas = np.concatenate([[0], h[1:] / (2 * h[:-1])])
+    if np.isinf(h[-1]):
+        lambdas[-1] = 0  # the step into time 0 is of first order
+    options = {"order": 2, "lower_order_final": False}
+    same_rows(dpm_solver_multistep(schedule, **options), extrapolated(schedule, lambdas, "epsilon"))
+    same_rows(dpm_solver_pp(schedule, **options), extrapolated(schedule, lambdas, "sample"))
+    halves = np.array([0] + [0.5] * 6)
+    same_rows(ipndm(schedule, 2), extrapolated(schedule, halves, "epsilon"))
+
+
+@NAMES
+@PROCESSES
+def test_first_order_of_every_family_is_ddim(process, name, grid):
+    schedule = grid(name, process, 7)
+    noise, data = ddim(schedule), ddim(schedule, output="sample")
+    for table in (
+        deis(schedule, 0),
+        deis(schedule, 0, "rho"),
+        ipndm(schedule, 1),
+        dpm_solver(schedule, 1),
+        dpm_solver(schedule, 3, orders=[1] * 7),
+        dpm_solver_multistep(schedule, 1),
+    ):
+        same_rows(table, noise)
+    for table in (
+        euler(schedule),
+        dpm_solver_pp(schedule, 1),
+        dpm_solver_pp(schedule, 1, "singlestep"),
+    ):
+        same_rows(table, data)
+
+
+@NAMES
+@PROCESSES
+def test_multistep_rows_sum_to_the_coefficient_of_ddim(process, name, grid):
+    schedule = grid(name, process, 7)
+    tables = [deis(schedule, r, basis) for r in range(4) for basis in ("time", "rho")]
+    tables += [ipndm(schedule, k) for k in (2, 3, 4)]
+    for solver_type in ("dpmsolver", "taylor"):
+        for compat in (False, True):
+            options = {"solver_type": solver_type, "compat": compat}
+            tables += [dpm_solver_multistep(schedule, k, **options) for k in (2, 3)]
+            tables += [dpm_solver_pp(schedule, k, **options) for k in (2, 3)]
+    for table in tables:
+        expected = ddim(schedule, output=table.output)
+        np.testing.assert_allclose(table.scale, expected.scale, rtol=1e-13)
+        sums, coefficients = table.weights.sum(1), np.diag(expected.weights)
+        size = abs(table.weights).sum(1)
+        np.testing.assert_array_less(abs(sums - coefficients), 1e-13 * size + 1e-300)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", ["log_snr", "irregular"])
+@PROCESSES
+def test_exact_multistep_integrates_the_polynomial_in_log_snr(process, name, order, grid):
+    """MATH.md 1.7 with c = 2: noise over d rho, data over d (1 / rho)."""
+    schedule = grid(name, process, 6)
+    alpha, sigma = schedule.levels()
+    log_snr = np.log(alpha / sigma)
+    options = {"solver_type": "taylor", "lower_order_final": False}
+    noise = dpm_solver_multistep(schedule, order, **options)
+    data = dpm_solver_pp(schedule, order, **options)
+    for i in range(6):
+        nodes = log_snr[i::-1][:order]
+        for j, node in enumerate(nodes):
+            others = np.delete(nodes, j)
+
+            def basis(x, node=node, others=others):
+                return np.prod((x - others) / (node - others))
+
+            def integral(f, ends=log_snr[i : i + 2]):
+                return quad(f, *ends, epsabs=0, epsrel=1e-12)[0]
+
+            expected = -alpha[i + 1] * integral(lambda x: np.exp(-x) * basis(x))
+            assert noise.weights[i, i - j] == pytest.approx(expected, rel=1e-9)
+            expected = sigma[i + 1] * integral(lambda x: np.exp(x) * basis(x))
+            assert data.weights[i, i - j] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["uniform-to-0", "karras-to-0", "irregular-to-0"])
+@pytest.mark.parametrize("order", [2, 3])
+@PROCESSES
+def test_multistep_step_into_time_0_is_ddim(process, order, name, grid):
+    schedule = grid(name, process, 7)
+    above = Schedule(process, schedule.times[:-1])
+    for build, output in ((dpm_solver_multistep, "epsilon"), (dpm_solver_pp, "sample")):
+        table = build(schedule, order, lower_order_final=False)
+        before = build(above, order, lower_order_final=False)
+        np.testing.assert_allclose(table.weights[:-1, :-1], before.weights, rtol=1e-14)
+        last = ddim(schedule, output=output).weights[-1]
+        np.testing.assert_allclose(table.weights[-1], last, rtol=1e-14, atol=0)
+
+
+@NAMES
+@PROCESSES
+def test_heun_euler_and_ddim_are_one_map_in_either_output(
+    process, name, grid, mixture, prior, generator
+):
+    schedule, denoiser, noise = grid(name, process, 7), mixture(process), prior(process)
+    pairs = [(ddim(schedule), euler(schedule))]
+    for eta in (0.0, 0.6):
+        pairs.append((ddim(schedule, eta), ddim(schedule, eta, output="sample")))
+    for options in ({}, {"s_churn": 2.0, "s_max": 10.0}):
+        pairs.append(tuple(heun(schedule, output=o, **options) for o in ("epsilon", "sample")))
+    for one, other in pairs:
+        same_maps(one, other, denoiser, noise, generator)
+
+
+@pytest.mark.parametrize("name", ["log_snr", "irregular", "uniform-to-0"])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [(name, {}) for name in SOLVERS if name != "deis"]
+    + [
+        ("ddim", {"eta": 0.5}),
+        ("heun", {"s_churn": 2.0, "s_max": 10.0}),
+        ("dpm-solver-3m", {"compat": True, "solver_type": "taylor"}),
+    ],
+    ids=str,
+)
+def test_vp_and_ve_are_one_ode(solver, options, name, grid, mixture, prior, generator):
+    """MATH.md 0.1: x / alpha on VP is the state on the VE process that meets the same rho."""
+    schedule, noise = grid(name, VP, 7), prior(VP)
+    alpha, sigma = schedule.levels()
+    rho = sigma / alpha
+    ve = VE(1e-3, float(rho[0]))
+    with torch.no_grad():
+        on_vp = make_solver(solver, schedule, **options).sample(
+            mixture(VP), noise, generator=generator(4)
+        )
+        on_ve = make_solver(solver, Schedule(ve, rho), **options).sample(
+            mixture(ve), noise / alpha[0], generator=generator(4)
+        )
+    torch.testing.assert_close(on_vp / alpha[-1], on_ve, rtol=1e-10, atol=1e-10)
+
+
+def test_ipndm_is_deis_over_rho_where_its_steps_are_equal():
+    schedule = Schedule.uniform(EDM, 7, end=EDM.t_min)
+    for order in (1, 2, 3, 4):
+        same_rows(ipndm(schedule, order), deis(schedule, order - 1, "rho"))
+
+
+def test_deis_over_time_is_deis_over_rho_where_time_is_rho(grid):
+    for name in ("log_snr", "irregular", "karras-to-0"):
+        schedule = grid(name, EDM, 7)
+        for order in range(4):
+            same_rows(deis(schedule, order), deis(schedule, order, "rho"), 1e-11)
+
+
+@pytest.mark.parametrize("end", ["", "-to-0"])
+@pytest.mark.parametrize("budget", [4, 5, 6, 9])
+@pytest.mark.parametrize("solver", SOLVERS)
+@PROCESSES
+def test_price_and_times_of_the_calls(
+    process, solver, budget, end, grid, mixture, prior, count_calls
+):
+    schedule, denoiser = grid("uniform" + end, process, budget), mixture(process)
+    table, calls = make_solver(solver, schedule), count_calls(denoiser.body)
+    with torch.no_grad():
+        table.sample(denoiser, prior(process))
+    twice = 2 * budget - bool(end)
+    assert len(calls) == table.nfe == (twice if solver == "heun" else budget)
+    np.testing.assert_allclose(calls.times, process.network_time(table.times[:-1]), atol=1e-12)
+    if solver != "heun":
+        np.testing.assert_array_equal(table.times, schedule.times)
+    assert Tableau.from_json(table.to_json()).to_json() == table.to_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("ddim", ddim),
+        ("euler", euler),
+        ("heun", heun),
+        ("ipndm", lambda s: ipndm(s, 4)),
+        ("deis", lambda s: deis(s, 3, "time")),
+        ("rho-deis", lambda s: deis(s, 3, "rho")),
+        ("dpm-solver-1", lambda s: dpm_solver(s, 1, "dpmsolver")),
+        ("dpm-solver-2", lambda s: dpm_solver(s, 2, "dpmsolver")),
+        ("dpm-solver-3", lambda s: dpm_solver(s, 3, "dpmsolver")),
+        ("dpm-solver-2m", lambda s: dpm_solver_multistep(s, 2, "dpmsolver", False, None)),
+        ("dpm-solver-3m", lambda s: dpm_solver_multistep(s, 3, "dpmsolver", False, None)),
+        ("dpm-solver++-2s", lambda s: dpm_solver_pp(s, 2, "singlestep", "dpmsolver")),
+        ("dpm-solver++-3s", lambda s: dpm_solver_pp(s, 3, "singlestep", "dpmsolver")),
+        ("dpm-solver++-2m", lambda s: dpm_solver_pp(s, 2, "multistep", "dpmsolver")),
+        ("dpm-solver++-3m", lambda s: dpm_solver_pp(s, 3, "multistep", "dpmsolver")),
+    ],
+)
+def test_names(name, build, grid):
+    for end in ("", "-to-0"):
+        schedule = grid("irregular" + end, VP, 12)
+        assert make_solver(name, schedule).to_json() == build(schedule).to_json()
+
+
+class Constant(nn.Module):
+    value = torch.tensor([0.7, -1.3], dtype=torch.float64)
+
+    def forward(self, sample, _time):
+        return self.value.expand_as(sample)
+
+
+@st.composite
+def schedules(draw):
+    process = draw(st.sampled_from([VP, EDM, DiscreteVP.cosine(50)]))
+    times = st.floats(process.t_min, process.t_max)
+    times = sorted(draw(st.lists(times, min_size=5, max_size=9)), reverse=True)
+    assume(all(s < t * (1 - 1e-9) for t, s in pairwise(times)))
+    return Schedule(process, times + [0.0] * draw(st.booleans()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedule=schedules())
+def test_constant_predictions_are_integrated_exactly(schedule):
+    """x / alpha is linear in rho for constant noise, and falls onto a constant sample as rho."""
+    process = schedule.process
+    alpha, sigma = schedule.levels()
+    rho = sigma / alpha
+    start = torch.tensor([[2.0, -0.5]], dtype=torch.float64) * process.prior_std
+    constant = Constant.value
+    expected = {
+        "epsilon": start / alpha[0] + (rho[-1] - rho[0]) * constant,
+        "sample": constant + (start / alpha[0] - constant) * (rho[-1] / rho[0]),
+    }
+    tables = [make_solver(name, schedule) for name in ODE_SOLVERS]
+    tables += [heun(schedule, output="epsilon"), ddim(schedule, output="sample")]
+    tables += [dpm_solver(schedule, 3, "taylor"), dpm_solver_multistep(schedule, 3, compat=True)]
+    for table in tables:
+        ours = table.sample(Denoiser(Constant(), process, table.output), start)
+        # Rounding is relative to the terms, which close nodes make larger than their sum.
+        size = [float(start.abs().max())]
+        for j in range(table.steps):
+            terms = abs(table.weights[j]).sum() * float(constant.abs().max())
+            size.append(abs(table.scale[j]) * size[table.anchor(j)] + terms)
+        error = float((ours - alpha[-1] * expected[table.output]).abs().max())
+        assert error <= 1e-13 * size[-1], table.name
+
+
+@pytest.fixture
+def schedule():
+    return Schedule.uniform(VP, 6)
+
+
+def above(steps):
+    return Schedule.log_snr(VP, steps)
+
+
+@pytest.mark.parametrize(
+    ("build", "complaint"),
+    [
+        (lambda s: make_solver("dpm-solver++2m", s), r"did you mean 'dpm-solver\+\+-2m'"),
+        (lambda s: make_solver("unipc", s), r"unknown solver 'unipc'.*ancestral.*rho-deis"),
+        (lambda s: make_solver("heun", s, churn=1), "unknown option of solver 'heun'.*s_churn"),
+        (lambda s: make_solver("dpm-solver-3m", s, order=2), "unknown option.*solver_type"),
+        (lambda s: make_solver("dpm-solver-2", s, solver_type="x"), "dpmsolver, taylor"),
+        (lambda s: dpm_solver(s, 2, "midpoint"), "solver_type 'midpoint'.*dpmsolver, taylor"),
+        (lambda s: dpm_solver_multistep(s, 2, "heun"), "solver_type 'heun'.*dpmsolver, taylor"),
+        (lambda s: dpm_solver_pp(s, 2, "mutlistep"), "did you mean 'multistep'"),
+        (lambda s: dpm_solver_pp(s, 2, "singlestep", "x"), "solver_type 'x'"),
+        (lambda s: deis(s, 2, "lambda"), "basis 'lambda'.*rho, time"),
+        (lambda s: heun(s, output="noise"), "output 'noise'.*epsilon, sample"),
+        (lambda s: ddim(s, output="x0"), "output 'x0'.*epsilon, sample"),
+        (lambda s: heun(s, s_churn=-1.0), "s_churn"),
+        (lambda s: heun(s, s_churn=1.0, s_noise=float("nan")), "s_noise"),
+        (lambda s: deis(s, 4), "orders 0, 1, 2, 3; got 4"),
+        (lambda s: deis(s, -1), "got -1"),
+        (lambda s: ipndm(s, 0), "orders 1, 2, 3, 4; got 0"),
+        (lambda s: ipndm(s, 5), "got 5"),
+        (lambda s: dpm_solver(s, 4), "orders 1, 2, 3; got 4"),
+        (lambda s: dpm_solver(s, 0), "got 0"),
+        (lambda s: dpm_solver_pp(s, 4), "got 4"),
+        (lambda s: dpm_solver_pp(s, 4, "singlestep"), "got 4"),
+        (lambda s: dpm_solver_multistep(s, 4), "got 4"),
+        (lambda s: singlestep_orders(5, 4), "got 4"),
+        (lambda s: singlestep_orders(0, 2), "got 0"),
+        (lambda s: dpm_solver(above(2), 3), "needs at least 3"),
+        (lambda s: dpm_solver_pp(above(1), 2), "needs at least 2"),
+        (lambda s: dpm_solver_pp(above(2), 3, "singlestep"), "needs at least 3"),
+        (lambda s: dpm_solver_multistep(above(2), 3), "needs at least 3"),
+        (lambda s: ipndm(above(3)), "needs at least 4"),
+        (lambda s: deis(above(3), 3), "needs at least 4"),
+        (lambda s: dpm_solver(s, 2, orders=[2] * 6), "time 0.*t_min"),
+        (lambda s: dpm_solver_pp(s, 2, "singlestep", orders=[2] * 6), "time 0.*t_min"),
+        (lambda s: dpm_solver(s, 2, orders=[2, 2, 1]), "6 steps; got 3"),
+        (lambda s: dpm_solver_pp(s, 2, "singlestep", orders=[1] * 7), "6 steps; got 7"),
+        (lambda s: dpm_solver(s, 3, orders=[3, 3, 4, 3, 3, 1]), "orders 1, 2, 3; got 4"),
+        (lambda s: dpm_solver(s, 3, orders=[3, 3, 0, 3, 3, 1]), "orders 1, 2, 3; got 0"),
+        (lambda s: dpm_solver_pp(s, 2, orders=[1] * 6), "orders.*singlestep"),
+        (lambda s: dpm_solver_pp(s, 2, "singlestep", compat=True), "compat.*multistep"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(build, complaint, schedule):
+    with pytest.raises(ValueError, match=complaint):
+        build(schedule)
