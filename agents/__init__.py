@@ -8,16 +8,20 @@ from .base import Agent
 from .checkpoint import CheckpointError
 from .cloning import BehaviorCloning
 from .denoiser import Denoiser
+from .dode import DODE
 from .policies import DenoiserPolicy, SolverPolicy
 from .sft import SFT
 from .sft_pg import SFTPG
 from .tableau import Tableau
 from .training import TrainingDivergedError
 
-AGENTS: dict[str, type[Agent]] = {agent.name: agent for agent in (BehaviorCloning, SFT, SFTPG)}
+AGENTS: dict[str, type[Agent]] = {
+    agent.name: agent for agent in (BehaviorCloning, SFT, SFTPG, DODE)
+}
 
 __all__ = [
     "AGENTS",
+    "DODE",
     "SFT",
     "SFTPG",
     "Agent",

@@ -1,0 +1,165 @@
+"""The greedy fit: each step's lambdas by least squares, one step after the other (MATH.md 2.7).
+
+With b the state's motion along a direction, the best lambda of a step is one dot product divided by
+another, ``<b, y - base> / <b, b>`` (MATH.md 2.2). The student's own states are carried forward,
+not the teacher's, so a step also repairs what the steps before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..tableau import Tableau
+from .forms import distilled
+
+# Constants tried for the forms with one lambda for all steps.
+GRID = np.linspace(-1.0, 2.0, 61)
+
+# A direction shorter than this share of the state is no direction (squared).
+_NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Initial noise (N, *shape) and the states (K, N, *shape) that the steps should lead to."""
+
+    noise: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class StepFit:
+    """What the fit of one step did; errors are mean squares over samples and dimensions.
+
+    Attributes:
+        lambdas: (n_j,) the step's lambdas.
+        before: error of the step without them.
+        after: error with them.
+    """
+
+    lambdas: np.ndarray
+    before: float
+    after: float
+
+    @property
+    def removed(self) -> float:
+        """Share of the step's error that its lambdas removed."""
+        return 1 - self.after / self.before if self.before > 0 else 0.0
+
+
+@torch.no_grad()
+def fit(
+    tableau: Tableau,
+    rows: Sequence[np.ndarray],
+    denoiser: Denoiser,
+    batches: Sequence[Batch],
+    ridge: float = 0.0,
+    constant: float | None = None,
+) -> list[StepFit]:
+    """Fit the lambdas of every step.
+
+    All batches advance together and share the sums, so many small batches give exactly the fit of
+    one large one.
+
+    Args:
+        tableau: the base solver.
+        rows: its `directions`.
+        denoiser: the network.
+        batches: noise and targets.
+        ridge: pulls the lambdas to 0, as a share of <b, b>.
+        constant: take this for every lambda instead of fitting.
+    """
+    students = [_Student(tableau, denoiser, batch) for batch in batches]
+    count = sum(batch.noise.numel() for batch in batches)
+    fits = []
+    for j, row in enumerate(rows):
+        gram = np.sum([student.propose(j, row) for student in students], axis=0)
+        lambdas = _solve(gram, ridge) if constant is None else np.full(len(row), constant)
+        motion = np.array([*lambdas, -1.0])
+        error = float(motion @ gram[:-1, :-1] @ motion)
+        fits.append(StepFit(lambdas, gram[-2, -2] / count, max(error, 0.0) / count))
+        for student in students:
+            student.move(lambdas)
+    return fits
+
+
+def best_constant(
+    tableau: Tableau, rows: Sequence[np.ndarray], denoiser: Denoiser, batches: Sequence[Batch]
+) -> float:
+    """Choose one lambda for all steps by grid search on the error of the finished sample."""
+
+    def error(value: float) -> float:
+        lambdas = [np.full(len(row), value) for row in rows]
+        return final_error(distilled(tableau, rows, lambdas), denoiser, batches)
+
+    return float(min(GRID, key=error))
+
+
+@torch.no_grad()
+def final_error(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch]) -> float:
+    """Return the mean squared distance of the finished samples from the teacher's."""
+    total = sum(
+        float((tableau.sample(denoiser, batch.noise) - batch.targets[-1]).double().square().sum())
+        for batch in batches
+    )
+    return total / sum(batch.noise.numel() for batch in batches)
+
+
+class _Student:
+    """One batch on its way through the student's steps."""
+
+    def __init__(self, tableau: Tableau, denoiser: Denoiser, batch: Batch) -> None:
+        self.tableau, self.denoiser, self.batch = tableau, denoiser, batch
+        self.states: list[Tensor] = [batch.noise]
+        self.outputs: list[Tensor] = []
+        self._base = batch.noise
+        self._columns: list[Tensor] = []
+
+    def propose(self, j: int, row: np.ndarray) -> np.ndarray:
+        """Evaluate step j without its lambdas.
+
+        Returns:
+            The Gram matrix of the n directions, the residual y - base and the base itself,
+            (n + 2, n + 2) float64: all that the fit needs to know of this batch.
+        """
+        self.outputs.append(self.tableau.evaluate(self.denoiser, self.states[j], j))
+        self._base = self.tableau.advance(j, self.states, self.outputs)
+        self._columns = [self._along(direction) for direction in row]
+        residual = self.batch.targets[j] - self._base
+        vectors = torch.stack([part.flatten() for part in (*self._columns, residual, self._base)])
+        vectors = vectors.double()
+        return (vectors @ vectors.T).cpu().numpy()
+
+    def move(self, lambdas: np.ndarray) -> None:
+        """Finish the step with its lambdas."""
+        state = self._base
+        for value, column in zip(lambdas.tolist(), self._columns, strict=True):
+            state = torch.add(state, column, alpha=value)
+        self.states.append(state)
+
+    def _along(self, direction: np.ndarray) -> Tensor:
+        motion = float(direction[-1]) * self.batch.noise
+        for k in np.flatnonzero(direction[:-1]).tolist():
+            motion = torch.add(motion, self.outputs[k], alpha=float(direction[k]))
+        return motion
+
+
+def _solve(gram: np.ndarray, ridge: float) -> np.ndarray:
+    """Return the lambdas that minimise ||y - base - sum lambda b||^2, (n,); see `propose`."""
+    normal, projected, base = gram[:-2, :-2], gram[:-2, -2], gram[-1, -1]
+    lambdas = np.zeros(len(projected))
+    moves = np.diag(normal) > _NEGLIGIBLE * base
+    if moves.any():
+        system = normal[np.ix_(moves, moves)]
+        # Equal scales, so that the cut-off below means the same for every direction.
+        size = np.sqrt(np.diag(system))
+        scaled = system / np.outer(size, size) + ridge * np.eye(len(size))
+        solution = np.linalg.lstsq(scaled, projected[moves] / size, rcond=1e-12)[0]
+        lambdas[moves] = solution / size
+    return lambdas

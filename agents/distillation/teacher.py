@@ -1,0 +1,108 @@
+"""The teacher: a solver of many steps, and which of its states each step of the student should hit.
+
+By default the teacher's times refine the student's, so that both are compared at the same noise
+level. The official code of D-ODE compares states by their index instead, and for most variants at
+different noise levels (MATH.md 2.6): `align="index"`, for reproduction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...envs.names import unknown_name
+from ...envs.schedule import Schedule
+from ...envs.spacings import refine_times
+from ..denoiser import Denoiser
+from ..solvers import SOLVERS, make_solver
+from ..tableau import Tableau
+
+Align = Literal["time", "index"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A many-step sampler with the indices (K,) of the states that the student's K rows lead to."""
+
+    tableau: Tableau
+    targets: tuple[int, ...]
+
+    @torch.no_grad()
+    def states(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
+        """Return the states (K, N, *shape) that the student's rows should lead to from `noise`."""
+        wanted: dict[int, Tensor] = {}
+        for index, state in enumerate(self.tableau.states(denoiser, noise)):
+            if index in self.targets:
+                wanted[index] = state
+        return torch.stack([wanted[index] for index in self.targets])
+
+
+def make_teacher(
+    student: Tableau,
+    schedule: Schedule,
+    solver: str,
+    options: dict[str, Any] | None = None,
+    scale: int = 10,
+    align: Align = "time",
+    integer: bool = False,
+) -> Teacher:
+    """Build a teacher for a student's tableau.
+
+    Args:
+        student: the base solver.
+        schedule: the schedule it was built on, for its spacing.
+        solver: the teacher's solver, a key of `SOLVERS`; deterministic.
+        options: of that solver.
+        scale: C, the teacher's steps for each step of the student.
+        align: "time" or "index". With "index" the student's j-th state is compared with the
+            teacher's C j-th, on a schedule of the same recipe with C times the student's calls.
+        integer: round the teacher's times to whole noisings, for networks that know no others.
+
+    Raises:
+        ValueError: an unknown name, a scale below 1, a stochastic teacher, or index alignment on a
+            schedule without a recipe or with a teacher of more than one call a step.
+    """
+    if align not in get_args(Align):
+        raise unknown_name("align", align, get_args(Align))
+    if scale < 1:
+        raise ValueError(f"scale, the teacher's steps a student's step, must be >= 1; got {scale}.")
+    if align == "time":
+        nodes = np.unique(student.times)[::-1].copy()
+        rho = schedule.recipe[1].get("rho", 7.0) if schedule.recipe else 7.0
+        times = refine_times(
+            schedule.process, nodes.tolist(), scale, schedule.spacing, integer, rho=rho
+        )
+        tableau = _on_every_time(solver, Schedule(schedule.process, times), options or {})
+        targets = [_landing(tableau, time) for time in student.times[1:]]
+    else:
+        fine = schedule.respaced(scale * student.steps)
+        tableau = _on_every_time(solver, fine, options or {})
+        if tableau.steps != fine.steps:
+            raise ValueError("align='index' needs a teacher with one network call a step.")
+        targets = [scale * (j + 1) for j in range(student.steps)]
+    if tableau.noise.any():
+        raise ValueError(f"The teacher '{tableau.name}' adds noise; take a deterministic one.")
+    return Teacher(tableau, tuple(targets))
+
+
+def _on_every_time(solver: str, schedule: Schedule, options: dict[str, Any]) -> Tableau:
+    """Build a solver whose states land on every time of the schedule.
+
+    A singlestep solver would group the times into blocks, with cruder stages between their ends:
+    here each step is a block of its own.
+    """
+    if solver in SOLVERS and SOLVERS[solver].singlestep and "orders" not in options:
+        orders = [SOLVERS[solver].fixed["order"]] * schedule.steps
+        if schedule.times[-1] == 0:
+            orders[-1] = 1
+        options = {**options, "orders": orders}
+    return make_solver(solver, schedule, **options)
+
+
+def _landing(tableau: Tableau, time: float) -> int:
+    """Return the state that a step ends with at this time: the last one, stages come before it."""
+    return int(np.flatnonzero(tableau.times == time)[-1])

@@ -1,0 +1,436 @@
+"""DODE: distil a many-step solver into the weights of a few-step one, the network untouched.
+
+Kim, Tang and Yu, "Distilling ODE Solvers of Diffusion Models into Smaller Steps" (CVPR 2024, paper
+C; MATH.md 2). Each network evaluation gets one parameter, which mixes the last output into the
+newest; least squares against a teacher's states fits them in closed form, in seconds. What is
+learned is a tableau: a small table of numbers, saved as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..envs import Schedule
+from ..envs.names import unknown_name
+from .base import Agent, AnyAgent, Environment
+from .checkpoint import CheckpointError, write_atomically
+from .denoiser import Denoiser
+from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
+from .distillation.forms import CONSTANT, Form, directions, distilled
+from .distillation.refine import Refinement, frozen
+from .distillation.teacher import Align, Teacher, make_teacher
+from .solvers import Options
+from .tableau import Tableau
+from .training import adam, learning_rate_schedule, set_learning_rate
+
+Refine = Literal["none", "end-to-end"]
+
+# The teacher is checked on this many samples against one of this many times its steps.
+_CHECKED_SAMPLES, _CHECK_SCALE = 25, 4
+
+
+class DODE(Agent):
+    """Fit a D-ODE solver. The first round is the fit, each later one a step of the refinement.
+
+    Args:
+        env: the environment; its schedule is the student's, its process gives the noise.
+        denoiser: the network, which stays as it is.
+        solver: the base solver, any deterministic one of `fewstep.agents.solvers`.
+        solver_options: its options.
+        form: what a step may mix in, see `fewstep.agents.distillation.forms.directions`:
+            "difference" is the paper's; "two", "sep", "all", "general", "fixed" and "lookahead"
+            are its alternatives.
+        teacher: the teacher's solver. The paper takes the student's own or "ddim"; a solver of
+            high order is a better teacher for the same number of calls.
+        teacher_options: its options.
+        scale: the teacher's steps for each call of the student; 5 to 30.
+        align: "time" compares states at the same noise level; "index" compares them as the official
+            code does, for reproduction.
+        integer_times: round the teacher's times to whole noisings, for networks that know no
+            others.
+        batch_size: noises a batch; 50 to 1000.
+        batches: how many batches the fit sums over; None takes 1, or 10 for the refinement, whose
+            last batch is held out to choose the best table.
+        ridge: pulls the parameters to 0, as a share of their curvature; 0 to 0.1.
+        refine: "end-to-end" goes on from the fit by gradient descent on all weights, against the
+            error of the finished sample.
+        refine_steps: gradient steps of the refinement.
+        refine_learning_rate: of Adam, relative to each row's largest weight; 1e-3 to 3e-2.
+        check_teacher: warn if the teacher is no better than the base solver.
+        seed: seed of the noise.
+        verbose: see `Agent`, as the remaining arguments.
+
+    Attributes:
+        fits: what each step's parameters did (`StepFit`), empty before the first round.
+        errors: mean squared errors of finished samples on the fitted noise, against the teacher's
+            ("base", "distilled", "refined") and of the teacher itself ("teacher").
+    """
+
+    name = "dode"
+    checkpoint_name = "tableau.json"
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        *,
+        solver: str = "ddim",
+        solver_options: Options | None = None,
+        form: str = "difference",
+        teacher: str = "dpm-solver-3m",
+        teacher_options: Options | None = None,
+        scale: int = 10,
+        align: str = "time",
+        integer_times: bool = False,
+        batch_size: int = 100,
+        batches: int | None = None,
+        ridge: float = 0.0,
+        refine: str = "none",
+        refine_steps: int = 300,
+        refine_learning_rate: float = 1e-2,
+        check_teacher: bool = True,
+        seed: int = 0,
+        verbose: int = 0,
+        tensorboard_log: str | None = None,
+    ) -> None:
+        super().__init__(
+            env,
+            denoiser,
+            solver=solver,
+            solver_options=solver_options,
+            seed=seed,
+            verbose=verbose,
+            tensorboard_log=tensorboard_log,
+        )
+        for what, value, known in (
+            ("form", form, Form),
+            ("align", align, Align),
+            ("refine", refine, Refine),
+        ):
+            if value not in get_args(known):
+                raise unknown_name(what, value, get_args(known))
+        self.form: Form = form  # type: ignore[assignment]
+        self.align: Align = align  # type: ignore[assignment]
+        self.refine = refine
+        self.teacher_name = teacher
+        self.teacher_options = dict(teacher_options or {})
+        self.scale = scale
+        self.integer_times = integer_times
+        self.batch_size = batch_size
+        self.batches = batches
+        self.ridge = ridge
+        self.refine_steps = refine_steps
+        self.refine_learning_rate = refine_learning_rate
+        self.check_teacher = check_teacher
+        self.base = self._tableau
+        self._rows = directions(self.base, self.form)
+        self.teacher = self._make_teacher(scale)
+        self.fits: list[StepFit] = []
+        self.errors: dict[str, float] = {}
+        self._pool: list[Batch] = []
+        self._refinement = Refinement(self.base, self.device)
+        self._optimizer = adam(self._refinement.parameters())
+
+    # -- what there is -------------------------------------------------------------------------
+
+    @property
+    def lambdas(self) -> list[np.ndarray]:
+        """The parameters of each step, (n_j,) each; in the paper's convention (MATH.md 2.3)."""
+        return [fit.lambdas for fit in self.fits]
+
+    @property
+    def batch_count(self) -> int:
+        """Batches of noise, the held-out one of the refinement among them."""
+        return self.batches or (10 if self.refine == "end-to-end" else 1)
+
+    @property
+    def planned_rounds(self) -> int:
+        """The fit, and the steps of the refinement."""
+        return 1 + (self.refine_steps if self.refine == "end-to-end" else 0)
+
+    @property
+    def timesteps_per_round(self) -> int:
+        """Denoiser calls on single samples of the next round: teacher and student, or a step."""
+        if self.rounds:
+            return self.batch_size * self.base.nfe
+        return self.batch_count * self.batch_size * (self.teacher.tableau.nfe + self.base.nfe)
+
+    @property
+    def total_timesteps(self) -> int:
+        """Timesteps that `learn` needs for all that the settings call for."""
+        return self.timesteps_until(self.planned_rounds)
+
+    def timesteps_until(self, rounds: int) -> int:
+        """Return the timesteps left until `rounds` rounds are done; the first one is dearer."""
+        if rounds <= self.rounds:
+            return 0
+        later = rounds - max(self.rounds, 1)
+        first = 0 if self.rounds else self.timesteps_per_round
+        return first + later * self.batch_size * self.base.nfe
+
+    def tableau_on(self, schedule: Schedule) -> Tableau:
+        """Return the solver on another schedule of as many steps, with the same parameters.
+
+        Raises:
+            ValueError: another number of network calls, or weights that were refined, which belong
+                to their schedule.
+        """
+        base = super().tableau_on(schedule)
+        if not self.fits:
+            return base
+        if base.steps != self.base.steps or "refined" in self.errors:
+            raise ValueError(
+                f"This table was distilled for {self.base.steps} network calls on its own "
+                "schedule; its parameters carry over to schedules of as many calls, refined "
+                "weights to none."
+            )
+        return distilled(base, directions(base, self.form), self.lambdas)
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def train_round(self) -> dict[str, Tensor]:
+        """Fit all steps, or take one step of the refinement."""
+        cost = self.timesteps_per_round
+        metrics = self._refine_once() if self.rounds else self._fit()
+        self.num_timesteps += cost
+        return {f"train/{key}": torch.tensor(value) for key, value in metrics.items()}
+
+    def _fit(self) -> dict[str, float]:
+        pool = self._fitted
+        if self.check_teacher:
+            self._judge_teacher(pool[0].noise[:_CHECKED_SAMPLES])
+        constant = None
+        if self.form in CONSTANT:
+            constant = best_constant(self.base, self._rows, self.denoiser, pool)
+        self.fits = fit(self.base, self._rows, self.denoiser, pool, self.ridge, constant)
+        self._tableau = distilled(self.base, self._rows, self.lambdas)
+        self._refinement = Refinement(self._tableau, self.device)
+        self._optimizer = adam(self._refinement.parameters())
+        self.errors["base"] = final_error(self.base, self.denoiser, pool)
+        self.errors["distilled"] = self.fits[-1].after
+        per_step = {
+            f"lambda_{j:03d}": float(fit.lambdas[0])
+            for j, fit in enumerate(self.fits)
+            if len(fit.lambdas)
+        }
+        return {f"{key}_error": value for key, value in self.errors.items()} | per_step
+
+    def _refine_once(self) -> dict[str, float]:
+        """Take one gradient step; keep the table if it is the best so far on held-out noise."""
+        step = self.rounds - 1
+        batch = self._fitted[step % len(self._fitted)]
+        with frozen(self.denoiser):
+            missed = self._refinement(self.denoiser, batch.noise) - batch.targets[-1]
+            loss = missed.square().mean()
+            self._optimizer.zero_grad()
+            loss.backward()
+        factor = learning_rate_schedule("cosine")(min(step / self.refine_steps, 1.0))
+        set_learning_rate(self._optimizer, self.refine_learning_rate * factor)
+        self._optimizer.step()
+        candidate = self._refinement.export()
+        held_out = self.batch_pool[-1:]
+        best = self.errors.get("refined")
+        if best is None:
+            best = final_error(self._tableau, self.denoiser, held_out)
+        error = final_error(candidate, self.denoiser, held_out)
+        if error < best:
+            self._tableau = candidate
+        self.errors["refined"] = min(error, best)
+        return {"loss": float(loss.detach()), "refined_error": self.errors["refined"]}
+
+    @property
+    def batch_pool(self) -> list[Batch]:
+        """Noise and the teacher's states, from the seed alone: a resumed run makes them again."""
+        if not self._pool:
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+            for _ in range(self.batch_count):
+                noise = self.mdp.initial(self.batch_size, generator)
+                self._pool.append(Batch(noise, self.teacher.states(self.denoiser, noise)))
+        return self._pool
+
+    @property
+    def _fitted(self) -> list[Batch]:
+        """The batches that are fitted: all, or all but the one that judges the refinement."""
+        pool = self.batch_pool
+        return pool[:-1] if self.refine == "end-to-end" and len(pool) > 1 else pool
+
+    def _make_teacher(self, scale: int) -> Teacher:
+        return make_teacher(
+            self.base,
+            self.mdp.schedule,
+            self.teacher_name,
+            self.teacher_options,
+            scale,
+            self.align,
+            self.integer_times,
+        )
+
+    @torch.no_grad()
+    def _judge_teacher(self, noise: Tensor) -> None:
+        """Measure teacher and base solver against a much finer teacher; warn if it is worse."""
+        reference = self._make_teacher(_CHECK_SCALE * self.scale).states(self.denoiser, noise)[-1]
+        batch = [Batch(noise, reference.unsqueeze(0))]
+        self.errors["teacher"] = final_error(self.teacher.tableau, self.denoiser, batch)
+        base = final_error(self.base, self.denoiser, batch)
+        if self.errors["teacher"] >= base > 0:
+            warnings.warn(
+                f"The teacher {self.teacher.tableau.name} of {self.teacher.tableau.nfe} calls is "
+                f"no better than {self.base.name} of {self.base.nfe}: their squared errors are "
+                f"{self.errors['teacher']:.2e} and {base:.2e}. Take a larger scale or a teacher of "
+                "higher order, such as dpm-solver-3m or heun.",
+                stacklevel=2,
+            )
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's keyword arguments."""
+        return {
+            "form": self.form,
+            "teacher": self.teacher_name,
+            "teacher_options": self.teacher_options,
+            "scale": self.scale,
+            "align": self.align,
+            "integer_times": self.integer_times,
+            "batch_size": self.batch_size,
+            "batches": self.batches,
+            "ridge": self.ridge,
+            "refine": self.refine,
+            "refine_steps": self.refine_steps,
+            "refine_learning_rate": self.refine_learning_rate,
+            "check_teacher": self.check_teacher,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return what training found, as JSON values."""
+        moments = self._optimizer.state_dict()["state"]
+        return {
+            "fits": [
+                {"lambdas": fit.lambdas.tolist(), "before": fit.before, "after": fit.after}
+                for fit in self.fits
+            ],
+            "errors": self.errors,
+            "refinement": {
+                "change": self._refinement.change.tolist(),
+                "adam": {key: value.tolist() for key, value in moments[0].items()},
+            }
+            if moments
+            else None,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.fits = [
+            StepFit(np.array(fit["lambdas"], dtype=np.float64), fit["before"], fit["after"])
+            for fit in state["fits"]
+        ]
+        self.errors = dict(state["errors"])
+        greedy = distilled(self.base, self._rows, self.lambdas) if self.fits else self.base
+        self._refinement = Refinement(greedy, self.device)
+        self._optimizer = adam(self._refinement.parameters())
+        if state["refinement"] is None:
+            return
+        change = torch.tensor(state["refinement"]["change"], dtype=torch.float64)
+        with torch.no_grad():
+            self._refinement.change.copy_(change)
+        moments = {
+            key: torch.tensor(value, dtype=torch.float32 if key == "step" else torch.float64)
+            for key, value in state["refinement"]["adam"].items()
+        }
+        whole = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**whole, "state": {0: moments}})
+
+    def save(self, path: str | Path) -> None:
+        """Write the tableau as JSON, with what its training needs to go on beside it.
+
+        `Tableau.load` reads the same file; the denoiser, which is not trained, is not in it.
+        """
+        training = {
+            "agent": self.name,
+            "settings": {
+                "solver": self.solver,
+                "solver_options": self.solver_options,
+                "seed": self.seed,
+                **self.settings(),
+            },
+            "environment": {"target": self.mdp.target.name, "shape": list(self.mdp.shape)},
+            "num_timesteps": self.num_timesteps,
+            "rounds": self.rounds,
+        }
+        state = self.state()
+        text = self.tableau.to_json(training=training, **state)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    @classmethod
+    def load(
+        cls: type[AnyAgent],
+        path: str | Path,
+        env: Environment,
+        device: str | torch.device | None = None,
+        **overrides: Any,
+    ) -> AnyAgent:
+        """Rebuild a distilled solver that `save` wrote.
+
+        Args:
+            path: the JSON file.
+            env: the environment it was distilled on, built again.
+            device: where to put it; the environment's device by default.
+            overrides: `denoiser=...` is needed: the file does not hold it. Other constructor
+                arguments may differ from the saved ones.
+
+        Raises:
+            CheckpointError: a missing, corrupt or foreign file, or another environment's.
+            TypeError: no denoiser given.
+        """
+        training, _ = _read(path)
+        if "denoiser" not in overrides:
+            raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
+        agent = cls(env, overrides.pop("denoiser"), **{**training["settings"], **overrides})
+        if device is not None and torch.device(device) != agent.device:
+            raise CheckpointError(f"The environment is on {agent.device}: build it on {device}.")
+        agent.resume(path)
+        return agent
+
+    def resume(self, path: str | Path) -> None:
+        """Take over what a file of `save` holds.
+
+        Raises:
+            CheckpointError: a missing, corrupt or foreign file, or another environment's.
+        """
+        training, tree = _read(path)
+        here = {"target": self.mdp.target.name, "shape": list(self.mdp.shape)}
+        for key, value in here.items():
+            if training["environment"].get(key) != value:
+                raise CheckpointError(
+                    f"{path} was distilled on another environment: {key} is "
+                    f"{training['environment'].get(key)!r}, here it is {value!r}."
+                )
+        tableau = Tableau.load(path)
+        if tableau.process != self.base.process or not np.array_equal(
+            tableau.times, self.base.times
+        ):
+            raise CheckpointError(f"{path} was distilled on another schedule or solver.")
+        self.num_timesteps, self.rounds = training["num_timesteps"], training["rounds"]
+        self.load_state(tree)
+        self._tableau = tableau
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the training block and the whole of a file that `DODE.save` wrote."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"No tableau at {path}.")
+    try:
+        Tableau.load(path)
+        tree = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if tree.get("training", {}).get("agent") != DODE.name:
+        raise CheckpointError(f"{path} is a tableau, but not one that D-ODE's training wrote.")
+    return tree["training"], tree
