@@ -23,6 +23,7 @@ from .logs import read_live_metric
 from .measurements import MEASUREMENTS
 from .plots import curve_figure, save_figure
 from .settings import Settings, defaults
+from .solver_study import SOLVER_STUDIES, run_solver_study
 from .studies import STUDIES, Contender, Study
 from .tables import spread, table
 from .train import Run, build_mdp
@@ -43,7 +44,7 @@ class BenchmarkSettings:
     seeds: tuple[int, ...] | None = None
     """Training seeds, if not the study's."""
     steps: tuple[int, ...] | None = None
-    """Sampling steps K, if not the study's."""
+    """Sampling steps K (network calls in studies of solvers), if not the study's."""
     rounds: int | None = None
     """Rounds of every cell, if not the presets' (a quick look)."""
     evaluation_samples: int = 200_000
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `fewstep benchmark` with these flags."""
     settings = tyro.cli(BenchmarkSettings, args=list(argv), prog="fewstep benchmark")
     titles = {name: study.title for name, study in STUDIES.items()}
+    titles |= {name: study.title for name, study in SOLVER_STUDIES.items()}
     titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
     if settings.study == "list":
         for name, title in titles.items():
@@ -81,6 +83,14 @@ def main(argv: Sequence[str]) -> None:
     if settings.study in MEASUREMENTS:
         results, text = MEASUREMENTS[settings.study].measure(settings.device)
         write_json(folder / "results.json", results)
+    elif settings.study in SOLVER_STUDIES:
+        solver_study = SOLVER_STUDIES[settings.study]
+        solver_study = dataclasses.replace(
+            solver_study,
+            seeds=settings.seeds or solver_study.seeds,
+            budgets=settings.steps or solver_study.budgets,
+        )
+        text = run_solver_study(solver_study, folder, settings.device, settings.rounds)
     else:
         study = STUDIES[settings.study]
         study = dataclasses.replace(
@@ -139,7 +149,7 @@ def run_cell(cell: Cell, study: Study, settings: BenchmarkSettings, folder: Path
 
 def shared_denoiser(settings: Settings, flags: BenchmarkSettings, folder: Path) -> Path:
     """Clone the denoiser that a study's contenders share, once for each noise process."""
-    mdp = build_mdp(settings.run)
+    mdp = build_mdp(settings)
     base = defaults(settings.run.env, BehaviorCloning.name)
     run = dataclasses.replace(
         settings.run,

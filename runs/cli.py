@@ -1,6 +1,6 @@
 """The `fewstep` command.
 
-    fewstep train | pretrain | evaluate | sample | benchmark | envs | agents   [--help]
+    fewstep train | pretrain | evaluate | analyze | sample | benchmark | envs | agents   [--help]
 
 Bad input ends with one sentence on stderr and exit code 2; set FEWSTEP_DEBUG=1 for the traceback.
 """
@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "clone a denoiser and train an agent (no flags: the main job)"),
     "pretrain": ("pretrain", "only clone a denoiser from data"),
     "evaluate": ("evaluate", "score a denoiser with any solver and number of steps"),
+    "analyze": ("analyze", "show what a solver and its distilled version do on the way"),
     "sample": ("sample", "draw samples to a file"),
     "benchmark": ("benchmark", "run a declared study: a table and a plot"),
     "envs": ("listing", "list the environments"),

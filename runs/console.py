@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from ..agents.distillation.fit import StepFit
 
 console = Console(highlight=False)
 
@@ -29,3 +31,26 @@ def print_results(results: Mapping[str, Any]) -> None:
 def figure(value: float | None) -> str:
     """Format a score."""
     return "-" if value is None else f"{value:.2e}"
+
+
+def print_fit(
+    name: str, times: Sequence[float], fits: Sequence[StepFit], errors: Mapping[str, float]
+) -> None:
+    """Print what each step's D-ODE parameters did to the error against the teacher."""
+    table = Table(title=f"What distillation did to {name}", title_justify="left")
+    for column in ("call", "from", "to", "lambda", "squared error", "with lambda", "removed"):
+        table.add_column(column, justify="right")
+    for j, fit in enumerate(fits):
+        lambdas = ", ".join(f"{value:.3f}" for value in fit.lambdas) or "-"
+        table.add_row(
+            str(j + 1),
+            f"{times[j]:.4g}",
+            f"{times[j + 1]:.4g}",
+            lambdas,
+            figure(fit.before),
+            figure(fit.after),
+            f"{100 * fit.removed:.1f} %",
+        )
+    console.print(table)
+    finished = ", ".join(f"{key} {figure(value)}" for key, value in errors.items())
+    console.print(f"Squared errors of finished samples: {finished}")

@@ -3,7 +3,7 @@
 logs/SwissRoll__sft-pg__10__seed0__20260101-120000/
     config.json              resolved settings; `--config` reads them back
     denoiser.safetensors     the cloned denoiser's training, where every agent starts
-    checkpoint.safetensors   the agent's training; `--resume` goes on from it
+    checkpoint.safetensors   the agent's training; `--resume` goes on from it (D-ODE: tableau.json)
     progress.csv tensorboard/ results.json samples.png trajectories.png curve.png
 """
 
@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..agents import AGENTS, DODE
+from ..agents.base import Agent
 from ..agents.checkpoint import CheckpointError, write_atomically
 from .settings import Settings
 
-CLONING, CHECKPOINT = "denoiser.safetensors", "checkpoint.safetensors"
+CLONING, CHECKPOINT = "denoiser.safetensors", Agent.checkpoint_name
 
 
 class RunFolder:
@@ -69,7 +71,8 @@ class RunFolder:
         if not path.is_dir():
             raise FileNotFoundError(f"No run folder at {path}.")
         folder = cls(path)
-        if not folder.cloning.is_file() and not folder.checkpoint.is_file():
+        files = [CLONING, *(agent.checkpoint_name for agent in AGENTS.values())]
+        if not any((path / name).is_file() for name in files):
             raise CheckpointError(
                 f"{path} holds no checkpoint to resume; start anew: --config {path}/config.json."
                 if (path / "config.json").is_file()
@@ -82,10 +85,9 @@ class RunFolder:
         """Checkpoint of behaviour cloning."""
         return self.path / CLONING
 
-    @property
-    def checkpoint(self) -> Path:
-        """Checkpoint of the agent."""
-        return self.path / CHECKPOINT
+    def checkpoint(self, agent: Agent) -> Path:
+        """Checkpoint of an agent."""
+        return self.path / agent.checkpoint_name
 
     def results(self) -> dict[str, Any]:
         """Return results.json as far as it is written."""
@@ -126,3 +128,9 @@ def denoiser_file(path: Path) -> Path:
         f"No denoiser at {path}: give a .safetensors file or a run folder with "
         f"{os.fspath(CHECKPOINT)} or {CLONING}."
     )
+
+
+def tableau_file(path: Path) -> Path | None:
+    """Find the distilled tableau of a run folder, or of a file's folder; None if it has none."""
+    candidate = (path if path.is_dir() else path.parent) / DODE.checkpoint_name
+    return candidate if candidate.is_file() else None

@@ -36,16 +36,20 @@ def envs(argv: Sequence[str]) -> None:
 def agents(argv: Sequence[str]) -> None:
     """List the agents and the solvers."""
     tyro.cli(_no_flags, args=list(argv), prog="fewstep agents", description=agents.__doc__)
-    console.print(_described("agent", AGENTS))
-    console.print(_described("solver", SOLVERS))
+    console.print(_listed("agent", {name: _summary(agent) for name, agent in AGENTS.items()}))
+    console.print(_listed("solver", {name: solver.summary for name, solver in SOLVERS.items()}))
 
 
 def _no_flags() -> None:
     """Take no flags."""
 
 
-def _described(kind: str, table: Mapping[str, Callable[..., Any]]) -> Table:
+def _summary(thing: Callable[..., Any]) -> str:
+    return (inspect.getdoc(thing) or "").splitlines()[0]
+
+
+def _listed(kind: str, summaries: Mapping[str, str]) -> Table:
     listing = Table(kind, "what it does")
-    for name, thing in table.items():
-        listing.add_row(name, (inspect.getdoc(thing) or "").splitlines()[0])
+    for row in summaries.items():
+        listing.add_row(*row)
     return listing

@@ -83,6 +83,95 @@ def curve_figure(
     return figure
 
 
+def lambdas_figure(times: Sequence[float], lambdas: Sequence[np.ndarray]) -> Figure:
+    """Draw the D-ODE parameters over the network calls, labelled with their times.
+
+    Args:
+        times: the K + 1 times of the tableau.
+        lambdas: (n_j,) for each of the K calls.
+    """
+    figure, axes = new_figure(1, 1, size=4.5)
+    axis = axes[0, 0]
+    most = max((len(values) for values in lambdas), default=0)
+    for k in range(most):
+        calls = [j for j, values in enumerate(lambdas) if len(values) > k]
+        axis.plot(calls, [lambdas[j][k] for j in calls], marker="o", markersize=4)
+    axis.axhline(0, color=REAL, linestyle="--", linewidth=1)
+    if max((float(np.abs(values).max()) for values in lambdas if len(values)), default=0.0) > 5:
+        # A misaligned or ill-determined step can have a lambda of hundreds.
+        axis.set_yscale("symlog", linthresh=2)
+    axis.set_xticks(range(len(lambdas)), [f"{t:.4g}" for t in times[: len(lambdas)]], rotation=60)
+    axis.set_xlabel("time of the network call")
+    axis.set_ylabel("lambda")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) -> Figure:
+    """Draw how alike a network's outputs are at different times (paper C, Fig. 2).
+
+    Args:
+        times: (M + 1,) the first M belong to the rows and columns.
+        similarity: output -> mean cosine similarity (M, M).
+    """
+    figure, axes = new_figure(1, len(similarity), size=4.2)
+    count = len(times) - 1
+    ticks = np.unique(np.linspace(0, count - 1, 6).round().astype(int))
+    labels = [f"{times[tick]:.4g}" for tick in ticks]
+    for axis, (output, matrix) in zip(axes[0], similarity.items(), strict=True):
+        picture = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r", origin="lower")
+        axis.set_title({"epsilon": "predicted noise", "sample": "predicted sample"}[output])
+        axis.set_xticks(ticks, labels)
+        axis.set_yticks(ticks, labels)
+        axis.set_xlabel("time")
+    axes[0, 0].set_ylabel("time")
+    figure.colorbar(picture, ax=list(axes[0]), label="cosine similarity")
+    return figure
+
+
+def paths_figure(
+    paths: Mapping[str, tuple[np.ndarray, Tensor]], coordinates: Sequence[int]
+) -> Figure:
+    """Draw the mean norm of the states and coordinates of one sample (paper C, Fig. 5).
+
+    Args:
+        paths: name -> times (M,) and states (M, N, *shape); the first is the reference.
+        coordinates: which of the flattened first sample's to draw.
+    """
+    figure, axes = new_figure(1, 1 + len(coordinates), size=4.0)
+    for name, (times, states) in paths.items():
+        flat = states.flatten(2).cpu()
+        style = {"color": REAL, "linewidth": 3} if name == "reference" else {"marker": "o"}
+        curves = [flat.norm(dim=2).mean(1), *(flat[:, 0, index] for index in coordinates)]
+        for axis, curve in zip(axes[0], curves, strict=True):
+            axis.plot(times, curve, label=name, markersize=3, **style)
+    titles = ["mean norm of the state", *(f"coordinate {index}" for index in coordinates)]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("time")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    return figure
+
+
+def factors_figure(names: Sequence[str], factors: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw by which factor each treatment (label -> one value a name) reduces an error."""
+    figure = Figure(figsize=(7, 1 + 0.22 * len(names)), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for label, values in factors.items():
+        axis.plot(values, range(len(names)), "o", markersize=5, label=label)
+    axis.axvline(1, color=REAL, linestyle="--", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("base error / distilled error (right of 1 is better)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
 def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15) -> None:
     """Draw 2-D samples as a scatter over the real ones, images as a grid."""
     axis.set_xticks([])

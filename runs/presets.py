@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents import BehaviorCloning
+from ..agents import DODE, BehaviorCloning
 from ..envs.names import unknown_name
 
 Values = dict[str, Any]
@@ -16,11 +16,15 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Preset:
-    """A budget: rounds of the agent, its hyper-parameters, and those of behaviour cloning."""
+    """A budget: rounds of the agent, its hyper-parameters, and those of behaviour cloning.
+
+    `process` names the noise process, if it is not the environment's own.
+    """
 
     rounds: int
     agent: Values = field(default_factory=dict)
     cloning: Values = field(default_factory=dict)
+    process: str | None = None
 
 
 # Behaviour cloning of each environment, with its rounds.
@@ -56,6 +60,13 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
 }
 
 
+# An ODE solver needs a chain that ends in noise and has times between its steps; the toys' own
+# process, one noising a step, is neither.
+PROCESSES: dict[tuple[str, str], str] = {
+    (env, DODE.name): "sigmoid-1000" for env in ("SwissRoll", "Moons", "GaussianCluster")
+}
+
+
 def preset(env: str, agent: str, name: str = "default") -> Preset:
     """Look up a preset; the default of an untuned pair is a plain one.
 
@@ -70,4 +81,4 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
         hyperparameters = {key: value for key, value in cloning.items() if key != "rounds"}
         return Preset(cloning["rounds"], hyperparameters, cloning)
     rounds, hyperparameters = FINE_TUNING.get((env, agent, name), (400, {}))
-    return Preset(rounds, hyperparameters, cloning)
+    return Preset(rounds, hyperparameters, cloning, PROCESSES.get((env, agent)))

@@ -10,11 +10,14 @@ import tyro
 
 from ..agents import Denoiser, Tableau
 from ..agents.sampling import default_solver_options
-from ..agents.solvers import make_solver
+from ..agents.solvers import Options, make_solver
 from ..envs import DiffusionMDP
-from ..envs.registration import make_mdp, resolve_environment
-from .folder import denoiser_file
+from ..envs.registration import resolve_environment
+from .environment import build_environment, check_fits
+from .folder import denoiser_file, tableau_file
 from .settings import Settings, resolve_device
+
+DEFAULT_SOLVER = "ancestral"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +28,18 @@ class PretrainedSettings:
     """A run folder or a .safetensors file."""
     env: str | None = None
     """Environment; that of the run folder if omitted."""
-    solver: str = "ancestral"
-    """Solver; `fewstep agents` lists them."""
-    solver_options: dict[str, float | str] | None = None
+    solver: str | None = None
+    """Solver, or the JSON file of a tableau; `fewstep agents` lists the solvers. If omitted, the
+    tableau that the run folder holds, else ancestral."""
+    solver_options: Options | None = None
     """Options of the solver, as KEY VALUE pairs."""
     steps: int | None = None
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
-    """Times visited: uniform, quadratic, karras, log_snr; the environment's default if omitted."""
+    """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
+    uniform_torch, or a list such as 1000,400,90,0; the environment's default if omitted."""
+    schedule_options: Options | None = None
+    """Options of the schedule, as KEY VALUE pairs."""
     seed: int = 0
     """Seed of the samples."""
     device: str = "auto"
@@ -49,20 +56,53 @@ def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]
         ValueError: no environment named, a name that does not exist, or a corrupt checkpoint.
     """
     file = denoiser_file(settings.denoiser)
-    device = resolve_device(settings.device)
-    denoiser = Denoiser.load(file, device)
-    mdp = make_mdp(
+    denoiser = Denoiser.load(file, resolve_device(settings.device))
+    solver = settings.solver
+    if solver is None:
+        solver = str(tableau_file(settings.denoiser) or DEFAULT_SOLVER)
+    mdp = build_environment(
         environment_of(settings.denoiser, settings.env),
         steps=settings.steps,
         schedule=settings.schedule,
+        schedule_options=settings.schedule_options,
         process=denoiser.process,
-        device=device,
+        solver=solver,
+        device=settings.device,
         data_dir=settings.data_dir,
     )
+    check_fits(denoiser, mdp, file)
+    if solver.endswith(".json"):
+        return mdp, denoiser, load_tableau(Path(solver), settings, denoiser)
     options = settings.solver_options
     if options is None:
-        options = default_solver_options(settings.solver, mdp.shape)
-    return mdp, denoiser, make_solver(settings.solver, mdp.schedule, **options)
+        options = default_solver_options(solver, mdp.shape)
+    return mdp, denoiser, make_solver(solver, mdp.schedule, **options)
+
+
+def load_tableau(path: Path, settings: PretrainedSettings, denoiser: Denoiser) -> Tableau:
+    """Read a tableau and see that it goes with the other settings.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a corrupt tableau, one for another noise process, or settings that a finished
+            table leaves no room for.
+    """
+    for name in ("steps", "schedule", "schedule_options", "solver_options"):
+        if getattr(settings, name) is not None:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"{path} is a finished table with its own times: leave out --{flag}, or name a "
+                "solver with --solver."
+            )
+    try:
+        tableau = Tableau.load(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tableau.process != denoiser.process:
+        raise ValueError(
+            f"{path} is made for {tableau.process!r}, the denoiser for {denoiser.process!r}."
+        )
+    return tableau
 
 
 def environment_of(path: Path, name: str | None) -> str:

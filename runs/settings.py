@@ -21,6 +21,7 @@ import tyro
 
 from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
+from ..agents.solvers import Options
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .presets import preset
@@ -42,14 +43,22 @@ class TrainSettings:
     steps: int | None = None
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
-    """Times visited: uniform, quadratic, karras, log_snr; the environment's default if omitted."""
+    """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
+    uniform_torch, or a list such as 1000,400,90,0; the environment's default if omitted."""
+    schedule_options: Options | None = None
+    """Options of the schedule, as KEY VALUE pairs."""
+    process: str | None = None
+    """Noise process of a cloned denoiser: sigmoid-1000, linear-1000, cosine-1000 (any number of
+    noisings), ve or ve-0.002-80; if omitted the environment's, on the toys with as many noisings as
+    steps."""
     rounds: int = 1
-    """Rounds of training of the agent."""
+    """Rounds of training of the agent; an agent that knows its own number takes that."""
     prediction: str | None = None
-    """What a cloned denoiser predicts: epsilon, sample or v; if omitted epsilon for vectors, sample
-    for images."""
+    """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
+    sample for images, edm on a ve process."""
     denoiser: Path | None = None
-    """Pretrained denoiser or run folder to start from, instead of cloning one."""
+    """Pretrained denoiser or run folder to start from, instead of cloning one; it brings its noise
+    process."""
     seed: int = 0
     """Seed of initialisation and training."""
     device: str = "auto"
@@ -188,7 +197,9 @@ def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
     if agent not in AGENTS:
         raise unknown_name("agent", agent, AGENTS)
     budget = preset(env, agent, preset_name)
-    run = TrainSettings(env=env, agent=agent, preset=preset_name, rounds=budget.rounds)
+    run = TrainSettings(
+        env=env, agent=agent, preset=preset_name, rounds=budget.rounds, process=budget.process
+    )
     return Settings(
         run,
         {**dataclasses.asdict(hyperparameters(AGENTS[agent])()), **budget.agent},

@@ -12,25 +12,35 @@ from typing import Any
 
 import torch
 
-from ..agents import AGENTS, BehaviorCloning, Denoiser
+from ..agents import AGENTS, DODE, BehaviorCloning, Denoiser
 from ..agents.base import Agent
-from ..agents.checkpoint import CheckpointError, load_checkpoint
+from ..agents.denoiser import edm_time_range
 from ..agents.networks import make_body
 from ..agents.sampling import sample, sampler_of
 from ..agents.solvers import make_solver
 from ..agents.tableau import Tableau
 from ..agents.training import seeded
-from ..envs import DiffusionMDP
-from ..envs.registration import make_mdp
-from .console import console, print_results
+from ..envs import VE, DiffusionMDP
+from ..envs.process import make_process
+from .console import console, print_fit, print_results
+from .environment import build_environment, check_fits
 from .evaluation import NOISE_SEED, Evaluation, combine
 from .folder import RunFolder, denoiser_file
 from .logs import make_logger, read_live_metric
 from .monitor import Monitor
-from .plots import curve_figure, samples_figure, save_figure, trajectories_figure
-from .settings import Settings, TrainSettings, parse, resolve_device, resumed_folder
+from .plots import (
+    curve_figure,
+    lambdas_figure,
+    samples_figure,
+    save_figure,
+    trajectories_figure,
+)
+from .settings import Settings, parse, resumed_folder
 
 PICTURED = 4000
+
+# Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
+EDM_LEVELS = 64
 
 
 class InterruptedRun(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -45,7 +55,7 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
         settings = Settings.from_json(folder.path / "config.json")
     else:
         settings = parse(argv, agent)
-        build_mdp(settings.run)  # refuses bad settings before a folder is made
+        build_mdp(settings)  # refuses bad settings before a folder is made
         folder = RunFolder.create(settings)
     try:
         Run(settings, folder).carry_through()
@@ -65,7 +75,7 @@ class Run:
     def __init__(self, settings: Settings, folder: RunFolder) -> None:
         self.settings = settings
         self.folder = folder
-        self.mdp = build_mdp(settings.run)
+        self.mdp = build_mdp(settings)
         threads = settings.run.threads or (1 if len(self.mdp.shape) == 1 else None)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -114,11 +124,7 @@ class Run:
         assert self.settings.run.denoiser is not None
         file = denoiser_file(self.settings.run.denoiser)
         denoiser = Denoiser.load(file)
-        if denoiser.process != self.mdp.process:
-            raise CheckpointError(
-                f"{file} was trained on another environment: its noise process is "
-                f"{denoiser.process!r}, here it is {self.mdp.process!r}."
-            )
+        check_fits(denoiser, self.mdp, file)
         denoiser.save(self.folder.cloning)
 
     def finetune(self) -> Agent:
@@ -126,15 +132,15 @@ class Run:
         run = self.settings.run
         denoiser = Denoiser.load(self.folder.cloning, self.mdp.device)
         agent = AGENTS[run.agent](self.mdp, denoiser, seed=run.seed + 1, **self.settings.agent)
-        return self._learn(agent, run.rounds, self.folder.checkpoint)
+        return self._learn(agent, agent.planned_rounds or run.rounds, self.folder.checkpoint(agent))
 
     def _learn(self, agent: Agent, rounds: int, checkpoint: Any) -> Agent:
         """Train an agent up to `rounds`, from its checkpoint if there is one."""
         run = self.settings.run
         if checkpoint.is_file():
-            agent.restore(load_checkpoint(checkpoint), str(checkpoint))
-        remaining = (rounds - agent.rounds) * agent.timesteps_per_round
-        if remaining <= 0:
+            agent.resume(checkpoint)
+        remaining = agent.timesteps_until(rounds)
+        if not remaining:
             return agent
         progress = "progress.csv" if agent.name == run.agent else "cloning.csv"
         agent.set_logger(make_logger(self.folder.path, agent.name, progress, agent.num_timesteps))
@@ -172,6 +178,8 @@ class Run:
             for name, sampler in samplers.items()
         }
         self._pictures(samplers)
+        if isinstance(agent, DODE):
+            self._report_fit(agent)
         results = self.folder.update_results(
             env=self.settings.run.env,
             agent=agent.name,
@@ -183,6 +191,14 @@ class Run:
         print_results(results)
         console.print(f"Results, pictures and checkpoint: {self.folder.path}")
         return results
+
+    def _report_fit(self, agent: DODE) -> None:
+        """Show what each step's parameters did, and what all of them did together."""
+        times = agent.base.times.tolist()
+        print_fit(agent.base.name, times, agent.fits, agent.errors)
+        save_figure(lambdas_figure(times, agent.lambdas), self.folder.path / "lambdas.png")
+        state = agent.state()
+        self.folder.update_results(errors=state["errors"], fits=state["fits"])
 
     def _pictures(self, samplers: dict[str, tuple[Tableau, Denoiser]]) -> None:
         real = self.mdp.target.samples
@@ -199,7 +215,7 @@ class Run:
                     return_trajectory=True,
                 )
         panels = {name: states[-1] for name, states in trajectories.items()} | {"data": real}
-        times = self.mdp.schedule.times.tolist()
+        times = samplers["after"][0].times.tolist()
         folder = self.folder.path
         save_figure(samples_figure(panels, real), folder / "samples.png")
         save_figure(trajectories_figure(trajectories, real, times), folder / "trajectories.png")
@@ -214,23 +230,40 @@ class Run:
             save_figure(figure, folder / "curve.png")
 
 
-def build_mdp(run: TrainSettings) -> DiffusionMDP:
+def build_mdp(settings: Settings) -> DiffusionMDP:
     """Build the environment that the settings name."""
-    return make_mdp(
+    run = settings.run
+    if run.denoiser is not None:
+        process = Denoiser.load(denoiser_file(run.denoiser)).process
+    else:
+        process = None if run.process is None else make_process(run.process)
+    return build_environment(
         run.env,
         steps=run.steps,
         schedule=run.schedule,
-        device=resolve_device(run.device),
+        schedule_options=run.schedule_options,
+        process=process,
+        solver=settings.agent["solver"],
+        device=run.device,
         data_dir=run.data_dir,
     )
 
 
 def new_denoiser(mdp: DiffusionMDP, seed: int, prediction: str | None = None) -> Denoiser:
     """Build an untrained denoiser for an environment; the same seed gives the same weights."""
+    process = mdp.process
+    time_range = None
+    if isinstance(process, VE):
+        if prediction not in (None, "edm"):
+            raise ValueError(f"A ve process is cloned with prediction 'edm', not {prediction!r}.")
+        prediction, levels, time_range = "edm", EDM_LEVELS, edm_time_range(process)
+    else:
+        levels = int(process.t_max)
     if prediction is None:
         # From pure noise an image's epsilon says little of it: a few-step sampler's first step
         # would magnify the errors of a network that predicts it.
         prediction = "sample" if len(mdp.shape) == 3 else "epsilon"
     with seeded(seed):
-        body = make_body(mdp.shape, int(mdp.process.t_max))
-    return Denoiser(body, mdp.process, prediction)  # type: ignore[arg-type]
+        body = make_body(mdp.shape, levels, time_range)
+    sigma_data = float(mdp.target.samples.std())
+    return Denoiser(body, process, prediction, sigma_data)  # type: ignore[arg-type]

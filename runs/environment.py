@@ -1,0 +1,64 @@
+"""The environment that a command's flags name, with defaults for the process and the solver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..agents import Denoiser
+from ..agents.checkpoint import CheckpointError
+from ..agents.solvers import SOLVERS, Options
+from ..envs import VE, DiffusionMDP
+from ..envs.process import NoiseProcess
+from ..envs.registration import ENVIRONMENTS, make_mdp
+from ..envs.schedule import listed_times
+from .settings import resolve_device
+
+
+def build_environment(
+    name: str,
+    *,
+    steps: int | None,
+    schedule: str | None,
+    schedule_options: Options | None,
+    process: NoiseProcess | None,
+    solver: str,
+    device: str,
+    data_dir: Path | None,
+) -> DiffusionMDP:
+    """Build the environment's decision process.
+
+    Without a named schedule, a VE process gets Karras's, and a solver that works in log-SNR one
+    that ends at `process.t_min` instead of 0.
+
+    Raises:
+        ValueError: a name or an option that does not exist.
+    """
+    to_t_min = solver in SOLVERS and SOLVERS[solver].to_t_min
+    if schedule is None and name in ENVIRONMENTS:
+        schedule = "karras" if isinstance(process, VE) else ENVIRONMENTS[name].schedule
+        if to_t_min and listed_times(schedule) is None:
+            end = (
+                {"end": 1.0 if process is None else process.t_min}
+                if schedule == "uniform"
+                else {"append_zero": False}
+            )
+            schedule_options = {**end, **(schedule_options or {})}
+    return make_mdp(
+        name,
+        steps=steps,
+        schedule=schedule,
+        schedule_options=schedule_options,
+        process=process,
+        device=resolve_device(device),
+        data_dir=data_dir,
+    )
+
+
+def check_fits(denoiser: Denoiser, mdp: DiffusionMDP, origin: Path) -> None:
+    """Raise CheckpointError if a denoiser is for samples of another shape."""
+    shape = getattr(denoiser.body, "config", {}).get("shape")
+    if shape is not None and tuple(shape) != tuple(mdp.shape):
+        raise CheckpointError(
+            f"{origin} was trained on another environment: its samples have shape "
+            f"{tuple(shape)}, here they have {tuple(mdp.shape)}."
+        )

@@ -1,0 +1,416 @@
+"""Studies of solvers and of their distillation: `fewstep benchmark dode` and its kin.
+
+Every cell runs one base solver and its distilled versions from the same held-out noise, against a
+fine reference from that noise (squared error) and against real data (with floors).
+
+logs/benchmark/STUDY/results.json  table.md  plot.png  cells/          logs/benchmark/denoisers/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..agents import DODE, BehaviorCloning, Denoiser
+from ..agents.exact import mixture
+from ..agents.sampling import sampler_of
+from ..agents.solvers import make_solver, solver_within
+from ..agents.tableau import Tableau
+from ..envs import VE, DiffusionMDP, Schedule
+from ..envs.process import NoiseProcess, make_process
+from ..envs.registration import make_mdp
+from .console import console
+from .evaluation import Evaluation
+from .folder import RunFolder, write_json
+from .plots import factors_figure, save_figure
+from .settings import Settings, defaults, resolve_device
+from .tables import spread, table
+from .train import Run
+
+# Seeds of the noise that no fit has seen, and how many samples the error is measured on.
+HELD_OUT_SEED, HELD_OUT = 20_001, 2000
+REFERENCE_STEPS = 1000
+FRESH_SAMPLES = 20_000
+MIXTURE = "Mixture"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A base solver in one parameterisation.
+
+    Attributes:
+        label: its name in the table.
+        solver: key of `SOLVERS`.
+        options: of the solver.
+        edm: on a VE process with Karras's grid instead of a VP one with a uniform grid.
+        schedule: name of another grid.
+    """
+
+    label: str
+    solver: str
+    options: dict[str, Any] = field(default_factory=dict)
+    edm: bool = False
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
+class SolverStudy:
+    """A comparison of base solvers with distilled ones.
+
+    Attributes:
+        title: what it asks.
+        variants: the base solvers.
+        treatments: label -> settings of `DODE`.
+        environments: where; "Mixture" has an exact denoiser, the others train one.
+        budgets: network calls a sample.
+        seeds: of the denoiser's training, the fit and the held-out noise.
+    """
+
+    title: str
+    variants: tuple[Variant, ...]
+    treatments: dict[str, dict[str, Any]] = field(default_factory=lambda: {"distilled": {}})
+    environments: tuple[str, ...] = (MIXTURE, "SwissRoll", "Digits")
+    budgets: tuple[int, ...] = (5, 10, 15)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+DDIM = Variant("DDIM", "ddim")
+EDM_EULER = Variant("DDIM (EDM)", "euler", edm=True)
+EDM_HEUN = Variant("EDM Heun", "heun", edm=True)
+VARIANTS = (
+    DDIM,
+    Variant("iPNDM-4", "ipndm"),
+    Variant("DEIS-3", "deis"),
+    Variant("DPM-Solver-2", "dpm-solver-2"),
+    Variant("DPM-Solver-3", "dpm-solver-3"),
+    Variant("DDIM (data)", "euler"),
+    Variant("DPM-Solver++ 2M", "dpm-solver++-2m"),
+    Variant("DPM-Solver++ 2S", "dpm-solver++-2s"),
+    Variant("DPM-Solver++ 3S", "dpm-solver++-3s"),
+    EDM_EULER,
+    EDM_HEUN,
+)
+
+SOLVER_STUDIES: dict[str, SolverStudy] = {
+    "dode": SolverStudy("D-ODE solvers against their base solvers (paper C)", VARIANTS),
+    "dode-align": SolverStudy(
+        "Teacher and student compared at the same time, or by index as the official code does",
+        (dataclasses.replace(DDIM, schedule="uniform_torch"), EDM_EULER, EDM_HEUN),
+        {"time": {}, "index": {"align": "index", "teacher": "ddim"}},
+    ),
+    "dode-forms": SolverStudy(
+        "What a step may mix in (paper C, Table 2 and section 13)",
+        (DDIM, EDM_EULER),
+        {
+            "difference": {},
+            "two": {"form": "two"},
+            "sep": {"form": "sep"},
+            "all": {"form": "all"},
+            "general": {"form": "general"},
+            "fixed": {"form": "fixed"},
+            "lookahead": {"form": "lookahead"},
+        },
+    ),
+    "dode-refine": SolverStudy(
+        "The greedy fit, on more samples, and refined end to end",
+        (DDIM, Variant("DPM-Solver++ 2M", "dpm-solver++-2m"), EDM_HEUN),
+        {
+            "greedy": {},
+            "greedy, 1000 samples": {"batches": 10},
+            "end-to-end": {"refine": "end-to-end"},
+        },
+    ),
+}
+
+
+def run_solver_study(study: SolverStudy, folder: Path, device: str, rounds: int | None) -> str:
+    """Run every cell that is not finished; write results.json and plot.png; return the table.
+
+    Args:
+        study: what to run.
+        folder: where; trained denoisers are shared in the folder beside it.
+        device: cpu, cuda, ...
+        rounds: rounds of cloning, if not the presets'.
+    """
+    records = []
+    for environment in study.environments:
+        for seed in study.seeds:
+            for edm in (False, True):
+                variants = [variant for variant in study.variants if variant.edm == edm]
+                if variants:
+                    world = World(
+                        environment, edm, seed, folder.parent / "denoisers", device, rounds
+                    )
+                    records += list(_cells(study, variants, world, folder / "cells"))
+                    write_json(folder / "results.json", records)
+    save_figure(factors_figure(*_factors(study, records)), folder / "plot.png")
+    return table_of(study, records)
+
+
+def _cells(
+    study: SolverStudy, variants: Sequence[Variant], world: World, folder: Path
+) -> Iterator[dict[str, Any]]:
+    for variant in variants:
+        for budget in study.budgets:
+            file = folder / f"{world.key}__{_slug(variant.label)}__{budget}.json"
+            if file.is_file():
+                yield json.loads(file.read_text())
+                continue
+            record = world.measure(variant, budget, study.treatments)
+            errors = ", ".join(
+                f"{key} {value['error']:.2e}" for key, value in record["scores"].items()
+            )
+            console.print(f"{world.key} {variant.label} {budget}: {errors}")
+            write_json(file, record)
+            yield record
+
+
+class World:
+    """A denoiser with its data, and what its samples should be.
+
+    Args:
+        environment: name of an environment, or "Mixture".
+        edm: a VE process with an EDM denoiser instead of a VP one.
+        seed: of everything.
+        denoisers: folder of trained denoisers.
+        device: cpu, cuda, ...
+        rounds: rounds of cloning, if not the presets'.
+    """
+
+    def __init__(
+        self,
+        environment: str,
+        edm: bool,
+        seed: int,
+        denoisers: Path,
+        device: str,
+        rounds: int | None,
+    ) -> None:
+        self.environment, self.seed = environment, seed
+        self.key = f"{environment}__{'edm' if edm else 'vp'}__seed{seed}"
+        self._trained = lambda name: trained_denoiser(
+            environment, name, seed, denoisers, device, rounds
+        )
+        if environment == MIXTURE:
+            process: NoiseProcess = VE() if edm else make_process("linear-1000")
+            self.denoiser, target = mixture(
+                process, prediction="sample" if edm else "epsilon", seed=seed
+            )
+            self.denoiser.to(resolve_device(device))
+        else:
+            target = make_mdp(environment, device=resolve_device(device)).target
+            name = "ve" if edm else {"Digits": "linear-1000"}.get(environment, "sigmoid-1000")
+            self.denoiser = self._trained(name)
+            process = self.denoiser.process
+        self.process, self.target = process, target
+        self._evaluation: Evaluation | None = None
+        self._references: dict[float, Tensor] = {}
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The metrics of the data, prepared when first asked for."""
+        if self._evaluation is None:
+            self._evaluation = Evaluation(self.target, FRESH_SAMPLES)
+        return self._evaluation
+
+    def measure(
+        self, variant: Variant, budget: int, treatments: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Score a base solver and its treatments with a budget of network calls."""
+        schedule, base = self._base(variant, budget)
+        mdp = DiffusionMDP(self.target, self.process, schedule, _no_reward)
+        scores = {"base": self._score(base)}
+        fits = {}
+        for label, settings in treatments.items():
+            if settings.get("form") == "lookahead" and base.output != "sample":
+                continue
+            agent = DODE(
+                mdp,
+                self.denoiser,
+                solver=variant.solver,
+                solver_options=variant.options,
+                seed=self.seed,
+                **settings,
+            )
+            with warnings.catch_warnings():
+                # The table says which distilled solvers are worse, and why is in the records.
+                warnings.simplefilter("ignore", UserWarning)
+                agent.learn(agent.total_timesteps)
+            scores[label] = self._score(agent.tableau)
+            fits[label] = agent.state()["fits"]
+        return {
+            "env": self.environment,
+            "variant": variant.label,
+            "solver": variant.solver,
+            "schedule": schedule.recipe,
+            "nfe": base.nfe,
+            "seed": self.seed,
+            "scores": scores,
+            "floors": self.evaluation.floors,
+            "fits": fits,
+        }
+
+    def _base(self, variant: Variant, budget: int) -> tuple[Schedule, Tableau]:
+        """Return the schedule that costs the budget, and the solver on it."""
+        process = self.process
+        made: list[Schedule] = []
+
+        def schedule_of(steps: int, append_zero: bool = True) -> Schedule:
+            if variant.edm:
+                made.append(Schedule.karras(process, steps, append_zero=append_zero))
+            elif variant.schedule == "uniform_torch":
+                made.append(Schedule.uniform_torch(process, steps))
+            else:
+                made.append(Schedule.uniform(process, steps, end=process.t_min))
+            return made[-1]
+
+        try:
+            tableau = solver_within(variant.solver, budget, schedule_of, **variant.options)
+        except ValueError:
+            # Heun's calls to time 0 are odd; an even budget ends at the smallest noise level.
+            tableau = solver_within(
+                variant.solver,
+                budget,
+                lambda steps: schedule_of(steps, append_zero=False),
+                **variant.options,
+            )
+        return made[-1], tableau
+
+    @torch.no_grad()
+    def _score(self, tableau: Tableau) -> dict[str, float]:
+        """Return the error to the reference and the distances to real data."""
+        states = tableau.sample(self.denoiser, self._held_out())
+        reference = self._reference(float(tableau.times[0]), float(tableau.times[-1]))
+        error = float((states - reference).square().sum(dim=tuple(range(1, states.ndim))).mean())
+        sampler = sampler_of(tableau, self.denoiser, tuple(self.target.shape))
+        return {"error": error, **self.evaluation(sampler, self.seed)}
+
+    def _held_out(self) -> Tensor:
+        generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
+        shape = (HELD_OUT, *self.target.shape)
+        return self.process.prior_sample(shape, generator, device=self.target.device)
+
+    def _reference(self, start: float, end: float) -> Tensor:
+        """Return the held-out samples of Heun's method in many steps between two times."""
+        key = (start, end)
+        if key not in self._references:
+            if isinstance(self.process, VE):
+                schedule = Schedule.karras(self.process, REFERENCE_STEPS, append_zero=end == 0)
+            else:
+                ramp = torch.linspace(start, end, REFERENCE_STEPS + 1, dtype=torch.float64)
+                schedule = Schedule(self.process, ramp)
+            self._references[key] = make_solver("heun", schedule).sample(
+                self.denoiser, self._held_out()
+            )
+        return self._references[key]
+
+
+def trained_denoiser(
+    environment: str, process: str, seed: int, folder: Path, device: str, rounds: int | None
+) -> Denoiser:
+    """Clone a denoiser, or find it cloned."""
+    base = defaults(environment, BehaviorCloning.name)
+    run = dataclasses.replace(
+        base.run,
+        process=process,
+        seed=seed,
+        device=device,
+        evaluations=2,
+        evaluation_samples=FRESH_SAMPLES,
+        rounds=rounds or base.run.rounds,
+    )
+    resolved = Settings(run, base.agent, base.cloning)
+    shared = RunFolder.at(folder / f"{environment}__{process}__seed{seed}", resolved)
+    if "metrics" not in shared.results():
+        console.rule(f"denoiser {shared.path.name}")
+        Run(resolved, shared).carry_through()
+    return Denoiser.load(shared.cloning, resolve_device(device))
+
+
+def table_of(study: SolverStudy, records: Sequence[dict[str, Any]]) -> str:
+    """Return the study as a Markdown table: mean and spread over seeds."""
+    rows = []
+    for (environment, label, nfe), runs in _grouped(records).items():
+        fields = [environment, label, str(nfe), _over_seeds(runs, "base", "error")]
+        for treatment in study.treatments:
+            if treatment not in runs[0]["scores"]:
+                fields += ["-", "-"]
+                continue
+            factors = [_factor(run, treatment) for run in runs]
+            fields += [_over_seeds(runs, treatment, "error"), spread(factors, "{:.1f}")]
+        for metric in ("sliced_wasserstein_fresh", "mmd"):
+            floor = spread([run["floors"].get(metric) for run in runs])
+            steps = ["base", *study.treatments][: 2 if len(study.treatments) == 1 else 1]
+            scores = [_over_seeds(runs, name, metric) for name in steps]
+            fields.append(f"{' → '.join(scores)} ({floor})")
+        rows.append(fields)
+    head = ["environment", "solver", "NFE", "base error"]
+    for treatment in study.treatments:
+        head += [f"{treatment} error", "factor"]
+    head += ["sliced W2, fresh (floor)", "MMD (floor)"]
+    worse = [
+        f"{environment}, {label}, {nfe} calls, {treatment}"
+        for (environment, label, nfe), runs in _grouped(records).items()
+        for treatment in study.treatments
+        if treatment in runs[0]["scores"] and min(_factor(run, treatment) for run in runs) <= 1
+    ]
+    note = (
+        f"Error: mean squared distance, summed over dimensions, from {REFERENCE_STEPS} steps of "
+        f"Heun's method on {HELD_OUT} held-out noises; factor: base error / distilled error. Mean "
+        f"± standard deviation over {len(study.seeds)} seeds."
+    )
+    verdict = (
+        "Not better than the base solver for every seed: " + "; ".join(worse) + "."
+        if worse
+        else "Every distilled solver is better than its base solver, for every seed."
+    )
+    return f"**{study.title}**\n\n{table(head, rows)}\n\n{note}\n\n{verdict}"
+
+
+def _grouped(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["env"], record["variant"], record["nfe"]), []).append(record)
+    return groups
+
+
+def _factor(record: dict[str, Any], treatment: str) -> float:
+    return record["scores"]["base"]["error"] / record["scores"][treatment]["error"]
+
+
+def _over_seeds(runs: Sequence[dict[str, Any]], name: str, metric: str) -> str:
+    return spread([run["scores"][name].get(metric) for run in runs], "{:.2e}")
+
+
+def _factors(
+    study: SolverStudy, records: Sequence[dict[str, Any]]
+) -> tuple[list[str], dict[str, list[float]]]:
+    """Return the rows' names and each treatment's mean factor, for the plot."""
+    groups = _grouped(records)
+    names = [f"{environment}, {label}, {nfe}" for environment, label, nfe in groups]
+    factors = {
+        treatment: [
+            sum(_factor(run, treatment) for run in runs) / len(runs)
+            if treatment in runs[0]["scores"]
+            else float("nan")
+            for runs in groups.values()
+        ]
+        for treatment in study.treatments
+    }
+    return names, factors
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in label.lower())
+
+
+def _no_reward(sample: Tensor) -> Tensor:
+    return torch.zeros(len(sample), device=sample.device)
