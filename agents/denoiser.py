@@ -23,6 +23,9 @@ from .networks import body_from_config
 
 Prediction = Literal["epsilon", "sample", "v", "edm"]
 
+# A coefficient: one number for all samples, or a tensor that broadcasts against them.
+Level = float | Tensor
+
 
 class Denoiser(nn.Module):
     """A denoising network with the conversions between its parameterisations.
@@ -67,9 +70,14 @@ class Denoiser(nn.Module):
         """Return the body's raw prediction (N, *shape) for samples at time t, a number or (N,)."""
         if self.prediction == "edm":
             sigma, scale = self._edm_levels(t, sample)
+            if isinstance(sigma, Tensor):
+                time = (sigma.log() / 4).flatten()
+            else:
+                time = torch.full(
+                    (1,), math.log(sigma) / 4, dtype=sample.dtype, device=sample.device
+                )
             # One time for all becomes one of stride 0, as in _network_time.
-            time = (sigma.log() / 4).flatten().expand(len(sample))
-            return self.body(scale * sample, time)
+            return self.body(scale * sample, time.expand(len(sample)))
         return self.body(sample, self._network_time(t, sample))
 
     def epsilon(self, sample: Tensor, t: float | Tensor) -> Tensor:
@@ -172,12 +180,14 @@ class Denoiser(nn.Module):
         # Stride 0 tells the body that the whole batch shares one time.
         return time.expand(len(sample))
 
-    def _edm_levels(self, t: float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _edm_levels(self, t: float | Tensor, sample: Tensor) -> tuple[Level, Level]:
         """Return sigma and c_in = 1 / sqrt(sigma^2 + sigma_data^2); the rest follows from them."""
-        sigma = _shaped(self.process.sigma(t), sample)
-        return sigma, (sigma.square() + self.sigma_data**2).rsqrt()
+        _, sigma = self._levels(t, sample)
+        return sigma, (sigma**2 + self.sigma_data**2) ** -0.5
 
-    def _levels(self, t: float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _levels(self, t: float | Tensor, sample: Tensor) -> tuple[Level, Level]:
+        if not isinstance(t, Tensor):
+            return self.process.levels(float(t))
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         return _shaped(alpha, sample), _shaped(sigma, sample)
 

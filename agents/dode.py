@@ -9,6 +9,7 @@ learned is a tableau: a small table of numbers, saved as JSON.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +36,9 @@ Refine = Literal["none", "end-to-end"]
 # The teacher is checked on this many samples against one of this many times its steps.
 _CHECKED_SAMPLES, _CHECK_SCALE = 25, 4
 
+# By default a fit sees about this many numbers, in at most so many batches.
+_FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
+
 
 class DODE(Agent):
     """Fit a D-ODE solver. The first round is the fit, each later one a step of the refinement.
@@ -56,9 +60,13 @@ class DODE(Agent):
         integer_times: round the teacher's times to whole noisings, for networks that know no
             others.
         batch_size: noises a batch; 50 to 1000.
-        batches: how many batches the fit sums over; None takes 1, or 10 for the refinement, whose
-            last batch is held out to choose the best table.
-        ridge: pulls the parameters to 0, as a share of their curvature; 0 to 0.1.
+        batches: how many batches the fit sums over, exactly as if they were one; None takes 1 for
+            samples of a thousand numbers and up to 10 for smaller ones, which tell less. The
+            refinement holds one more batch out, to choose the best table.
+        ridge: pulls the parameters to 0, as a share of each step's squared error: |lambda| stays
+            below 1 / (2 sqrt(ridge)). Where two outputs are nearly the same (D-EDM's first steps)
+            plain least squares, 0, finds values of hundreds that fit the batch and nothing else; 0
+            to 1e-2.
         refine: "end-to-end" goes on from the fit by gradient descent on all weights, against the
             error of the finished sample.
         refine_steps: gradient steps of the refinement.
@@ -91,7 +99,7 @@ class DODE(Agent):
         integer_times: bool = False,
         batch_size: int = 100,
         batches: int | None = None,
-        ridge: float = 0.0,
+        ridge: float = 1e-4,
         refine: str = "none",
         refine_steps: int = 300,
         refine_learning_rate: float = 1e-2,
@@ -148,7 +156,9 @@ class DODE(Agent):
     @property
     def batch_count(self) -> int:
         """Batches of noise, the held-out one of the refinement among them."""
-        return self.batches or (10 if self.refine == "end-to-end" else 1)
+        numbers = self.batch_size * math.prod(self.mdp.shape)
+        count = self.batches or min(-(-_FITTED_NUMBERS // numbers), _MOST_BATCHES)
+        return count + (self.refine == "end-to-end")
 
     @property
     def planned_rounds(self) -> int:
@@ -235,7 +245,7 @@ class DODE(Agent):
         set_learning_rate(self._optimizer, self.refine_learning_rate * factor)
         self._optimizer.step()
         candidate = self._refinement.export()
-        held_out = self.batch_pool[-1:]
+        held_out = self.make_batches()[-1:]
         best = self.errors.get("refined")
         if best is None:
             best = final_error(self._tableau, self.denoiser, held_out)
@@ -245,9 +255,11 @@ class DODE(Agent):
         self.errors["refined"] = min(error, best)
         return {"loss": float(loss.detach()), "refined_error": self.errors["refined"]}
 
-    @property
-    def batch_pool(self) -> list[Batch]:
-        """Noise and the teacher's states, from the seed alone: a resumed run makes them again."""
+    def make_batches(self) -> list[Batch]:
+        """Return noise and the teacher's states, made once.
+
+        They follow from the seed alone: a resumed run makes the same ones again.
+        """
         if not self._pool:
             generator = torch.Generator(self.device).manual_seed(self.seed)
             for _ in range(self.batch_count):
@@ -258,8 +270,8 @@ class DODE(Agent):
     @property
     def _fitted(self) -> list[Batch]:
         """The batches that are fitted: all, or all but the one that judges the refinement."""
-        pool = self.batch_pool
-        return pool[:-1] if self.refine == "end-to-end" and len(pool) > 1 else pool
+        pool = self.make_batches()
+        return pool[:-1] if self.refine == "end-to-end" else pool
 
     def _make_teacher(self, scale: int) -> Teacher:
         return make_teacher(

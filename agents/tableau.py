@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 
 Output = Literal["epsilon", "sample"]
 VERSION = 2
+
+
+class _Row(NamedTuple):
+    """One row of a tableau as plain numbers; `weights` are (k, W_jk) pairs without the zeros."""
+
+    time: float
+    anchor: int
+    scale: float
+    current: float
+    weights: list[tuple[int, float]]
+    noise: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +78,9 @@ class Tableau:
     output: Output = "epsilon"
     current: np.ndarray | None = None
 
+    if TYPE_CHECKING:
+        _rows: list[_Row]
+
     def __post_init__(self) -> None:
         steps = len(self.scale)
         anchors = np.arange(steps) if self.anchors is None else np.asarray(self.anchors)
@@ -78,6 +92,19 @@ class Tableau:
         for field in ("times", "scale", "weights", "noise", "current"):
             object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=np.float64))
         self._validate(steps)
+        object.__setattr__(self, "_rows", [self._row(j) for j in range(steps)])
+
+    def _row(self, j: int) -> _Row:
+        """Return row j as plain numbers, which the loop reads faster than arrays."""
+        weights = [(k, float(self.weights[j, k])) for k in np.flatnonzero(self.weights[j]).tolist()]
+        return _Row(
+            time=float(self.times[j]),
+            anchor=self.anchor(j),
+            scale=float(self.scale[j]),
+            current=float(self._current[j]),
+            weights=weights,
+            noise=float(self.noise[j]),
+        )
 
     def _validate(self, steps: int) -> None:
         shapes = {
@@ -156,21 +183,21 @@ class Tableau:
         """
         states: list[Any] = [noise]
         outputs: list[Any] = []
-        last_state, last_output = self._last_readers()
+        unread_states, unread_outputs = self._unread()
         yield noise
         for j in range(self.steps):
             outputs.append(self.evaluate(denoiser, states[j], j))
             states.append(self.advance(j, states, outputs, generator))
-            for i in np.flatnonzero(last_state == j):
+            for i in unread_states[j]:
                 states[i] = None
-            for k in np.flatnonzero(last_output == j):
+            for k in unread_outputs[j]:
                 outputs[k] = None
             yield states[-1]
 
     def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
         """Return O_j, the denoiser's output at state z_j (N, *shape)."""
         ask = denoiser.epsilon if self.output == "epsilon" else denoiser.denoised
-        return ask(state, float(self.times[j]))
+        return ask(state, self._rows[j].time)
 
     def advance(
         self,
@@ -180,19 +207,21 @@ class Tableau:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return z_{j+1} (N, *shape) from states z_0 .. z_j and outputs O_0 .. O_j."""
+        row = self._rows[j]
         state = self.carried(j, states)
-        for k in np.flatnonzero(self.weights[j]).tolist():
-            state = torch.add(state, outputs[k], alpha=float(self.weights[j, k]))
-        if self.noise[j] > 0:
+        for k, weight in row.weights:
+            state = torch.add(state, outputs[k], alpha=weight)
+        if row.noise > 0:
             fresh = torch.empty_like(state).normal_(generator=generator)
-            state = torch.add(state, fresh, alpha=float(self.noise[j]))
+            state = torch.add(state, fresh, alpha=row.noise)
         return state
 
     def carried(self, j: int, states: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
         """Return what step j takes over of the states, p_j z_{a(j)} + q_j z_j (N, *shape)."""
-        state = float(self.scale[j]) * states[self.anchor(j)]
-        if self._current[j]:
-            state = torch.add(state, states[j], alpha=float(self._current[j]))
+        row = self._rows[j]
+        state = row.scale * states[row.anchor]
+        if row.current:
+            state = torch.add(state, states[j], alpha=row.current)
         return state
 
     def anchor(self, j: int) -> int:
@@ -210,13 +239,17 @@ class Tableau:
         assert self.current is not None  # __post_init__ saw to it
         return self.current
 
-    def _last_readers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the last step that reads each state z_i and each output O_k, (K,) each."""
+    def _unread(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Return, for each step, the states z_i and the outputs O_k that no later step reads."""
         steps = np.arange(self.steps)
-        states = steps.copy()
-        np.maximum.at(states, [self.anchor(j) for j in range(self.steps)], steps)
-        outputs = np.where(self.weights != 0, steps[:, None], steps).max(axis=0)
-        return states, outputs
+        last_state = steps.copy()
+        np.maximum.at(last_state, [row.anchor for row in self._rows], steps)
+        last_output = np.where(self.weights != 0, steps[:, None], steps).max(axis=0)
+        unread: tuple[list[list[int]], list[list[int]]] = ([[] for _ in steps], [[] for _ in steps])
+        for lists, last in zip(unread, (last_state, last_output), strict=True):
+            for index, j in enumerate(last.tolist()):
+                lists[j].append(index)
+        return unread
 
     def to_json(self, **extra: Any) -> str:
         """Return the table as human-readable JSON that any program can run.

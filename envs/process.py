@@ -22,6 +22,9 @@ from .names import unknown_name
 
 Time = TypeVar("Time", float, Tensor)
 
+# Levels that a process remembers; a sampler asks for at most some thousands.
+MOST_LEVELS = 65_536
+
 
 class NoiseProcess(ABC):
     """A Gaussian forward process on times ``0 <= t <= t_max``.
@@ -98,6 +101,19 @@ class NoiseProcess(ABC):
             device = generator.device
         noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
         return noise if self.prior_std == 1.0 else noise.mul_(self.prior_std)
+
+    def levels(self, t: float) -> tuple[float, float]:
+        """``alpha`` and ``sigma`` at one time, as numbers.
+
+        They are remembered: a sampling loop asks for the same few again and again, and looking them
+        up anew costs as much as a small network.
+        """
+        known: dict[float, tuple[float, float]] = self.__dict__.setdefault("_known_levels", {})
+        if t not in known:
+            if len(known) >= MOST_LEVELS:
+                known.clear()
+            known[t] = float(self.alpha(t)), float(self.sigma(t))
+        return known[t]
 
     def add_noise(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """Jump from clean samples to time ``t`` in one go: ``alpha(t) x0 + sigma(t) noise``.

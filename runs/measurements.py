@@ -20,11 +20,14 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from ..agents import SFT, SFTPG, Denoiser
+from ..agents import DODE, SFT, SFTPG, Denoiser
 from ..agents.base import Agent
 from ..agents.networks import make_body
-from ..envs import DiffusionMDP
+from ..agents.solvers import SOLVERS
+from ..envs import DiffusionMDP, Schedule
+from ..envs.process import make_process
 from ..envs.registration import make_mdp
+from .sampling_speed import sampling
 from .settings import resolve_device
 from .tables import table
 
@@ -160,6 +163,30 @@ def timed(agent: SFTPG) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
+def fitting(device: str) -> tuple[dict[str, Any], str]:
+    """Time D-ODE fits of ten steps on the swiss roll, the teacher's network calls apart."""
+    process = make_process("sigmoid-1000")
+    mdp = make_mdp("SwissRoll", process=process, device=resolve_device(device), reward=_zero)
+    to_t_min = mdp.with_schedule(Schedule.uniform(process, 10, end=process.t_min))
+    figures: dict[str, Any] = {}
+    rows = []
+    for solver in ("ddim", "ipndm", "dpm-solver-3", "heun"):
+        where = to_t_min if SOLVERS[solver].to_t_min else mdp
+        agent = DODE(where, untrained(mdp), solver=solver, check_teacher=False)
+        began = time.perf_counter()
+        agent.make_batches()
+        teacher = time.perf_counter() - began
+        agent.learn(agent.total_timesteps)
+        total = time.perf_counter() - began
+        calls = agent.teacher.tableau.nfe
+        figures[solver] = {"teacher_calls": calls, "teacher": teacher, "fit": total - teacher}
+        rows.append(
+            [solver, str(agent.nfe), str(calls), f"{teacher:.3f}", f"{total - teacher:.3f}"]
+        )
+    head = ["solver, 10 steps", "calls", "teacher's calls", "teacher (s)", "all the rest (s)"]
+    return figures, table(head, rows)
+
+
 def memory(device: str) -> tuple[dict[str, Any], str]:
     """Measure the peak memory of one round at K = 10 and K = 100, each in a fresh process."""
     cases: list[tuple[str, type[Agent], dict[str, Any]]] = [
@@ -219,5 +246,7 @@ def untrained(mdp: DiffusionMDP) -> Denoiser:
 MEASUREMENTS: dict[str, Measurement] = {
     "overhead": Measurement("What stepping the vector environment adds to network calls", overhead),
     "profile": Measurement("Where an SFT-PG iteration spends its time", profile),
+    "fitting": Measurement("What a D-ODE fit costs beside its teacher's calls", fitting),
+    "sampling": Measurement("Our sampling loop, a bare loop and diffusers' schedulers", sampling),
     "memory": Measurement("Peak memory of a round at K = 10 and 100", memory),
 }

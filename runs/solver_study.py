@@ -120,11 +120,11 @@ SOLVER_STUDIES: dict[str, SolverStudy] = {
         },
     ),
     "dode-refine": SolverStudy(
-        "The greedy fit, on more samples, and refined end to end",
+        "The plain fit of the paper, ours, and the same refined end to end",
         (DDIM, Variant("DPM-Solver++ 2M", "dpm-solver++-2m"), EDM_HEUN),
         {
+            "100 samples, no ridge": {"batches": 1, "ridge": 0.0},
             "greedy": {},
-            "greedy, 1000 samples": {"batches": 10},
             "end-to-end": {"refine": "end-to-end"},
         },
     ),
@@ -212,7 +212,7 @@ class World:
             process = self.denoiser.process
         self.process, self.target = process, target
         self._evaluation: Evaluation | None = None
-        self._references: dict[float, Tensor] = {}
+        self._references: dict[tuple[float, float], Tensor] = {}
 
     @property
     def evaluation(self) -> Evaluation:

@@ -21,7 +21,7 @@ from ..agents.solvers import make_solver
 from ..agents.tableau import Tableau
 from ..agents.training import seeded
 from ..envs import VE, DiffusionMDP
-from ..envs.process import make_process
+from ..envs.process import NoiseProcess, make_process
 from .console import console, print_fit, print_results
 from .environment import build_environment, check_fits
 from .evaluation import NOISE_SEED, Evaluation, combine
@@ -234,7 +234,7 @@ def build_mdp(settings: Settings) -> DiffusionMDP:
     """Build the environment that the settings name."""
     run = settings.run
     if run.denoiser is not None:
-        process = Denoiser.load(denoiser_file(run.denoiser)).process
+        process: NoiseProcess | None = Denoiser.load(denoiser_file(run.denoiser)).process
     else:
         process = None if run.process is None else make_process(run.process)
     return build_environment(

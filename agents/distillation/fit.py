@@ -72,7 +72,9 @@ def fit(
         rows: its `directions`.
         denoiser: the network.
         batches: noise and targets.
-        ridge: pulls the lambdas to 0, as a share of <b, b>.
+        ridge: pulls the lambdas to 0, as a share of the step's squared error r^2: the fit minimises
+            ||y - base - sum lambda b||^2 + ridge r^2 sum lambda^2. It bounds |lambda| by
+            1 / (2 sqrt(ridge)) and hardly touches a direction as long as the error it repairs.
         constant: take this for every lambda instead of fitting.
     """
     students = [_Student(tableau, denoiser, batch) for batch in batches]
@@ -151,15 +153,14 @@ class _Student:
 
 
 def _solve(gram: np.ndarray, ridge: float) -> np.ndarray:
-    """Return the lambdas that minimise ||y - base - sum lambda b||^2, (n,); see `propose`."""
-    normal, projected, base = gram[:-2, :-2], gram[:-2, -2], gram[-1, -1]
+    """Return the lambdas (n,) that minimise the penalised error; see `fit` and `propose`."""
+    normal, projected, error, base = gram[:-2, :-2], gram[:-2, -2], gram[-2, -2], gram[-1, -1]
     lambdas = np.zeros(len(projected))
     moves = np.diag(normal) > _NEGLIGIBLE * base
     if moves.any():
-        system = normal[np.ix_(moves, moves)]
-        # Equal scales, so that the cut-off below means the same for every direction.
+        system = normal[np.ix_(moves, moves)] + ridge * error * np.eye(int(moves.sum()))
+        # Equal scales, so that the cut-off means the same for every direction.
         size = np.sqrt(np.diag(system))
-        scaled = system / np.outer(size, size) + ridge * np.eye(len(size))
-        solution = np.linalg.lstsq(scaled, projected[moves] / size, rcond=1e-12)[0]
-        lambdas[moves] = solution / size
+        scaled = system / np.outer(size, size)
+        lambdas[moves] = np.linalg.lstsq(scaled, projected[moves] / size, rcond=1e-12)[0] / size
     return lambdas
