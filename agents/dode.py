@@ -26,15 +26,23 @@ from .denoiser import Denoiser
 from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
 from .distillation.forms import CONSTANT, Form, directions, distilled
 from .distillation.refine import Refinement, frozen
-from .distillation.teacher import Align, Teacher, make_teacher
+from .distillation.teacher import Align, make_teacher
 from .solvers import Options
 from .tableau import Tableau
 from .training import adam, learning_rate_schedule, set_learning_rate
 
 Refine = Literal["none", "end-to-end"]
 
-# The teacher is checked on this many samples against one of this many times its steps.
-_CHECKED_SAMPLES, _CHECK_SCALE = 25, 4
+# What a file of `save` holds besides the tableau.
+_WRITTEN = {
+    "training": ("settings", "environment", "num_timesteps", "rounds"),
+    "state": ("fits", "errors", "refinement"),
+}
+
+# The teacher is checked against this solver in this many times its steps: on a whole batch of small
+# samples, but on no more than about so many numbers, and at least so many samples.
+_CHECK_SOLVER, _CHECK_SCALE = "dpm-solver-3m", 4
+_CHECKED_NUMBERS, _CHECKED_SAMPLES = 25_000, 25
 
 # By default a fit sees about this many numbers, in at most so many batches.
 _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
@@ -42,6 +50,9 @@ _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
 
 class DODE(Agent):
     """Fit a D-ODE solver. The first round is the fit, each later one a step of the refinement.
+
+    Timesteps are the calls of teacher and student on single samples; what measures them, such as
+    the check of the teacher, is not counted.
 
     Args:
         env: the environment; its schedule is the student's, its process gives the noise.
@@ -70,15 +81,18 @@ class DODE(Agent):
         refine: "end-to-end" goes on from the fit by gradient descent on all weights, against the
             error of the finished sample.
         refine_steps: gradient steps of the refinement.
-        refine_learning_rate: of Adam, relative to each row's largest weight; 1e-3 to 3e-2.
-        check_teacher: warn if the teacher is no better than the base solver.
+        refine_learning_rate: of Adam, relative to the base solver's largest weight in each
+            row; 1e-3 to 1e-2.
+        check_teacher: warn if the teacher is no better than the base solver, which costs up to
+            four times the teacher's calls on one batch.
         seed: seed of the noise.
         verbose: see `Agent`, as the remaining arguments.
 
     Attributes:
         fits: what each step's parameters did (`StepFit`), empty before the first round.
-        errors: mean squared errors of finished samples on the fitted noise, against the teacher's
-            ("base", "distilled", "refined") and of the teacher itself ("teacher").
+        errors: mean squared errors of finished samples: on the fitted noise against the teacher's
+            ("base", "distilled"), on held-out noise ("refined"), and of the teacher itself against
+            a finer solver ("teacher").
     """
 
     name = "dode"
@@ -102,7 +116,7 @@ class DODE(Agent):
         ridge: float = 1e-4,
         refine: str = "none",
         refine_steps: int = 300,
-        refine_learning_rate: float = 1e-2,
+        refine_learning_rate: float = 3e-3,
         check_teacher: bool = True,
         seed: int = 0,
         verbose: int = 0,
@@ -139,12 +153,19 @@ class DODE(Agent):
         self.check_teacher = check_teacher
         self.base = self._tableau
         self._rows = directions(self.base, self.form)
-        self.teacher = self._make_teacher(scale)
+        self.teacher = make_teacher(
+            self.base,
+            self.mdp.schedule,
+            self.teacher_name,
+            self.teacher_options,
+            scale,
+            self.align,
+            integer_times,
+        )
         self.fits: list[StepFit] = []
         self.errors: dict[str, float] = {}
         self._pool: list[Batch] = []
-        self._refinement = Refinement(self.base, self.device)
-        self._optimizer = adam(self._refinement.parameters())
+        self._restart_refinement(self.base)
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -168,9 +189,21 @@ class DODE(Agent):
     @property
     def timesteps_per_round(self) -> int:
         """Denoiser calls on single samples of the next round: teacher and student, or a step."""
-        if self.rounds:
-            return self.batch_size * self.base.nfe
-        return self.batch_count * self.batch_size * (self.teacher.tableau.nfe + self.base.nfe)
+        return self._refinement_cost if self._refines_next else self._fit_cost
+
+    @property
+    def _refines_next(self) -> bool:
+        return self.refine == "end-to-end" and self.rounds > 0
+
+    @property
+    def _refinement_cost(self) -> int:
+        return self.batch_size * self.base.nfe
+
+    @property
+    def _fit_cost(self) -> int:
+        taught = self.batch_count * self.teacher.tableau.nfe
+        fitted = self.batch_count - (self.refine == "end-to-end")
+        return self.batch_size * (taught + fitted * self.base.nfe)
 
     @property
     def total_timesteps(self) -> int:
@@ -179,11 +212,11 @@ class DODE(Agent):
 
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done; the first one is dearer."""
-        if rounds <= self.rounds:
-            return 0
-        later = rounds - max(self.rounds, 1)
-        first = 0 if self.rounds else self.timesteps_per_round
-        return first + later * self.batch_size * self.base.nfe
+        left = max(rounds - self.rounds, 0)
+        if self.refine == "none" or not left:
+            return left * self._fit_cost
+        first = self._fit_cost if self.rounds == 0 else self._refinement_cost
+        return first + (left - 1) * self._refinement_cost
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the solver on another schedule of as many steps, with the same parameters.
@@ -208,23 +241,31 @@ class DODE(Agent):
     def train_round(self) -> dict[str, Tensor]:
         """Fit all steps, or take one step of the refinement."""
         cost = self.timesteps_per_round
-        metrics = self._refine_once() if self.rounds else self._fit()
+        metrics = self._refine_once() if self._refines_next else self._fit()
         self.num_timesteps += cost
         return {f"train/{key}": torch.tensor(value) for key, value in metrics.items()}
 
     def _fit(self) -> dict[str, float]:
         pool = self._fitted
+        self.errors = {}
         if self.check_teacher:
-            self._judge_teacher(pool[0].noise[:_CHECKED_SAMPLES])
+            self._judge_teacher(pool[0].noise)
         constant = None
         if self.form in CONSTANT:
             constant = best_constant(self.base, self._rows, self.denoiser, pool)
         self.fits = fit(self.base, self._rows, self.denoiser, pool, self.ridge, constant)
         self._tableau = distilled(self.base, self._rows, self.lambdas)
-        self._refinement = Refinement(self._tableau, self.device)
-        self._optimizer = adam(self._refinement.parameters())
+        self._restart_refinement(self._tableau)
         self.errors["base"] = final_error(self.base, self.denoiser, pool)
         self.errors["distilled"] = self.fits[-1].after
+        if self.errors["distilled"] > self.errors["base"] > 0:
+            warnings.warn(
+                f"Distillation made {self.base.name} worse: the squared error of finished samples "
+                f"against the teacher's went from {self.errors['base']:.2e} to "
+                f"{self.errors['distilled']:.2e}. More batches, a larger ridge or "
+                "refine='end-to-end' may help.",
+                stacklevel=2,
+            )
         per_step = {
             f"lambda_{j:03d}": float(fit.lambdas[0])
             for j, fit in enumerate(self.fits)
@@ -255,6 +296,10 @@ class DODE(Agent):
         self.errors["refined"] = min(error, best)
         return {"loss": float(loss.detach()), "refined_error": self.errors["refined"]}
 
+    def _restart_refinement(self, start: Tableau) -> None:
+        self._refinement = Refinement(start, self.base.weights, self.device)
+        self._optimizer = adam(self._refinement.parameters())
+
     def make_batches(self) -> list[Batch]:
         """Return noise and the teacher's states, made once.
 
@@ -273,21 +318,15 @@ class DODE(Agent):
         pool = self.make_batches()
         return pool[:-1] if self.refine == "end-to-end" else pool
 
-    def _make_teacher(self, scale: int) -> Teacher:
-        return make_teacher(
-            self.base,
-            self.mdp.schedule,
-            self.teacher_name,
-            self.teacher_options,
-            scale,
-            self.align,
-            self.integer_times,
-        )
-
     @torch.no_grad()
     def _judge_teacher(self, noise: Tensor) -> None:
-        """Measure teacher and base solver against a much finer teacher; warn if it is worse."""
-        reference = self._make_teacher(_CHECK_SCALE * self.scale).states(self.denoiser, noise)[-1]
+        """Measure teacher and base solver against a much finer one; warn if it is the worse one."""
+        checked = max(_CHECKED_NUMBERS // math.prod(self.mdp.shape), _CHECKED_SAMPLES)
+        noise = noise[:checked]
+        finer = make_teacher(
+            self.base, self.mdp.schedule, _CHECK_SOLVER, scale=_CHECK_SCALE * self.scale
+        )
+        reference = finer.states(self.denoiser, noise)[-1]
         batch = [Batch(noise, reference.unsqueeze(0))]
         self.errors["teacher"] = final_error(self.teacher.tableau, self.denoiser, batch)
         base = final_error(self.base, self.denoiser, batch)
@@ -345,8 +384,7 @@ class DODE(Agent):
         ]
         self.errors = dict(state["errors"])
         greedy = distilled(self.base, self._rows, self.lambdas) if self.fits else self.base
-        self._refinement = Refinement(greedy, self.device)
-        self._optimizer = adam(self._refinement.parameters())
+        self._restart_refinement(greedy)
         if state["refinement"] is None:
             return
         change = torch.tensor(state["refinement"]["change"], dtype=torch.float64)
@@ -417,12 +455,19 @@ class DODE(Agent):
             CheckpointError: a missing, corrupt or foreign file, or another environment's.
         """
         training, tree = _read(path)
-        here = {"target": self.mdp.target.name, "shape": list(self.mdp.shape)}
+        here = {
+            "target": self.mdp.target.name,
+            "shape": list(self.mdp.shape),
+            "solver": self.solver,
+            "solver_options": self.solver_options,
+            "form": self.form,
+        }
+        there = {**training["environment"], **training["settings"]}
         for key, value in here.items():
-            if training["environment"].get(key) != value:
+            if there.get(key) != value:
                 raise CheckpointError(
-                    f"{path} was distilled on another environment: {key} is "
-                    f"{training['environment'].get(key)!r}, here it is {value!r}."
+                    f"{path} was distilled on another environment or with other settings: {key} "
+                    f"is {there.get(key)!r}, here it is {value!r}."
                 )
         tableau = Tableau.load(path)
         if tableau.process != self.base.process or not np.array_equal(
@@ -443,6 +488,12 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         tree = json.loads(Path(path).read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if tree.get("training", {}).get("agent") != DODE.name:
+    training = tree.get("training")
+    if not isinstance(training, dict) or training.get("agent") != DODE.name:
         raise CheckpointError(f"{path} is a tableau, but not one that D-ODE's training wrote.")
-    return tree["training"], tree
+    for part, fields in _WRITTEN.items():
+        block = tree if part == "state" else training
+        missing = [field for field in fields if field not in block]
+        if missing:
+            raise CheckpointError(f"{path} is damaged: its {part} lacks {', '.join(missing)}.")
+    return training, tree

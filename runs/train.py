@@ -55,7 +55,7 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
         settings = Settings.from_json(folder.path / "config.json")
     else:
         settings = parse(argv, agent)
-        build_mdp(settings)  # refuses bad settings before a folder is made
+        check(settings)
         folder = RunFolder.create(settings)
     try:
         Run(settings, folder).carry_through()
@@ -228,6 +228,17 @@ class Run:
                 floor=self.evaluation.floors["sliced_wasserstein"],
             )
             save_figure(figure, folder / "curve.png")
+
+
+def check(settings: Settings) -> None:
+    """Build all that the settings name, to refuse bad ones before a folder is made.
+
+    Raises:
+        ValueError: settings that do not go together, or are not possible.
+    """
+    run = settings.run
+    mdp = build_mdp(settings)
+    AGENTS[run.agent](mdp, new_denoiser(mdp, run.seed, run.prediction), **settings.agent)
 
 
 def build_mdp(settings: Settings) -> DiffusionMDP:

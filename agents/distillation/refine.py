@@ -22,23 +22,24 @@ from ..tableau import Tableau
 class Refinement(nn.Module):
     """A tableau with trainable weights.
 
-    Each row's change is measured in units of its largest weight, so that one learning rate suits
-    all rows.
+    Each row's change is measured in units of the base solver's largest weight there, so that one
+    learning rate suits all rows.
 
     Args:
         tableau: where to start.
+        unit: (K, K) weights of the base solver.
+        device: where the outputs will be.
     """
 
     base: Tensor
     unit: Tensor
 
-    def __init__(self, tableau: Tableau, device: torch.device) -> None:
+    def __init__(self, tableau: Tableau, unit: np.ndarray, device: torch.device) -> None:
         super().__init__()
         self.tableau = tableau
-        weights = torch.from_numpy(tableau.weights)
-        self.register_buffer("base", weights.to(device))
-        unit = weights.abs().amax(dim=1, keepdim=True).expand_as(weights).tril()
-        self.register_buffer("unit", unit.to(device))
+        self.register_buffer("base", torch.from_numpy(tableau.weights).to(device))
+        largest = np.abs(unit).max(axis=1, keepdims=True) * np.tri(tableau.steps)
+        self.register_buffer("unit", torch.from_numpy(largest).to(device))
         self.change = nn.Parameter(torch.zeros_like(self.base))
 
     def forward(self, denoiser: Denoiser, noise: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
-from ...envs.spacings import refine_times
+from ...envs.spacings import SUBSETS, refine_times
 from ..denoiser import Denoiser
 from ..solvers import SOLVERS, make_solver
 from ..tableau import Tableau
@@ -59,7 +59,8 @@ def make_teacher(
         options: of that solver.
         scale: C, the teacher's steps for each step of the student.
         align: "time" or "index". With "index" the student's j-th state is compared with the
-            teacher's C j-th, on a schedule of the same recipe with C times the student's calls.
+            teacher's C j-th, on a schedule of the same recipe with C times the student's calls, or
+            as many as there are noisings.
         integer: round the teacher's times to whole noisings, for networks that know no others.
 
     Raises:
@@ -79,6 +80,9 @@ def make_teacher(
         tableau = _on_every_time(solver, Schedule(schedule.process, times), options or {})
         targets = [_landing(tableau, time) for time in student.times[1:]]
     else:
+        if schedule.recipe is not None and schedule.recipe[0] in SUBSETS:
+            # Whole noisings: there are no more of them than there are.
+            scale = min(scale, int(schedule.process.t_max) // student.steps)
         fine = schedule.respaced(scale * student.steps)
         tableau = _on_every_time(solver, fine, options or {})
         if tableau.steps != fine.steps:

@@ -538,13 +538,14 @@ def test_many_batches_are_one_large_batch(solver, form, grid, mixture, generator
     sizes = [7, 30, 23]
     batches = [Batch(part, teacher.states(denoiser, part)) for part in noise.split(sizes)]
     whole = [Batch(noise, teacher.states(denoiser, noise))]
+    # The columns of "sep" are nearly parallel: sums in another order move its fit a little.
+    tolerance = 1e-9 if form == "difference" else 1e-4
     for many, one in zip(
         fit(base, rows, denoiser, batches), fit(base, rows, denoiser, whole), strict=True
     ):
-        np.testing.assert_allclose(many.lambdas, one.lambdas, rtol=1e-6, atol=1e-8)
-        assert many.before == pytest.approx(one.before, rel=1e-8)
-        # What a near-perfect fit of nearly parallel directions leaves: a difference of large numbers.
-        assert many.after == pytest.approx(one.after, rel=1e-4, abs=1e-15)
+        np.testing.assert_allclose(many.lambdas, one.lambdas, rtol=1e-5, atol=1e-8)
+        assert many.before == pytest.approx(one.before, rel=tolerance)
+        assert many.after == pytest.approx(one.after, rel=10 * tolerance, abs=1e-15)
     errors = [final_error(base, denoiser, group) for group in (batches, whole)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-12)
 
@@ -587,8 +588,8 @@ def test_a_direction_without_length_gets_no_lambda(grid, prior):
         assert step.removed == pytest.approx(0)
 
 
-@pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_ridge_shrinks_by_its_share_of_the_curvature(ridge, grid, mixture, prior):
+@pytest.mark.parametrize("ridge", [1e-4, 0.1, 3.0])
+def test_ridge_penalises_by_its_share_of_the_error(ridge, grid, mixture, prior):
     schedule, denoiser, noise = grid("karras", VP, 4), mixture(VP), prior(VP)
     base = make_solver("ddim", schedule)
     targets = make_teacher(base, schedule, "heun", scale=4).states(denoiser, noise)
@@ -596,8 +597,12 @@ def test_ridge_shrinks_by_its_share_of_the_curvature(ridge, grid, mixture, prior
         fit(base, directions(base), denoiser, [Batch(noise, targets)], value)
         for value in (0.0, ridge)
     )
-    # Only the first steps of the two students start from the same state.
-    assert shrunk[0].lambdas[0] == pytest.approx(plain[0].lambdas[0] / (1 + ridge))
+    # Only the first steps of the two students start from the same state. There, with r^2 the error
+    # and lambda the plain fit, <b, r> = lambda <b, b> and r^2 - <b, r>^2 / <b, b> is what is left.
+    best, before, after = plain[0].lambdas[0], plain[0].before, plain[0].after
+    curvature = (before - after) / best**2
+    assert shrunk[0].lambdas[0] == pytest.approx(best * curvature / (curvature + ridge * before))
+    assert abs(shrunk[0].lambdas[0]) <= 1 / (2 * ridge**0.5)
     assert plain[0].after < shrunk[0].after < shrunk[0].before
 
 
@@ -712,12 +717,14 @@ def test_the_teacher_s_states_are_those_of_its_trajectory(mixture, prior):
     assert torch.equal(targets[0:8:2], targets[1:8:2])
 
 
-@pytest.mark.parametrize("steps", [5, 8, 10])
-def test_time_alignment_beats_index_alignment_and_the_base(steps):
-    """MATH.md 2.6: D-DDIM on EDM's grid, 16-d mixture, held-out noise, against the ODE's end."""
+@pytest.mark.parametrize(
+    ("solver", "steps"), [("euler", 5), ("euler", 8), ("euler", 10), ("heun", 5), ("heun", 8)]
+)
+def test_time_alignment_beats_index_alignment_and_the_base(solver, steps):
+    """MATH.md 2.6: EDM's grid, 16-d mixture, held-out noise, against the ODE's end."""
     denoiser, _ = exact_mixture(EDM)
     schedule = Schedule.karras(EDM, steps)
-    base = make_solver("euler", schedule)
+    base = make_solver(solver, schedule)
     rows = directions(base)
     fitted, held_out = (
         EDM.prior_sample((n, 16), torch.Generator().manual_seed(n), dtype=torch.float64)
@@ -732,8 +739,9 @@ def test_time_alignment_beats_index_alignment_and_the_base(steps):
         batch = Batch(fitted, teacher.states(denoiser, fitted))
         lambdas = [step.lambdas for step in fit(base, rows, denoiser, [batch])]
         errors[align] = final_error(distilled(base, rows, lambdas), denoiser, truth)
-    assert errors["time"] < errors["base"] < errors["index"]
-    assert errors["time"] < 0.6 * errors["base"]
+    assert errors["time"] < min(errors["base"], errors["index"])
+    if solver == "euler":
+        assert errors["time"] < 0.6 * errors["base"] < errors["index"]
 
 
 # ------------------------------------------------------------------------------- the refinement
@@ -746,7 +754,7 @@ def test_the_gradient_of_the_refinement(solver, grid, mixture, prior):
     rows = directions(base)
     table = distilled(base, rows, some_lambdas(rows))
     targets = noise.flip(0)
-    refinement = Refinement(table, torch.device("cpu"))
+    refinement = Refinement(table, base.weights, torch.device("cpu"))
     with torch.no_grad():
         assert_close(refinement(denoiser, noise), table.sample(denoiser, noise), 1e-13)
         source = torch.Generator().manual_seed(3)
@@ -774,14 +782,14 @@ def test_the_gradient_of_the_refinement(solver, grid, mixture, prior):
         # The exported table is the refined sampler, also after a trip through JSON.
         exported = Tableau.from_json(refinement.export().to_json())
         assert_close(exported.sample(denoiser, noise), refinement(denoiser, noise), 1e-12)
-        again = Refinement(exported, torch.device("cpu"))
+        again = Refinement(exported, base.weights, torch.device("cpu"))
         np.testing.assert_array_equal(again.export().weights, exported.weights)
 
 
 @pytest.mark.parametrize("solver", ODE_SOLVERS)
 def test_the_refinement_starts_at_its_table(solver):
     base = make_solver(solver, Schedule.log_snr(VP, 6))
-    exported = Refinement(base, torch.device("cpu")).export()
+    exported = Refinement(base, base.weights, torch.device("cpu")).export()
     for field in dataclasses.fields(Tableau):
         ours, given = getattr(exported, field.name), getattr(base, field.name)
         if isinstance(given, np.ndarray):

@@ -1,0 +1,533 @@
+"""What DODE promises: a table for a few seconds' work, counted, saved, resumed, and played."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.evaluation import evaluate_policy
+from torch import nn
+
+from fewstep.agents import DODE, CheckpointError, Denoiser, SolverPolicy, Tableau
+from fewstep.agents.distillation.fit import GRID, final_error
+from fewstep.agents.distillation.forms import directions, distilled
+from fewstep.agents.exact import mixture as exact_mixture
+from fewstep.agents.solvers import make_solver
+from fewstep.envs import (
+    DiffusionEnv,
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    SB3VecEnv,
+    Schedule,
+)
+
+# A fit on twenty noises, or one whose teacher is misaligned, can do harm, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Distillation made")
+
+VP = DiscreteVP.linear(1000)
+DENOISER, TARGET = exact_mixture(VP, dimension=2, components=3)
+SMALL = {"batch_size": 20, "scale": 3}
+REFINED = {**SMALL, "refine": "end-to-end", "batches": 4, "refine_steps": 6}
+# Enough noise for the refinement to find something.
+LONGER = {**REFINED, "batch_size": 100, "refine_steps": 100, "refine_learning_rate": 3e-3}
+SOLVERS = ["ddim", "ipndm", "dpm-solver-3", "heun"]
+
+
+def worth(sample):
+    return -sample.square().flatten(1).sum(1)
+
+
+def world(steps=6, schedule=None, target=TARGET, reward=worth):
+    return DiffusionMDP(target, VP, schedule or Schedule.uniform(VP, steps), reward)
+
+
+def playable(solver, steps=6):
+    """An environment with as many steps as the solver makes calls on `world()`."""
+    return world(make_solver(solver, world(steps).schedule).nfe)
+
+
+def trained(mdp=None, **settings):
+    agent = DODE(mdp or world(), DENOISER, **{**SMALL, **settings})
+    return agent.learn(agent.total_timesteps)
+
+
+def greedy_table(agent):
+    return distilled(agent.base, directions(agent.base, agent.form), agent.lambdas)
+
+
+def assert_same_tables(one, other):
+    assert json.loads(one.to_json()) == json.loads(other.to_json())
+
+
+class Ripple(nn.Module):
+    """A network with a trainable weight, which holds a gradient, and one that is not trainable."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[0.6, -0.3], [0.2, 0.8]]))
+        self.shift = nn.Parameter(torch.tensor([0.1, -0.1]), requires_grad=False)
+        self.matrix.grad = torch.full((2, 2), 7.0)
+
+    def forward(self, sample, time):
+        phase = (0.003 * time.to(sample.dtype)).unsqueeze(1)
+        return torch.tanh(sample @ self.matrix + self.shift + phase.sin())
+
+
+# -- learning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_learn_does_what_is_planned(solver, refine, generator):
+    agent = DODE(world(), DENOISER, solver=solver, **(REFINED if refine else SMALL))
+    assert agent.fits == [] and agent.rounds == 0
+    assert_same_tables(agent.tableau, agent.base)
+    total = agent.total_timesteps
+    agent.learn(total)
+    assert agent.rounds == agent.planned_rounds == (7 if refine else 1)
+    assert agent.num_timesteps == total
+    assert agent.total_timesteps == agent.timesteps_until(agent.rounds) == 0
+    assert agent.nfe == agent.tableau.nfe == agent.base.nfe == {"heun": 11}.get(solver, 6)
+    assert len(agent.lambdas) == len(agent.fits) == agent.nfe
+    assert agent.tableau.name == f"d-{agent.base.name}"
+    for fit in agent.fits:
+        assert fit.after <= fit.before * (1 + 1e-6)
+        assert 0 <= fit.removed <= 1 or not len(fit.lambdas)
+    assert agent.errors["distilled"] == pytest.approx(agent.fits[-1].after)
+    if not refine:
+        assert_same_tables(agent.tableau, greedy_table(agent))
+    if solver == "heun":
+        return  # six steps on this grid: the base is as good as what twenty noises can teach it
+    # It helps, on other noise too, against the ODE itself.
+    noise = VP.prior_sample((500, 2), generator(9))
+    exact = make_solver("dpm-solver-3m", Schedule.uniform(VP, 600)).sample(DENOISER, noise)
+
+    def error(table):
+        return float((table.sample(DENOISER, noise) - exact).square().mean())
+
+    assert error(agent.tableau) < error(agent.base)
+
+
+@pytest.mark.parametrize("settings", [{}, {"batches": 3, "solver": "heun"}, {"form": "fixed"}])
+def test_timesteps_of_the_fit_are_the_calls_of_teacher_and_student(settings, count_calls):
+    """The evaluations and the check of the teacher come on top, see below."""
+    denoiser, _ = exact_mixture(VP, dimension=2, components=3)
+    agent = DODE(world(), denoiser, check_teacher=False, **{**SMALL, **settings})
+    samples, student = agent.batch_count * 20, agent.base.nfe
+    per_round = agent.timesteps_per_round
+    assert per_round == samples * (agent.teacher.tableau.nfe + student)
+    calls = count_calls(denoiser.body)
+    agent.learn(agent.total_timesteps)
+    assert agent.num_timesteps == per_round
+    evaluations = 1 + (len(GRID) if agent.form == "fixed" else 0)  # the base solver's error
+    assert calls.samples == agent.num_timesteps + evaluations * samples * student
+
+    # The check: a finer teacher, then teacher and student, on a whole batch of small samples.
+    checked = DODE(world(), denoiser, **{**SMALL, **settings})
+    before = calls.samples
+    checked.learn(checked.total_timesteps)
+    assert checked.num_timesteps == per_round
+    finer = make_solver("dpm-solver-3m", Schedule.uniform(VP, 4 * 3 * 6)).nfe
+    extra = 20 * (finer + agent.teacher.tableau.nfe + student)
+    assert calls.samples - before == agent.num_timesteps + evaluations * samples * student + extra
+
+
+def test_timesteps_of_the_refinement_are_the_calls_of_its_gradient(count_calls):
+    denoiser, _ = exact_mixture(VP, dimension=2, components=3)
+    agent = DODE(world(), denoiser, **REFINED)
+    agent.learn(agent.timesteps_until(2))  # the first step also measures the greedy table
+    calls, before = count_calls(denoiser.body), agent.num_timesteps
+    agent.learn(agent.timesteps_until(5), reset_num_timesteps=False)
+    assert agent.rounds == 5
+    assert agent.num_timesteps - before == 3 * 20 * 6
+    # Each step is measured on the held-out batch, which comes on top.
+    assert calls.samples == 2 * (agent.num_timesteps - before)
+    assert len(calls) == 2 * 3 * 6
+
+
+def test_timesteps_until():
+    agent = DODE(world(), DENOISER, **REFINED)
+    first, later = 5 * 20 * 18 + 4 * 20 * 6, 20 * 6  # the held-out batch needs only its teacher
+    assert [agent.timesteps_until(n) for n in range(4)] == [
+        0,
+        first,
+        first + later,
+        first + 2 * later,
+    ]
+    assert agent.total_timesteps == first + 6 * later
+    agent.learn(agent.timesteps_until(3))
+    assert agent.rounds == 3
+    assert [agent.timesteps_until(n) for n in (0, 3, 4, 7)] == [0, 0, later, 4 * later]
+
+
+@pytest.mark.parametrize(
+    "settings", [SMALL, {**SMALL, "form": "sep", "solver": "heun"}, {**REFINED, "solver": "ipndm"}]
+)
+def test_same_seed_same_table(settings):
+    agents = []
+    for noise in range(2):
+        torch.manual_seed(noise)  # the global generator is nobody's source of randomness
+        agents.append(trained(seed=3, **settings))
+    assert_same_tables(*(agent.tableau for agent in agents))
+    assert agents[0].errors == agents[1].errors
+    other = trained(seed=4, **settings)
+    assert not np.array_equal(other.tableau.weights, agents[0].tableau.weights)
+
+
+@pytest.mark.parametrize("settings", [SMALL, LONGER])
+def test_learning_anew_is_learning_again(settings):
+    agent = DODE(world(), DENOISER, **settings)
+    total, tables, errors = agent.total_timesteps, [], []
+    for _ in range(2):
+        agent.learn(total)
+        tables.append(agent.tableau)
+        errors.append(dict(agent.errors))
+        assert agent.num_timesteps == total
+    assert errors[0] == errors[1]
+    assert_same_tables(*tables)
+
+
+def test_more_time_does_not_refine_what_is_not_to_be_refined():
+    agent = trained(refine="none")
+    table = agent.tableau
+    agent.learn(3 * agent.timesteps_per_round, reset_num_timesteps=False)
+    assert_same_tables(agent.tableau, table)
+    assert "refined" not in agent.errors
+
+
+# -- the refinement --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learning_rate", [3e-3, 10.0])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_refinement_never_does_harm_on_held_out_noise(solver, learning_rate):
+    agent = trained(solver=solver, **{**LONGER, "refine_learning_rate": learning_rate})
+    held_out = agent.make_batches()[-1:]
+    greedy = final_error(greedy_table(agent), DENOISER, held_out)
+    refined = final_error(agent.tableau, DENOISER, held_out)
+    assert refined <= greedy
+    assert agent.errors["refined"] == refined
+    if learning_rate < 1 and solver in ("ddim", "ipndm"):
+        assert refined < 0.95 * greedy
+    # The held-out batch takes no part in the fit: it is one more than asked for, the last.
+    assert len(agent.make_batches()) == 5
+    alone = trained(solver=solver, batches=5, batch_size=100)
+    assert not np.array_equal(np.concatenate(alone.lambdas), np.concatenate(agent.lambdas))
+
+
+def test_the_network_is_left_as_it_is():
+    denoiser = Denoiser(Ripple(), VP)
+    before = {key: value.clone() for key, value in denoiser.state_dict().items()}
+    agent = DODE(world(), denoiser, check_teacher=False, **REFINED)
+    agent.learn(agent.total_timesteps)
+    for key, value in denoiser.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert denoiser.body.matrix.requires_grad and not denoiser.body.shift.requires_grad
+    assert torch.equal(denoiser.body.matrix.grad, torch.full((2, 2), 7.0))
+    assert denoiser.body.shift.grad is None
+
+
+@pytest.mark.parametrize("form", ["fixed", "lookahead"])
+def test_a_constant_is_the_best_of_the_grid(form):
+    agent = trained(solver="euler", form=form)
+    values = np.unique(np.concatenate(agent.lambdas))
+    assert len(values) == 1
+    rows = directions(agent.base, form)
+
+    def error(value):
+        table = distilled(agent.base, rows, [np.full(len(row), value) for row in rows])
+        return final_error(table, DENOISER, agent.make_batches())
+
+    assert error(values[0]) == min(map(error, GRID))
+
+
+# -- the teacher -----------------------------------------------------------------------------------
+
+
+def test_a_teacher_worse_than_the_student_is_noticed():
+    # The seed: a mean of few squares hangs on the samples that end in another component.
+    settings = {"solver": "dpm-solver-2m", "teacher": "ddim", "scale": 1, "seed": 3}
+    agent = DODE(world(20), DENOISER, **settings)
+    with pytest.warns(UserWarning, match=r"teacher ddim of 20 calls is no better.*dpm-solver-2m"):
+        agent.learn(agent.total_timesteps)
+    assert agent.errors["teacher"] > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        silent = trained(world(20), check_teacher=False, batch_size=25, **settings)
+        assert "teacher" not in silent.errors
+        for solver in ("ddim", "ipndm", "dpm-solver-3"):
+            agent = DODE(world(), DENOISER, solver=solver)
+            agent.learn(agent.total_timesteps)
+            assert agent.errors["teacher"] < agent.errors["base"]
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_index_alignment_of_the_official_settings_runs(steps):
+    """D-DDIM, C = 10: a thousand noisings are enough for the teacher, and so for its check."""
+    schedule = Schedule.uniform_torch(VP, steps)
+    agent = trained(world(schedule=schedule), teacher="ddim", align="index", scale=10)
+    assert agent.teacher.tableau.nfe == 10 * steps
+    assert agent.rounds == 1
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SMALL,
+        {**SMALL, "solver": "heun", "form": "two", "ridge": 0.01},
+        {**SMALL, "solver": "euler", "form": "lookahead"},
+        {**SMALL, "solver": "deis", "solver_options": {"order": 2}, "teacher": "heun"},
+        {**REFINED, "solver": "dpm-solver-3"},
+    ],
+)
+def test_a_file_gives_the_agent_back(settings, generator, tmp_path):
+    agent, path = trained(seed=5, **settings), tmp_path / DODE.checkpoint_name
+    agent.save(path)
+    training = json.loads(path.read_text())["training"]
+    assert training["agent"] == "dode"
+    assert training["num_timesteps"] == agent.num_timesteps
+    assert training["settings"]["solver"] == agent.solver
+    assert_same_tables(Tableau.load(path), agent.tableau)
+
+    loaded = DODE.load(path, world(), device="cpu", denoiser=DENOISER)
+    assert loaded.settings() == agent.settings()
+    assert (loaded.seed, loaded.rounds, loaded.num_timesteps) == (
+        5,
+        agent.rounds,
+        agent.num_timesteps,
+    )
+    assert loaded.errors == agent.errors
+    for ours, theirs in zip(loaded.fits, agent.fits, strict=True):
+        np.testing.assert_array_equal(ours.lambdas, theirs.lambdas)
+        assert (ours.before, ours.after) == (theirs.before, theirs.after)
+    samples = [a.sample(9, generator=generator(1)) for a in (agent, loaded)]
+    assert torch.equal(*samples)
+    again = tmp_path / "again.json"
+    loaded.save(again)
+    assert again.read_text() == path.read_text()
+    changed = DODE.load(path, world(), denoiser=DENOISER, batch_size=7)
+    assert changed.batch_size == 7 and changed.scale == agent.scale
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 7])
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_a_resumed_refinement_is_the_uninterrupted_one(solver, stop, tmp_path):
+    whole = trained(solver=solver, **REFINED)
+    path, ends = tmp_path / "table.json", []
+    first = DODE(world(), DENOISER, solver=solver, **REFINED)
+    first.learn(first.timesteps_until(stop)).save(path)
+    assert first.rounds == stop
+    second = DODE.load(path, world(), denoiser=DENOISER)
+    second.learn(second.total_timesteps, reset_num_timesteps=False)
+    for agent in (whole, second):
+        agent.save(path)
+        ends.append(json.loads(path.read_text()))
+    assert ends[0] == ends[1]
+    assert second.rounds == 7
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    agent, path = trained(), tmp_path / "table.json"
+    agent.save(path)
+    text = path.read_text()
+
+    def load(mdp=None, **overrides):
+        return DODE.load(path, mdp or world(), **{"denoiser": DENOISER, **overrides})
+
+    load()
+    with pytest.raises(TypeError, match=r"pass denoiser="):
+        DODE.load(path, world())
+    with pytest.raises(CheckpointError, match="build it on meta"):
+        load(device="meta")
+    with pytest.raises(
+        CheckpointError, match=r"another environment.* target is 'Mixture'.*'Other'"
+    ):
+        other = type(TARGET).from_sampler(lambda n, seed: torch.zeros(n, 2), "Other", 10)
+        load(world(target=other))
+    with pytest.raises(CheckpointError, match="another environment.* shape is"):
+        load(world(target=exact_mixture(VP, dimension=3)[1]))
+    for schedule in (Schedule.karras(VP, 6), Schedule.uniform(VP, 7)):
+        with pytest.raises(CheckpointError, match="another schedule"):
+            load(world(schedule=schedule))
+    bent = DiscreteVP.cosine(1000)
+    with pytest.raises(CheckpointError, match="another schedule"):
+        load(
+            DiffusionMDP(TARGET, bent, Schedule.uniform(bent, 6), worth),
+            denoiser=exact_mixture(bent, dimension=2)[0],
+        )
+
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load()
+    path.write_bytes(b"\xff\xfe\x00garbage")
+    with pytest.raises(CheckpointError):
+        load()
+    agent.tableau.save(path)
+    with pytest.raises(CheckpointError, match="not one that D-ODE"):
+        load()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="No tableau at"):
+        load()
+
+
+@pytest.mark.parametrize("broken", [None, {}, {"agent": "dode"}, []])
+def test_a_damaged_training_block_is_refused(broken, tmp_path):
+    agent, path = trained(), tmp_path / "table.json"
+    path.write_text(agent.tableau.to_json(training=broken, **agent.state()))
+    with pytest.raises(CheckpointError):
+        DODE.load(path, world(), denoiser=DENOISER)
+
+
+@pytest.mark.parametrize("change", [{"solver": "ipndm"}, {"form": "two"}])
+def test_resuming_another_solver_s_file_is_refused(change, tmp_path):
+    """The times are the same, the rows that the lambdas belong to are not."""
+    path = tmp_path / "table.json"
+    trained().save(path)
+    agent = DODE(world(), DENOISER, **{**SMALL, **change})
+    with pytest.raises(CheckpointError):
+        agent.resume(path)
+
+
+# -- other schedules -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ipndm", "dpm-solver-3", "dpm-solver++-2m"])
+def test_lambdas_carry_over_to_schedules_of_as_many_calls(solver, generator):
+    agent = trained(solver=solver)
+    assert_same_tables(agent.tableau_on(agent.mdp.schedule), agent.tableau)
+    other = Schedule.log_snr(VP, 6)
+    table = agent.tableau_on(other)
+    base = make_solver(solver, other)
+    assert_same_tables(table, distilled(base, directions(base), agent.lambdas))
+    noise = VP.prior_sample((5, 2), generator())
+    samples = agent.sample(5, schedule=other, noise=noise)
+    assert torch.equal(samples, table.sample(DENOISER, noise))
+    for steps in (5, 7):
+        with pytest.raises(ValueError, match="6 network calls"):
+            agent.tableau_on(Schedule.log_snr(VP, steps))
+        # What was not distilled yet goes anywhere.
+        assert (
+            DODE(world(), DENOISER, solver=solver).tableau_on(Schedule.log_snr(VP, steps)).nfe
+            == steps
+        )
+    with pytest.raises(ValueError, match=r"refined weights to none"):
+        trained(solver=solver, **REFINED).tableau_on(other)
+
+
+# -- acting ----------------------------------------------------------------------------------------
+
+
+def actors(solver):
+    """A distilled agent and a plain policy of the solver, and the environment both can play in."""
+    agent = trained(solver=solver)
+    return playable(solver), {
+        "agent": agent,
+        "untrained agent": DODE(world(), DENOISER, solver=solver, **SMALL),
+        "policy": SolverPolicy(agent.base, DENOISER),
+        "distilled policy": SolverPolicy(agent.tableau, DENOISER),
+    }
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_predict_in_a_loop_is_sample_bit_for_bit(solver):
+    mdp, players = actors(solver)
+    vector = DiffusionVectorEnv(mdp, 7, autoreset_mode=AutoresetMode.DISABLED)
+    single = DiffusionEnv(mdp)
+    for player in players.values():
+        for episode in range(2):
+            observation, _ = vector.reset(seed=episode)
+            noise, state, done = observation["sample"].clone(), None, False
+            while not done:
+                action, state = player.predict(observation, state, deterministic=bool(episode))
+                observation, _, terminated, _, _ = vector.step(torch.from_numpy(action))
+                done = bool(terminated.all())
+            assert torch.equal(observation["sample"], player.sample(7, noise=noise))
+
+        observation, _ = single.reset(seed=0)
+        noise, state, done = torch.from_numpy(observation["sample"].copy())[None], None, False
+        while not done:
+            action, state = player.predict(observation, state)
+            assert action.shape == (2,) and action.dtype == np.float32
+            observation, _, done, _, _ = single.step(action)
+        expected = player.sample(1, noise=noise)[0].numpy()
+        np.testing.assert_array_equal(observation["sample"], expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_evaluate_policy_pays_for_exactly_those_samples(solver):
+    mdp, players = actors(solver)
+    for player in players.values():
+        vec_env = SB3VecEnv(DiffusionVectorEnv(mdp, 5))
+        starts, ends, begins = [], [], [True]
+
+        def watch(inside, _outside, starts=starts, ends=ends, begins=begins):
+            if inside["i"] == 0:
+                if begins[-1]:
+                    starts.append(torch.from_numpy(inside["observations"]["sample"].copy()))
+                begins.append(bool(inside["dones"].all()))
+                if begins[-1]:
+                    infos = inside["infos"]
+                    finished = [info["terminal_observation"]["sample"] for info in infos]
+                    ends.append(torch.from_numpy(np.stack(finished)))
+
+        vec_env.seed(3)
+        rewards, lengths = evaluate_policy(
+            player, vec_env, 10, callback=watch, return_episode_rewards=True, warn=False
+        )
+        assert len(starts) == len(ends) == 2
+        assert lengths == [player.nfe] * 10
+        for start, end in zip(starts, ends, strict=True):
+            assert torch.equal(player.sample(5, noise=start), end)
+        assert rewards == torch.cat([worth(end) for end in ends]).tolist()
+
+
+@pytest.mark.parametrize("solver", ["ipndm", "heun"])
+def test_an_episode_longer_than_the_table_is_refused(solver):
+    agent = trained(solver=solver)
+    vector = DiffusionVectorEnv(world(agent.nfe + 1), 2)
+    observation, _ = vector.reset(seed=0)
+    state = None
+    for _ in range(agent.nfe):
+        action, state = agent.predict(observation, state)
+        observation, *_ = vector.step(torch.from_numpy(action))
+    with pytest.raises(ValueError, match=f"{agent.nfe} steps and the episode goes on"):
+        agent.predict(observation, state)
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver_options": {"eta": 1.0}}, "adds noise"),
+        ({"solver": "ancestral"}, "adds noise"),
+        ({"solver": "nonsense"}, "nonsense"),
+        ({"teacher": "ancestral"}, r"teacher .*adds noise"),
+        ({"teacher": "ddim", "teacher_options": {"eta": 0.5}}, r"teacher .*adds noise"),
+        ({"teacher": "nonsense"}, "nonsense"),
+        ({"teacher_options": {"nonsense": 1}}, "nonsense"),
+        ({"form": "nonsense"}, "nonsense"),
+        ({"align": "nonsense"}, "nonsense"),
+        ({"refine": "nonsense"}, "nonsense"),
+        ({"scale": 0}, "scale"),
+        ({"form": "lookahead"}, "lookahead"),
+        ({"align": "index", "teacher": "heun"}, "one network call"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DODE(world(), DENOISER, **settings)
+
+
+def test_index_alignment_needs_a_recipe():
+    times = Schedule(VP, [1000, 700, 400, 100, 0])
+    with pytest.raises(ValueError, match="list of times"):
+        DODE(world(schedule=times), DENOISER, align="index")
+    assert trained(world(schedule=times)).nfe == 4

@@ -1,0 +1,198 @@
+"""Solvers and D-ODE on the command line: train, evaluate, sample and analyze."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.agents import DODE, Denoiser, Tableau
+from fewstep.agents.solvers import SOLVERS
+from fewstep.envs import VE
+from fewstep.runs.settings import Settings
+from fewstep.runs.train import build_mdp
+
+CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, fewstep):
+    """The folder of a finished `fewstep train --agent dode`."""
+    log_dir = tmp_path_factory.mktemp("logs")
+    flags = ["--agent=dode", "--solver=ddim", "--steps=10", "--batches=2", *CLONING]
+    assert fewstep("train", *flags, f"--log-dir={log_dir}") == 0
+    (folder,) = log_dir.iterdir()
+    return folder
+
+
+def test_a_run_leaves_a_tableau_that_anyone_can_run(distilled):
+    names = {path.name for path in distilled.iterdir()}
+    assert {"tableau.json", "lambdas.png", "denoiser.safetensors", "results.json"} <= names
+    assert "checkpoint.safetensors" not in names
+    table = Tableau.load(distilled / "tableau.json")
+    assert (table.name, table.nfe) == ("d-ddim", 10)
+    denoiser = Denoiser.load(distilled / "denoiser.safetensors")
+    assert denoiser.process == table.process
+    assert table.process.t_max == 1000  # enough noisings for a solver's fractional times
+    results = json.loads((distilled / "results.json").read_text())
+    assert len(results["fits"]) == 10
+    assert results["errors"]["distilled"] < results["errors"]["base"]
+    mdp = build_mdp(Settings.from_json(distilled / "config.json"))
+    agent = DODE.load(distilled / "tableau.json", mdp, denoiser=denoiser)
+    assert [fit.lambdas.tolist() for fit in agent.fits] == [
+        fit["lambdas"] for fit in results["fits"]
+    ]
+
+
+def test_evaluate_and_sample_use_the_run_s_tableau(distilled, tmp_path, fewstep):
+    scores = tmp_path / "scores.json"
+    assert fewstep("evaluate", distilled, "--samples=500", f"--output={scores}") == 0
+    results = json.loads(scores.read_text())
+    assert (results["agent"], results["nfe"]) == ("d-ddim", 10)
+    trained = json.loads((distilled / "results.json").read_text())["metrics"]
+    assert results["metrics"]["mmd"]["after"] == trained["mmd"]["after"]
+    for name, flags in (("a", []), ("b", [f"--solver={distilled / 'tableau.json'}"])):
+        output = f"--output={tmp_path / name}.npy"
+        assert fewstep("sample", distilled, "--n=9", output, *flags) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_refinement_is_interrupted_and_resumed(distilled, tmp_path, fewstep, monkeypatch):
+    flags = ["--agent=dode", "--batches=1", "--refine=end-to-end", "--refine-steps=6"]
+    common = [*flags, f"--denoiser={distilled}", "--evaluation-samples=500", "--evaluations=1"]
+    assert fewstep("train", *common, f"--log-dir={tmp_path / 'whole'}") == 0
+    train_round = DODE.train_round
+
+    def killed(self):
+        if self.rounds == 3:
+            raise KeyboardInterrupt
+        return train_round(self)
+
+    monkeypatch.setattr(DODE, "train_round", killed)
+    parts = f"--log-dir={tmp_path / 'parts'}"
+    assert fewstep("train", *common, parts, "--checkpoint-seconds=0") == 130
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert fewstep("train", "--resume", folder) == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    tables = [Tableau.load(path / "tableau.json") for path in (whole, folder)]
+    np.testing.assert_array_equal(tables[0].weights, tables[1].weights)
+    assert json.loads((folder / "tableau.json").read_text())["training"]["rounds"] == 7
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_samples_from_any_denoiser(solver, distilled, tmp_path, fewstep):
+    output = tmp_path / "samples.npy"
+    flags = [f"--solver={solver}", "--steps=6", "--n=5", f"--output={output}"]
+    assert fewstep("sample", distilled, *flags) == 0
+    assert np.isfinite(np.load(output)).all()
+
+
+@pytest.mark.parametrize("schedule", ["log_snr", "trailing", "quad", "1000,600,250,40,1"])
+def test_a_schedule_is_named_or_listed(schedule, distilled, tmp_path, fewstep):
+    scores = tmp_path / "scores.json"
+    steps = [] if "," in schedule else ["--steps=4"]
+    flags = ["--solver=ddim", f"--schedule={schedule}", *steps, "--samples=500"]
+    assert fewstep("evaluate", distilled, *flags, f"--output={scores}") == 0
+    assert json.loads(scores.read_text())["nfe"] == 4
+
+
+def test_a_ve_process_is_cloned_with_edm_and_sampled_on_karras_s_grid(tmp_path, fewstep):
+    flags = ["--process=ve", "--rounds=6", "--batch-size=32", "--evaluation-samples=500"]
+    assert fewstep("pretrain", *flags, f"--log-dir={tmp_path}") == 0
+    (folder,) = tmp_path.iterdir()
+    denoiser = Denoiser.load(folder / "denoiser.safetensors")
+    assert denoiser.process == VE()
+    assert denoiser.prediction == "edm"
+    scores = tmp_path / "scores.json"
+    evaluate = ["evaluate", folder, "--solver=heun", "--steps=3", "--samples=500"]
+    assert fewstep(*evaluate, f"--output={scores}") == 0
+    assert json.loads(scores.read_text())["nfe"] == 5
+
+
+def test_analyze_draws_what_distillation_changes(distilled, tmp_path, fewstep):
+    few = ["--samples=16", "--reference-steps=40"]
+    for name, flags in (("own", []), ("other", ["--solver=dpm-solver++-2m", "--steps=5"])):
+        folder = tmp_path / name
+        assert fewstep("analyze", distilled, *few, *flags, f"--output={folder}") == 0
+        for picture in ("correlation", "trajectory", "lambdas"):
+            assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        analysis = json.loads((folder / "analysis.json").read_text())
+        assert set(analysis["squared_error_to_reference"]) == {"base", "distilled"}
+        assert all(0 < c <= 1 for c in analysis["cosine_similarity_of_neighbours"].values())
+    assert (analysis["solver"], analysis["nfe"]) == ("dpm-solver++-2m", 5)
+
+
+def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, monkeypatch, capsys):
+    from fewstep.runs import solver_study
+
+    monkeypatch.setattr(solver_study, "REFERENCE_STEPS", 20)
+    monkeypatch.setattr(solver_study, "HELD_OUT", 50)
+    monkeypatch.setattr(solver_study, "FRESH_SAMPLES", 100)
+    study = solver_study.SOLVER_STUDIES["dode-align"]
+    study = solver_study.dataclasses.replace(study, environments=("Mixture", "SwissRoll"))
+    monkeypatch.setitem(solver_study.SOLVER_STUDIES, "dode-align", study)
+    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--seeds", "0", "1", "--steps", "5"]
+    assert fewstep("benchmark", "dode-align", *flags) == 0
+    folder = tmp_path / "benchmark" / "dode-align"
+    records = json.loads((folder / "results.json").read_text())
+    assert len(records) == 2 * 2 * 3
+    assert all(record["nfe"] == 5 for record in records)
+    table = (folder / "table.md").read_text()
+    assert "time error" in table
+    assert "index error" in table
+    assert (folder / "plot.png").is_file()
+    measured = []
+    measure = solver_study.World.measure
+    monkeypatch.setattr(
+        solver_study.World,
+        "measure",
+        lambda self, variant, *rest: (
+            measured.append(variant.label) or measure(self, variant, *rest)
+        ),
+    )
+    next((folder / "cells").glob("Mixture__edm__seed1__edm-heun__5.json")).unlink()
+    assert fewstep("benchmark", "dode-align", *flags) == 0
+    assert measured == ["EDM Heun"]
+    assert json.loads((folder / "results.json").read_text()) == records
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda table: table | {"version": 99}, "version 99"),
+        (lambda table: table | {"scale": [float("nan")] * 10}, "NaN"),
+        (lambda table: table | {"weights": np.ones((10, 10)).tolist()}, "lower-triangular"),
+        (lambda table: table | {"process": {"kind": "VE"}}, "times must lie in"),
+        (lambda table: {"tableau": table}, "Not a tableau"),
+    ],
+)
+def test_a_bad_tableau_is_refused(damage, says, distilled, tmp_path, fewstep, capsys):
+    table = json.loads((distilled / "tableau.json").read_text())
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(damage(table)))
+    assert fewstep("evaluate", distilled, f"--solver={path}") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_tableau_that_does_not_go_with_the_rest_is_refused(
+    distilled, finished, tmp_path, fewstep, capsys
+):
+    table = distilled / "tableau.json"
+    assert fewstep("evaluate", distilled, f"--solver={table}", "--steps=5") == 2
+    assert "leave out --steps" in capsys.readouterr().err
+    assert fewstep("evaluate", finished, f"--solver={table}") == 2
+    assert "is made for DiscreteVP(T=1000" in capsys.readouterr().err
+    assert fewstep("evaluate", distilled, f"--solver={tmp_path / 'no.json'}") == 2
+    assert "no.json" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(distilled, copy)
+    (copy / "tableau.json").write_text("{")
+    assert fewstep("train", "--resume", copy) == 2
+    assert "not valid JSON" in capsys.readouterr().err
+    torch.save({}, copy / "tableau.json")
+    assert fewstep("evaluate", copy) == 2
+    assert "tableau.json" in capsys.readouterr().err
