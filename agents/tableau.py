@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -78,8 +78,7 @@ class Tableau:
     output: Output = "epsilon"
     current: np.ndarray | None = None
 
-    if TYPE_CHECKING:
-        _rows: list[_Row]
+    _rows: list[_Row] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         steps = len(self.scale)
@@ -89,8 +88,8 @@ class Tableau:
         object.__setattr__(self, "anchors", anchors)
         if self.current is None:
             object.__setattr__(self, "current", np.zeros(steps))
-        for field in ("times", "scale", "weights", "noise", "current"):
-            object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=np.float64))
+        for name in ("times", "scale", "weights", "noise", "current"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         self._validate(steps)
         object.__setattr__(self, "_rows", [self._row(j) for j in range(steps)])
 
@@ -117,12 +116,12 @@ class Tableau:
         }
         if steps < 1:
             raise ValueError("A tableau needs at least one step.")
-        for field, shape in shapes.items():
-            value = getattr(self, field)
+        for name, shape in shapes.items():
+            value = getattr(self, name)
             if value.shape != shape:
-                raise ValueError(f"Tableau.{field} has shape {value.shape}, expected {shape}.")
+                raise ValueError(f"Tableau.{name} has shape {value.shape}, expected {shape}.")
             if not np.isfinite(value).all():
-                raise ValueError(f"Tableau.{field} holds NaN or infinite numbers.")
+                raise ValueError(f"Tableau.{name} holds NaN or infinite numbers.")
         if np.triu(self.weights, 1).any():
             raise ValueError(
                 "Tableau.weights must be lower-triangular: a step uses outputs already computed."

@@ -50,7 +50,7 @@ def sampling(device: str) -> tuple[dict[str, Any], str]:
     for name, (body, shape, repeats) in networks.items():
         denoiser = Denoiser(body.to(where), process)
         for solver in SCHEDULERS:
-            loops = _loops(solver, denoiser, torch.randn(shape, device=where))
+            loops = _loops(solver, process, denoiser, torch.randn(shape, device=where))
             seconds = by_turns(list(loops.values()), repeats)
             medians = dict(
                 zip(loops, map(statistics.median, zip(*seconds, strict=True)), strict=True)
@@ -97,13 +97,13 @@ def by_turns(loops: Sequence[Loop], repeats: int) -> list[tuple[float, ...]]:
     return turns[repeats // 10 :]
 
 
-def _loops(solver: str, denoiser: Denoiser, noise: Tensor) -> dict[str, Loop]:
+def _loops(solver: str, process: DiscreteVP, denoiser: Denoiser, noise: Tensor) -> dict[str, Loop]:
     """Return the bare loop, ours and diffusers', on diffusers' times for the solver."""
-    scheduler = SCHEDULERS[solver](denoiser.process)
+    scheduler = SCHEDULERS[solver](process)
     scheduler.set_timesteps(STEPS)
     indices = scheduler.timesteps.tolist()
     end = 0.0 if solver == "ddim" else 1.0
-    schedule = Schedule(denoiser.process, [index + 1.0 for index in indices] + [end])
+    schedule = Schedule(process, [index + 1.0 for index in indices] + [end])
     tableau = _tableau(solver, schedule)
     body = denoiser.body
     times = [torch.full((1,), index, device=noise.device).expand(len(noise)) for index in indices]
