@@ -8,7 +8,6 @@ learned is a tableau: a small table of numbers, saved as JSON.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -18,26 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..envs import Schedule
+from ..envs import DiffusionMDP, Schedule, Target
 from ..envs.names import unknown_name
 from .base import Agent, AnyAgent, Environment
 from .checkpoint import CheckpointError, write_atomically
 from .denoiser import Denoiser
+from .distillation.files import read_distilled
 from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
 from .distillation.forms import CONSTANT, Form, directions, distilled
-from .distillation.refine import Refinement, frozen
+from .distillation.refine import Refiner
 from .distillation.teacher import Align, make_teacher
 from .solvers import Options
 from .tableau import Tableau
-from .training import adam, learning_rate_schedule, set_learning_rate
 
 Refine = Literal["none", "end-to-end"]
-
-# What a file of `save` holds besides the tableau.
-_WRITTEN = {
-    "training": ("settings", "environment", "num_timesteps", "rounds"),
-    "state": ("fits", "errors", "refinement"),
-}
 
 # The teacher is checked against this solver in this many times its steps: on a whole batch of small
 # samples, but on no more than about so many numbers, and at least so many samples.
@@ -165,7 +158,24 @@ class DODE(Agent):
         self.fits: list[StepFit] = []
         self.errors: dict[str, float] = {}
         self._pool: list[Batch] = []
-        self._restart_refinement(self.base)
+        self._refiner = self._new_refiner(self.base)
+
+    @classmethod
+    def without_data(
+        cls, denoiser: Denoiser, schedule: Schedule, shape: tuple[int, ...], **settings: Any
+    ) -> DODE:
+        """Distil for a pretrained network alone: fitting a solver needs noise, but no data.
+
+        Args:
+            denoiser: the network; its device is where everything is done.
+            schedule: the times of the student, on the denoiser's process.
+            shape: of one sample.
+            settings: the constructor's keyword arguments.
+        """
+        device = next(denoiser.parameters()).device
+        nothing = Target.from_samples(torch.zeros(2, *shape, device=device), name="no data")
+        mdp = DiffusionMDP(nothing, denoiser.process, schedule, _no_reward)
+        return cls(mdp, denoiser, **settings)
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -255,7 +265,7 @@ class DODE(Agent):
             constant = best_constant(self.base, self._rows, self.denoiser, pool)
         self.fits = fit(self.base, self._rows, self.denoiser, pool, self.ridge, constant)
         self._tableau = distilled(self.base, self._rows, self.lambdas)
-        self._restart_refinement(self._tableau)
+        self._refiner = self._new_refiner(self._tableau)
         self.errors["base"] = final_error(self.base, self.denoiser, pool)
         self.errors["distilled"] = self.fits[-1].after
         if self.errors["distilled"] > self.errors["base"] > 0:
@@ -275,17 +285,9 @@ class DODE(Agent):
 
     def _refine_once(self) -> dict[str, float]:
         """Take one gradient step; keep the table if it is the best so far on held-out noise."""
-        step = self.rounds - 1
-        batch = self._fitted[step % len(self._fitted)]
-        with frozen(self.denoiser):
-            missed = self._refinement(self.denoiser, batch.noise) - batch.targets[-1]
-            loss = missed.square().mean()
-            self._optimizer.zero_grad()
-            loss.backward()
-        factor = learning_rate_schedule("cosine")(min(step / self.refine_steps, 1.0))
-        set_learning_rate(self._optimizer, self.refine_learning_rate * factor)
-        self._optimizer.step()
-        candidate = self._refinement.export()
+        done = self.rounds - 1
+        loss = self._refiner.step(self.denoiser, self._fitted[done % len(self._fitted)], done)
+        candidate = self._refiner.module.export()
         held_out = self.make_batches()[-1:]
         best = self.errors.get("refined")
         if best is None:
@@ -294,11 +296,12 @@ class DODE(Agent):
         if error < best:
             self._tableau = candidate
         self.errors["refined"] = min(error, best)
-        return {"loss": float(loss.detach()), "refined_error": self.errors["refined"]}
+        return {"loss": loss, "refined_error": self.errors["refined"]}
 
-    def _restart_refinement(self, start: Tableau) -> None:
-        self._refinement = Refinement(start, self.base.weights, self.device)
-        self._optimizer = adam(self._refinement.parameters())
+    def _new_refiner(self, start: Tableau) -> Refiner:
+        return Refiner(
+            start, self.base.weights, self.device, self.refine_steps, self.refine_learning_rate
+        )
 
     def make_batches(self) -> list[Batch]:
         """Return noise and the teacher's states, made once.
@@ -361,19 +364,13 @@ class DODE(Agent):
 
     def state(self) -> dict[str, Any]:
         """Return what training found, as JSON values."""
-        moments = self._optimizer.state_dict()["state"]
         return {
             "fits": [
                 {"lambdas": fit.lambdas.tolist(), "before": fit.before, "after": fit.after}
                 for fit in self.fits
             ],
             "errors": self.errors,
-            "refinement": {
-                "change": self._refinement.change.tolist(),
-                "adam": {key: value.tolist() for key, value in moments[0].items()},
-            }
-            if moments
-            else None,
+            "refinement": self._refiner.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -384,18 +381,8 @@ class DODE(Agent):
         ]
         self.errors = dict(state["errors"])
         greedy = distilled(self.base, self._rows, self.lambdas) if self.fits else self.base
-        self._restart_refinement(greedy)
-        if state["refinement"] is None:
-            return
-        change = torch.tensor(state["refinement"]["change"], dtype=torch.float64)
-        with torch.no_grad():
-            self._refinement.change.copy_(change)
-        moments = {
-            key: torch.tensor(value, dtype=torch.float32 if key == "step" else torch.float64)
-            for key, value in state["refinement"]["adam"].items()
-        }
-        whole = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({**whole, "state": {0: moments}})
+        self._refiner = self._new_refiner(greedy)
+        self._refiner.load_state(state["refinement"])
 
     def save(self, path: str | Path) -> None:
         """Write the tableau as JSON, with what its training needs to go on beside it.
@@ -439,10 +426,10 @@ class DODE(Agent):
             CheckpointError: a missing, corrupt or foreign file, or another environment's.
             TypeError: no denoiser given.
         """
-        training, _ = _read(path)
+        _, tree = read_distilled(path, cls.name)
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
-        agent = cls(env, overrides.pop("denoiser"), **{**training["settings"], **overrides})
+        agent = cls(env, overrides.pop("denoiser"), **{**tree["training"]["settings"], **overrides})
         if device is not None and torch.device(device) != agent.device:
             raise CheckpointError(f"The environment is on {agent.device}: build it on {device}.")
         agent.resume(path)
@@ -454,7 +441,8 @@ class DODE(Agent):
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or another environment's.
         """
-        training, tree = _read(path)
+        tableau, tree = read_distilled(path, self.name)
+        training = tree["training"]
         here = {
             "target": self.mdp.target.name,
             "shape": list(self.mdp.shape),
@@ -469,7 +457,6 @@ class DODE(Agent):
                     f"{path} was distilled on another environment or with other settings: {key} "
                     f"is {there.get(key)!r}, here it is {value!r}."
                 )
-        tableau = Tableau.load(path)
         if tableau.process != self.base.process or not np.array_equal(
             tableau.times, self.base.times
         ):
@@ -479,21 +466,5 @@ class DODE(Agent):
         self._tableau = tableau
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the training block and the whole of a file that `DODE.save` wrote."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"No tableau at {path}.")
-    try:
-        Tableau.load(path)
-        tree = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    training = tree.get("training")
-    if not isinstance(training, dict) or training.get("agent") != DODE.name:
-        raise CheckpointError(f"{path} is a tableau, but not one that D-ODE's training wrote.")
-    for part, fields in _WRITTEN.items():
-        block = tree if part == "state" else training
-        missing = [field for field in fields if field not in block]
-        if missing:
-            raise CheckpointError(f"{path} is damaged: its {part} lacks {', '.join(missing)}.")
-    return training, tree
+def _no_reward(sample: Tensor) -> Tensor:
+    return sample.new_zeros(len(sample))

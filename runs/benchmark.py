@@ -23,7 +23,8 @@ from .logs import read_live_metric
 from .measurements import MEASUREMENTS
 from .plots import curve_figure, save_figure
 from .settings import Settings, defaults
-from .solver_study import SOLVER_STUDIES, run_solver_study
+from .solver_studies import SOLVER_STUDIES
+from .solver_study import run_solver_study
 from .studies import STUDIES, Contender, Study
 from .tables import spread, table
 from .train import Run, build_mdp

@@ -1,4 +1,4 @@
-"""Studies of solvers and of their distillation: `fewstep benchmark dode` and its kin.
+"""The runner of the studies of solvers and of their distillation (`fewstep benchmark dode`, ...).
 
 Every cell runs one base solver and its distilled versions from the same held-out noise, against a
 fine reference from that noise (squared error) and against real data (with floors).
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from .evaluation import Evaluation
 from .folder import RunFolder, write_json
 from .plots import factors_figure, save_figure
 from .settings import Settings, defaults, resolve_device
+from .solver_studies import MIXTURE, SolverStudy, Variant
 from .tables import spread, table
 from .train import Run
 
@@ -39,96 +39,6 @@ from .train import Run
 HELD_OUT_SEED, HELD_OUT = 20_001, 2000
 REFERENCE_STEPS = 1000
 FRESH_SAMPLES = 20_000
-MIXTURE = "Mixture"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A base solver in one parameterisation.
-
-    Attributes:
-        label: its name in the table.
-        solver: key of `SOLVERS`.
-        options: of the solver.
-        edm: on a VE process with Karras's grid instead of a VP one with a uniform grid.
-        schedule: name of another grid.
-    """
-
-    label: str
-    solver: str
-    options: dict[str, Any] = field(default_factory=dict)
-    edm: bool = False
-    schedule: str | None = None
-
-
-@dataclass(frozen=True)
-class SolverStudy:
-    """A comparison of base solvers with distilled ones.
-
-    Attributes:
-        title: what it asks.
-        variants: the base solvers.
-        treatments: label -> settings of `DODE`.
-        environments: where; "Mixture" has an exact denoiser, the others train one.
-        budgets: network calls a sample.
-        seeds: of the denoiser's training, the fit and the held-out noise.
-    """
-
-    title: str
-    variants: tuple[Variant, ...]
-    treatments: dict[str, dict[str, Any]] = field(default_factory=lambda: {"distilled": {}})
-    environments: tuple[str, ...] = (MIXTURE, "SwissRoll", "Digits")
-    budgets: tuple[int, ...] = (5, 10, 15)
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-
-DDIM = Variant("DDIM", "ddim")
-EDM_EULER = Variant("DDIM (EDM)", "euler", edm=True)
-EDM_HEUN = Variant("EDM Heun", "heun", edm=True)
-VARIANTS = (
-    DDIM,
-    Variant("iPNDM-4", "ipndm"),
-    Variant("DEIS-3", "deis"),
-    Variant("DPM-Solver-2", "dpm-solver-2"),
-    Variant("DPM-Solver-3", "dpm-solver-3"),
-    Variant("DDIM (data)", "euler"),
-    Variant("DPM-Solver++ 2M", "dpm-solver++-2m"),
-    Variant("DPM-Solver++ 2S", "dpm-solver++-2s"),
-    Variant("DPM-Solver++ 3S", "dpm-solver++-3s"),
-    EDM_EULER,
-    EDM_HEUN,
-)
-
-SOLVER_STUDIES: dict[str, SolverStudy] = {
-    "dode": SolverStudy("D-ODE solvers against their base solvers (paper C)", VARIANTS),
-    "dode-align": SolverStudy(
-        "Teacher and student compared at the same time, or by index as the official code does",
-        (dataclasses.replace(DDIM, schedule="uniform_torch"), EDM_EULER, EDM_HEUN),
-        {"time": {}, "index": {"align": "index", "teacher": "ddim"}},
-    ),
-    "dode-forms": SolverStudy(
-        "What a step may mix in (paper C, Table 2 and section 13)",
-        (DDIM, EDM_EULER),
-        {
-            "difference": {},
-            "two": {"form": "two"},
-            "sep": {"form": "sep"},
-            "all": {"form": "all"},
-            "general": {"form": "general"},
-            "fixed": {"form": "fixed"},
-            "lookahead": {"form": "lookahead"},
-        },
-    ),
-    "dode-refine": SolverStudy(
-        "The plain fit of the paper, ours, and the same refined end to end",
-        (DDIM, Variant("DPM-Solver++ 2M", "dpm-solver++-2m"), EDM_HEUN),
-        {
-            "100 samples, no ridge": {"batches": 1, "ridge": 0.0},
-            "greedy": {},
-            "end-to-end": {"refine": "end-to-end"},
-        },
-    ),
-}
 
 
 def run_solver_study(study: SolverStudy, folder: Path, device: str, rounds: int | None) -> str:

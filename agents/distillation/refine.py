@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..tableau import Tableau
+from ..training import adam, learning_rate_schedule, set_learning_rate
+from .fit import Batch
 
 
 class Refinement(nn.Module):
@@ -56,6 +59,65 @@ class Refinement(nn.Module):
         """Return the table with the weights as they are now."""
         weights = (self.base + self.unit * self.change).detach().cpu().numpy()
         return dataclasses.replace(self.tableau, weights=np.tril(weights))
+
+
+class Refiner:
+    """The training of a `Refinement`: Adam on the finished samples' error, cosine learning rate.
+
+    Args:
+        start: the table to start from.
+        unit: (K, K) weights of the base solver.
+        device: where the outputs will be.
+        steps: how many gradient steps the learning rate is spread over.
+        learning_rate: of Adam.
+    """
+
+    def __init__(
+        self,
+        start: Tableau,
+        unit: np.ndarray,
+        device: torch.device,
+        steps: int,
+        learning_rate: float,
+    ) -> None:
+        self.module = Refinement(start, unit, device)
+        self.steps, self.learning_rate = steps, learning_rate
+        self._optimizer = adam(self.module.parameters())
+        self._factor = learning_rate_schedule("cosine")
+
+    def step(self, denoiser: Denoiser, batch: Batch, done: int) -> float:
+        """Take one gradient step after `done` others; return the error before it."""
+        with frozen(denoiser):
+            loss = (self.module(denoiser, batch.noise) - batch.targets[-1]).square().mean()
+            self._optimizer.zero_grad()
+            loss.backward()
+        factor = self._factor(min(done / self.steps, 1.0))
+        set_learning_rate(self._optimizer, self.learning_rate * factor)
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what training changed, as JSON values; None before the first step."""
+        moments = self._optimizer.state_dict()["state"]
+        if not moments:
+            return None
+        return {
+            "change": self.module.change.tolist(),
+            "adam": {key: value.tolist() for key, value in moments[0].items()},
+        }
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Restore what `state` returned."""
+        if state is None:
+            return
+        with torch.no_grad():
+            self.module.change.copy_(torch.tensor(state["change"], dtype=torch.float64))
+        moments = {
+            key: torch.tensor(value, dtype=torch.float32 if key == "step" else torch.float64)
+            for key, value in state["adam"].items()
+        }
+        whole = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**whole, "state": {0: moments}})
 
 
 @contextmanager

@@ -350,7 +350,7 @@ def test_files_of_something_else_are_refused(tmp_path):
     ):
         other = type(TARGET).from_sampler(lambda n, seed: torch.zeros(n, 2), "Other", 10)
         load(world(target=other))
-    with pytest.raises(CheckpointError, match="another environment.* shape is"):
+    with pytest.raises(CheckpointError, match=r"another environment.* shape is"):
         load(world(target=exact_mixture(VP, dimension=3)[1]))
     for schedule in (Schedule.karras(VP, 6), Schedule.uniform(VP, 7)):
         with pytest.raises(CheckpointError, match="another schedule"):
@@ -369,7 +369,7 @@ def test_files_of_something_else_are_refused(tmp_path):
     with pytest.raises(CheckpointError):
         load()
     agent.tableau.save(path)
-    with pytest.raises(CheckpointError, match="not one that D-ODE"):
+    with pytest.raises(CheckpointError, match="not one that dode"):
         load()
     path.unlink()
     with pytest.raises(CheckpointError, match="No tableau at"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -128,13 +129,14 @@ def test_analyze_draws_what_distillation_changes(distilled, tmp_path, fewstep):
 
 def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, monkeypatch, capsys):
     from fewstep.runs import solver_study
+    from fewstep.runs.solver_studies import SOLVER_STUDIES
 
     monkeypatch.setattr(solver_study, "REFERENCE_STEPS", 20)
     monkeypatch.setattr(solver_study, "HELD_OUT", 50)
     monkeypatch.setattr(solver_study, "FRESH_SAMPLES", 100)
-    study = solver_study.SOLVER_STUDIES["dode-align"]
-    study = solver_study.dataclasses.replace(study, environments=("Mixture", "SwissRoll"))
-    monkeypatch.setitem(solver_study.SOLVER_STUDIES, "dode-align", study)
+    study = SOLVER_STUDIES["dode-align"]
+    study = dataclasses.replace(study, environments=("Mixture", "SwissRoll"))
+    monkeypatch.setitem(SOLVER_STUDIES, "dode-align", study)
     flags = [f"--log-dir={tmp_path}", "--rounds=2", "--seeds", "0", "1", "--steps", "5"]
     assert fewstep("benchmark", "dode-align", *flags) == 0
     folder = tmp_path / "benchmark" / "dode-align"

@@ -1,0 +1,41 @@
+"""The JSON file of a distilled solver: a tableau anyone can run, with its training beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CheckpointError
+from ..tableau import Tableau
+
+# What the file holds besides the tableau: in its "training" block, and beside it.
+_TRAINING = ("settings", "environment", "num_timesteps", "rounds")
+_STATE = ("fits", "errors", "refinement")
+
+
+def read_distilled(path: str | Path, agent: str) -> tuple[Tableau, dict[str, Any]]:
+    """Read and validate a file that an agent of this name wrote.
+
+    Returns:
+        The tableau, and the whole file as a tree.
+
+    Raises:
+        CheckpointError: a missing, corrupt or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"No tableau at {path}.")
+    try:
+        tableau = Tableau.load(path)
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    training = tree.get("training")
+    if not isinstance(training, dict) or training.get("agent") != agent:
+        raise CheckpointError(f"{path} is a tableau, but not one that {agent}'s training wrote.")
+    missing = [field for field in _TRAINING if field not in training]
+    missing += [field for field in _STATE if field not in tree]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {', '.join(missing)}.")
+    return tableau, tree
