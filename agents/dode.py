@@ -42,8 +42,9 @@ _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
 
 
 class DODE(Agent):
-    """Fit a D-ODE solver. The first round is the fit, each later one a step of the refinement.
+    """Distil a many-step ODE solver into a few-step one, the network untouched.
 
+    The first round is the fit, each later one a gradient step of the refinement, if there is one.
     Timesteps are the calls of teacher and student on single samples; what measures them, such as
     the check of the teacher, is not counted.
 

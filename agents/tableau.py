@@ -15,6 +15,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -182,7 +183,7 @@ class Tableau:
         """
         states: list[Any] = [noise]
         outputs: list[Any] = []
-        unread_states, unread_outputs = self._unread()
+        unread_states, unread_outputs = self._unread
         yield noise
         for j in range(self.steps):
             outputs.append(self.evaluate(denoiser, states[j], j))
@@ -238,6 +239,7 @@ class Tableau:
         assert self.current is not None  # __post_init__ saw to it
         return self.current
 
+    @cached_property
     def _unread(self) -> tuple[list[list[int]], list[list[int]]]:
         """Return, for each step, the states z_i and the outputs O_k that no later step reads."""
         steps = np.arange(self.steps)

@@ -11,11 +11,13 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_readme_has_the_four_snippets():
-    assert len(SNIPPETS) == 4
+def test_readme_has_the_five_snippets():
+    assert len(SNIPPETS) == 5
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["denoiser", "reward", "target", "algorithm"])
+@pytest.mark.parametrize(
+    "snippet", SNIPPETS, ids=["denoiser", "solver", "reward", "target", "algorithm"]
+)
 def test_snippet_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})

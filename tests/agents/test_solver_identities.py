@@ -26,6 +26,7 @@ from fewstep.agents.solvers import (
     ipndm,
     make_solver,
     singlestep_orders,
+    solver_within,
 )
 from fewstep.envs import VE, DiscreteVP, Schedule
 
@@ -363,3 +364,20 @@ def above(steps):
 def test_what_makes_no_sense_is_refused(build, complaint, schedule):
     with pytest.raises(ValueError, match=complaint):
         build(schedule)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("nfe", [5, 6, 9])
+def test_a_budget_is_spent_exactly(name, nfe):
+    process = VE()
+    for append_zero in (True, False):
+
+        def schedule_of(steps, append_zero=append_zero):
+            return Schedule.karras(process, steps, append_zero=append_zero)
+
+        if name == "heun" and append_zero != bool(nfe % 2):
+            # 2 K - 1 calls to time 0, else 2 K.
+            with pytest.raises(ValueError, match=rf"heun cannot spend exactly {nfe} .* but \d"):
+                solver_within(name, nfe, schedule_of)
+        else:
+            assert solver_within(name, nfe, schedule_of).nfe == nfe

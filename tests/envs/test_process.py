@@ -226,3 +226,14 @@ def test_processes_have_names():
 def test_bad_names_are_refused(name, complaint):
     with pytest.raises(ValueError, match=complaint):
         make_process(name)
+
+
+@pytest.mark.parametrize("process", [DiscreteVP.linear(100), VE()])
+def test_levels_are_remembered_and_right(process, monkeypatch):
+    times = [process.t_max, 0.37 * process.t_max, process.t_min, 0.0]
+    for t in times:
+        assert process.levels(t) == (float(process.alpha(t)), float(process.sigma(t)))
+    known = {t: process.levels(t) for t in times}
+    monkeypatch.setattr(process, "alpha", None)  # looked up no more
+    assert {t: process.levels(t) for t in times} == known
+    assert process.to_config() == type(process).from_config(process.to_config()).to_config()

@@ -75,7 +75,7 @@ def test_a_study_runs_resumes_and_writes_its_table(tmp_path, fewstep, monkeypatc
     assert (folder / "table.md").read_text().count("SwissRoll") == table.count("SwissRoll")
 
 
-@pytest.mark.parametrize("measurement", ["overhead", "profile"])
+@pytest.mark.parametrize("measurement", ["overhead", "profile", "fitting"])
 def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep):
     assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
     folder = tmp_path / "benchmark" / measurement
@@ -84,8 +84,32 @@ def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep):
     if measurement == "profile":
         assert sum(figures["shares"].values()) == pytest.approx(1)
         assert all(share > 0 for share in figures["shares"].values())
+    elif measurement == "fitting":
+        assert all(figure["teacher"] > 0 and figure["fit"] > 0 for figure in figures.values())
     else:
         assert all(figure["ratio"] > 0 for figure in figures.values())
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm-solver++-2m", "dpm-solver-3m"])
+def test_the_loops_whose_speed_is_compared_do_the_same_work(solver):
+    from fewstep.agents import Denoiser
+    from fewstep.agents.networks import MLP
+    from fewstep.envs import DiscreteVP
+    from fewstep.runs.sampling_speed import STEPS, _loops
+
+    process = DiscreteVP.linear(1000)
+    denoiser = Denoiser(MLP((2,), 1000, hidden=8, input_gain=1), process)
+    calls = []
+    denoiser.body.register_forward_hook(lambda *arguments: calls.append(len(arguments[1][0])))
+    loops = _loops(solver, process, denoiser, torch.randn(5, 2, 1, 1))
+    for name, loop in loops.items():
+        calls.clear()
+        samples = loop()
+        assert calls == [5] * STEPS, name
+        if name == "fewstep":
+            ours = samples
+    if solver == "ddim":  # the others' last step differs: diffusers goes to time 0
+        torch.testing.assert_close(loops["diffusers"]().flatten(1), ours, rtol=1e-4, atol=1e-4)
 
 
 def test_peak_memory_of_a_round_is_measured():
