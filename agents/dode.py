@@ -25,7 +25,7 @@ from .denoiser import Denoiser
 from .distillation.files import read_distilled
 from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
 from .distillation.forms import CONSTANT, Form, directions, distilled
-from .distillation.refine import Refiner
+from .distillation.refine import ITERATIONS, Refiner
 from .distillation.teacher import Align, make_teacher
 from .solvers import Options
 from .tableau import Tableau
@@ -44,9 +44,10 @@ _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
 class DODE(Agent):
     """Distil a many-step ODE solver into a few-step one, the network untouched.
 
-    The first round is the fit, each later one a gradient step of the refinement, if there is one.
-    Timesteps are the calls of teacher and student on single samples; what measures them, such as
-    the check of the teacher, is not counted.
+    The first round is the fit, each later one a round of the refinement, if there is one.
+    Timesteps are the calls of teacher and student on single samples, a round of the refinement
+    counted as `ITERATIONS` passes (its line search may take a few more or less); what measures
+    them, such as the check of the teacher, is not counted.
 
     Args:
         env: the environment; its schedule is the student's, its process gives the noise.
@@ -67,16 +68,14 @@ class DODE(Agent):
         batch_size: noises a batch; 50 to 1000.
         batches: how many batches the fit sums over, exactly as if they were one; None takes 1 for
             samples of a thousand numbers and up to 10 for smaller ones, which tell less. The
-            refinement holds one more batch out, to choose the best table.
+            refinement holds as many more out, to choose the best table.
         ridge: pulls the parameters to 0, as a share of each step's squared error: |lambda| stays
             below 1 / (2 sqrt(ridge)). Where two outputs are nearly the same (D-EDM's first steps)
             plain least squares, 0, finds values of hundreds that fit the batch and nothing else; 0
             to 1e-2.
-        refine: "end-to-end" goes on from the fit by gradient descent on all weights, against the
-            error of the finished sample.
-        refine_steps: gradient steps of the refinement.
-        refine_learning_rate: of Adam, relative to the base solver's largest weight in each
-            row; 1e-3 to 1e-2.
+        refine: "end-to-end" goes on from the fit by L-BFGS on all weights, against the error of the
+            finished sample.
+        refine_steps: rounds of the refinement, of up to ten L-BFGS steps each; 5 to 50.
         check_teacher: warn if the teacher is no better than the base solver, which costs up to
             four times the teacher's calls on one batch.
         seed: seed of the noise.
@@ -109,8 +108,7 @@ class DODE(Agent):
         batches: int | None = None,
         ridge: float = 1e-4,
         refine: str = "none",
-        refine_steps: int = 300,
-        refine_learning_rate: float = 3e-3,
+        refine_steps: int = 20,
         check_teacher: bool = True,
         seed: int = 0,
         verbose: int = 0,
@@ -132,6 +130,12 @@ class DODE(Agent):
         ):
             if value not in get_args(known):
                 raise unknown_name(what, value, get_args(known))
+        counts = {"batch_size": batch_size, "batches": batches, "refine_steps": refine_steps}
+        for what, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{what} must be at least 1, got {count}.")
+        if not 0 <= ridge < math.inf:
+            raise ValueError(f"ridge must be a finite number >= 0, got {ridge}.")
         self.form: Form = form  # type: ignore[assignment]
         self.align: Align = align  # type: ignore[assignment]
         self.refine = refine
@@ -143,7 +147,6 @@ class DODE(Agent):
         self.batches = batches
         self.ridge = ridge
         self.refine_steps = refine_steps
-        self.refine_learning_rate = refine_learning_rate
         self.check_teacher = check_teacher
         self.base = self._tableau
         self._rows = directions(self.base, self.form)
@@ -187,10 +190,13 @@ class DODE(Agent):
 
     @property
     def batch_count(self) -> int:
-        """Batches of noise, the held-out one of the refinement among them."""
+        """Batches of noise, those that the refinement holds out among them."""
+        return self._fitted_count * (2 if self.refine == "end-to-end" else 1)
+
+    @property
+    def _fitted_count(self) -> int:
         numbers = self.batch_size * math.prod(self.mdp.shape)
-        count = self.batches or min(-(-_FITTED_NUMBERS // numbers), _MOST_BATCHES)
-        return count + (self.refine == "end-to-end")
+        return self.batches or min(-(-_FITTED_NUMBERS // numbers), _MOST_BATCHES)
 
     @property
     def planned_rounds(self) -> int:
@@ -199,7 +205,7 @@ class DODE(Agent):
 
     @property
     def timesteps_per_round(self) -> int:
-        """Denoiser calls on single samples of the next round: teacher and student, or a step."""
+        """Denoiser calls on single samples of the next round: of the fit, or of the refinement."""
         return self._refinement_cost if self._refines_next else self._fit_cost
 
     @property
@@ -208,13 +214,12 @@ class DODE(Agent):
 
     @property
     def _refinement_cost(self) -> int:
-        return self.batch_size * self.base.nfe
+        return ITERATIONS * self._fitted_count * self.batch_size * self.base.nfe
 
     @property
     def _fit_cost(self) -> int:
         taught = self.batch_count * self.teacher.tableau.nfe
-        fitted = self.batch_count - (self.refine == "end-to-end")
-        return self.batch_size * (taught + fitted * self.base.nfe)
+        return self.batch_size * (taught + self._fitted_count * self.base.nfe)
 
     @property
     def total_timesteps(self) -> int:
@@ -250,7 +255,7 @@ class DODE(Agent):
     # -- learning ------------------------------------------------------------------------------
 
     def train_round(self) -> dict[str, Tensor]:
-        """Fit all steps, or take one step of the refinement."""
+        """Fit all steps, or go on with the refinement."""
         cost = self.timesteps_per_round
         metrics = self._refine_once() if self._refines_next else self._fit()
         self.num_timesteps += cost
@@ -285,11 +290,10 @@ class DODE(Agent):
         return {f"{key}_error": value for key, value in self.errors.items()} | per_step
 
     def _refine_once(self) -> dict[str, float]:
-        """Take one gradient step; keep the table if it is the best so far on held-out noise."""
-        done = self.rounds - 1
-        loss = self._refiner.step(self.denoiser, self._fitted[done % len(self._fitted)], done)
+        """Go on with the refinement; keep the table if it is the best so far on held-out noise."""
+        loss = self._refiner.step(self.denoiser, self._fitted)
         candidate = self._refiner.module.export()
-        held_out = self.make_batches()[-1:]
+        held_out = self.make_batches()[self._fitted_count :]
         best = self.errors.get("refined")
         if best is None:
             best = final_error(self._tableau, self.denoiser, held_out)
@@ -300,9 +304,7 @@ class DODE(Agent):
         return {"loss": loss, "refined_error": self.errors["refined"]}
 
     def _new_refiner(self, start: Tableau) -> Refiner:
-        return Refiner(
-            start, self.base.weights, self.device, self.refine_steps, self.refine_learning_rate
-        )
+        return Refiner(start, self.base.weights, self.device)
 
     def make_batches(self) -> list[Batch]:
         """Return noise and the teacher's states, made once.
@@ -318,9 +320,8 @@ class DODE(Agent):
 
     @property
     def _fitted(self) -> list[Batch]:
-        """The batches that are fitted: all, or all but the one that judges the refinement."""
-        pool = self.make_batches()
-        return pool[:-1] if self.refine == "end-to-end" else pool
+        """The batches that are fitted: all but those that judge the refinement."""
+        return self.make_batches()[: self._fitted_count]
 
     @torch.no_grad()
     def _judge_teacher(self, noise: Tensor) -> None:
@@ -359,7 +360,6 @@ class DODE(Agent):
             "ridge": self.ridge,
             "refine": self.refine,
             "refine_steps": self.refine_steps,
-            "refine_learning_rate": self.refine_learning_rate,
             "check_teacher": self.check_teacher,
         }
 

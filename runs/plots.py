@@ -155,20 +155,38 @@ def paths_figure(
     return figure
 
 
-def factors_figure(names: Sequence[str], factors: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw by which factor each treatment (label -> one value a name) reduces an error."""
-    figure = Figure(figsize=(7, 1 + 0.22 * len(names)), layout="constrained", dpi=110)
+def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Draw by which factor distillation reduces an error.
+
+    Args:
+        panels: environment -> series (a legend's entry) -> row -> factor.
+    """
+    rows = list(
+        dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
+    )
+    figure = Figure(
+        figsize=(2 + 3 * len(panels), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=110
+    )
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for label, values in factors.items():
-        axis.plot(values, range(len(names)), "o", markersize=5, label=label)
-    axis.axvline(1, color=REAL, linestyle="--", linewidth=1)
-    axis.set_xscale("log")
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("base error / distilled error (right of 1 is better)")
-    axis.grid(alpha=0.3)
-    axis.legend()
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (environment, series) in zip(axes, panels.items(), strict=True):
+        for label, factors in series.items():
+            axis.plot(
+                list(factors.values()),
+                [rows.index(row) for row in factors],
+                "o",
+                markersize=5,
+                alpha=0.8,
+                label=label,
+            )
+        axis.axvline(1, color=REAL, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_title(environment)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize=8)
+    figure.supxlabel("base error / distilled error (right of the line is better)")
     return figure
 
 

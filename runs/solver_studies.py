@@ -92,11 +92,17 @@ SOLVER_STUDIES: dict[str, SolverStudy] = {
     ),
     "dode-refine": SolverStudy(
         "The plain fit of the paper, ours, and the same refined end to end",
-        (DDIM, Variant("DPM-Solver++ 2M", "dpm-solver++-2m"), EDM_HEUN),
+        (
+            DDIM,
+            Variant("iPNDM-4", "ipndm"),
+            Variant("DPM-Solver++ 2M", "dpm-solver++-2m"),
+            EDM_HEUN,
+        ),
         {
             "100 samples, no ridge": {"batches": 1, "ridge": 0.0},
             "greedy": {},
-            "end-to-end": {"refine": "end-to-end"},
+            "end-to-end": {"refine": "end-to-end", "refine_steps": 10},
         },
+        budgets=(10,),
     ),
 }

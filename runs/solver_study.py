@@ -61,7 +61,7 @@ def run_solver_study(study: SolverStudy, folder: Path, device: str, rounds: int 
                     )
                     records += list(_cells(study, variants, world, folder / "cells"))
                     write_json(folder / "results.json", records)
-    save_figure(factors_figure(*_factors(study, records)), folder / "plot.png")
+    save_figure(factors_figure(factors_of(study, records)), folder / "plot.png")
     return table_of(study, records)
 
 
@@ -300,22 +300,23 @@ def _over_seeds(runs: Sequence[dict[str, Any]], name: str, metric: str) -> str:
     return spread([run["scores"][name].get(metric) for run in runs], "{:.2e}")
 
 
-def _factors(
+def factors_of(
     study: SolverStudy, records: Sequence[dict[str, Any]]
-) -> tuple[list[str], dict[str, list[float]]]:
-    """Return the rows' names and each treatment's mean factor, for the plot."""
-    groups = _grouped(records)
-    names = [f"{environment}, {label}, {nfe}" for environment, label, nfe in groups]
-    factors = {
-        treatment: [
-            sum(_factor(run, treatment) for run in runs) / len(runs)
-            if treatment in runs[0]["scores"]
-            else float("nan")
-            for runs in groups.values()
-        ]
-        for treatment in study.treatments
-    }
-    return names, factors
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return mean factors for the plot: environment -> series -> row.
+
+    The series are the treatments, or the numbers of calls where there is only one treatment.
+    """
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for (environment, label, nfe), runs in _grouped(records).items():
+        for treatment in study.treatments:
+            if treatment not in runs[0]["scores"]:
+                continue
+            factor = sum(_factor(run, treatment) for run in runs) / len(runs)
+            single = len(study.treatments) == 1
+            series, row = (f"{nfe} calls", label) if single else (treatment, f"{label}, {nfe}")
+            panels.setdefault(environment, {}).setdefault(series, {})[row] = factor
+    return panels
 
 
 def _slug(label: str) -> str:

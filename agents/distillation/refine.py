@@ -8,9 +8,8 @@ chain with respect to every weight W_jk, from the greedy fit on (MATH.md 2.7, la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +17,17 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..tableau import Tableau
-from ..training import adam, learning_rate_schedule, set_learning_rate
 from .fit import Batch
+
+# Steps of L-BFGS in one round of the refinement.
+ITERATIONS = 10
 
 
 class Refinement(nn.Module):
     """A tableau with trainable weights.
 
-    Each row's change is measured in units of the base solver's largest weight there, so that one
-    learning rate suits all rows.
+    Each row's change is measured in units of the base solver's largest weight there, so that all
+    rows have about the same scale.
 
     Args:
         tableau: where to start.
@@ -62,62 +63,59 @@ class Refinement(nn.Module):
 
 
 class Refiner:
-    """The training of a `Refinement`: Adam on the finished samples' error, cosine learning rate.
+    """The training of a `Refinement` by L-BFGS with a line search, on all batches at once.
+
+    There are few weights and a right answer for each sample, which is a task for a second-order
+    method: a sample near a boundary of the data has a gradient a thousand times the others', and
+    Adam's steps of fixed size, tried first, left such solvers worse than they found them.
 
     Args:
         start: the table to start from.
         unit: (K, K) weights of the base solver.
         device: where the outputs will be.
-        steps: how many gradient steps the learning rate is spread over.
-        learning_rate: of Adam.
     """
 
-    def __init__(
-        self,
-        start: Tableau,
-        unit: np.ndarray,
-        device: torch.device,
-        steps: int,
-        learning_rate: float,
-    ) -> None:
+    def __init__(self, start: Tableau, unit: np.ndarray, device: torch.device) -> None:
         self.module = Refinement(start, unit, device)
-        self.steps, self.learning_rate = steps, learning_rate
-        self._optimizer = adam(self.module.parameters())
-        self._factor = learning_rate_schedule("cosine")
 
-    def step(self, denoiser: Denoiser, batch: Batch, done: int) -> float:
-        """Take one gradient step after `done` others; return the error before it."""
+    def step(self, denoiser: Denoiser, batches: Sequence[Batch]) -> float:
+        """Take up to `ITERATIONS` steps of L-BFGS; return the error before them.
+
+        Each call starts L-BFGS anew, so that a resumed training needs the weights alone.
+        """
+        optimizer = torch.optim.LBFGS(
+            self.module.parameters(),
+            max_iter=ITERATIONS,
+            history_size=ITERATIONS,
+            line_search_fn="strong_wolfe",
+        )
+
+        def error() -> float:
+            optimizer.zero_grad()
+            total = 0.0
+            for batch in batches:
+                missed = self.module(denoiser, batch.noise) - batch.targets[-1]
+                loss = missed.square().mean() / len(batches)
+                loss.backward()
+                total += float(loss.detach())
+            return total
+
+        before = self.module.change.detach().clone()
         with frozen(denoiser):
-            loss = (self.module(denoiser, batch.noise) - batch.targets[-1]).square().mean()
-            self._optimizer.zero_grad()
-            loss.backward()
-        factor = self._factor(min(done / self.steps, 1.0))
-        set_learning_rate(self._optimizer, self.learning_rate * factor)
-        self._optimizer.step()
-        return float(loss.detach())
+            loss = float(optimizer.step(error))
+        if not self.module.change.isfinite().all():
+            # The line search left the domain where the network is finite.
+            self.module.change.data.copy_(before)
+        return loss
 
-    def state(self) -> dict[str, Any] | None:
-        """Return what training changed, as JSON values; None before the first step."""
-        moments = self._optimizer.state_dict()["state"]
-        if not moments:
-            return None
-        return {
-            "change": self.module.change.tolist(),
-            "adam": {key: value.tolist() for key, value in moments[0].items()},
-        }
+    def state(self) -> list[list[float]] | None:
+        """Return what training changed, as JSON values; None if it changed nothing."""
+        return self.module.change.tolist() if self.module.change.any() else None
 
-    def load_state(self, state: dict[str, Any] | None) -> None:
+    def load_state(self, state: list[list[float]] | None) -> None:
         """Restore what `state` returned."""
-        if state is None:
-            return
-        with torch.no_grad():
-            self.module.change.copy_(torch.tensor(state["change"], dtype=torch.float64))
-        moments = {
-            key: torch.tensor(value, dtype=torch.float32 if key == "step" else torch.float64)
-            for key, value in state["adam"].items()
-        }
-        whole = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({**whole, "state": {0: moments}})
+        if state is not None:
+            self.module.change.data.copy_(torch.tensor(state, dtype=torch.float64))
 
 
 @contextmanager

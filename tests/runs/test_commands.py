@@ -158,6 +158,9 @@ def test_studies_are_listed(fewstep, capsys):
         (["train", "--agent=dode", "--align=indx"], "did you mean 'index'"),
         (["train", "--agent=dode", "--teacher=huen"], "did you mean 'heun'"),
         (["train", "--agent=dode", "--scale=0"], "scale"),
+        (["train", "--agent=dode", "--batches=0"], "batches must be at least 1"),
+        (["train", "--agent=dode", "--ridge=nan"], "ridge must be"),
+        (["train", "--agent=dode", "--refine-steps=0"], "refine_steps must be"),
         (["train", "--agent=dode", "--solver=ipndm", "--steps=3"], "at least 4 network calls"),
         (
             ["train", "--agent=dode", "--solver=dpm-solver-2", "--solver-options", "ordr", "3"],
