@@ -85,6 +85,11 @@ class Agent(ABC):
             env = made
         self.env = env
         self.mdp = env if isinstance(env, DiffusionMDP) else env.unwrapped.mdp
+        if denoiser.process != self.mdp.process:
+            raise ValueError(
+                f"The denoiser was made for {denoiser.process!r}, the environment has "
+                f"{self.mdp.process!r}: build the environment with process=denoiser.process."
+            )
         self.device = torch.device(self.mdp.device)
         self.denoiser = denoiser.to(self.device)
         self.solver = solver

@@ -24,7 +24,14 @@ from fewstep.agents import (
 from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.agents.networks import make_body
 from fewstep.agents.solvers import ancestral, ddim
-from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, SB3VecEnv, Schedule, make_mdp
+from fewstep.envs import (
+    DiffusionEnv,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    SB3VecEnv,
+    Schedule,
+    make_mdp,
+)
 
 SHORTCUT = {"batch_size": 16, "n_critic": 2, "n_generator": 2, "learning_rate": 1e-3}
 KINDS = {
@@ -443,7 +450,11 @@ def test_environments_come_as_ids_shells_or_processes(make_denoiser, make_mdp):
     mdp = make_mdp()
     shell = DiffusionVectorEnv(mdp, 2, autoreset_mode=AutoresetMode.DISABLED)
     agents = [BehaviorCloning(env, make_denoiser(), batch_size=8) for env in (mdp, shell)]
-    agents.append(BehaviorCloning("fewstep/GaussianCluster-v0", make_denoiser(), batch_size=8))
+    cluster = "fewstep/GaussianCluster-v0"
+    made = Denoiser(make_body((2,), 10), DiscreteVP.sigmoid(10))
+    agents.append(BehaviorCloning(cluster, made, batch_size=8))
     assert [agent.get_env() for agent in agents[:2]] == [mdp, shell]
     assert agents[0].mdp is agents[1].mdp is mdp
     assert [agent.nfe for agent in agents] == [4, 4, 10]
+    with pytest.raises(ValueError, match=r"denoiser was made for DiscreteVP\(T=4.*T=10"):
+        BehaviorCloning(cluster, make_denoiser())
