@@ -111,7 +111,7 @@ class Monitor(BaseCallback):
         )
         self.bar.set_postfix_str(f"sliced W2 {score:.2e}")
         self.logger.record(LIVE_METRIC, score)
-        if rounds % self.picture_interval == 0:
+        if rounds % self.picture_interval == 0 or rounds == self.total_rounds:
             generator = torch.Generator(self.model.device).manual_seed(NOISE_SEED)
             samples = self.model.sample(4000, generator=generator)
             figure = samples_figure({"samples": samples}, self.evaluation.target.samples)

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fewstep.agents import DODE, Denoiser, Tableau
 from fewstep.agents.solvers import SOLVERS
@@ -38,6 +39,12 @@ def test_a_run_leaves_a_tableau_that_anyone_can_run(distilled):
     denoiser = Denoiser.load(distilled / "denoiser.safetensors")
     assert denoiser.process == table.process
     assert table.process.t_max == 1000  # enough noisings for a solver's fractional times
+    events = EventAccumulator(str(distilled / "tensorboard" / "dode"))
+    events.Reload()
+    assert {"train/lambda_000", "train/base_error", "eval/sliced_wasserstein"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert events.Tags()["images"] == ["samples/sampler"]
     results = json.loads((distilled / "results.json").read_text())
     assert len(results["fits"]) == 10
     assert results["errors"]["distilled"] < results["errors"]["base"]
