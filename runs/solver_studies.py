@@ -90,6 +90,12 @@ SOLVER_STUDIES: dict[str, SolverStudy] = {
             "lookahead": {"form": "lookahead"},
         },
     ),
+    "dode-all": SolverStudy(
+        "One parameter a call as in the paper, or free weights on all outputs so far",
+        VARIANTS,
+        {"difference": {}, "all": {"form": "all"}},
+        budgets=(10,),
+    ),
     "dode-refine": SolverStudy(
         "The plain fit of the paper, ours, and the same refined end to end",
         (

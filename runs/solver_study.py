@@ -258,7 +258,8 @@ def table_of(study: SolverStudy, records: Sequence[dict[str, Any]]) -> str:
             fields += [_over_seeds(runs, treatment, "error"), spread(factors, "{:.1f}")]
         for metric in ("sliced_wasserstein_fresh", "mmd"):
             floor = spread([run["floors"].get(metric) for run in runs])
-            steps = ["base", *study.treatments][: 2 if len(study.treatments) == 1 else 1]
+            # The distances of more contenders would make the table too wide; results.json has them.
+            steps = ["base", *study.treatments] if len(study.treatments) <= 2 else ["base"]
             scores = [_over_seeds(runs, name, metric) for name in steps]
             fields.append(f"{' → '.join(scores)} ({floor})")
         rows.append(fields)
