@@ -274,7 +274,7 @@ class DODE(Agent):
         self._refiner = self._new_refiner(self._tableau)
         self.errors["base"] = final_error(self.base, self.denoiser, pool)
         self.errors["distilled"] = self.fits[-1].after
-        if self.errors["distilled"] > self.errors["base"] > 0:
+        if self.errors["distilled"] > 1.01 * self.errors["base"] > 0:
             warnings.warn(
                 f"Distillation made {self.base.name} worse: the squared error of finished samples "
                 f"against the teacher's went from {self.errors['base']:.2e} to "

@@ -139,12 +139,20 @@ class DenoiserPolicy(ActorCriticPolicy):
 class SolverPolicy:
     """Any tableau as a policy; its past states and outputs are the recurrent state.
 
+    `predict` speaks NumPy, as `DiffusionEnv` and `SB3VecEnv` do; for `DiffusionVectorEnv` turn its
+    actions into tensors, and take autoreset_mode="SAME_STEP", since the default one spends a step
+    between two episodes.
+
     Args:
         tableau: the sampler; the environment must have as many steps.
         denoiser: the network.
+
+    Raises:
+        ValueError: a denoiser of another noise process than the tableau's.
     """
 
     def __init__(self, tableau: Tableau, denoiser: Denoiser) -> None:
+        tableau.check_process(denoiser)
         self.tableau = tableau
         self.denoiser = denoiser
 

@@ -181,6 +181,7 @@ class Tableau:
 
         What no later step reads is dropped, so memory does not grow with K.
         """
+        self.check_process(denoiser)
         states: list[Any] = [noise]
         outputs: list[Any] = []
         unread_states, unread_outputs = self._unread
@@ -193,6 +194,14 @@ class Tableau:
             for k in unread_outputs[j]:
                 outputs[k] = None
             yield states[-1]
+
+    def check_process(self, denoiser: Denoiser) -> None:
+        """Raise ValueError for a denoiser of another noise process: its times mean other levels."""
+        if denoiser.process != self.process:
+            raise ValueError(
+                f"'{self.name}' is made for {self.process!r}, the denoiser for "
+                f"{denoiser.process!r}."
+            )
 
     def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
         """Return O_j, the denoiser's output at state z_j (N, *shape)."""
@@ -313,6 +322,8 @@ class Tableau:
     @classmethod
     def load(cls, path: str | Path) -> Tableau:
         """Read a table that `save` wrote. Raises ValueError or FileNotFoundError."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No tableau at {path}.")
         return cls.from_json(Path(path).read_text())
 
 

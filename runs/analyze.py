@@ -40,6 +40,9 @@ class AnalyzeSettings(PretrainedSettings):
     solver (ddim if omitted) is distilled on the spot.
     """
 
+    solver: str | None = None
+    """Base solver to distil, deterministic; `fewstep agents` lists the solvers. If omitted, that of
+    a dode run with its tableau, else ddim."""
     samples: int = 256
     """Samples that are followed."""
     reference_steps: int = 1000

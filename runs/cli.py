@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     name, *rest = arguments
     try:
-        _command(name)(rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            _command(name)(rest)
     except (ValueError, TypeError, OSError) as error:
         _fail(error, code=2)
     except RuntimeError as error:
@@ -70,6 +73,10 @@ def _command(name: str) -> Callable[[list[str]], None]:
         raise unknown_name("command", name, COMMANDS)
     module = import_module(f".{COMMANDS[name][0]}", __package__)
     return getattr(module, name if name in ("envs", "agents") else "main")
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"fewstep: warning: {message}", file=sys.stderr)
 
 
 def _fail(error: Exception, code: int) -> None:

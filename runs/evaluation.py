@@ -44,6 +44,8 @@ class Evaluation:
     """
 
     def __init__(self, target: Target, fresh_samples: int = 200_000) -> None:
+        if fresh_samples < 1:
+            raise ValueError(f"An evaluation needs at least one sample, got {fresh_samples}.")
         limit = target.fresh_limit
         self.target = target
         self.metrics: list[Metric] = []

@@ -30,14 +30,15 @@ class PretrainedSettings:
     """Environment; that of the run folder if omitted."""
     solver: str | None = None
     """Solver, or the JSON file of a tableau; `fewstep agents` lists the solvers. If omitted, the
-    tableau that the run folder holds, else ancestral."""
+    tableau.json in the run folder (or beside the denoiser's file), else ancestral."""
     solver_options: Options | None = None
     """Options of the solver, as KEY VALUE pairs."""
     steps: int | None = None
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
-    uniform_torch, or a list such as 1000,400,90,0; the environment's default if omitted."""
+    uniform_torch, ddim-uniform, or a list such as 1000,400,90,0; if omitted the environment's
+    default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
     seed: int = 0
@@ -71,7 +72,7 @@ def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]
         data_dir=settings.data_dir,
     )
     check_fits(denoiser, mdp, file)
-    if solver.endswith(".json"):
+    if solver.endswith(".json") or Path(solver).is_file():
         return mdp, denoiser, load_tableau(Path(solver), settings, denoiser)
     options = settings.solver_options
     if options is None:

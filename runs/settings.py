@@ -44,7 +44,8 @@ class TrainSettings:
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
-    uniform_torch, or a list such as 1000,400,90,0; the environment's default if omitted."""
+    uniform_torch, ddim-uniform, or a list such as 1000,400,90,0; if omitted the environment's
+    default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
     process: str | None = None
@@ -52,7 +53,7 @@ class TrainSettings:
     noisings), ve or ve-0.002-80; if omitted the environment's, on the toys with as many noisings as
     steps."""
     rounds: int = 1
-    """Rounds of training of the agent; an agent that knows its own number takes that."""
+    """Rounds of training of the agent; dode has its own number: a fit, and --refine-steps."""
     prediction: str | None = None
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""

@@ -238,6 +238,15 @@ def check(settings: Settings) -> None:
     """
     run = settings.run
     mdp = build_mdp(settings)
+    if run.evaluation_samples < 1:
+        raise ValueError(f"--evaluation-samples must be at least 1, got {run.evaluation_samples}.")
+    if run.denoiser is not None:
+        if run.agent == BehaviorCloning.name:
+            raise ValueError(
+                "Behaviour cloning starts from nothing: --denoiser is for the other agents."
+            )
+        file = denoiser_file(run.denoiser)
+        check_fits(Denoiser.load(file), mdp, file)
     AGENTS[run.agent](mdp, new_denoiser(mdp, run.seed, run.prediction), **settings.agent)
 
 

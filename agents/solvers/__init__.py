@@ -115,7 +115,12 @@ def make_solver(name: str, schedule: Schedule, **options: Any) -> Tableau:
     for option in options:
         if option not in solver.options:
             raise unknown_name(f"option of solver '{name}'", option, solver.options)
-    return solver(schedule, **options)
+    try:
+        return solver(schedule, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"An option of solver '{name}' has a wrong type: {options} ({error})."
+        ) from None
 
 
 def solver_within(

@@ -27,6 +27,8 @@ def multistep(
 ) -> Tableau:
     """Build the tableau; see `dpm_solver_multistep` for the arguments."""
     check_solver_type(solver_type)
+    if not isinstance(compat, bool) or not isinstance(lower_order_final, bool | None):
+        raise ValueError("compat and lower_order_final are True or False.")
     check_order(order, (1, 2, 3), name)
     check_budget(schedule.steps, order, name)
     nodes = nodes_of(schedule)

@@ -126,7 +126,7 @@ def difference(later: int, earlier: int) -> dict[int, float]:
 def check_order(order: int, allowed: Iterable[int], solver: str) -> None:
     """Raise ValueError for an order that the solver does not have."""
     allowed = list(allowed)
-    if order not in allowed:
+    if isinstance(order, bool) or order not in allowed:
         choices = ", ".join(str(choice) for choice in allowed)
         raise ValueError(f"{solver} has the orders {choices}; got {order!r}.")
 

@@ -9,7 +9,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from fewstep.agents import DenoiserPolicy, SolverPolicy, Tableau
 from fewstep.agents.solvers import ancestral, ddim
-from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, SB3VecEnv
+from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, DiscreteVP, SB3VecEnv, Schedule
 
 
 @pytest.fixture
@@ -219,3 +219,12 @@ def test_nfe_of_a_solver_is_counted_in_network_calls(tables, make_denoiser, coun
     policy.sample(6, shape=(2,))
     assert len(calls) == policy.nfe == 4
     assert calls.samples == 24
+
+
+def test_a_table_of_another_process_is_refused(tables, make_denoiser, generator):
+    other = DiscreteVP([0.1, 0.2, 0.5, 0.55])
+    table = ddim(Schedule.uniform(other, 4))
+    with pytest.raises(ValueError, match=r"'ddim' is made for DiscreteVP.*the denoiser for"):
+        SolverPolicy(table, make_denoiser())
+    with pytest.raises(ValueError, match=r"is made for"):
+        table.sample(make_denoiser(), torch.randn(3, 2, generator=generator()))

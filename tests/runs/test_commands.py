@@ -166,6 +166,13 @@ def test_studies_are_listed(fewstep, capsys):
             ["train", "--agent=dode", "--solver=dpm-solver-2", "--solver-options", "ordr", "3"],
             "unknown option of solver 'dpm-solver-2'",
         ),
+        (["train", "--agent=dode", "--solver-options", "eta", "abc"], "wrong type"),
+        (
+            ["train", "--agent=dode", "--solver=ipndm", "--solver-options", "order", "True"],
+            "orders",
+        ),
+        (["train", "--evaluation-samples=0"], "--evaluation-samples must be at least 1"),
+        (["train", "--solver=none.json"], "unknown solver"),
         (["analyze", "/nowhere"], "/nowhere"),
         (["evaluate", "/nowhere"], "/nowhere"),
         (["sample", "/nowhere"], "/nowhere"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -205,3 +206,25 @@ def test_a_tableau_that_does_not_go_with_the_rest_is_refused(
     torch.save({}, copy / "tableau.json")
     assert fewstep("evaluate", copy) == 2
     assert "tableau.json" in capsys.readouterr().err
+
+
+def test_cloning_does_not_start_from_a_denoiser(distilled, tmp_path, fewstep, capsys):
+    flags = ["--agent=behavior-cloning", f"--denoiser={distilled}", f"--log-dir={tmp_path}"]
+    assert fewstep("train", *flags) == 2
+    assert "starts from nothing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_warning_is_one_line(tmp_path, distilled, fewstep, monkeypatch, capsys):
+    train_round = DODE.train_round
+
+    def worried(self):
+        warnings.warn("the teacher is no better", stacklevel=1)
+        return train_round(self)
+
+    monkeypatch.setattr(DODE, "train_round", worried)
+    flags = ["--agent=dode", "--batches=1", "--evaluation-samples=100", f"--denoiser={distilled}"]
+    assert fewstep("train", *flags, f"--log-dir={tmp_path}") == 0
+    said = capsys.readouterr().err
+    assert "fewstep: warning: the teacher is no better\n" in said
+    assert "UserWarning" not in said
