@@ -26,16 +26,11 @@ from .distillation.files import read_distilled
 from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
 from .distillation.forms import CONSTANT, Form, directions, distilled
 from .distillation.refine import ITERATIONS, Refiner
-from .distillation.teacher import Align, make_teacher
+from .distillation.teacher import Align, errors_against_finer, make_teacher
 from .solvers import Options
 from .tableau import Tableau
 
 Refine = Literal["none", "end-to-end"]
-
-# The teacher is checked against this solver in this many times its steps: on a whole batch of small
-# samples, but on no more than about so many numbers, and at least so many samples.
-_CHECK_SOLVER, _CHECK_SCALE = "dpm-solver-3m", 4
-_CHECKED_NUMBERS, _CHECKED_SAMPLES = 25_000, 25
 
 # By default a fit sees about this many numbers, in at most so many batches.
 _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
@@ -323,24 +318,18 @@ class DODE(Agent):
         """The batches that are fitted: all but those that judge the refinement."""
         return self.make_batches()[: self._fitted_count]
 
-    @torch.no_grad()
     def _judge_teacher(self, noise: Tensor) -> None:
         """Measure teacher and base solver against a much finer one; warn if it is the worse one."""
-        checked = max(_CHECKED_NUMBERS // math.prod(self.mdp.shape), _CHECKED_SAMPLES)
-        noise = noise[:checked]
-        finer = make_teacher(
-            self.base, self.mdp.schedule, _CHECK_SOLVER, scale=_CHECK_SCALE * self.scale
+        error, base = errors_against_finer(
+            self.teacher, self.base, self.mdp.schedule, self.scale, self.denoiser, noise
         )
-        reference = finer.states(self.denoiser, noise)[-1]
-        batch = [Batch(noise, reference.unsqueeze(0))]
-        self.errors["teacher"] = final_error(self.teacher.tableau, self.denoiser, batch)
-        base = final_error(self.base, self.denoiser, batch)
-        if self.errors["teacher"] >= base > 0:
+        self.errors["teacher"] = error
+        if error >= base > 0:
             warnings.warn(
                 f"The teacher {self.teacher.tableau.name} of {self.teacher.tableau.nfe} calls is "
                 f"no better than {self.base.name} of {self.base.nfe}: their squared errors are "
-                f"{self.errors['teacher']:.2e} and {base:.2e}. Take a larger scale or a teacher of "
-                "higher order, such as dpm-solver-3m or heun.",
+                f"{error:.2e} and {base:.2e}. Take a larger scale or a teacher of higher order, "
+                "such as dpm-solver-3m or heun.",
                 stacklevel=2,
             )
 

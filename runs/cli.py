@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import TextIO
 
 # Each command lives in a module of its own, imported only when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -75,7 +76,15 @@ def _command(name: str) -> Callable[[list[str]], None]:
     return getattr(module, name if name in ("envs", "agents") else "main")
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as one sentence, without the place in the code that Python adds."""
     print(f"fewstep: warning: {message}", file=sys.stderr)
 
 

@@ -20,8 +20,14 @@ from ...envs.spacings import SUBSETS, refine_times
 from ..denoiser import Denoiser
 from ..solvers import SOLVERS, make_solver
 from ..tableau import Tableau
+from .fit import Batch, final_error
 
 Align = Literal["time", "index"]
+
+# A teacher is judged against this solver in this many times its steps, on about so many numbers,
+# but no fewer samples than this.
+FINER_SOLVER, FINER_SCALE = "dpm-solver-3m", 4
+CHECKED_NUMBERS, CHECKED_SAMPLES = 25_000, 25
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,37 @@ def make_teacher(
     if tableau.noise.any():
         raise ValueError(f"The teacher '{tableau.name}' adds noise; take a deterministic one.")
     return Teacher(tableau, tuple(targets))
+
+
+@torch.no_grad()
+def errors_against_finer(
+    teacher: Teacher,
+    student: Tableau,
+    schedule: Schedule,
+    scale: int,
+    denoiser: Denoiser,
+    noise: Tensor,
+) -> tuple[float, float]:
+    """Measure a teacher and the student's base solver against a much finer solver.
+
+    Args:
+        teacher: the teacher.
+        student: the base solver.
+        schedule: the schedule it was built on.
+        scale: the teacher's steps for each of the student's.
+        denoiser: the network.
+        noise: (N, *shape) of which no more is used than needed.
+
+    Returns:
+        The mean squared errors of the finished samples of teacher and student.
+    """
+    checked = noise[: max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES)]
+    finer = make_teacher(student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale)
+    truth = [Batch(checked, finer.states(denoiser, checked)[-1].unsqueeze(0))]
+    return (
+        final_error(teacher.tableau, denoiser, truth),
+        final_error(student, denoiser, truth),
+    )
 
 
 def _on_every_time(solver: str, schedule: Schedule, options: dict[str, Any]) -> Tableau:
