@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..envs import DiffusionMDP, Schedule, Target
+from ..envs.mdp import no_reward
 from ..envs.names import unknown_name
 from .base import Agent, AnyAgent, Environment
 from .checkpoint import CheckpointError, write_atomically
@@ -52,8 +53,9 @@ class DODE(Agent):
         form: what a step may mix in, see `fewstep.agents.distillation.forms.directions`:
             "difference" is the paper's; "two", "sep", "all", "general", "fixed" and "lookahead"
             are its alternatives.
-        teacher: the teacher's solver. The paper takes the student's own or "ddim"; a solver of
-            high order is a better teacher for the same number of calls.
+        teacher: the teacher's solver. The paper takes the student's own or "ddim". One of high
+            order is far closer to the solution for the same calls if the network is smooth in time;
+            where it is rough, "ddim" can be closer.
         teacher_options: its options.
         scale: the teacher's steps for each call of the student; 5 to 30.
         align: "time" compares states at the same noise level; "index" compares them as the official
@@ -173,7 +175,7 @@ class DODE(Agent):
         """
         device = next(denoiser.parameters()).device
         nothing = Target.from_samples(torch.zeros(2, *shape, device=device), name="no data")
-        mdp = DiffusionMDP(nothing, denoiser.process, schedule, _no_reward)
+        mdp = DiffusionMDP(nothing, denoiser.process, schedule, no_reward)
         return cls(mdp, denoiser, **settings)
 
     # -- what there is -------------------------------------------------------------------------
@@ -454,7 +456,3 @@ class DODE(Agent):
         self.num_timesteps, self.rounds = training["num_timesteps"], training["rounds"]
         self.load_state(tree)
         self._tableau = tableau
-
-
-def _no_reward(sample: Tensor) -> Tensor:
-    return sample.new_zeros(len(sample))

@@ -138,6 +138,11 @@ class DiffusionMDP:
         return sample.detach().to(torch.float32, copy=True)
 
 
+def no_reward(sample: Tensor) -> Tensor:
+    """Reward every finished sample ``(N, *shape)`` with 0, for those who only need the process."""
+    return sample.new_zeros(len(sample))
+
+
 def _check_batch(values: Tensor, what: str, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__

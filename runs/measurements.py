@@ -25,9 +25,10 @@ from ..agents.base import Agent
 from ..agents.networks import make_body
 from ..agents.solvers import SOLVERS
 from ..envs import DiffusionMDP, Schedule
+from ..envs.mdp import no_reward
 from ..envs.process import make_process
 from ..envs.registration import make_mdp
-from .sampling_speed import sampling
+from .sampling_speed import by_turns, sampling
 from .settings import resolve_device
 from .tables import table
 
@@ -51,7 +52,7 @@ def overhead(device: str) -> tuple[dict[str, Any], str]:
     where = resolve_device(device)
     figures: dict[str, Any] = {}
     rows = []
-    for label, reward in (("free reward", _zero), ("default reward (MMDCritic)", None)):
+    for label, reward in (("free reward", no_reward), ("default reward (MMDCritic)", None)):
         ratio, (bare, stepped) = episode_times(where, reward)
         figures[label] = {"ratio": ratio, "bare_seconds": bare, "env_seconds": stepped}
         rows.append([label, f"{1e3 * bare:.1f}", f"{1e3 * stepped:.1f}", f"{ratio:.3f}"])
@@ -95,14 +96,7 @@ def interleaved(
     first: Callable[[], None], second: Callable[[], None], repeats: int
 ) -> tuple[float, tuple[float, float]]:
     """Time two functions by turns; return the median ratio second / first and both medians."""
-    samples: list[tuple[float, float]] = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        first()
-        middle = time.perf_counter()
-        second()
-        samples.append((middle - began, time.perf_counter() - middle))
-    samples = samples[repeats // 10 :]
+    samples = by_turns([first, second], repeats)
     medians = statistics.median(a for a, _ in samples), statistics.median(b for _, b in samples)
     return statistics.median(b / a for a, b in samples), medians
 
@@ -166,7 +160,7 @@ def timed(agent: SFTPG) -> Iterator[dict[str, float]]:
 def fitting(device: str) -> tuple[dict[str, Any], str]:
     """Time D-ODE fits of ten steps on the swiss roll, the teacher's network calls apart."""
     process = make_process("sigmoid-1000")
-    mdp = make_mdp("SwissRoll", process=process, device=resolve_device(device), reward=_zero)
+    mdp = make_mdp("SwissRoll", process=process, device=resolve_device(device), reward=no_reward)
     to_t_min = mdp.with_schedule(Schedule.uniform(process, 10, end=process.t_min))
     figures: dict[str, Any] = {}
     rows = []
@@ -230,11 +224,7 @@ def peak_of_round(
 
 def swiss_roll(steps: int, device: str) -> DiffusionMDP:
     """Build the swiss-roll environment with a free reward, for agents that bring a critic."""
-    return make_mdp("SwissRoll", steps=steps, device=resolve_device(device), reward=_zero)
-
-
-def _zero(sample: Tensor) -> Tensor:
-    return torch.zeros(len(sample), device=sample.device)
+    return make_mdp("SwissRoll", steps=steps, device=resolve_device(device), reward=no_reward)
 
 
 def untrained(mdp: DiffusionMDP) -> Denoiser:

@@ -24,6 +24,7 @@ from ..agents.sampling import sampler_of
 from ..agents.solvers import make_solver, solver_within
 from ..agents.tableau import Tableau
 from ..envs import VE, DiffusionMDP, Schedule
+from ..envs.mdp import no_reward
 from ..envs.process import NoiseProcess, make_process
 from ..envs.registration import make_mdp
 from .console import console
@@ -136,7 +137,7 @@ class World:
     ) -> dict[str, Any]:
         """Score a base solver and its treatments with a budget of network calls."""
         schedule, base = self._base(variant, budget)
-        mdp = DiffusionMDP(self.target, self.process, schedule, _no_reward)
+        mdp = DiffusionMDP(self.target, self.process, schedule, no_reward)
         scores = {"base": self._score(base)}
         fits = {}
         for label, settings in treatments.items():
@@ -322,7 +323,3 @@ def factors_of(
 
 def _slug(label: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in label.lower())
-
-
-def _no_reward(sample: Tensor) -> Tensor:
-    return torch.zeros(len(sample), device=sample.device)

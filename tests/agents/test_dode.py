@@ -131,7 +131,7 @@ def test_timesteps_of_the_fit_are_the_calls_of_teacher_and_student(settings, cou
     before = calls.samples
     checked.learn(checked.total_timesteps)
     assert checked.num_timesteps == per_round
-    finer = make_solver("dpm-solver-3m", Schedule.uniform(VP, 4 * 3 * 6)).nfe
+    finer = make_solver("heun", Schedule.uniform(VP, 2 * 3 * 6)).nfe
     extra = 20 * (finer + agent.teacher.tableau.nfe + student)
     assert calls.samples - before == agent.num_timesteps + evaluations * samples * student + extra
 
