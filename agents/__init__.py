@@ -1,7 +1,8 @@
 """Agents: who acts in the environment, and how each learns.
 
 Behaviour cloning trains a denoiser on data; SFT-PG and SFT fine-tune the sampler it makes against a
-critic; a `Tableau` is a sampler as a table of numbers, which `solvers` build.
+critic; D-ODE distils a solver's weights; schedule learning moves the times it visits. A `Tableau`
+is a sampler as a table of numbers, which `solvers` build.
 """
 
 from .base import Agent
@@ -10,13 +11,14 @@ from .cloning import BehaviorCloning
 from .denoiser import Denoiser
 from .dode import DODE
 from .policies import DenoiserPolicy, SolverPolicy
+from .schedule_learning import ScheduleLearning
 from .sft import SFT
 from .sft_pg import SFTPG
 from .tableau import Tableau
 from .training import TrainingDivergedError
 
 AGENTS: dict[str, type[Agent]] = {
-    agent.name: agent for agent in (BehaviorCloning, SFT, SFTPG, DODE)
+    agent.name: agent for agent in (BehaviorCloning, SFT, SFTPG, DODE, ScheduleLearning)
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "Denoiser",
     "DenoiserPolicy",
+    "ScheduleLearning",
     "SolverPolicy",
     "Tableau",
     "TrainingDivergedError",

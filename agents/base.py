@@ -30,7 +30,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
-from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
+from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule, Target
+from ..envs.mdp import no_reward
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
 from .policies import SolverPolicy
@@ -42,6 +43,9 @@ from .training import TrainingDivergedError
 Environment = DiffusionVectorEnv | DiffusionMDP | str
 Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
+
+# Name of the target of a decision process that has none.
+NO_DATA = "no data"
 
 
 class Agent(ABC):
@@ -139,6 +143,11 @@ class Agent(ABC):
         """Rounds that the settings call for; None leaves their number to the caller."""
         return None
 
+    @property
+    def done(self) -> bool:
+        """Whether the algorithm has come to an end by itself; `learn` then stops."""
+        return False
+
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done; 0 if they are."""
         return max(rounds - self.rounds, 0) * self.timesteps_per_round
@@ -149,8 +158,13 @@ class Agent(ABC):
         return self.denoiser
 
     @property
+    def schedule(self) -> Schedule:
+        """The times that the sampler visits: the environment's, unless the agent learns them."""
+        return self.mdp.schedule
+
+    @property
     def tableau(self) -> Tableau:
-        """The sampler: the solver on the environment's schedule."""
+        """The sampler: the solver on `schedule`."""
         return self._tableau
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
@@ -191,7 +205,7 @@ class Agent(ABC):
         self._started, self._timesteps_at_start = time.monotonic(), self.num_timesteps
         callbacks = self._callbacks(callback, progress_bar)
         callbacks.on_training_start(locals(), globals())
-        while self.num_timesteps < self._total_timesteps:
+        while self.num_timesteps < self._total_timesteps and not self.done:
             callbacks.on_rollout_start()
             last = self.num_timesteps + self.timesteps_per_round >= self._total_timesteps
             self.will_log = last or (self.rounds + 1) % log_interval == 0
@@ -291,7 +305,7 @@ class Agent(ABC):
         sample = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = sample.ndim == len(self.mdp.shape)
         sample = sample.unsqueeze(0) if single else sample
-        step = self.mdp.schedule.step_of(float(np.ravel(observation["timestep"])[0]))
+        step = self.schedule.step_of(float(np.ravel(observation["timestep"])[0]))
         tableau = self.tableau
         if deterministic:
             tableau = dataclasses.replace(tableau, noise=np.zeros(tableau.steps))
@@ -427,6 +441,21 @@ class Agent(ABC):
         if tree["live"] is not None:
             self.denoiser.body.load_state_dict(tree["live"])
         self.load_state(tree["state"])
+
+
+def mdp_without_data(
+    denoiser: Denoiser, schedule: Schedule, shape: tuple[int, ...]
+) -> DiffusionMDP:
+    """Build a decision process for an agent that needs noise, but no data.
+
+    Args:
+        denoiser: a pretrained network; its device is where everything is done.
+        schedule: the times to visit, on the denoiser's process.
+        shape: of one sample.
+    """
+    device = next(denoiser.parameters()).device
+    nothing = Target.from_samples(torch.zeros(2, *shape, device=device), name=NO_DATA)
+    return DiffusionMDP(nothing, denoiser.process, schedule, no_reward)
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """Checkpoints: one safetensors file that holds a tree of tensors and plain values, and no code.
 
 The tree (nested dicts and lists) is split into its tensors, which safetensors stores, and a JSON
-skeleton in the file's header. Nothing is unpickled on loading. Files are written to a temporary
-name and renamed, so a reader sees the old file or the new one, never half of one.
+skeleton in the file's header. Nothing is unpickled on loading. Files are written atomically.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..envs.files import write_atomically
+
 FORMAT = "fewstep-checkpoint-1"
 _TENSOR = "$tensor"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, truncated, foreign, or made for something else."""
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)`, flush to disk, and rename the result to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, tree: dict[str, Any]) -> None:

@@ -108,6 +108,12 @@ class Denoiser(nn.Module):
             return (sample - sigma * raw) / alpha
         return alpha * sample - sigma * raw
 
+    def network_time(self, t: float) -> float:
+        """Return the body's own time for time t > 0."""
+        if self.prediction == "edm":
+            return math.log(self.process.levels(t)[1]) / 4
+        return self.process.network_time(t)
+
     def training_target(self, clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
         """Return what the body should predict for x_t = alpha clean + sigma noise.
 
@@ -172,6 +178,9 @@ class Denoiser(nn.Module):
     def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
         if isinstance(t, Tensor) and t.ndim == 1:
             return self.process.network_time(t)
+        if isinstance(t, Tensor) and t.requires_grad:
+            # Where the time is learned, it has to stay a tensor.
+            return self.process.network_time(t).to(sample).expand(len(sample))
         value = self.process.network_time(float(t))
         integral = value == int(value)
         time = torch.full(

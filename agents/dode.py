@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..envs import DiffusionMDP, Schedule, Target
-from ..envs.mdp import no_reward
+from ..envs import Schedule
+from ..envs.files import write_atomically
 from ..envs.names import unknown_name
-from .base import Agent, AnyAgent, Environment
-from .checkpoint import CheckpointError, write_atomically
+from .base import Agent, AnyAgent, Environment, mdp_without_data
+from .checkpoint import CheckpointError
 from .denoiser import Denoiser
 from .distillation.files import read_distilled
 from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
 from .distillation.forms import CONSTANT, Form, directions, distilled
 from .distillation.refine import ITERATIONS, Refiner
-from .distillation.teacher import Align, errors_against_finer, make_teacher
+from .distillation.teacher import Align, judge_teacher, make_teacher
 from .solvers import Options
 from .tableau import Tableau
 
@@ -173,10 +173,7 @@ class DODE(Agent):
             shape: of one sample.
             settings: the constructor's keyword arguments.
         """
-        device = next(denoiser.parameters()).device
-        nothing = Target.from_samples(torch.zeros(2, *shape, device=device), name="no data")
-        mdp = DiffusionMDP(nothing, denoiser.process, schedule, no_reward)
-        return cls(mdp, denoiser, **settings)
+        return cls(mdp_without_data(denoiser, schedule, shape), denoiser, **settings)
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -262,7 +259,14 @@ class DODE(Agent):
         pool = self._fitted
         self.errors = {}
         if self.check_teacher:
-            self._judge_teacher(pool[0].noise)
+            self.errors["teacher"] = judge_teacher(
+                self.teacher,
+                self.base,
+                self.mdp.schedule,
+                self.scale,
+                self.denoiser,
+                pool[0].noise,
+            )
         constant = None
         if self.form in CONSTANT:
             constant = best_constant(self.base, self._rows, self.denoiser, pool)
@@ -319,21 +323,6 @@ class DODE(Agent):
     def _fitted(self) -> list[Batch]:
         """The batches that are fitted: all but those that judge the refinement."""
         return self.make_batches()[: self._fitted_count]
-
-    def _judge_teacher(self, noise: Tensor) -> None:
-        """Measure teacher and base solver against a much finer one; warn if it is the worse one."""
-        error, base = errors_against_finer(
-            self.teacher, self.base, self.mdp.schedule, self.scale, self.denoiser, noise
-        )
-        self.errors["teacher"] = error
-        if error >= base > 0:
-            warnings.warn(
-                f"The teacher {self.teacher.tableau.name} of {self.teacher.tableau.nfe} calls is "
-                f"no better than {self.base.name} of {self.base.nfe}: their squared errors are "
-                f"{error:.2e} and {base:.2e}. Take a larger scale or a teacher of higher order, "
-                "such as dpm-solver-3m or heun.",
-                stacklevel=2,
-            )
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from ..envs.process import NoiseProcess
-from .checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -34,7 +34,7 @@ Output = Literal["epsilon", "sample"]
 VERSION = 2
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One row of a tableau as plain numbers; `weights` are (k, W_jk) pairs without the zeros."""
 
     time: float
@@ -79,7 +79,7 @@ class Tableau:
     output: Output = "epsilon"
     current: np.ndarray | None = None
 
-    _rows: list[_Row] = field(init=False, repr=False, default_factory=list)
+    _rows: list[Row] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         steps = len(self.scale)
@@ -94,10 +94,10 @@ class Tableau:
         self._validate(steps)
         object.__setattr__(self, "_rows", [self._row(j) for j in range(steps)])
 
-    def _row(self, j: int) -> _Row:
+    def _row(self, j: int) -> Row:
         """Return row j as plain numbers, which the loop reads faster than arrays."""
         weights = [(k, float(self.weights[j, k])) for k in np.flatnonzero(self.weights[j]).tolist()]
-        return _Row(
+        return Row(
             time=float(self.times[j]),
             anchor=self.anchor(j),
             scale=float(self.scale[j]),
@@ -205,8 +205,19 @@ class Tableau:
 
     def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
         """Return O_j, the denoiser's output at state z_j (N, *shape)."""
+        return self.output_at(denoiser, state, self._rows[j].time)
+
+    def output_at(self, denoiser: Denoiser, state: Tensor, t: float | Tensor) -> Tensor:
+        """Return what the denoiser says of a state (N, *shape) at time t, in this table's output.
+
+        A tensor t () that requires a gradient gets one.
+        """
         ask = denoiser.epsilon if self.output == "epsilon" else denoiser.denoised
-        return ask(state, self._rows[j].time)
+        return ask(state, t)
+
+    def row(self, j: int) -> Row:
+        """Return row j as plain numbers."""
+        return self._rows[j]
 
     def advance(
         self,

@@ -78,8 +78,8 @@ def make_mdp(
         name: A key of ``ENVIRONMENTS``.
         steps: Number of steps, at least 1; that of a given ``Schedule`` or list of times, else the
             default.
-        schedule: The times to visit, or a name for ``make_schedule``. A given ``Schedule`` brings
-            its process with it.
+        schedule: The times to visit, or a name for ``make_schedule``, or the ``.json`` file of a
+            ``Schedule``. A given ``Schedule`` brings its process with it.
         reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
         device: Where tensors live.
         data_dir: Folder of the data files, for targets that need one.
@@ -90,11 +90,13 @@ def make_mdp(
     Raises:
         ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, the process
             contradicts it, or it takes no such options.
-        FileNotFoundError: ``data_dir`` is given and is not a folder.
+        FileNotFoundError: ``data_dir`` is given and is not a folder, or no such schedule file.
     """
     if name not in ENVIRONMENTS:
         raise unknown_name("environment", name, ENVIRONMENTS)
     known = ENVIRONMENTS[name]
+    if isinstance(schedule, str) and schedule.endswith(".json"):
+        schedule = Schedule.load(schedule)
     if isinstance(schedule, Schedule):
         if steps not in (None, schedule.steps):
             raise ValueError(f"steps={steps}, but the given schedule has {schedule.steps}")

@@ -11,20 +11,25 @@ can be respaced. A plain list of times is a schedule too: ``Schedule(process, [1
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .files import write_atomically
 from .names import unknown_name
 from .process import DiscreteVP, NoiseProcess
 from .spacings import Spacing, refine_times, subset_times, variable
 
 Recipe = tuple[str, dict[str, Any]]
+
+FORMAT = "fewstep-schedule"
 
 # Spacing of each recipe that is even in something else than the time.
 _SPACINGS: dict[str, Spacing] = {
@@ -266,6 +271,36 @@ class Schedule:
         """
         process = NoiseProcess.from_config(config["process"])
         return cls(process, config["times"], recipe=_check_recipe(config.get("recipe")))
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule to a JSON file, atomically."""
+        tree = {"format": FORMAT, "version": 1, **self.to_config()}
+        text = json.dumps(tree, indent=1) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a file of ``save``.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no schedule, or one that this version refuses.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"No schedule at {path}.")
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not a schedule: no valid JSON ({error}).") from None
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a schedule: it has no 'format': '{FORMAT}'.")
+        if tree.get("version") != 1:
+            raise ValueError(f"{path} has version {tree.get('version')!r}; this fewstep reads 1.")
+        try:
+            return cls.from_config(tree)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):

@@ -15,7 +15,7 @@ import tyro
 from rich.markdown import Markdown
 
 from ..agents import AGENTS, BehaviorCloning
-from ..agents.checkpoint import write_atomically
+from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from .console import console
 from .folder import RunFolder, write_json

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..agents import AGENTS, DODE
 from ..agents.base import Agent
-from ..agents.checkpoint import CheckpointError, write_atomically
+from ..agents.checkpoint import CheckpointError
+from ..envs.files import write_atomically
 from .settings import Settings
 
 CLONING, CHECKPOINT = "denoiser.safetensors", Agent.checkpoint_name

@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from ..agents.checkpoint import write_atomically
+from ..envs.files import write_atomically
 
 STEP, LIVE_METRIC = "time/total_timesteps", "eval/sliced_wasserstein"
 # Pictures and hyper-parameters go to TensorBoard alone.

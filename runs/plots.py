@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..agents.checkpoint import write_atomically
+from ..envs.files import write_atomically
 
 REAL, FAKE, PATH = "#9aa0a6", "#1a73e8", "#d93025"
 

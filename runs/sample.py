@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import tyro
 
-from ..agents.checkpoint import write_atomically
 from ..agents.sampling import sampler_of
+from ..envs.files import write_atomically
 from .console import console
 from .plots import samples_figure, save_figure
 from .pretrained import PretrainedSettings, load

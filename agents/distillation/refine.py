@@ -8,8 +8,7 @@ chain with respect to every weight W_jk, from the greedy fit on (MATH.md 2.7, la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..tableau import Tableau
+from ..training import frozen
 from .fit import Batch
 
 # Steps of L-BFGS in one round of the refinement.
@@ -116,16 +116,3 @@ class Refiner:
         """Restore what `state` returned."""
         if state is not None:
             self.module.change.data.copy_(torch.tensor(state, dtype=torch.float64))
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Keep a module's parameters out of the gradient for a while."""
-    training = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in training:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in training:
-            parameter.requires_grad_(True)

@@ -7,6 +7,7 @@ different noise levels (MATH.md 2.6): `align="index"`, for reproduction.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -129,6 +130,27 @@ def errors_against_finer(
         final_error(teacher.tableau, denoiser, truth),
         final_error(student, denoiser, truth),
     )
+
+
+def judge_teacher(
+    teacher: Teacher,
+    student: Tableau,
+    schedule: Schedule,
+    scale: int,
+    denoiser: Denoiser,
+    noise: Tensor,
+) -> float:
+    """Return the teacher's error of `errors_against_finer`; warn unless the student's is larger."""
+    error, base = errors_against_finer(teacher, student, schedule, scale, denoiser, noise)
+    if error >= base > 0:
+        warnings.warn(
+            f"The teacher {teacher.tableau.name} of {teacher.tableau.nfe} calls is no better than "
+            f"{student.name} of {student.nfe}: their squared errors are {error:.2e} and "
+            f"{base:.2e}. Take a larger scale or a teacher of higher order, such as dpm-solver-3m "
+            "or heun.",
+            stacklevel=3,
+        )
+    return error
 
 
 def _on_every_time(solver: str, schedule: Schedule, options: dict[str, Any]) -> Tableau:

@@ -1,0 +1,174 @@
+"""The exact gradient of a rollout's error by its noise levels, in memory independent of K.
+
+A sampler is a table of numbers, and its samples depend on the levels through them: through the
+times t_j at which the network is asked, and through p, q and W. So the gradient has two factors.
+`backpropagate` finds the error's derivative by every number of the table: the states are stored,
+and each network call is repeated with its graph when the adjoint passes it, so that one graph is
+alive at a time (MATH.md 3.5; gradient rematerialisation in paper B's words). `by_log_level` then
+follows the numbers back to the levels through the solver's builder, whichever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...envs.schedule import Schedule
+from ..denoiser import Denoiser
+from ..tableau import Tableau
+from .levels import noise_levels, schedule_at
+from .rollout import STORED_NUMBERS, rollout
+
+# A builder is differentiated by five-point differences in the log of a level, this far apart
+# (relative to the gap beside it): truncation and rounding both leave about 1e-12.
+_DISTANCE = 1e-3
+_STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Derivatives of an error by the numbers of a tableau of K steps; see `Tableau`.
+
+    Attributes:
+        times: (K + 1,); 0 for the last one, at which no network is asked.
+        scale: (K,).
+        weights: (K, K).
+        current: (K,).
+    """
+
+    times: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    current: np.ndarray
+
+    @classmethod
+    def zeros(cls, steps: int) -> Sensitivity:
+        """Return one that is 0 everywhere."""
+        shapes = (steps + 1,), (steps,), (steps, steps), (steps,)
+        return cls(*(np.zeros(shape) for shape in shapes))
+
+    def along(self, tableau: Tableau, other: Tableau) -> float:
+        """Return the first-order change of the error from one tableau to another like it."""
+        return sum(
+            float((getattr(self, name) * (getattr(other, name) - getattr(tableau, name))).sum())
+            for name in ("times", "scale", "weights", "current")
+        )
+
+
+def backpropagate(
+    tableau: Tableau, denoiser: Denoiser, noise: Tensor, target: Tensor, steps: int
+) -> tuple[float, Tensor, Sensitivity]:
+    """Return a rollout's error with its derivatives.
+
+    Args:
+        tableau: a deterministic sampler.
+        denoiser: the network; differentiable in its time.
+        noise: (N, *shape) initial states z_0.
+        target: (N, *shape) what the rollout should end at.
+        steps: rows of the tableau to run.
+
+    Returns:
+        The mean over samples of ||z_steps - target||^2, z_steps (N, *shape), and the error's
+        derivatives.
+    """
+    sensitivity = Sensitivity.zeros(tableau.steps)
+    size = max(STORED_NUMBERS // (2 * (steps + 1) * noise[0].numel()), 1)
+    ends, error = [], 0.0
+    for start, goal in zip(noise.split(size), target.split(size), strict=True):
+        states, _ = rollout(tableau, denoiser, start, steps)
+        missed = states[-1] - goal
+        error += float(missed.double().square().sum()) / len(noise)
+        ends.append(states[-1])
+        _descend(tableau, denoiser, states, missed * (2 / len(noise)), sensitivity)
+    return error, torch.cat(ends), sensitivity
+
+
+def _descend(
+    tableau: Tableau,
+    denoiser: Denoiser,
+    states: list[Tensor],
+    cotangent: Tensor,
+    total: Sensitivity,
+) -> None:
+    """Pass the adjoint from the last state to the first; add the derivatives to `total`.
+
+    States are dropped from the list as they are passed.
+
+    `cotangents[j]` is the error's derivative by z_{j+1}. An output's weights in later rows meet it
+    when its own call is repeated, so no output is ever stored.
+    """
+    steps = len(states) - 1
+    cotangents: dict[int, Tensor] = {steps - 1: cotangent}
+    by_state: list[Tensor | None] = [None] * (steps + 1)
+    weights = tableau.weights
+    first_output = [int(np.flatnonzero(row).min(initial=j)) for j, row in enumerate(weights)]
+    for j in reversed(range(steps)):
+        if j < steps - 1:
+            arrived = by_state[j + 1]
+            assert arrived is not None
+            cotangents[j] = arrived
+            by_state[j + 1] = None
+        row = tableau.row(j)
+        now = cotangents[j]
+        total.scale[j] += _dot(now, states[row.anchor])
+        _add(by_state, row.anchor, row.scale * now)
+        if row.current:
+            total.current[j] += _dot(now, states[j])
+            _add(by_state, j, row.current * now)
+        readers = [i for i in range(j, steps) if first_output[i] <= j]
+        state = states[j].detach().requires_grad_()
+        time = torch.tensor(row.time, dtype=torch.float64, device=state.device, requires_grad=True)
+        with torch.enable_grad():
+            output = tableau.output_at(denoiser, state, time)
+        value = output.detach()
+        pull = torch.zeros_like(value)
+        for i in readers:
+            total.weights[i, j] += _dot(cotangents[i], value)
+            pull.add_(cotangents[i], alpha=float(weights[i, j]))
+        by_input, by_time = torch.autograd.grad(output, (state, time), pull)
+        total.times[j] += float(by_time)
+        _add(by_state, j, by_input)
+        del states[j + 1 :]
+        for i in [i for i in cotangents if first_output[i] >= j]:
+            del cotangents[i]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.flatten().double(), b.flatten().double()))
+
+
+def _add(sums: list[Tensor | None], index: int, value: Tensor) -> None:
+    before = sums[index]
+    sums[index] = value if before is None else before + value
+
+
+def by_log_level(
+    build: Callable[[Schedule], Tableau], schedule: Schedule, sensitivity: Sensitivity
+) -> Tensor:
+    """Follow derivatives by a table's numbers back to the noise levels.
+
+    Args:
+        build: the solver's builder.
+        schedule: where it was built.
+        sensitivity: the derivatives at `build(schedule)`.
+
+    Returns:
+        (T,) float64 derivatives by the logarithm of each level of the schedule; 0 for the first and
+        the last one, which stay fixed.
+    """
+    logs = noise_levels(schedule).log()
+    gaps = -logs.diff()
+    here = build(schedule)
+    gradient = torch.zeros_like(logs)
+    for i in range(1, len(logs) - 1):
+        distance = _DISTANCE * min(1.0, float(gaps[i - 1 : i + 1].min()))
+        for offset, weight in _STENCIL:
+            moved = logs.clone()
+            moved[i] += offset * distance
+            there = build(schedule_at(moved.exp(), schedule))
+            gradient[i] += weight / distance * sensitivity.along(here, there)
+    return gradient

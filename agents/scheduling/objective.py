@@ -1,0 +1,109 @@
+"""What stage one minimises: gamma L_disc + diffusion_weight L_diff, and its slope in the levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...envs.schedule import Schedule
+from ..denoiser import Denoiser
+from ..tableau import Tableau
+from .adjoint import backpropagate, by_log_level
+from .levels import schedule_at
+from .pool import Batch
+from .rollout import path_of, rollout
+from .surrogate import Reading, surrogate_gradient
+from .weights import diffusion_loss, squared_error
+
+
+@dataclass(frozen=True)
+class Slope:
+    """An objective at some levels.
+
+    Attributes:
+        disc_loss: mean squared distance of the rollout's end from its target.
+        diff_loss: paper B's L_diff; None if it has no weight.
+        gradient: (T,) float64 derivatives of the whole by the levels, on the CPU.
+        ends: (N, *shape) where the rollouts ended.
+    """
+
+    disc_loss: float
+    diff_loss: float | None
+    gradient: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Stage one's objective.
+
+    Attributes:
+        build: the solver's builder.
+        like: a schedule with the ends of those that are built.
+        reading: how to read Eq. 14; None takes the exact gradient.
+        gamma: weight of L_disc.
+        diffusion_weight: weight of L_diff, which needs real samples.
+    """
+
+    build: Callable[[Schedule], Tableau]
+    like: Schedule
+    reading: Reading | None
+    gamma: float
+    diffusion_weight: float
+
+    def rows(self, tableau: Tableau) -> int:
+        """Return how many steps lead to the smallest positive level, where ends are compared."""
+        return tableau.steps - int(float(tableau.times[-1]) == 0)
+
+    def slope(
+        self,
+        denoiser: Denoiser,
+        levels: Tensor,
+        batch: Batch,
+        clean: Tensor | None,
+        generator: torch.Generator,
+    ) -> Slope:
+        """Return the objective's value and derivatives on one batch.
+
+        Args:
+            denoiser: the network; its parameters should be frozen.
+            levels: (T,) descending noise levels.
+            batch: starts and targets.
+            clean: (M, *shape) real samples for L_diff.
+            generator: source of fresh noise.
+        """
+        schedule = schedule_at(levels, self.like)
+        tableau = self.build(schedule)
+        if self.reading is None:
+            disc_loss, ends, sensitivity = backpropagate(
+                tableau, denoiser, batch.noise, batch.target, self.rows(tableau)
+            )
+            gradient = by_log_level(self.build, schedule, sensitivity) / levels
+        else:
+            path = path_of(tableau, denoiser, batch.noise)
+            ends = path.states[-1]
+            disc_loss = float(squared_error(ends, batch.target))
+            # Eq. 14 compares with x itself where x_1 is meant: its own noise averages out.
+            target = batch.target if batch.clean is None else batch.clean
+            gradient = surrogate_gradient(
+                denoiser, path, target, self.reading, batch.clean, generator
+            )
+        gradient = self.gamma * gradient
+        diff_loss = None
+        if self.diffusion_weight:
+            assert clean is not None
+            diff_loss, by_level = diffusion_loss(denoiser, levels, clean, generator)
+            gradient = gradient + self.diffusion_weight * by_level
+        return Slope(disc_loss, diff_loss, gradient, ends)
+
+    def error(self, denoiser: Denoiser, levels: Tensor, batches: Sequence[Batch]) -> float:
+        """Return L_disc over batches, without gradients."""
+        tableau = self.build(schedule_at(levels, self.like))
+        total = 0.0
+        for batch in batches:
+            states, _ = rollout(tableau, denoiser, batch.noise, self.rows(tableau))
+            total += float(squared_error(states[-1], batch.target)) / len(batches)
+        return total
