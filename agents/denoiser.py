@@ -176,11 +176,11 @@ class Denoiser(nn.Module):
         return cls(body.to(device), process, tree["prediction"], tree.get("sigma_data", 0.5))
 
     def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
-        if isinstance(t, Tensor) and t.ndim == 1:
-            return self.process.network_time(t)
-        if isinstance(t, Tensor) and t.requires_grad:
-            # Where the time is learned, it has to stay a tensor.
-            return self.process.network_time(t).to(sample).expand(len(sample))
+        if isinstance(t, Tensor) and (t.ndim == 1 or t.requires_grad):
+            # A time that is learned has to stay a tensor.
+            times = self.process.network_time(t)
+            times = times.to(sample.dtype) if times.is_floating_point() else times
+            return times if times.ndim else times.expand(len(sample))
         value = self.process.network_time(float(t))
         integral = value == int(value)
         time = torch.full(

@@ -266,6 +266,7 @@ class DODE(Agent):
                 self.scale,
                 self.denoiser,
                 pool[0].noise,
+                self.integer_times,
             )
         constant = None
         if self.form in CONSTANT:

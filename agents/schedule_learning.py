@@ -20,17 +20,18 @@ from torch import Tensor
 
 from ..envs import Schedule
 from ..envs.names import unknown_name
-from ..envs.schedule import SCHEDULES, make_schedule
 from .base import NO_DATA, Agent, Environment, mdp_without_data
 from .denoiser import Denoiser
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
+from .scheduling.adjoint import backpropagate
 from .scheduling.levels import (
+    EVEN,
     LevelMap,
     Space,
-    level_of_time,
+    check_levels,
+    even_schedule,
     noise_levels,
     schedule_at,
-    time_of_level,
 )
 from .scheduling.objective import Objective, Slope
 from .scheduling.pool import Batch, data_batch, teacher_batch
@@ -52,6 +53,10 @@ GRID = 200
 
 # Updates of the levels between two looks at held-out noise.
 CHECK_INTERVAL = 10
+
+# The step grows over so many updates: Adam's first ones go the whole rate along every parameter,
+# which can strand levels at the noisy end where nothing pulls them back.
+WARM_UP = 20
 
 # The samples' variance has collapsed when it stays low for so many updates: a first large step may
 # overshoot and come back.
@@ -92,9 +97,11 @@ class ScheduleLearning(Agent):
         solver: the solver whose schedule is learned, any deterministic one of
             `fewstep.agents.solvers`; "euler" is paper B's.
         solver_options: its options.
-        start: where the levels start: "karras" or another name of a schedule; "environment", the
-            environment's own; or what a dynamic programme finds: "diffusion-dp" minimises paper
-            B's L_diff, "trajectory-dp" the errors of Euler's jumps between a teacher's states.
+        start: where the levels start: what a dynamic programme finds, "trajectory-dp" for the least
+            errors of Euler's jumps between a teacher's states, which spares the gradient many a
+            poor local optimum, or "diffusion-dp" for the least L_diff of paper B; "karras", paper
+            B's, or another name of a schedule, between the environment's ends; or "environment",
+            its own.
         space: the scale on which levels are parameters: "rho" (level^(1/7), Karras's), "log" or
             "sigma" (paper B's, badly scaled).
         target: what a rollout should end at: "teacher", where a fine solver ends from the same
@@ -118,16 +125,19 @@ class ScheduleLearning(Agent):
         diffusion_weight: weight of paper B's L_diff there, which needs data; None takes 1 for
             target="data" and 0 for "teacher", which it does not help.
         schedule_rounds: updates of the levels a stage; 50 to 500.
-        schedule_learning_rate: of Adam on the levels' parameters, falling on a cosine; None takes
-            0.3 for the exact gradient and 0.1 for eq14, whose large steps do not descend.
+        schedule_learning_rate: of Adam on the levels' parameters, warmed up and then falling on a
+            cosine; None takes 0.3 for the exact gradient and 0.1 for eq14, whose large steps do not
+            descend.
         batch_size: rollouts an update; 100 to 1000.
         batches: how many such batches are taken by turns; as many more are held out to choose the
             best levels.
         tuning_rounds: updates of the denoiser a stage; 0 leaves it as it is.
-        tuning_batch_size: real samples an update.
+        tuning_batch_size: real samples, or rollouts, an update.
         tuning_learning_rate: of Adam on the denoiser; 1e-5 to 1e-3.
-        tuning_weights: "lambda", paper B's weights of the levels; "original", the loss that the
-            denoiser was pretrained with, at the schedule's levels.
+        tuning_weights: what stage two minimises: "rollout", the distance of finished samples from
+            the teacher's, through the whole chain; on real samples at the schedule's levels
+            "lambda", paper B's L_diff, or "original", the loss of pretraining. None takes "rollout"
+            for target="teacher" and "lambda" for "data".
         last_weight: weight of the smallest level beside lambda, which is of no level there.
         max_grad_norm: the denoiser's gradient is clipped here; None does not clip.
         ema: decay of the average of the denoiser's weights, 0 (none) to 1 (excluded); the averaged
@@ -142,8 +152,9 @@ class ScheduleLearning(Agent):
     Attributes:
         converged: whether the alternation ended because the levels stayed.
         collapsed: whether stage one ended because the samples' variance fell.
-        errors: mean squared distances from the target on held-out noise: before ("start") and after
-            ("learned") the last stage one.
+        errors: mean squared distances from the target, at the smallest level and on held-out noise:
+            before ("start") and after ("learned") the last stage one, and after the last stage two
+            ("tuned"); and the teacher's finished samples' from a finer solver's ("teacher").
 
     Raises:
         ValueError: a setting that is unknown or out of range, settings that do not go together,
@@ -160,7 +171,7 @@ class ScheduleLearning(Agent):
         *,
         solver: str = "euler",
         solver_options: Options | None = None,
-        start: str = "karras",
+        start: str = "trajectory-dp",
         space: str = "rho",
         target: str = "teacher",
         gradient: str = "exact",
@@ -178,10 +189,10 @@ class ScheduleLearning(Agent):
         schedule_learning_rate: float | None = None,
         batch_size: int = 500,
         batches: int = 2,
-        tuning_rounds: int = 1000,
+        tuning_rounds: int = 300,
         tuning_batch_size: int = 256,
         tuning_learning_rate: float = 3e-4,
-        tuning_weights: str = "lambda",
+        tuning_weights: str | None = None,
         last_weight: float = 1.0,
         max_grad_norm: float | None = 1.0,
         ema: float = 0.99,
@@ -201,8 +212,10 @@ class ScheduleLearning(Agent):
             verbose=verbose,
             tensorboard_log=tensorboard_log,
         )
+        if tuning_weights is None:
+            tuning_weights = "rollout" if target == "teacher" else "lambda"
         for what, value, known in (
-            ("start", start, (*SCHEDULES, *get_args(Programme), ENVIRONMENT)),
+            ("start", start, (*get_args(Programme), *EVEN, ENVIRONMENT)),
             ("target", target, get_args(LevelTarget)),
             ("gradient", gradient, get_args(Gradient)),
             ("tuning_weights", tuning_weights, get_args(TuningWeights)),
@@ -279,16 +292,15 @@ class ScheduleLearning(Agent):
     def without_data(
         cls, denoiser: Denoiser, schedule: Schedule, shape: tuple[int, ...], **settings: Any
     ) -> ScheduleLearning:
-        """Learn a schedule for a pretrained network alone: stage one with a teacher needs no data.
+        """Learn for a pretrained network alone: with a teacher, neither stage needs data.
 
         Args:
             denoiser: the network; its device is where everything is done.
             schedule: gives the number of steps and the ends, on the denoiser's process.
             shape: of one sample.
-            settings: the constructor's keyword arguments; `tuning_rounds` is 0 unless given.
+            settings: the constructor's keyword arguments.
         """
-        mdp = mdp_without_data(denoiser, schedule, shape)
-        return cls(mdp, denoiser, **{"tuning_rounds": 0, **settings})
+        return cls(mdp_without_data(denoiser, schedule, shape), denoiser, **settings)
 
     def _check_settings(self) -> None:
         """Raise ValueError for numbers out of range and settings that do not go together."""
@@ -310,12 +322,19 @@ class ScheduleLearning(Agent):
         for what in ("schedule_learning_rate", "tuning_learning_rate"):
             if not 0 < getattr(self, what) < math.inf:
                 raise ValueError(f"{what} must be positive and finite, got {getattr(self, what)}.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, or None; got {self.max_grad_norm}.")
         if not self.planned_rounds:
             raise ValueError(
                 "There is nothing to do: schedule_rounds and tuning_rounds are both 0."
             )
-        if self.integer_times and self.gradient != "none":
-            raise ValueError("integer_times leaves nothing to differentiate: take gradient='none'.")
+        if self.tuning_weights == "rollout" and self.target != "teacher":
+            raise ValueError("tuning_weights='rollout' needs target='teacher'.")
+        if self.integer_times and (self.gradient != "none" or self.start in EVEN):
+            raise ValueError(
+                "integer_times leaves nothing to differentiate: take gradient='none', and start "
+                "from a dynamic programme or the environment's schedule."
+            )
         if self.gradient == "eq14":
             if self.solver not in ("euler", "ddim"):
                 raise ValueError(
@@ -329,7 +348,8 @@ class ScheduleLearning(Agent):
                 )
         if self.mdp.target.name == NO_DATA:
             users = {
-                "tuning_rounds": self.tuning_rounds,
+                f"tuning_weights='{self.tuning_weights}'": self.tuning_weights != "rollout"
+                and self.tuning_rounds,
                 "target='data'": self.target == "data",
                 "diffusion_weight": self._diffusion_weight,
                 "start='diffusion-dp'": self.start == "diffusion-dp",
@@ -341,19 +361,20 @@ class ScheduleLearning(Agent):
     def _starting_schedule(self) -> Schedule:
         """Return the schedule to start from, or for the programmes the one that gives the ends."""
         here = self.mdp.schedule
-        name = "karras" if self.start in get_args(Programme) else self.start
-        if name == ENVIRONMENT:
+        check_levels(noise_levels(here))
+        if self.integer_times:
+            if not torch.equal(here.times, here.times.round()):
+                raise ValueError(
+                    "integer_times needs an environment whose schedule has whole times, such as "
+                    "'trailing' or 'uniform'."
+                )
             return here
-        to_zero = float(here.times[-1]) == 0
-        options: dict[str, Any] = {"append_zero": to_zero}
-        if name == "uniform":
-            options = {"end": 0.0 if to_zero else here.process.t_min}
-        elif name == "quadratic":
-            options = {}
-        return make_schedule(name, here.process, here.steps, **options)
+        if self.start == ENVIRONMENT:
+            return here
+        return even_schedule(here, "karras" if self.start in get_args(Programme) else self.start)
 
     def _new_teacher(self) -> Teacher:
-        """Build the teacher; of its states, only that at the smallest level is wanted."""
+        """Build the teacher; of its states, those at the smallest level and the end are wanted."""
         teacher = make_teacher(
             self._base,
             self._like,
@@ -362,8 +383,8 @@ class ScheduleLearning(Agent):
             self.scale,
             integer=self.integer_times,
         )
-        last = self._objective.rows(self._base) - 1
-        return dataclasses.replace(teacher, targets=teacher.targets[last : last + 1])
+        smallest = self._objective.rows(self._base) - 1
+        return dataclasses.replace(teacher, targets=teacher.targets[smallest:])
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -401,21 +422,23 @@ class ScheduleLearning(Agent):
     @property
     def timesteps_per_round(self) -> int:
         """Denoiser calls on single samples of the next round."""
-        return self._cost(self._updates, first=not self.num_timesteps)
+        return self._cost(self._alternation, self._updates, first=not self.num_timesteps)
 
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done, if none is cut short."""
         if self.done:
             return 0
-        updates, tuned, total = self._updates, self._tuned, 0
+        alternation, updates, tuned = self._alternation, self._updates, self._tuned
+        total = 0
         for left in range(max(rounds - self.rounds, 0), 0, -1):
-            total += self._cost(updates, first=left == rounds and not self.num_timesteps)
+            first = left == rounds and not self.num_timesteps
+            total += self._cost(alternation, updates, first)
             if updates < self._level_rounds:
                 updates += 1
             else:
                 tuned += 1
             if updates == self._level_rounds and tuned >= self.tuning_rounds:
-                updates = tuned = 0
+                alternation, updates, tuned = alternation + 1, 0, 0
         return total
 
     @property
@@ -423,15 +446,17 @@ class ScheduleLearning(Agent):
         """Timesteps that `learn` needs for all that the settings call for."""
         return self.timesteps_until(self.planned_rounds)
 
-    def _cost(self, updates: int, first: bool) -> int:
-        """Count the calls of a round that comes after so many updates of the levels."""
-        if updates >= self._level_rounds:
-            return self.tuning_batch_size
+    def _cost(self, alternation: int, updates: int, first: bool) -> int:
+        """Count the calls of a round, so many alternations and updates of the levels in."""
         count = 0
         if first and self.target == "teacher":
             count += 2 * self.batches * self.batch_size * self.teacher.tableau.nfe
-        if updates == 0 and self.start in get_args(Programme):
-            count += GRID * self.batch_size
+        if updates >= self._level_rounds:
+            calls = 2 * self._base.steps if self.tuning_weights == "rollout" else 1
+            return count + calls * self.tuning_batch_size
+        if updates == 0 and self._begins_with_programme(alternation):
+            nodes = int((self._grid().times > 0).sum())
+            count += (nodes - (self.start == "trajectory-dp")) * self.batch_size
         levels = len(self._parameters) + 2
         if self.gradient == "exact":
             # Each call is made once on the way down, and once more for its derivatives.
@@ -442,6 +467,11 @@ class ScheduleLearning(Agent):
         if self._diffusion_weight and self.gradient != "none":
             count += (levels - 1) * self.batch_size
         return count
+
+    def _begins_with_programme(self, alternation: int) -> bool:
+        """Whether stage one begins with a dynamic programme in this alternation."""
+        again = alternation > 0 and self.gradient != "none"
+        return self.start in get_args(Programme) and not again
 
     @property
     def _level_rounds(self) -> int:
@@ -462,6 +492,8 @@ class ScheduleLearning(Agent):
         metrics = self._learn_levels() if in_stage_one else self._tune()
         self.num_timesteps += cost
         if self._updates >= self._level_rounds and self._tuned >= self.tuning_rounds:
+            if self.tuning_rounds:
+                self.errors["tuned"] = self._held_out_error()
             self._alternation += 1
             self._updates = self._tuned = 0
         return metrics
@@ -497,27 +529,36 @@ class ScheduleLearning(Agent):
         if self._alternation == 0 and self.check_teacher and self.target == "teacher":
             noise = self.make_batches()[-1].noise
             self.errors["teacher"] = judge_teacher(
-                self.teacher, self._base, self._like, self.scale, self._original, noise
+                self.teacher,
+                self._base,
+                self._like,
+                self.scale,
+                self._original,
+                noise,
+                self.integer_times,
             )
-        again = self._alternation > 0 and self.gradient != "none"
-        if self.start in get_args(Programme) and not again:
+        if self._begins_with_programme(self._alternation):
             self._move_to(self._map.parameters(self._programme()))
         start = self._parameters.detach().clone()
         self._watch = _Watch(before, start, self._held_out_error(), start)
         self._descent = torch.optim.Adam([self._parameters])
 
-    def _descend(self, batch: Batch) -> Slope:
-        """Take one step of Adam on the levels' parameters."""
+    def slope(self, batch: Batch) -> Slope:
+        """Return stage one's objective on a batch, with its derivatives by the levels."""
         clean = None
         if self._diffusion_weight:
             clean = self.mdp.target.sample(self.batch_size, self.generator)
         denoiser = self.sampling_denoiser
         with frozen(denoiser):
-            slope = self._objective.slope(denoiser, self.levels, batch, clean, self.generator)
+            return self._objective.slope(denoiser, self.levels, batch, clean, self.generator)
+
+    def _descend(self, batch: Batch) -> Slope:
+        """Take one step of Adam on the levels' parameters."""
+        slope = self.slope(batch)
         self._descent.zero_grad()
         self._map.levels(self._parameters).backward(slope.gradient)
         rate = self.schedule_learning_rate * self._cosine(self._updates / self._level_rounds)
-        set_learning_rate(self._descent, rate)
+        set_learning_rate(self._descent, rate * min((self._updates + 1) / WARM_UP, 1.0))
         self._descent.step()
         self._move_to(self._parameters.detach())
         return slope
@@ -533,7 +574,8 @@ class ScheduleLearning(Agent):
         assert watch is not None
         if watch.first_ratio is None:
             watch.first_ratio = ratio
-        if ratio >= self.collapse * watch.first_ratio:
+        # Samples that spread wider than their targets may well come together.
+        if ratio >= self.collapse * min(watch.first_ratio, 1.0):
             watch.sound, watch.low = parameters, 0
             return
         watch.low += 1
@@ -556,7 +598,7 @@ class ScheduleLearning(Agent):
 
     def _held_out_error(self) -> float:
         held_out = self.make_batches()[self.batches :]
-        return self._objective.error(self.sampling_denoiser, self.levels, held_out)
+        return self._objective.error(self.sampling_denoiser, self.tableau, held_out)
 
     def _compare_with_best(self) -> float:
         """Return the error on held-out noise; remember the levels if it is the least so far."""
@@ -581,36 +623,28 @@ class ScheduleLearning(Agent):
     def _programme(self) -> Tensor:
         """Return the levels that a dynamic programme finds."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        count, denoiser = len(self._parameters) + 2, self.sampling_denoiser
+        count, grid = len(self._parameters) + 2, self._grid()
         if self.start == "trajectory-dp":
-            times = schedule_at(self._grid(), self._like)
-            teacher = make_solver("dpm-solver-2m", times)
+            teacher = make_solver("dpm-solver-2m", grid)
             noise = self.mdp.initial(self.batch_size, generator)
             return trajectory_programme(teacher, self._original, noise, count)
         clean = self.mdp.target.sample(self.batch_size, generator)
-        return diffusion_programme(denoiser, self._grid(), count, clean, generator)
+        times = grid.times[grid.times > 0]
+        return diffusion_programme(self.sampling_denoiser, times, count, clean, generator)
 
-    def _grid(self) -> Tensor:
-        """Return the levels that the programmes choose from, even on Karras's scale."""
-        ends = LevelMap(self._map.least, self._map.greatest)
-        grid = ends.levels(torch.ones(GRID - 2, dtype=torch.float64))
+    def _grid(self) -> Schedule:
+        """Return the times that the programmes choose from, even on Karras's scale."""
+        even = LevelMap(self._map.least, self._map.greatest)
+        grid = schedule_at(even.levels(torch.ones(GRID - 2, dtype=torch.float64)), self._like)
         if not self.integer_times:
             return grid
-        process = self.mdp.process
-        whole = time_of_level(process, grid[1:-1]).round().unique().flip(0)
-        inner = level_of_time(process, whole[whole > 0])
-        inside = (inner < grid[0]) & (inner > grid[-1])
-        return torch.cat([grid[:1], inner[inside], grid[-1:]])
+        return Schedule(self.mdp.process, grid.times.round().unique().flip(0))
 
     def _tune(self) -> dict[str, Tensor]:
-        """Take one gradient step on the denoiser, at the schedule's levels."""
+        """Take one gradient step on the denoiser."""
         assert self.optimizer is not None
-        clean = self.mdp.target.sample(self.tuning_batch_size, self.generator)
-        loss = tuning_loss(
-            self.denoiser, self.levels, clean, self.tuning_weights, self.last_weight, self.generator
-        )
         self.optimizer.zero_grad()
-        loss.backward()
+        loss = self._rollout_loss() if self.tuning_weights == "rollout" else self._denoising_loss()
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.denoiser.parameters(), self.max_grad_norm or math.inf
         )
@@ -619,7 +653,31 @@ class ScheduleLearning(Agent):
         self.optimizer.step()
         self.averaged.update()
         self._tuned += 1
-        return {"train/loss": loss.detach(), "train/grad_norm": grad_norm}
+        return {"train/loss": loss, "train/grad_norm": grad_norm}
+
+    def _denoising_loss(self) -> Tensor:
+        """Return the loss on real samples at the schedule's levels, with its gradient."""
+        clean = self.mdp.target.sample(self.tuning_batch_size, self.generator)
+        weights: TuningWeights = self.tuning_weights
+        loss = tuning_loss(
+            self.denoiser, self.levels, clean, weights, self.last_weight, self.generator
+        )
+        loss.backward()
+        return loss.detach()
+
+    def _rollout_loss(self) -> Tensor:
+        """Return the finished samples' distance from the teacher's, with its gradient."""
+        fitted = self.make_batches()[: self.batches]
+        noise, finished = (
+            torch.cat([getattr(batch, part) for batch in fitted]) for part in ("noise", "finished")
+        )
+        size = (self.tuning_batch_size,)
+        drawn = torch.randint(len(noise), size, generator=self.generator, device=self.device)
+        weights = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
+        loss, _, _ = backpropagate(
+            self.tableau, self.denoiser, noise[drawn], finished[drawn], self.tableau.steps, weights
+        )
+        return torch.tensor(loss)
 
     def make_batches(self) -> list[Batch]:
         """Return the pool, made once: the batches to learn on, then as many held-out ones.
@@ -642,7 +700,10 @@ class ScheduleLearning(Agent):
         """Set the levels' parameters, and build the sampler that they make."""
         with torch.no_grad():
             self._parameters.copy_(parameters)
-        self._schedule = schedule_at(self.levels, self._like)
+        schedule = schedule_at(self.levels, self._like)
+        if self.integer_times:
+            schedule = Schedule(schedule.process, schedule.times.round())
+        self._schedule = schedule
         self._tableau = self._objective.build(self._schedule)
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -698,7 +759,8 @@ class ScheduleLearning(Agent):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self._descent.load_state_dict(state["descent"])
-        if self.optimizer is not None:
+        # None: saved by an agent without stage two.
+        if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self._original.body.load_state_dict(state["original"])
         self._alternation, self._updates, self._tuned = state["position"]

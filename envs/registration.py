@@ -64,7 +64,7 @@ def make_mdp(
     name: str,
     *,
     steps: int | None = None,
-    schedule: Schedule | str | None = None,
+    schedule: Schedule | str | Path | None = None,
     reward: Reward | None = None,
     device: torch.device | str = "cpu",
     data_dir: str | Path | None = None,
@@ -95,7 +95,7 @@ def make_mdp(
     if name not in ENVIRONMENTS:
         raise unknown_name("environment", name, ENVIRONMENTS)
     known = ENVIRONMENTS[name]
-    if isinstance(schedule, str) and schedule.endswith(".json"):
+    if isinstance(schedule, str | Path) and str(schedule).endswith(".json"):
         schedule = Schedule.load(schedule)
     if isinstance(schedule, Schedule):
         if steps not in (None, schedule.steps):
@@ -106,7 +106,7 @@ def make_mdp(
             )
         process = schedule.process if process is None else process
     else:
-        schedule = schedule or known.schedule
+        schedule = str(schedule or known.schedule)
         if steps is None:
             times = listed_times(schedule)
             steps = known.steps if times is None else len(times) - 1

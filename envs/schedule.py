@@ -93,8 +93,13 @@ class Schedule:
 
     @property
     def spacing(self) -> Spacing:
-        """The variable that its times are even in, a ``spacing`` of ``refine_times``."""
-        return "time" if self.recipe is None else _SPACINGS.get(self.recipe[0], "time")
+        """The variable that its times are even in, a ``spacing`` of ``refine_times``.
+
+        A list of times is split evenly in time, but one of noise levels as Karras's grid is.
+        """
+        if self.recipe is None:
+            return "time" if isinstance(self.process, DiscreteVP) else "karras"
+        return _SPACINGS.get(self.recipe[0], "time")
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """``alpha`` and ``sigma`` at the times, ``(K + 1,)`` float64 each, for the solvers."""
@@ -299,7 +304,9 @@ class Schedule:
             raise ValueError(f"{path} has version {tree.get('version')!r}; this fewstep reads 1.")
         try:
             return cls.from_config(tree)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged: it lacks {error}.") from None
+        except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
     def __eq__(self, other: object) -> bool:

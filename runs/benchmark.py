@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.markdown import Markdown
@@ -22,12 +22,16 @@ from .folder import RunFolder, write_json
 from .logs import read_live_metric
 from .measurements import MEASUREMENTS
 from .plots import curve_figure, save_figure
+from .schedule_studies import SCHEDULE_STUDIES, ScheduleStudy
+from .schedule_study import run_schedule_study
 from .settings import Settings, defaults
-from .solver_studies import SOLVER_STUDIES
+from .solver_studies import SOLVER_STUDIES, SolverStudy
 from .solver_study import run_solver_study
 from .studies import STUDIES, Contender, Study
 from .tables import spread, table
 from .train import Run, build_mdp
+
+BudgetStudy = TypeVar("BudgetStudy", SolverStudy, ScheduleStudy)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     settings = tyro.cli(BenchmarkSettings, args=list(argv), prog="fewstep benchmark")
     titles = {name: study.title for name, study in STUDIES.items()}
     titles |= {name: study.title for name, study in SOLVER_STUDIES.items()}
+    titles |= {name: study.title for name, study in SCHEDULE_STUDIES.items()}
     titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
     if settings.study == "list":
         for name, title in titles.items():
@@ -85,13 +90,11 @@ def main(argv: Sequence[str]) -> None:
         results, text = MEASUREMENTS[settings.study].measure(settings.device)
         write_json(folder / "results.json", results)
     elif settings.study in SOLVER_STUDIES:
-        solver_study = SOLVER_STUDIES[settings.study]
-        solver_study = dataclasses.replace(
-            solver_study,
-            seeds=settings.seeds or solver_study.seeds,
-            budgets=settings.steps or solver_study.budgets,
-        )
+        solver_study = _narrowed(SOLVER_STUDIES[settings.study], settings)
         text = run_solver_study(solver_study, folder, settings.device, settings.rounds)
+    elif settings.study in SCHEDULE_STUDIES:
+        schedule_study = _narrowed(SCHEDULE_STUDIES[settings.study], settings)
+        text = run_schedule_study(schedule_study, folder, settings.device, settings.rounds)
     else:
         study = STUDIES[settings.study]
         study = dataclasses.replace(
@@ -101,6 +104,15 @@ def main(argv: Sequence[str]) -> None:
     write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
     console.print(Markdown(text))
     console.print(f"Results: {folder}")
+
+
+def _narrowed(study: BudgetStudy, settings: BenchmarkSettings) -> BudgetStudy:
+    """Return a study with the seeds and the network calls that the flags name."""
+    return dataclasses.replace(
+        study,
+        seeds=settings.seeds or study.seeds,
+        budgets=settings.steps or study.budgets,
+    )
 
 
 def run_study(study: Study, settings: BenchmarkSettings, folder: Path) -> str:

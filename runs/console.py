@@ -54,3 +54,21 @@ def print_fit(
     console.print(table)
     finished = ", ".join(f"{key} {figure(value)}" for key, value in errors.items())
     console.print(f"Squared errors of finished samples: {finished}")
+
+
+def print_levels(
+    before: Sequence[float],
+    after: Sequence[float],
+    weights: Sequence[float],
+    errors: Mapping[str, float],
+) -> None:
+    """Print a learned schedule beside the one before, and what learning did to the error."""
+    table = Table(title="What schedule learning did", title_justify="left")
+    for column in ("call", "level before", "level learned", "lambda"):
+        table.add_column(column, justify="right")
+    for j, (old, new) in enumerate(zip(before, after, strict=True)):
+        weight = figure(weights[j]) if j < len(weights) else "-"
+        table.add_row(str(j + 1), f"{old:.4g}", f"{new:.4g}", weight)
+    console.print(table)
+    finished = ", ".join(f"{key} {figure(value)}" for key, value in errors.items())
+    console.print(f"Squared errors at the last level, held-out noise: {finished}")

@@ -24,18 +24,20 @@ def build_environment(
     solver: str,
     device: str,
     data_dir: Path | None,
+    default_schedule: str | None = None,
 ) -> DiffusionMDP:
     """Build the environment's decision process.
 
-    Without a named schedule, a VE process gets Karras's, and a solver that works in log-SNR one
-    that ends at `process.t_min` instead of 0.
+    Without a named schedule it gets `default_schedule`, or else the environment's, on a VE process
+    Karras's; for a solver that works in log-SNR it ends at `process.t_min` instead of 0.
 
     Raises:
         ValueError: a name or an option that does not exist.
     """
     to_t_min = solver in SOLVERS and SOLVERS[solver].to_t_min
     if schedule is None and name in ENVIRONMENTS:
-        schedule = "karras" if isinstance(process, VE) else ENVIRONMENTS[name].schedule
+        own = "karras" if isinstance(process, VE) else ENVIRONMENTS[name].schedule
+        schedule = default_schedule or own
         if to_t_min and listed_times(schedule) is None:
             end = (
                 {"end": 1.0 if process is None else process.t_min}

@@ -4,6 +4,7 @@ logs/SwissRoll__sft-pg__10__seed0__20260101-120000/
     config.json              resolved settings; `--config` reads them back
     denoiser.safetensors     the cloned denoiser's training, where every agent starts
     checkpoint.safetensors   the agent's training; `--resume` goes on from it (D-ODE: tableau.json)
+    schedule.json tableau.json   what schedule learning found: the times, and the sampler on them
     progress.csv tensorboard/ results.json samples.png trajectories.png curve.png
 """
 
@@ -22,6 +23,7 @@ from ..envs.files import write_atomically
 from .settings import Settings
 
 CLONING, CHECKPOINT = "denoiser.safetensors", Agent.checkpoint_name
+TABLEAU, SCHEDULE = DODE.checkpoint_name, "schedule.json"
 
 
 class RunFolder:
@@ -132,6 +134,6 @@ def denoiser_file(path: Path) -> Path:
 
 
 def tableau_file(path: Path) -> Path | None:
-    """Find the distilled tableau of a run folder, or of a file's folder; None if it has none."""
-    candidate = (path if path.is_dir() else path.parent) / DODE.checkpoint_name
+    """Find the learned tableau of a run folder, or of a file's folder; None if it has none."""
+    candidate = (path if path.is_dir() else path.parent) / TABLEAU
     return candidate if candidate.is_file() else None

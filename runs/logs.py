@@ -92,10 +92,17 @@ def read_progress(path: Path) -> list[dict[str, str]]:
 
 def read_live_metric(path: Path) -> tuple[list[float], list[float]] | None:
     """Return timesteps and values of the live metric in a progress.csv, None if it has none."""
-    rows = [row for row in read_progress(path) if LIVE_METRIC in row]
+    return read_metric(path, LIVE_METRIC)
+
+
+def read_metric(
+    path: Path, name: str, against: str = STEP
+) -> tuple[list[float], list[float]] | None:
+    """Return two columns of a progress.csv where both are filled, None if they never are."""
+    rows = [row for row in read_progress(path) if name in row and against in row]
     if not rows:
         return None
-    return [float(row[STEP]) for row in rows], [float(row[LIVE_METRIC]) for row in rows]
+    return [float(row[against]) for row in rows], [float(row[name]) for row in rows]
 
 
 class ResumableTensorBoard(TensorBoardOutputFormat):

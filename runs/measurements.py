@@ -1,14 +1,12 @@
-"""What training costs, measured: stepping overhead, where an iteration's time goes, memory.
+"""What training costs, measured: stepping overhead, where an iteration's time goes, fits, memory.
 
-Each measurement returns its figures and a Markdown table; `fewstep benchmark
-overhead|profile|memory`. Ratios come from one process with the compared loops interleaved, since
+Each measurement returns its figures and a Markdown table; `fewstep benchmark overhead|profile|...`.
+Ratios come from one process with the compared loops interleaved, since
 the machine may be busy.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,21 +16,19 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..agents import DODE, SFT, SFTPG, Denoiser
-from ..agents.base import Agent
-from ..agents.networks import make_body
+from ..agents import DODE, SFTPG
 from ..agents.solvers import SOLVERS
-from ..envs import DiffusionMDP, Schedule
+from ..envs import Schedule
 from ..envs.mdp import no_reward
 from ..envs.process import make_process
 from ..envs.registration import make_mdp
+from .memory import gradient_memory, memory
 from .sampling_speed import by_turns, sampling
 from .settings import resolve_device
+from .subjects import swiss_roll, untrained
 from .tables import table
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -181,62 +177,13 @@ def fitting(device: str) -> tuple[dict[str, Any], str]:
     return figures, table(head, rows)
 
 
-def memory(device: str) -> tuple[dict[str, Any], str]:
-    """Measure the peak memory of one round at K = 10 and K = 100, each in a fresh process."""
-    cases: list[tuple[str, type[Agent], dict[str, Any]]] = [
-        ("SFT-PG", SFTPG, {"minibatch_size": 20_480}),
-        ("SFT", SFT, {}),
-        ("SFT, gradient checkpointing", SFT, {"gradient_checkpointing": True}),
-    ]
-    figures: dict[str, Any] = {}
-    rows = []
-    context = multiprocessing.get_context("spawn")
-    for label, agent, options in cases:
-        peaks = []
-        for steps in (10, 100):
-            with context.Pool(1) as pool:
-                peaks.append(pool.apply(peak_of_round, (agent, steps, options, device)))
-        trajectory = 4 * 2 * 101 * 2048 * 2 / MIB
-        figures[label] = {"K=10": peaks[0], "K=100": peaks[1], "trajectory_K=100": trajectory}
-        rows.append([label, *(f"{peak:.0f}" for peak in peaks), f"{peaks[1] - peaks[0]:+.0f}"])
-    head = ["peak of a round, batch 2048, 2 critic steps (MiB)", "K = 10", "K = 100", "growth"]
-    note = f"The stored trajectories are {trajectory:.1f} MiB at K = 100."
-    return figures, f"{table(head, rows)}\n\n{note}"
-
-
-def peak_of_round(
-    agent: type[Agent], steps: int, options: dict[str, Any], device: str, batch_size: int = 2048
-) -> float:
-    """Return by how many MiB one round raises this process's peak memory (or the GPU's)."""
-    mdp = swiss_roll(steps, device)
-    counts: dict[str, Any] = {"batch_size": batch_size, "n_critic": 2, "n_generator": 1}
-    learner = agent(mdp, untrained(mdp), **counts, **options)
-    if mdp.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        learner.learn(1)
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    # ru_maxrss is in KiB on Linux.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    learner.learn(1)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def swiss_roll(steps: int, device: str) -> DiffusionMDP:
-    """Build the swiss-roll environment with a free reward, for agents that bring a critic."""
-    return make_mdp("SwissRoll", steps=steps, device=resolve_device(device), reward=no_reward)
-
-
-def untrained(mdp: DiffusionMDP) -> Denoiser:
-    """Build a denoiser with random weights: speed and memory do not depend on training."""
-    body: nn.Module = make_body(mdp.shape, int(mdp.process.t_max))
-    return Denoiser(body, mdp.process).to(mdp.device)
-
-
 MEASUREMENTS: dict[str, Measurement] = {
     "overhead": Measurement("What stepping the vector environment adds to network calls", overhead),
     "profile": Measurement("Where an SFT-PG iteration spends its time", profile),
     "fitting": Measurement("What a D-ODE fit costs beside its teacher's calls", fitting),
     "sampling": Measurement("Our sampling loop, a bare loop and diffusers' schedulers", sampling),
     "memory": Measurement("Peak memory of a round at K = 10 and 100", memory),
+    "gradient-memory": Measurement(
+        "Peak memory of a schedule's gradient at K = 10 and 100", gradient_memory
+    ),
 }

@@ -37,19 +37,19 @@ def samples_figure(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
     return figure
 
 
-def trajectories_figure(rows: Mapping[str, Tensor], real: Tensor, times: Sequence[float]) -> Figure:
+def trajectories_figure(rows: Mapping[str, tuple[Tensor, Sequence[float]]], real: Tensor) -> Figure:
     """Draw the chain of samples, one row a sampler, one column a step (six at most).
 
     Args:
-        rows: title -> trajectories (K + 1, N, *shape), the noisiest state first.
+        rows: title -> trajectory (K + 1, N, *shape), the noisiest state first, and the K + 1 times
+            of its states.
         real: real samples (M, *shape), drawn faintly behind.
-        times: the K + 1 times of the states.
     """
-    last = len(times) - 1
+    last = min(len(times) for _, times in rows.values()) - 1
     steps = sorted({round(last * i / 5) for i in range(6)})
     image = real.ndim == 4
     figure, axes = new_figure(len(rows), len(steps), size=2.2)
-    for axes_row, (title, trajectory) in zip(axes, rows.items(), strict=True):
+    for axes_row, (title, (trajectory, times)) in zip(axes, rows.items(), strict=True):
         for axis, step in zip(axes_row, steps, strict=True):
             if image:
                 draw_samples(axis, trajectory[step][:16], real)
@@ -57,7 +57,7 @@ def trajectories_figure(rows: Mapping[str, Tensor], real: Tensor, times: Sequenc
                 draw_samples(axis, trajectory[step][:2000], real, limits=2.0)
                 paths = trajectory[: step + 1, :24].cpu().numpy()
                 axis.plot(paths[..., 0], paths[..., 1], color=PATH, linewidth=0.5, alpha=0.7)
-            axis.set_title(f"{title}, t = {times[step]:g}", fontsize=8)
+            axis.set_title(f"{title}, t = {times[step]:.4g}", fontsize=8)
     return figure
 
 
@@ -104,6 +104,43 @@ def lambdas_figure(times: Sequence[float], lambdas: Sequence[np.ndarray]) -> Fig
     axis.set_xlabel("time of the network call")
     axis.set_ylabel("lambda")
     axis.grid(alpha=0.3)
+    return figure
+
+
+def schedule_figure(
+    levels: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
+    history: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+) -> Figure:
+    """Draw a learned schedule, what it weighs, and how it was learned (paper B, Figs. 3 and 4).
+
+    Args:
+        levels: name -> (T,) noise levels, the noisiest first.
+        weights: name -> (T - 1,) weights lambda of the network's outputs.
+        history: name -> updates and values, of the losses and the "variance ratio"; it may be
+            empty.
+    """
+    figure, axes = new_figure(1, 3, size=4.2)
+    for name, values in levels.items():
+        axes[0, 0].plot(range(len(values)), values, marker="o", markersize=4, label=name)
+    for name, values in weights.items():
+        axes[0, 1].plot(range(len(values)), values, marker="o", markersize=4, label=name)
+    ratio = axes[0, 2].twinx()
+    for name, (updates, values) in history.items():
+        if name == "variance ratio":
+            ratio.plot(updates, values, color=REAL, linestyle="--")
+        else:
+            axes[0, 2].plot(updates, values, label=name)
+    ratio.set_ylim(bottom=0)
+    ratio.set_ylabel("variance of samples / of targets (dashed)", color=REAL)
+    titles = ("noise level of each call", "weight lambda of each call", "stage one")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("update" if axis is axes[0, 2] else "network call")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
     return figure
 
 
@@ -155,11 +192,12 @@ def paths_figure(
     return figure
 
 
-def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Draw by which factor distillation reduces an error.
+def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], meaning: str) -> Figure:
+    """Draw by which factor learning reduces an error.
 
     Args:
         panels: environment -> series (a legend's entry) -> row -> factor.
+        meaning: what is divided by what.
     """
     rows = list(
         dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
@@ -186,7 +224,7 @@ def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> F
     axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
     axes[0].invert_yaxis()
     axes[-1].legend(fontsize=8)
-    figure.supxlabel("base error / distilled error (right of the line is better)")
+    figure.supxlabel(f"{meaning} (right of the line is better)")
     return figure
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents import DODE, BehaviorCloning
+from ..agents import DODE, BehaviorCloning, ScheduleLearning
 from ..envs.names import unknown_name
 
 Values = dict[str, Any]
@@ -64,6 +64,10 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
 # process, one noising a step, is neither.
 PROCESSES: dict[tuple[str, str], str] = {
     (env, DODE.name): "sigmoid-1000" for env in ("SwissRoll", "Moons", "GaussianCluster")
+} | {
+    # Noise levels are EDM's idea, and its network is smooth in them.
+    (env, ScheduleLearning.name): "ve"
+    for env in ("SwissRoll", "Moons", "GaussianCluster", "Digits")
 }
 
 

@@ -37,8 +37,8 @@ class PretrainedSettings:
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
-    uniform_torch, ddim-uniform, or a list such as 1000,400,90,0; if omitted the environment's
-    default."""
+    uniform_torch, ddim-uniform, a list such as 1000,400,90,0, or the schedule.json of a run of
+    schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
     seed: int = 0

@@ -44,16 +44,17 @@ class TrainSettings:
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
-    uniform_torch, ddim-uniform, or a list such as 1000,400,90,0; if omitted the environment's
-    default."""
+    uniform_torch, ddim-uniform, a list such as 1000,400,90,0, or the schedule.json of a run of
+    schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
     process: str | None = None
     """Noise process of a cloned denoiser: sigmoid-1000, linear-1000, cosine-1000 (any number of
     noisings), ve or ve-0.002-80; if omitted the environment's, on the toys with as many noisings as
-    steps."""
+    steps. A schedule.json brings its own."""
     rounds: int = 1
-    """Rounds of training of the agent; dode has its own number: a fit, and --refine-steps."""
+    """Rounds of training of the agent; dode has its own number, a fit and --refine-steps, and so
+    has schedule: --schedule-rounds and --tuning-rounds."""
     prediction: str | None = None
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""

@@ -62,7 +62,8 @@ def run_solver_study(study: SolverStudy, folder: Path, device: str, rounds: int 
                     )
                     records += list(_cells(study, variants, world, folder / "cells"))
                     write_json(folder / "results.json", records)
-    save_figure(factors_figure(factors_of(study, records)), folder / "plot.png")
+    figure = factors_figure(factors_of(study, records), "base error / distilled error")
+    save_figure(figure, folder / "plot.png")
     return table_of(study, records)
 
 
@@ -106,6 +107,7 @@ class World:
         rounds: int | None,
     ) -> None:
         self.environment, self.seed = environment, seed
+        self.has_network = environment != MIXTURE
         self.key = f"{environment}__{'edm' if edm else 'vp'}__seed{seed}"
         self._trained = lambda name: trained_denoiser(
             environment, name, seed, denoisers, device, rounds
@@ -138,7 +140,7 @@ class World:
         """Score a base solver and its treatments with a budget of network calls."""
         schedule, base = self._base(variant, budget)
         mdp = DiffusionMDP(self.target, self.process, schedule, no_reward)
-        scores = {"base": self._score(base)}
+        scores = {"base": self.score(base)}
         fits = {}
         for label, settings in treatments.items():
             if settings.get("form") == "lookahead" and base.output != "sample":
@@ -155,7 +157,7 @@ class World:
                 # The table says which distilled solvers are worse, and why is in the records.
                 warnings.simplefilter("ignore", UserWarning)
                 agent.learn(agent.total_timesteps)
-            scores[label] = self._score(agent.tableau)
+            scores[label] = self.score(agent.tableau)
             fits[label] = agent.state()["fits"]
         return {
             "env": self.environment,
@@ -196,12 +198,18 @@ class World:
         return made[-1], tableau
 
     @torch.no_grad()
-    def _score(self, tableau: Tableau) -> dict[str, float]:
-        """Return the error to the reference and the distances to real data."""
-        states = tableau.sample(self.denoiser, self._held_out())
+    def score(self, tableau: Tableau, denoiser: Denoiser | None = None) -> dict[str, float]:
+        """Return the error to the reference and the distances to real data.
+
+        Args:
+            tableau: the sampler.
+            denoiser: what it asks, if not this world's denoiser; the reference stays its.
+        """
+        denoiser = denoiser or self.denoiser
+        states = tableau.sample(denoiser, self._held_out())
         reference = self._reference(float(tableau.times[0]), float(tableau.times[-1]))
         error = float((states - reference).square().sum(dim=tuple(range(1, states.ndim))).mean())
-        sampler = sampler_of(tableau, self.denoiser, tuple(self.target.shape))
+        sampler = sampler_of(tableau, denoiser, tuple(self.target.shape))
         return {"error": error, **self.evaluation(sampler, self.seed)}
 
     def _held_out(self) -> Tensor:

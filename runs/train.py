@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..agents import AGENTS, DODE, BehaviorCloning, Denoiser
+from ..agents import AGENTS, BehaviorCloning, Denoiser, ScheduleLearning
 from ..agents.base import Agent
 from ..agents.denoiser import edm_time_range
 from ..agents.networks import make_body
@@ -22,19 +22,14 @@ from ..agents.tableau import Tableau
 from ..agents.training import seeded
 from ..envs import VE, DiffusionMDP
 from ..envs.process import NoiseProcess, make_process
-from .console import console, print_fit, print_results
+from .console import console, print_results
 from .environment import build_environment, check_fits
 from .evaluation import NOISE_SEED, Evaluation, combine
 from .folder import RunFolder, denoiser_file
 from .logs import make_logger, read_live_metric
 from .monitor import Monitor
-from .plots import (
-    curve_figure,
-    lambdas_figure,
-    samples_figure,
-    save_figure,
-    trajectories_figure,
-)
+from .plots import curve_figure, samples_figure, save_figure, trajectories_figure
+from .reports import report_agent, save_sampler
 from .settings import Settings, parse, resumed_folder
 
 PICTURED = 4000
@@ -151,7 +146,7 @@ class Run:
             self.evaluation,
             run.evaluations,
             {"env": run.env, "agent": agent.name, "steps": self.mdp.steps, **agent.settings()},
-            on_save=lambda: self.folder.update_results(seconds=self.seconds),
+            on_save=lambda: self._saved(agent),
         )
         agent.learn(
             remaining,
@@ -163,6 +158,11 @@ class Run:
         if monitor.interrupted:
             raise InterruptedRun
         return agent
+
+    def _saved(self, agent: Agent) -> None:
+        """Write what goes with a checkpoint."""
+        save_sampler(agent, self.folder)
+        self.folder.update_results(seconds=self.seconds)
 
     # -- what a person sees --------------------------------------------------------------------
 
@@ -178,8 +178,7 @@ class Run:
             for name, sampler in samplers.items()
         }
         self._pictures(samplers)
-        if isinstance(agent, DODE):
-            self._report_fit(agent)
+        report_agent(agent, self.folder)
         results = self.folder.update_results(
             env=self.settings.run.env,
             agent=agent.name,
@@ -192,21 +191,13 @@ class Run:
         console.print(f"Results, pictures and checkpoint: {self.folder.path}")
         return results
 
-    def _report_fit(self, agent: DODE) -> None:
-        """Show what each step's parameters did, and what all of them did together."""
-        times = agent.base.times.tolist()
-        print_fit(agent.base.name, times, agent.fits, agent.errors)
-        save_figure(lambdas_figure(times, agent.lambdas), self.folder.path / "lambdas.png")
-        state = agent.state()
-        self.folder.update_results(errors=state["errors"], fits=state["fits"])
-
     def _pictures(self, samplers: dict[str, tuple[Tableau, Denoiser]]) -> None:
         real = self.mdp.target.samples
         trajectories = {}
         for name, (tableau, denoiser) in samplers.items():
             generator = torch.Generator(self.mdp.device).manual_seed(NOISE_SEED)
             with torch.no_grad():
-                trajectories[name] = sample(
+                states = sample(
                     tableau,
                     denoiser,
                     PICTURED,
@@ -214,11 +205,11 @@ class Run:
                     generator=generator,
                     return_trajectory=True,
                 )
-        panels = {name: states[-1] for name, states in trajectories.items()} | {"data": real}
-        times = samplers["after"][0].times.tolist()
+            trajectories[name] = states, tableau.times.tolist()
+        panels = {name: states[-1] for name, (states, _) in trajectories.items()} | {"data": real}
         folder = self.folder.path
         save_figure(samples_figure(panels, real), folder / "samples.png")
-        save_figure(trajectories_figure(trajectories, real, times), folder / "trajectories.png")
+        save_figure(trajectories_figure(trajectories, real), folder / "trajectories.png")
         curve = read_live_metric(folder / "progress.csv")
         if curve:
             figure = curve_figure(
@@ -255,8 +246,10 @@ def build_mdp(settings: Settings) -> DiffusionMDP:
     run = settings.run
     if run.denoiser is not None:
         process: NoiseProcess | None = Denoiser.load(denoiser_file(run.denoiser)).process
+    elif run.process is None or (run.schedule or "").endswith(".json"):
+        process = None
     else:
-        process = None if run.process is None else make_process(run.process)
+        process = make_process(run.process)
     return build_environment(
         run.env,
         steps=run.steps,
@@ -266,6 +259,7 @@ def build_mdp(settings: Settings) -> DiffusionMDP:
         solver=settings.agent["solver"],
         device=run.device,
         data_dir=run.data_dir,
+        default_schedule="karras" if run.agent == ScheduleLearning.name else None,
     )
 
 

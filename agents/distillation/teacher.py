@@ -109,6 +109,7 @@ def errors_against_finer(
     scale: int,
     denoiser: Denoiser,
     noise: Tensor,
+    integer: bool = False,
 ) -> tuple[float, float]:
     """Measure a teacher and the student's base solver against a much finer solver.
 
@@ -119,12 +120,15 @@ def errors_against_finer(
         scale: the teacher's steps for each of the student's.
         denoiser: the network.
         noise: (N, *shape) of which no more is used than needed.
+        integer: round the finer solver's times to whole noisings.
 
     Returns:
         The mean squared errors of the finished samples of teacher and student.
     """
     checked = noise[: max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES)]
-    finer = make_teacher(student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale)
+    finer = make_teacher(
+        student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale, integer=integer
+    )
     truth = [Batch(checked, finer.states(denoiser, checked)[-1].unsqueeze(0))]
     return (
         final_error(teacher.tableau, denoiser, truth),
@@ -139,9 +143,10 @@ def judge_teacher(
     scale: int,
     denoiser: Denoiser,
     noise: Tensor,
+    integer: bool = False,
 ) -> float:
     """Return the teacher's error of `errors_against_finer`; warn unless the student's is larger."""
-    error, base = errors_against_finer(teacher, student, schedule, scale, denoiser, noise)
+    error, base = errors_against_finer(teacher, student, schedule, scale, denoiser, noise, integer)
     if error >= base > 0:
         warnings.warn(
             f"The teacher {teacher.tableau.name} of {teacher.tableau.nfe} calls is no better than "

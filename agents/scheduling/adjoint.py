@@ -10,7 +10,7 @@ follows the numbers back to the levels through the solver's builder, whichever i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from ...envs.schedule import Schedule
 from ..denoiser import Denoiser
 from ..tableau import Tableau
 from .levels import noise_levels, schedule_at
-from .rollout import STORED_NUMBERS, rollout
+from .rollout import chunk_size, rollout
 
 # A builder is differentiated by five-point differences in the log of a level, this far apart
 # (relative to the gap beside it): truncation and rounding both leave about 1e-12.
@@ -60,7 +60,12 @@ class Sensitivity:
 
 
 def backpropagate(
-    tableau: Tableau, denoiser: Denoiser, noise: Tensor, target: Tensor, steps: int
+    tableau: Tableau,
+    denoiser: Denoiser,
+    noise: Tensor,
+    target: Tensor,
+    steps: int,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[float, Tensor, Sensitivity]:
     """Return a rollout's error with its derivatives.
 
@@ -70,20 +75,21 @@ def backpropagate(
         noise: (N, *shape) initial states z_0.
         target: (N, *shape) what the rollout should end at.
         steps: rows of the tableau to run.
+        parameters: of the network; the error's derivatives are added to their `grad`.
 
     Returns:
         The mean over samples of ||z_steps - target||^2, z_steps (N, *shape), and the error's
         derivatives.
     """
     sensitivity = Sensitivity.zeros(tableau.steps)
-    size = max(STORED_NUMBERS // (2 * (steps + 1) * noise[0].numel()), 1)
+    size = chunk_size(2 * (steps + 1), noise)
     ends, error = [], 0.0
     for start, goal in zip(noise.split(size), target.split(size), strict=True):
         states, _ = rollout(tableau, denoiser, start, steps)
         missed = states[-1] - goal
         error += float(missed.double().square().sum()) / len(noise)
         ends.append(states[-1])
-        _descend(tableau, denoiser, states, missed * (2 / len(noise)), sensitivity)
+        _descend(tableau, denoiser, states, missed * (2 / len(noise)), sensitivity, parameters)
     return error, torch.cat(ends), sensitivity
 
 
@@ -93,6 +99,7 @@ def _descend(
     states: list[Tensor],
     cotangent: Tensor,
     total: Sensitivity,
+    parameters: Sequence[Tensor],
 ) -> None:
     """Pass the adjoint from the last state to the first; add the derivatives to `total`.
 
@@ -129,9 +136,10 @@ def _descend(
         for i in readers:
             total.weights[i, j] += _dot(cotangents[i], value)
             pull.add_(cotangents[i], alpha=float(weights[i, j]))
-        by_input, by_time = torch.autograd.grad(output, (state, time), pull)
-        total.times[j] += float(by_time)
-        _add(by_state, j, by_input)
+        torch.autograd.backward(output, pull, inputs=[state, time, *parameters])
+        assert state.grad is not None
+        total.times[j] += 0.0 if time.grad is None else float(time.grad)
+        _add(by_state, j, state.grad)
         del states[j + 1 :]
         for i in [i for i in cotangents if first_output[i] >= j]:
             del cotangents[i]

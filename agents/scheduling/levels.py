@@ -21,6 +21,7 @@ from torch import Tensor
 from ...envs.names import unknown_name
 from ...envs.process import NoiseProcess
 from ...envs.schedule import Schedule
+from ...envs.spacings import Spacing, variable
 
 Space = Literal["sigma", "log", "rho"]
 
@@ -30,6 +31,14 @@ _SPACES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     "sigma": (lambda level: level, lambda value: value),
     "log": (torch.log, torch.exp),
     "rho": (lambda level: level ** (1 / _EXPONENT), lambda value: value**_EXPONENT),
+}
+
+# The grids to start from, and what each is even in.
+EVEN: dict[str, Spacing] = {
+    "karras": "karras",
+    "log_snr": "log_snr",
+    "uniform": "time",
+    "quadratic": "sqrt_time",
 }
 
 
@@ -118,3 +127,19 @@ def schedule_at(levels: Tensor, like: Schedule) -> Schedule:
     positive = like.times[like.times > 0]
     ending = like.times[len(positive) :]
     return Schedule(like.process, torch.cat([positive[:1], inner, positive[-1:], ending]))
+
+
+def even_schedule(like: Schedule, name: str) -> Schedule:
+    """Return a named grid of as many steps between the ends of another schedule.
+
+    Raises:
+        ValueError: a name that `EVEN` does not have.
+    """
+    if name not in EVEN:
+        raise unknown_name("start", name, EVEN)
+    forth, back = variable(like.process, EVEN[name])
+    positive = like.times[like.times > 0]
+    ramp = torch.linspace(0, 1, len(positive), dtype=torch.float64)
+    inner = back(torch.lerp(*forth(positive[[0, -1]]), ramp))[1:-1]
+    times = torch.cat([positive[:1], inner, positive[-1:], like.times[len(positive) :]])
+    return Schedule(like.process, times, recipe=(name, {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..tableau import Tableau
 from .adjoint import backpropagate, by_log_level
 from .levels import schedule_at
 from .pool import Batch
-from .rollout import path_of, rollout
+from .rollout import chunk_size, path_of
 from .surrogate import Reading, surrogate_gradient
 from .weights import diffusion_loss, squared_error
 
@@ -83,14 +84,8 @@ class Objective:
             )
             gradient = by_log_level(self.build, schedule, sensitivity) / levels
         else:
-            path = path_of(tableau, denoiser, batch.noise)
-            ends = path.states[-1]
+            gradient, ends = self._estimate(tableau, denoiser, batch, generator)
             disc_loss = float(squared_error(ends, batch.target))
-            # Eq. 14 compares with x itself where x_1 is meant: its own noise averages out.
-            target = batch.target if batch.clean is None else batch.clean
-            gradient = surrogate_gradient(
-                denoiser, path, target, self.reading, batch.clean, generator
-            )
         gradient = self.gamma * gradient
         diff_loss = None
         if self.diffusion_weight:
@@ -99,11 +94,30 @@ class Objective:
             gradient = gradient + self.diffusion_weight * by_level
         return Slope(disc_loss, diff_loss, gradient, ends)
 
-    def error(self, denoiser: Denoiser, levels: Tensor, batches: Sequence[Batch]) -> float:
-        """Return L_disc over batches, without gradients."""
-        tableau = self.build(schedule_at(levels, self.like))
+    def _estimate(
+        self, tableau: Tableau, denoiser: Denoiser, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return Eq. 14's derivatives by the levels, and where the rollouts end."""
+        assert self.reading is not None
+        total, ends = torch.zeros(()), []
+        alpha = float(denoiser.process.alpha(tableau.times[self.rows(tableau)]))
+        for part in batch.split(chunk_size(2 * (tableau.steps + 1), batch.noise)):
+            path = path_of(tableau, denoiser, part.noise)
+            # Eq. 14 compares with x itself where x_1 is meant: its own noise averages out.
+            target = part.target / alpha if part.clean is None else part.clean
+            gradient = surrogate_gradient(
+                denoiser, path, target, self.reading, part.clean, generator
+            )
+            total = total + gradient * (len(part.noise) / len(batch.noise))
+            ends.append(alpha * path.states[-1])
+        return total, torch.cat(ends)
+
+    @torch.no_grad()
+    def error(self, denoiser: Denoiser, tableau: Tableau, batches: Sequence[Batch]) -> float:
+        """Return L_disc of a sampler over batches, without gradients."""
         total = 0.0
         for batch in batches:
-            states, _ = rollout(tableau, denoiser, batch.noise, self.rows(tableau))
-            total += float(squared_error(states[-1], batch.target)) / len(batches)
+            states = tableau.states(denoiser, batch.noise)
+            end = next(islice(states, self.rows(tableau), None))
+            total += float(squared_error(end, batch.target)) / len(batches)
         return total

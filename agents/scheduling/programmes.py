@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..tableau import Tableau
-from .levels import check_levels
-from .rollout import STORED_NUMBERS, Path, path_of
+from .levels import check_levels, level_of_time
+from .rollout import Path, chunk_size, path_of
 from .weights import denoising_errors
 
 
@@ -47,7 +47,7 @@ def cheapest_path(cost: np.ndarray, nodes: int) -> list[int]:
 
 def diffusion_programme(
     denoiser: Denoiser,
-    grid: Tensor,
+    times: Tensor,
     count: int,
     clean: Tensor,
     generator: torch.Generator,
@@ -59,7 +59,7 @@ def diffusion_programme(
 
     Args:
         denoiser: the network.
-        grid: (M,) descending levels to choose from; the first and the last are kept.
+        times: (M,) descending times > 0 to choose from; the first and the last are kept.
         count: T, how many, at least 3.
         clean: (N, *shape) real samples.
         generator: source of noise.
@@ -67,7 +67,8 @@ def diffusion_programme(
     Returns:
         (T,) descending levels.
     """
-    errors = denoising_errors(denoiser, grid, clean, generator).numpy()
+    errors = denoising_errors(denoiser, times, clean, generator).numpy()
+    grid = level_of_time(denoiser.process, times)
     inverse = (1 / grid).numpy()
     cost = errors[:, None] * (inverse[None, :] - inverse[:, None])
     return _chosen(grid, cost, count)
@@ -90,8 +91,7 @@ def trajectory_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, co
         (T,) descending levels: those of the nodes kept, without a last step to 0.
     """
     cost: Tensor | float = 0.0
-    size = max(STORED_NUMBERS // ((teacher.steps + 1) * noise[0].numel()), 1)
-    for chunk in noise.split(size):
+    for chunk in noise.split(chunk_size(2 * (teacher.steps + 1), noise)):
         run = path_of(teacher, denoiser, chunk)
         cost = cost + _jump_errors(run) / len(noise)
     assert isinstance(cost, Tensor)

@@ -15,6 +15,11 @@ from .levels import level_of_time
 STORED_NUMBERS = 2**22
 
 
+def chunk_size(states: int, noise: Tensor) -> int:
+    """Return how many of the samples (N, *shape) go into a chunk that stores so many states."""
+    return max(STORED_NUMBERS // (states * noise[0].numel()), 1)
+
+
 @torch.no_grad()
 def rollout(
     tableau: Tableau, denoiser: Denoiser, noise: Tensor, steps: int

@@ -11,7 +11,7 @@ from ..denoiser import Denoiser
 from .levels import time_of_level
 from .weights import step_weights
 
-TuningWeights = Literal["lambda", "original"]
+TuningWeights = Literal["rollout", "lambda", "original"]
 
 
 def tuning_loss(

@@ -77,15 +77,15 @@ def squared_error(samples: Tensor, goal: Tensor) -> Tensor:
 
 @torch.no_grad()
 def denoising_errors(
-    denoiser: Denoiser, levels: Tensor, clean: Tensor, generator: torch.Generator
+    denoiser: Denoiser, times: Tensor, clean: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Tabulate mmse(l) = E||D(x + l noise; l) - x||^2 at levels (M,); (M,) float64.
+    """Tabulate mmse(t) = E||D(x_t; t) - x||^2 at times (M,); (M,) float64.
 
-    All levels see the same noise, so that their comparison is not its.
+    All times see the same noise, so that their comparison is not its.
     """
     noise = torch.empty_like(clean).normal_(generator=generator)
-    errors = [
-        float(squared_error(denoised_at(denoiser, clean + level.to(clean) * noise, level), clean))
-        for level in levels
-    ]
+    errors = []
+    for t in times.tolist():
+        noisy = denoiser.process.add_noise(clean, t, noise)
+        errors.append(float(squared_error(denoiser.denoised(noisy, t), clean)))
     return torch.tensor(errors, dtype=torch.float64)

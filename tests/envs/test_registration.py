@@ -87,3 +87,45 @@ def test_unknown_names_and_missing_folders_are_refused(tmp_path):
         make_mdp("SwissRoll", target="Moon")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         gym.make_vec("fewstep/Digits-v0", 2, data_dir=tmp_path / "nowhere")
+
+
+def test_a_schedule_s_file_brings_its_steps_and_its_process(reward, tmp_path):
+    schedule, path = Schedule(VE(), [80, 20.5, 3, 0.1, 0]), tmp_path / "schedule.json"
+    schedule.save(path)
+    mdp = make_mdp("SwissRoll", schedule=str(path), reward=reward)
+    assert mdp.schedule == schedule
+    assert mdp.process == VE()
+    assert mdp.steps == 4
+    assert make_mdp("SwissRoll", schedule=str(path), steps=4, reward=reward).schedule == schedule
+    assert make_mdp("Moons", schedule=str(path), process=VE(), reward=reward).process == VE()
+    with pytest.raises(ValueError, match=r"steps=5, but the given schedule has 4"):
+        make_mdp("SwissRoll", schedule=str(path), steps=5)
+    with pytest.raises(ValueError, match=r"the schedule is made for VE"):
+        make_mdp("SwissRoll", schedule=str(path), process=VE(0.1, 3.0))
+    with pytest.raises(ValueError, match=r"schedule_options are for a schedule given by name"):
+        make_mdp("SwissRoll", schedule=str(path), schedule_options={"rho": 3.0})
+
+
+def test_environments_are_made_with_a_schedule_s_file(reward, tmp_path):
+    schedule, path = Schedule(VE(), [80, 20.5, 3, 0.1, 0]), tmp_path / "schedule.json"
+    schedule.save(path)
+    env = gym.make_vec("fewstep/SwissRoll-v0", num_envs=2, schedule=str(path), reward=reward)
+    assert env.unwrapped.schedule == schedule
+    observation, _ = env.reset(seed=0)
+    seen = []
+    for _ in range(4):
+        seen.append(observation["timestep"].tolist())
+        observation, _, terminated, _, _ = env.step(observation["sample"])
+    assert seen == [[time] * 2 for time in schedule.times[:-1].float().tolist()]
+    assert terminated.all()
+    single = gym.make("fewstep/SwissRoll-v0", schedule=str(path), reward=reward)
+    assert single.unwrapped.mdp.schedule == schedule
+
+
+def test_a_schedule_s_file_that_is_none_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No schedule at .*nowhere\.json"):
+        make_mdp("SwissRoll", schedule=str(tmp_path / "nowhere.json"))
+    path = tmp_path / "tableau.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"tableau\.json is not a schedule"):
+        gym.make_vec("fewstep/SwissRoll-v0", num_envs=2, schedule=str(path))

@@ -7,7 +7,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule, refine_times
+from fewstep.envs import VE, DiscreteVP, Schedule, files, make_schedule, refine_times
 from fewstep.envs.schedule import SCHEDULES
 
 LINEAR = DiscreteVP.linear()
@@ -273,7 +273,7 @@ def test_refined_steps_are_even_in_the_grid_s_own_variable():
             )
             assert torch.equal(finer.times[::4], schedule.times)
             assert finer.recipe is None
-            assert finer.spacing == "time"
+            assert finer.spacing == ("time" if process is LINEAR else "karras")
             last = make_schedule(name, process, 6)
             if last.times[-1] == 0 and name != "uniform":
                 assert last.refined(4).steps == 5 * 4 + 1
@@ -301,3 +301,150 @@ def test_config_round_trip_and_equality():
     assert back == schedule
     assert back != Schedule.karras(VE(), 7)
     assert Schedule(LINEAR, [3, 1]) != Schedule(DiscreteVP.cosine(), [3, 1])
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+SAVED = {
+    "a recipe": Schedule.karras(VE(), 6, rho=5.0),
+    "whole times": Schedule.trailing(LINEAR, 7),
+    "a list of times": Schedule(VE(0.01, 50.0), [49.0, 1 / 3, math.pi / 100, 0.0]),
+    "a process of betas": Schedule.log_snr(DiscreteVP([0.1, 0.3, 0.5, 0.55]), 3),
+    "an odd chain": Schedule(DiscreteVP.sigmoid(10), [9.87654321, 4.000000001, 1e-3]),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_file_gives_the_schedule_back_exactly(name, tmp_path):
+    schedule, path = SAVED[name], tmp_path / "sub" / "schedule.json"
+    schedule.save(path)
+    back = Schedule.load(path)
+    assert back == schedule
+    assert torch.equal(back.times, schedule.times)
+    assert back.process == schedule.process
+    assert back.recipe == schedule.recipe
+    for ours, theirs in zip(back.levels(), schedule.levels(), strict=True):
+        assert (ours == theirs).all()
+    again = tmp_path / "again.json"
+    back.save(str(again))
+    assert again.read_text() == path.read_text()
+    assert Schedule.load(str(again)) == schedule
+
+
+def test_a_file_with_a_recipe_can_be_respaced(tmp_path):
+    path = tmp_path / "schedule.json"
+    Schedule.karras(VE(), 6, rho=5.0).save(path)
+    assert Schedule.load(path).respaced(9) == Schedule.karras(VE(), 9, rho=5.0)
+    Schedule(VE(), [80, 1, 0]).save(path)  # over the old file
+    assert Schedule.load(path) == Schedule(VE(), [80, 1, 0])
+    with pytest.raises(ValueError, match=r"a list of times cannot be respaced"):
+        Schedule.load(path).respaced(9)
+
+
+def test_the_file_is_json_with_a_name_and_a_version(tmp_path):
+    path = tmp_path / "schedule.json"
+    Schedule(VE(), [80, 1, 0]).save(path)
+    tree = json.loads(path.read_text())
+    assert tree["format"] == "fewstep-schedule"
+    assert tree["version"] == 1
+    assert tree["times"] == [80, 1, 0]
+    assert "recipe" not in tree
+    assert path.read_text().endswith("\n")
+
+
+@pytest.mark.parametrize("moment", ["half-way", "renaming"])
+def test_a_failing_write_leaves_the_old_file(moment, tmp_path, monkeypatch):
+    path = tmp_path / "schedule.json"
+    old, new = Schedule(VE(), [80, 1, 0]), Schedule(VE(), [80, 2, 1, 0])
+    old.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["schedule.json"]
+
+    def fail(*_arguments, **_settings):
+        raise OSError("disk full")
+
+    def fail_half_way(file, text):
+        file.write_bytes(text[: len(text) // 2].encode())
+        fail()
+
+    with monkeypatch.context() as patch:
+        if moment == "renaming":
+            patch.setattr(files.os, "fsync", fail)
+        else:
+            patch.setattr(type(path), "write_text", fail_half_way)
+        with pytest.raises(OSError, match=r"disk full"):
+            new.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["schedule.json"]
+    assert Schedule.load(path) == old
+    new.save(path)
+    assert Schedule.load(path) == new
+    assert [file.name for file in tmp_path.iterdir()] == ["schedule.json"]
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path in (tmp_path / "nothing.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"No schedule at .*"):
+            Schedule.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", r"is not a schedule: no valid JSON"),
+        (b'{"format": "fewstep-sch', r"is not a schedule: no valid JSON"),
+        (b"\xff\xfe\x00garbage", r"is not a schedule: no valid JSON"),
+        (b"[1, 2]", r"is not a schedule: it has no 'format': 'fewstep-schedule'"),
+        (b"null", r"is not a schedule: it has no 'format'"),
+        (b'{"times": [80, 1, 0]}', r"is not a schedule: it has no 'format'"),
+        (b'{"format": "fewstep-tableau", "version": 1}', r"it has no 'format'"),
+        (b'{"format": "fewstep-schedule"}', r"has version None; this fewstep reads 1"),
+        (b'{"format": "fewstep-schedule", "version": 2}', r"has version 2; this fewstep reads 1"),
+    ],
+)
+def test_files_of_something_else_are_refused(content, complaint, tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"schedule\.json .*{complaint}"):
+        Schedule.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"times": None}, r"times|None"),
+        ({"times": "80, 1, 0"}, r""),
+        ({"times": [80, "one", 0]}, r""),
+        ({"times": {"0": 80}}, r""),
+        ({"times": [80]}, r"at least two times"),
+        ({"times": [[80, 1], [1, 0]]}, r"at least two times"),
+        ({"times": [[80, 1], [0]]}, r""),
+        ({"times": [80, 1, 1, 0]}, r"strictly decrease"),
+        ({"times": [80, 1, math.nan]}, r"finite"),
+        ({"times": [80.5, 1, 0]}, r"must lie in \[0, 80\]"),
+        ({"process": {"kind": "Brownian"}}, r"Brownian"),
+        ({"process": {}}, r"kind|process"),
+        ({"process": None}, r""),
+        ({"process": "VE"}, r""),
+        ({"process": ["VE"]}, r""),
+        ({"process": {"kind": "VE", "sigma_min": -1.0, "sigma_max": 80.0}}, r""),
+        ({"process": {"kind": "DiscreteVP", "betas": "many"}}, r""),
+        ({"recipe": ["karras"]}, r"recipe must be a name and a dict of options"),
+    ],
+)
+def test_a_damaged_file_is_refused(change, complaint, tmp_path):
+    path = tmp_path / "schedule.json"
+    Schedule(VE(), [80, 1, 0]).save(path)
+    tree = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"schedule\.json is damaged: .*({complaint})"):
+        Schedule.load(path)
+
+
+@pytest.mark.parametrize("part", ["times", "process"])
+def test_a_file_that_lacks_a_part_says_which(part, tmp_path):
+    path = tmp_path / "schedule.json"
+    Schedule(VE(), [80, 1, 0]).save(path)
+    tree = json.loads(path.read_text())
+    del tree[part]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"schedule\.json is damaged: .*{part}"):
+        Schedule.load(path)

@@ -114,7 +114,7 @@ def test_the_loops_whose_speed_is_compared_do_the_same_work(solver):
 
 def test_peak_memory_of_a_round_is_measured():
     from fewstep.agents import SFTPG
-    from fewstep.runs.measurements import peak_of_round
+    from fewstep.runs.memory import peak_of_round
 
     assert peak_of_round(SFTPG, 3, {"minibatch_size": 64}, "cpu", batch_size=64) >= 0
 

@@ -1,0 +1,1201 @@
+"""What ScheduleLearning promises: better levels, a denoiser tuned on them, all of it counted."""
+
+import copy
+import functools
+import itertools
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import nn
+
+from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
+from fewstep.agents.exact import mixture as exact_mixture
+from fewstep.agents.networks import MLP, ResidualMLP
+from fewstep.agents.schedule_learning import PATIENCE
+from fewstep.agents.scheduling.levels import EVEN
+from fewstep.agents.scheduling.tuning import tuning_loss
+from fewstep.agents.scheduling.weights import diffusion_loss
+from fewstep.agents.solvers import make_solver
+from fewstep.envs import (
+    VE,
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    Schedule,
+    make_schedule,
+)
+
+EDM, VP = VE(), DiscreteVP.linear(1000)
+# Enough noise and updates for the plane.
+QUICK = {
+    "batch_size": 200,
+    "schedule_rounds": 45,
+    "schedule_learning_rate": None,
+    "tuning_rounds": 0,
+}
+# Steps so small that a few of them descend: the levels that are kept are not those of the start.
+SMALL = {
+    "batch_size": 20,
+    "batches": 2,
+    "schedule_rounds": 4,
+    "schedule_learning_rate": 0.03,
+    "tuning_rounds": 0,
+    "start": "karras",
+    "scale": 3,
+    "check_teacher": False,
+}
+TWO_STAGES = {
+    **SMALL,
+    "tuning_rounds": 5,
+    "tuning_batch_size": 16,
+    "tuning_learning_rate": 1e-2,
+    "tuning_weights": "lambda",
+    "ema": 0.5,
+}
+# Errors that MATH.md 3.6 publishes for the learned levels, as shares of Karras's.
+PUBLISHED = {6: 0.588 / 0.932, 10: 0.240 / 0.492}
+
+
+def worth(sample):
+    return -sample.square().flatten(1).sum(1)
+
+
+@functools.cache
+def known(process_name="ve", dimension=2, seed=0):
+    """An exact denoiser and its data."""
+    return exact_mixture(
+        EDM if process_name == "ve" else VP,
+        prediction="sample",
+        dimension=dimension,
+        components=3 if dimension == 2 else 6,
+        seed=seed,
+    )
+
+
+def world(schedule=None, target=None):
+    schedule = schedule or Schedule.karras(EDM, 6)
+    name = "ve" if schedule.process == EDM else "vp"
+    return DiffusionMDP(target or known(name)[1], schedule.process, schedule, worth)
+
+
+def smooth_body(seed=0):
+    """A network with weights that learn; not a good one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        body = ResidualMLP((2,), hidden=16, blocks=1)
+        for weight in body.parameters():
+            nn.init.normal_(weight, std=0.2)
+    return body
+
+
+def short_world():
+    return world(Schedule.karras(EDM, 4))
+
+
+class Shifted(nn.Module):
+    """A known body with something to train."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.shift = body, nn.Parameter(torch.zeros(2))
+
+    def forward(self, sample, time):
+        return self.body(sample, time) + self.shift
+
+
+def trainable_mixture():
+    return Denoiser(Shifted(copy.deepcopy(known()[0].body)), EDM, "sample")
+
+
+def network(seed=0):
+    return Denoiser(smooth_body(seed), EDM, "edm", sigma_data=1.0)
+
+
+def learned(schedule=None, denoiser=None, **settings):
+    schedule = schedule or Schedule.karras(EDM, 6)
+    if denoiser is None:
+        denoiser, _ = known("ve" if schedule.process == EDM else "vp")
+    agent = ScheduleLearning(world(schedule), denoiser, **{**SMALL, **settings})
+    return agent.learn(agent.total_timesteps)
+
+
+def two_stages(**settings):
+    return ScheduleLearning(short_world(), network(), **{**TWO_STAGES, **settings})
+
+
+def fresh_noise(process, dimension=2, n=1000):
+    generator = torch.Generator().manual_seed(12345)
+    return process.prior_sample((n, dimension), generator).double()
+
+
+def truth(denoiser, noise, like):
+    """Where the ODE takes the noise, by many of Heun's steps."""
+    fine = Schedule.karras(like.process, 200, append_zero=bool(like.times[-1] == 0))
+    with torch.no_grad():
+        return make_solver("heun", fine).sample(denoiser, noise)
+
+
+def error(tableau, denoiser, noise, goal):
+    with torch.no_grad():
+        return float((tableau.sample(denoiser, noise) - goal).square().sum(1).mean())
+
+
+def total_variance(samples):
+    return float(samples.double().var(0).sum())
+
+
+def weights_of(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same_weights(one, other):
+    assert list(one) == list(other)
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def differ(one, other):
+    return any(not torch.equal(value, other[key]) for key, value in one.items())
+
+
+def assert_sound(schedule, like):
+    """The ends are exactly those of `like`, and the times between them descend."""
+    assert schedule.process == like.process
+    assert schedule.steps == like.steps
+    ends = [0, -1] if like.times[-1] > 0 else [0, -2, -1]
+    assert schedule.times[ends].tolist() == like.times[ends].tolist()
+    assert (schedule.times.diff() < 0).all()
+
+
+# -- better levels ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def improvement(name, steps, dimension, seed, gradient="exact", **settings):
+    """The learned schedule's error on noise of its own, as a share of the Karras schedule's."""
+    schedule = Schedule.karras(EDM if name == "ve" else VP, steps)
+    denoiser, target = known(name, dimension, seed)
+    agent = ScheduleLearning(world(schedule, target), denoiser, gradient=gradient, **settings)
+    agent.learn(agent.total_timesteps)
+    noise = fresh_noise(schedule.process, dimension)
+    goal = truth(denoiser, noise, schedule)
+    before = error(make_solver(agent.solver, schedule), denoiser, noise, goal)
+    after = error(agent.tableau, denoiser, noise, goal)
+    assert agent.errors["learned"] < agent.errors["start"]
+    assert agent.errors["teacher"] < 0.1 * agent.errors["start"]
+    assert not agent.collapsed
+    assert_sound(agent.schedule, schedule)
+    return after / before
+
+
+@pytest.mark.parametrize("steps", [6, 10])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_learned_levels_beat_karras_s_by_the_published_margin(name, seed, steps):
+    assert improvement(name, steps, 2, seed, **QUICK) < PUBLISHED[steps]
+
+
+# In sixteen dimensions the error hangs on which of six components a sample ends in: it has a heavy
+# tail. The defaults find what the published figures ask for in most mixtures; in others (VE, seed
+# 1, ten steps; VP, seed 0, six) it takes batches=8, batch_size=250, schedule_rounds=300.
+@pytest.mark.parametrize(("steps", "rounds"), [(6, 150), (10, 60)])
+def test_learned_levels_beat_karras_s_in_sixteen_dimensions(steps, rounds):
+    ratio = improvement("ve", steps, 16, 0, schedule_rounds=rounds, tuning_rounds=0)
+    assert ratio < PUBLISHED[steps]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_equation_14_helps_less_than_the_exact_gradient(name, seed):
+    exact = improvement(name, 6, 2, seed, **QUICK)
+    eq14 = improvement(name, 6, 2, seed, "eq14", **QUICK)
+    assert exact < eq14 < 0.95
+
+
+@pytest.mark.parametrize(
+    ("schedule", "solver", "options"),
+    [
+        (Schedule.karras(EDM, 6, append_zero=False), "dpm-solver++-2m", {}),
+        (Schedule.karras(EDM, 6), "ipndm", {}),
+        (Schedule.karras(EDM, 4), "heun", {}),
+        (Schedule.karras(EDM, 6), "deis", {"order": 2}),
+        (Schedule.karras(VP, 6), "ddim", {}),
+        (Schedule.log_snr(VP, 6), "dpm-solver-2", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_any_deterministic_solver_s_levels_can_be_learned(schedule, solver, options):
+    settings = {"solver": solver, "solver_options": options, "start": schedule.recipe[0]}
+    denoiser, _ = known("ve" if schedule.process == EDM else "vp")
+    agent = ScheduleLearning(
+        world(schedule), denoiser, **{**QUICK, "batch_size": 100, "schedule_rounds": 20}, **settings
+    )
+    assert agent.schedule.times.tolist() == pytest.approx(schedule.times.tolist(), rel=1e-9)
+    base = make_solver(solver, schedule, **options)
+    agent.learn(agent.total_timesteps)
+    assert agent.nfe == base.nfe
+    assert_sound(agent.schedule, schedule)
+    assert agent.errors["learned"] < 0.95 * agent.errors["start"]
+    noise = fresh_noise(schedule.process)
+    goal = truth(denoiser, noise, schedule)
+    assert error(agent.tableau, denoiser, noise, goal) < error(base, denoiser, noise, goal)
+    np.testing.assert_array_equal(
+        agent.tableau.weights, make_solver(solver, agent.schedule, **options).weights
+    )
+
+
+@pytest.mark.parametrize("space", ["rho", "log", "sigma"])
+def test_every_space_keeps_the_ends_and_descends(space):
+    """Also after updates so large that only the map keeps the levels in order."""
+    schedule = Schedule.karras(EDM, 6)
+    start = learned(schedule, space=space, schedule_rounds=1, gradient="none")
+    assert start.schedule.times.tolist() == pytest.approx(schedule.times.tolist(), rel=1e-9)
+    agent = learned(
+        schedule, space=space, schedule_learning_rate=2.0, schedule_rounds=6, collapse=0.0
+    )
+    assert_sound(agent.schedule, schedule)
+    assert agent.levels.tolist() == pytest.approx(agent.schedule.times[:-1].tolist(), rel=1e-9)
+    assert agent.weights.sum() == pytest.approx(1 - 0.002 / 80, rel=1e-9)
+
+
+def test_the_best_levels_are_kept():
+    """Steps too large to descend never make the held-out error worse than the start's."""
+    for rounds in (3, 10, 13):
+        agent = learned(schedule_learning_rate=3.0, schedule_rounds=rounds, collapse=0.0)
+        assert agent.errors["learned"] <= agent.errors["start"]
+    # The error that is reported is that of the schedule that is there.
+    held_out = agent.make_batches()[agent.batches :]
+    assert len(held_out) == agent.batches == 2
+    tableau, steps = agent.tableau, agent.tableau.steps - 1
+    total = 0.0
+    for batch in held_out:
+        state = tableau.sample(agent.denoiser, batch.noise, return_trajectory=True)[steps]
+        total += float((state - batch.target).square().sum(1).mean()) / len(held_out)
+    assert agent.errors["learned"] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_teacher_s_states_are_those_of_the_ode():
+    agent = learned(schedule_rounds=1, scale=20)
+    batch = agent.make_batches()[0]
+    until = Schedule.karras(EDM, 7, append_zero=False)
+    goal = truth(agent.denoiser, batch.noise.double(), until)
+    torch.testing.assert_close(batch.target.double(), goal, rtol=0, atol=2e-2)
+    assert batch.clean is None
+
+
+def test_same_seed_same_schedule():
+    schedules = []
+    for noise in range(2):
+        torch.manual_seed(noise)  # the global generator is nobody's source of randomness
+        schedules.append(learned(seed=3).schedule)
+    assert schedules[0] == schedules[1]
+    assert learned(seed=4).schedule != schedules[0]
+
+
+# -- the collapse of paper B's target --------------------------------------------------------------
+
+
+def test_without_a_guard_the_target_of_data_collapses():
+    denoiser, target = known()
+    schedule = Schedule.karras(EDM, 6)
+    agent = learned(
+        schedule, target="data", collapse=0.0, diffusion_weight=0.0, **{**QUICK, "scale": 10}
+    )
+    data = total_variance(target.sample(5000, torch.Generator().manual_seed(1)))
+    # L_disc falls to its floor, the variance of the data ...
+    assert agent.errors["start"] > 1.4 * data
+    assert agent.errors["learned"] == pytest.approx(data, rel=0.1)
+    assert not agent.collapsed and agent.rounds == agent.planned_rounds == 45
+    # ... as the samples become their mean.
+    noise = fresh_noise(EDM)
+    goal = truth(denoiser, noise, schedule)
+    karras = make_solver("euler", schedule)
+    samples = [table.sample(denoiser, noise) for table in (karras, agent.tableau)]
+    assert total_variance(samples[0]) > 0.5 * data
+    assert total_variance(samples[1]) < 0.02 * data
+    mean = target.sample(5000, torch.Generator().manual_seed(1)).double().mean(0)
+    torch.testing.assert_close(samples[1].mean(0), mean, rtol=0, atol=0.1)
+    assert error(agent.tableau, denoiser, noise, goal) > 5 * error(karras, denoiser, noise, goal)
+    assert_sound(agent.schedule, schedule)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "eq14"])
+@pytest.mark.parametrize("dimension", [2, 16])
+def test_the_guard_stops_the_collapse(dimension, gradient):
+    denoiser, target = known("ve", dimension)
+    schedule = Schedule.karras(EDM, 6)
+    settings = {**QUICK, "schedule_rounds": 150, "gradient": gradient, "diffusion_weight": 0.0}
+    agent = ScheduleLearning(world(schedule, target), denoiser, target="data", **settings)
+    with pytest.warns(UserWarning, match=r"variance fell from .*take target='teacher'"):
+        agent.learn(agent.total_timesteps)
+    assert agent.collapsed and agent.done
+    assert agent.rounds < agent.planned_rounds == 150
+    assert agent.total_timesteps == 0
+    noise = torch.cat([batch.noise for batch in agent.make_batches()])
+    variances = [
+        total_variance(table.sample(denoiser, noise))
+        for table in (agent.tableau, make_solver("euler", schedule))
+    ]
+    assert variances[0] >= 0.7 * variances[1]
+    # What remains is no worse than a little: the collapsed schedule errs many times as much.
+    noise = fresh_noise(EDM, dimension)
+    goal = truth(denoiser, noise, schedule)
+    before = error(make_solver("euler", schedule), denoiser, noise, goal)
+    assert error(agent.tableau, denoiser, noise, goal) < 3 * before
+
+
+def test_with_paper_b_s_own_loss_added_the_guard_stops_it_too():
+    with pytest.warns(UserWarning, match=r"take target='teacher'"):
+        agent = learned(target="data", **{**QUICK, "schedule_rounds": 150, "scale": 10})
+    assert agent.collapsed and agent.done
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent = learned(**QUICK)
+    assert not agent.collapsed and agent.done
+
+
+def test_stage_two_follows_a_collapse():
+    """Then the alternation ends."""
+    settings = {"schedule_rounds": 60, "schedule_learning_rate": 0.3, "batch_size": 100}
+    agent = ScheduleLearning(
+        world(), trainable_mixture(), target="data", **{**TWO_STAGES, **settings, "alternations": 3}
+    )
+    with pytest.warns(UserWarning, match=r"take target='teacher'"):
+        agent.learn(agent.total_timesteps)
+    assert agent.collapsed and agent.done
+    assert agent._alternation == 1 and agent.total_timesteps == 0
+    assert PATIENCE + 5 <= agent.rounds < 60
+    assert float(agent.denoiser.body.shift.detach().abs().max()) > 0
+
+
+# -- starts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to_zero", [True, False])
+@pytest.mark.parametrize("process", [EDM, VP], ids=["VE", "VP"])
+@pytest.mark.parametrize("name", EVEN)
+def test_every_schedule_that_fits_is_a_start(process, name, to_zero):
+    steps = 5 if to_zero else 6
+    ends_at_t_min = {"end": process.t_min} if name == "uniform" else {"append_zero": False}
+    times = make_schedule(name, process, steps, **ends_at_t_min).times.tolist()
+    expected = Schedule(process, [*times, 0.0] if to_zero else times)
+    env_schedule = Schedule.karras(process, 6, append_zero=to_zero)
+    agent = ScheduleLearning(
+        world(env_schedule), known("ve" if process == EDM else "vp")[0], **{**SMALL, "start": name}
+    )
+    assert agent.schedule.times.tolist() == pytest.approx(expected.times.tolist(), rel=1e-9)
+    agent.learn(agent.timesteps_until(2))
+    assert_sound(agent.schedule, expected)
+
+
+def test_the_environment_s_schedule_is_a_start():
+    for schedule in (
+        Schedule(EDM, [60.0, 20.0, 3.0, 0.5, 0.01, 0.0]),
+        Schedule(VP, [990.0, 700.5, 300.0, 4.0]),
+        Schedule.trailing(VP, 5),
+    ):
+        agent = learned(schedule, start="environment", gradient="none")
+        assert agent.rounds == 1
+        assert_sound(agent.schedule, schedule)
+        assert agent.schedule.times.tolist() == pytest.approx(schedule.times.tolist(), rel=1e-9)
+        agent = learned(schedule, start="environment")
+        assert_sound(agent.schedule, schedule)
+
+
+def test_the_environment_s_schedule_gives_the_ends():
+    """As the argument `env` says, whatever the levels between them start from."""
+    for schedule in (
+        Schedule.uniform(VP, 6, end=5.0),
+        Schedule(EDM, [60.0, 20.0, 3.0, 0.5, 0.01, 0.0]),
+    ):
+        agent = learned(schedule, start="karras")
+        assert_sound(agent.schedule, schedule)
+
+
+@pytest.mark.parametrize("process", [EDM, VP], ids=["VE", "VP"])
+def test_a_programme_is_done_in_one_round(process):
+    schedule = Schedule.karras(process, 6)
+    settings = {"gradient": "none", "batch_size": 200, "scale": 10}
+    agent = learned(schedule, start="trajectory-dp", **settings)
+    assert agent.rounds == agent.planned_rounds == 1 and agent.done
+    assert agent.errors["learned"] < 0.6 * agent.errors["start"]
+    assert_sound(agent.schedule, schedule)
+    denoiser = agent.denoiser
+    noise = fresh_noise(process)
+    goal = truth(denoiser, noise, schedule)
+    before = error(make_solver("euler", schedule), denoiser, noise, goal)
+    assert error(agent.tableau, denoiser, noise, goal) < 0.7 * before
+
+
+def test_paper_b_s_programme_minimises_paper_b_s_loss(generator):
+    schedule = Schedule.karras(EDM, 6)
+    agent = learned(schedule, start="diffusion-dp", gradient="none", batch_size=500)
+    assert agent.rounds == 1
+    assert_sound(agent.schedule, schedule)
+    denoiser, target = known()
+    clean = target.sample(2000, generator(3))
+    found, karras, descended = (
+        diffusion_loss(denoiser, schedule.times[:-1], clean, generator(4))[0]
+        for schedule in (agent.schedule, schedule, learned(schedule, **QUICK).schedule)
+    )
+    assert found < 0.95 * karras
+    assert found < descended
+    # It skews to low noise (MATH.md 3.6).
+    assert agent.schedule.times[2] < schedule.times[2]
+
+
+def test_a_descent_may_start_from_a_programme():
+    alone = learned(start="trajectory-dp", gradient="none", batch_size=100)
+    agent = learned(start="trajectory-dp", batch_size=100, schedule_rounds=30)
+    assert agent.rounds == 30
+    assert agent.errors["learned"] < alone.errors["learned"] < alone.errors["start"]
+    assert agent.errors["start"] == alone.errors["start"]
+
+
+@pytest.mark.parametrize("start", ["trajectory-dp", "diffusion-dp"])
+def test_whole_times_are_whole(start):
+    agent = learned(
+        Schedule.uniform(VP, 8), start=start, gradient="none", integer_times=True, batch_size=100
+    )
+    times = agent.schedule.times
+    assert times.tolist() == pytest.approx(times.round().tolist(), abs=1e-6)
+    assert torch.equal(times, times.round())
+
+
+class LookUp(nn.Module):
+    """A network that knows whole noisings only, counted from 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(1000, 1)
+        with torch.no_grad():
+            t = torch.arange(1.0, 1001.0, dtype=torch.float64)
+            spread = 1.0 - VP.alpha(t) ** 2 * (1 - 0.2**2)
+            self.table.weight.copy_((VP.sigma(t) / spread).float()[:, None])
+
+    def forward(self, sample, time):
+        return self.table(time) * sample
+
+
+@pytest.mark.parametrize("start", ["trajectory-dp", "diffusion-dp"])
+@pytest.mark.parametrize("schedule", ["trailing", "leading"])
+def test_a_network_of_whole_noisings_is_scheduled_by_a_programme(start, schedule):
+    denoiser = Denoiser(LookUp(), VP)
+    agent = learned(
+        make_schedule(schedule, VP, 6),
+        denoiser,
+        solver="ddim",
+        start=start,
+        gradient="none",
+        integer_times=True,
+        teacher="ddim",
+    )
+    assert agent.rounds == 1
+    assert agent.sample(5).isfinite().all()
+    assert torch.equal(agent.schedule.times, agent.schedule.times.round())
+
+
+def test_a_network_of_whole_noisings_has_no_gradient():
+    class Rounded(LookUp):
+        def forward(self, sample, time):
+            return super().forward(sample, time.round().long())
+
+    for body in (LookUp(), Rounded()):
+        with pytest.raises(ValueError, match=r"differentiable in its noise level.*'none'"):
+            learned(Schedule.trailing(VP, 6), Denoiser(body, VP))
+    # What rounds by itself can be scheduled by a programme, whole times or not.
+    agent = learned(
+        Schedule.trailing(VP, 6),
+        Denoiser(Rounded(), VP),
+        start="trajectory-dp",
+        gradient="none",
+        teacher="ddim",
+    )
+    assert agent.rounds == 1
+
+
+# -- two stages ------------------------------------------------------------------------------------
+
+
+def test_stage_one_moves_the_levels_alone():
+    agent = two_stages()
+    before = weights_of(agent.denoiser)
+    start = agent.schedule
+    agent.learn(agent.timesteps_until(3))
+    assert agent.schedule != start
+    assert_same_weights(before, weights_of(agent.denoiser))
+    assert_same_weights(before, weights_of(agent.sampling_denoiser))
+    assert all(weight.requires_grad for weight in agent.denoiser.parameters())
+    assert all(weight.grad is None for weight in agent.denoiser.parameters())
+
+
+def test_stage_two_changes_the_denoiser_alone(tmp_path):
+    agent = two_stages()
+    agent.learn(agent.timesteps_until(4))
+    schedule, levels, pool = agent.schedule, agent.levels, agent.make_batches()
+    given = weights_of(agent.denoiser)
+    averages = weights_of(agent.sampling_denoiser)
+    for done in range(5, 10):
+        agent.learn(agent.timesteps_until(done), reset_num_timesteps=False)
+        live = weights_of(agent.denoiser)
+        for key, value in averages.items():
+            averages[key] = torch.lerp(value, live[key], 0.5)
+        assert_same_weights(averages, weights_of(agent.sampling_denoiser))
+    assert agent.done and agent.rounds == 9
+    assert differ(live, given) and differ(live, averages)
+    assert agent.schedule == schedule and torch.equal(agent.levels, levels)
+    # The teacher remains the network as it was given: the pool is what it would be anew.
+    path = tmp_path / agent.checkpoint_name
+    agent.save(path)
+    again = ScheduleLearning.load(path, short_world()).make_batches()
+    for ours, theirs in zip(pool, again, strict=True):
+        assert torch.equal(ours.noise, theirs.noise)
+        assert torch.equal(ours.target, theirs.target)
+
+
+def test_the_averaged_weights_sample():
+    agent = two_stages()
+    agent.learn(agent.total_timesteps)
+    noise = EDM.prior_sample((9, 2), torch.Generator().manual_seed(5))
+    samples = agent.sample(9, noise=noise)
+    with torch.no_grad():
+        assert torch.equal(samples, agent.tableau.sample(agent.sampling_denoiser, noise))
+        assert not torch.equal(samples, agent.tableau.sample(agent.denoiser, noise))
+    unaveraged = two_stages(ema=0.0)
+    unaveraged.learn(unaveraged.total_timesteps)
+    assert unaveraged.sampling_denoiser is unaveraged.denoiser
+    assert_same_weights(weights_of(unaveraged.denoiser), weights_of(agent.denoiser))
+
+
+def test_without_stage_two_the_network_is_left_as_it_is():
+    denoiser = network()
+    fixed = next(denoiser.parameters()).requires_grad_(False)
+    before = weights_of(denoiser)
+    agent = ScheduleLearning(world(), denoiser, **{**SMALL, "alternations": 2})
+    agent.learn(agent.total_timesteps)
+    assert agent.rounds == 8
+    assert agent.denoiser is agent.sampling_denoiser is denoiser
+    assert_same_weights(before, weights_of(denoiser))
+    assert not fixed.requires_grad
+    assert all(w.requires_grad for w in denoiser.parameters() if w is not fixed)
+    assert all(w.grad is None for w in denoiser.parameters())
+
+
+@pytest.mark.parametrize("weights", ["rollout", "lambda", "original"])
+def test_stage_two_alone(weights, count_calls):
+    agent = two_stages(schedule_rounds=0, tuning_weights=weights)
+    calls, original = count_calls(agent.denoiser.body), count_calls(agent._original.body)
+    start = agent.schedule
+    assert agent.planned_rounds == 5
+    agent.learn(agent.total_timesteps)
+    assert agent.rounds == 5 and agent.done
+    assert agent.num_timesteps == calls.samples + original.samples
+    assert agent.schedule == start
+
+
+def test_stage_two_brings_finished_samples_to_the_teacher_s():
+    """On noise of its own: a network of no use comes nearer to what its own ODE says."""
+    agent = two_stages(
+        tuning_rounds=60,
+        tuning_batch_size=100,
+        tuning_weights="rollout",
+        tuning_learning_rate=3e-3,
+        batch_size=100,
+        scale=10,
+    )
+    assert two_stages(tuning_weights=None).settings()["tuning_weights"] == "rollout"
+    noise = fresh_noise(EDM).float()
+    goal = truth(network(), noise, agent.mdp.schedule)
+    agent.learn(agent.timesteps_until(4))
+    before = error(agent.tableau, agent.sampling_denoiser, noise, goal)
+    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    assert error(agent.tableau, agent.sampling_denoiser, noise, goal) < 0.8 * before
+
+
+@pytest.mark.parametrize("weights", ["lambda", "original"])
+def test_stage_two_learns(weights):
+    agent = two_stages(
+        tuning_rounds=200, tuning_batch_size=64, tuning_weights=weights, tuning_learning_rate=3e-3
+    )
+    clean = agent.mdp.target.sample(2000, torch.Generator().manual_seed(8))
+
+    def loss():
+        generator = torch.Generator().manual_seed(9)
+        denoiser = agent.sampling_denoiser
+        with torch.no_grad():
+            return float(tuning_loss(denoiser, agent.levels, clean, weights, 1.0, generator))
+
+    agent.learn(agent.timesteps_until(4))
+    before = loss()
+    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    assert loss() < 0.95 * before
+
+
+def test_alternations_end_when_the_levels_stay():
+    agent = two_stages(alternations=3, tolerance=100.0)
+    assert agent.planned_rounds == 27
+    agent.learn(agent.total_timesteps)
+    # The second stage one saw that they stay; no stage two follows.
+    assert agent.converged and agent.done and agent.rounds == 4 + 5 + 4
+    assert agent.total_timesteps == 0
+    agent = two_stages(alternations=3, tolerance=0.0)
+    agent.learn(agent.total_timesteps)
+    assert agent.done and not agent.converged and agent.rounds == 27
+    assert not two_stages(tolerance=100.0).converged
+
+
+def test_each_alternation_goes_on_from_the_last_one_s_levels():
+    agent = two_stages(alternations=2, start="trajectory-dp")
+    agent.learn(agent.timesteps_until(9))
+    middle = agent.schedule
+    agent.learn(agent.timesteps_until(10), reset_num_timesteps=False)
+    change = (agent.schedule.times[:-1] / middle.times[:-1]).log().abs().max()
+    assert 0 < change < 1.5
+    first = two_stages(start="trajectory-dp")
+    first.learn(first.timesteps_until(1))
+    assert agent.schedule != first.schedule
+
+
+# -- timesteps -------------------------------------------------------------------------------------
+
+COUNTED = {
+    "euler": {},
+    "heun": {"solver": "heun"},
+    "dpm-solver++-2m": {"solver": "dpm-solver++-2m"},
+    "l-diff": {"diffusion_weight": 0.5},
+    "data": {"target": "data"},
+    "eq14": {"gradient": "eq14"},
+    "eq14-weight-term": {"gradient": "eq14", "weight_term": True, "network_input": "rollout"},
+    "eq14-one-shot": {"gradient": "eq14", "target": "data", "residual": "one-shot"},
+    "eq14-convex": {"gradient": "eq14", "target": "data", "residual": "convex"},
+    "eq14-noised": {"gradient": "eq14", "target": "data", "network_input": "noised"},
+    "none": {"gradient": "none"},
+    "teacher": {"teacher": "dpm-solver-3m", "scale": 5},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "to_zero"),
+    [(name, True) for name in COUNTED] + [(name, False) for name in ("euler", "heun", "eq14")],
+)
+def test_timesteps_of_stage_one_are_the_calls(name, to_zero, count_calls):
+    """Evaluations on held-out noise come on top, where there are any."""
+    schedule = Schedule.karras(EDM, 6, append_zero=to_zero)
+    settings = {**SMALL, "schedule_rounds": 10, "collapse": 0.0, **COUNTED[name]}
+    agent = ScheduleLearning(world(schedule), network(), **settings)
+    rows = make_solver(agent.solver, schedule).nfe - (1 if to_zero else 0)
+    held_out = agent.batches * agent.batch_size * rows
+    calls = count_calls(agent.denoiser.body)
+    total = agent.total_timesteps
+    # The first round makes the pool, and measures the start twice.
+    agent.learn(agent.timesteps_until(1))
+    first = agent.num_timesteps
+    if name == "none":
+        assert agent.done and first == total
+        assert calls.samples == first + 4 * held_out
+        return
+    assert calls.samples == first + 2 * held_out
+    agent.learn(agent.timesteps_until(9), reset_num_timesteps=False)
+    assert calls.samples == agent.num_timesteps + 2 * held_out
+    assert (agent.num_timesteps - first) % 8 == 0
+    # The last one compares with the best, and measures what is kept.
+    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    assert agent.done and agent.num_timesteps == total
+    assert calls.samples == total + 4 * held_out
+
+
+@pytest.mark.parametrize("start", ["trajectory-dp", "diffusion-dp"])
+@pytest.mark.parametrize("integer_times", [False, True])
+def test_timesteps_of_a_programme_are_the_calls(start, integer_times, count_calls):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = MLP((2,), levels=1000, hidden=8, layers=1, input_gain=1.0)
+    settings = {"start": start, "gradient": "none", "integer_times": integer_times}
+    schedule = Schedule.trailing(VP, 6)
+    agent = ScheduleLearning(world(schedule), Denoiser(body, VP), **{**SMALL, **settings})
+    calls = count_calls(body)
+    agent.learn(agent.total_timesteps)
+    held_out = agent.batches * agent.batch_size * 5
+    assert calls.samples == agent.num_timesteps + 4 * held_out
+
+
+def test_a_programme_is_counted_when_it_runs(count_calls):
+    """A later alternation goes on from the levels that there are."""
+    agent = ScheduleLearning(
+        world(), network(), **{**SMALL, "alternations": 2, "start": "trajectory-dp"}
+    )
+    calls = count_calls(agent.denoiser.body)
+    agent.learn(agent.timesteps_until(4))
+    made, counted = calls.samples, agent.num_timesteps
+    agent.learn(agent.timesteps_until(5), reset_num_timesteps=False)
+    held_out = agent.batches * agent.batch_size * 5
+    assert calls.samples - made == agent.num_timesteps - counted + 2 * held_out
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("weights", ["rollout", "lambda", "original"])
+def test_timesteps_of_stage_two_are_its_calls(weights, solver, count_calls):
+    agent = two_stages(tuning_weights=weights, solver=solver)
+    agent.learn(agent.timesteps_until(4))
+    calls = count_calls(agent.denoiser.body)
+    before = agent.num_timesteps
+    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    # The averaged network, which only measures, is another one. A rollout's calls are made once
+    # on the way down, and once more for their derivatives.
+    each = 2 * agent.nfe if weights == "rollout" else 1
+    assert agent.num_timesteps - before == calls.samples == 5 * 16 * each
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"alternations": 3, "tolerance": 0.0},
+        {"gradient": "eq14", "alternations": 2, "tolerance": 0.0},
+        {"target": "data", "collapse": 0.0},
+        {"start": "trajectory-dp", "gradient": "none"},
+        {"start": "diffusion-dp", "alternations": 2, "tolerance": 0.0},
+        {"solver": "heun", "diffusion_weight": 1.0},
+        {"schedule_rounds": 0},
+        {"tuning_weights": "rollout"},
+        {"tuning_rounds": 0},
+    ],
+)
+def test_learn_does_what_is_planned(settings):
+    agent = two_stages(**settings)
+    total, planned = agent.total_timesteps, agent.planned_rounds
+    left = [agent.timesteps_until(n) for n in range(planned + 1)]
+    assert left[0] == 0 and left[-1] == total
+    assert all(a < b for a, b in itertools.pairwise(left))
+    counted = [0]
+
+    def note(_locals, _globals):
+        counted.append(agent.num_timesteps)
+        return True
+
+    agent.learn(total, callback=note)
+    assert agent.rounds == planned and agent.done
+    assert counted == left
+    assert agent.num_timesteps == total
+    assert agent.total_timesteps == agent.timesteps_until(planned) == 0
+    before = agent.schedule
+    agent.learn(1000, reset_num_timesteps=False)
+    assert agent.rounds == planned and agent.schedule == before
+
+
+def test_learning_stops_in_between_and_goes_on():
+    whole, parts = two_stages(), two_stages()
+    whole.learn(whole.total_timesteps)
+    for rounds in (1, 4, 6, 9):
+        parts.learn(parts.timesteps_until(rounds), reset_num_timesteps=False)
+        assert parts.rounds == rounds
+    assert_same_agents(whole, parts)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def assert_same_agents(one, other):
+    assert torch.equal(one.schedule.times, other.schedule.times)
+    assert torch.equal(one.levels, other.levels)
+    assert_same_weights(weights_of(one.denoiser), weights_of(other.denoiser))
+    assert_same_weights(weights_of(one.sampling_denoiser), weights_of(other.sampling_denoiser))
+    for what in ("num_timesteps", "rounds", "errors", "converged", "collapsed", "done"):
+        assert getattr(one, what) == getattr(other, what), what
+    for what in ("total_timesteps", "timesteps_per_round", "planned_rounds"):
+        assert getattr(one, what) == getattr(other, what), what
+    assert one.settings() == other.settings()
+    assert torch.equal(one.sample(7), other.sample(7))
+
+
+ALTERNATING = {"alternations": 2, "tolerance": 0.0}
+RESUMED = {
+    "exact": {},
+    "eq14": {"gradient": "eq14", "weight_term": True},
+    "data": {"target": "data", "diffusion_weight": 0.3, "collapse": 0.0},
+    "noised": {
+        "gradient": "eq14",
+        "target": "data",
+        "network_input": "noised",
+        "residual": "convex",
+        "collapse": 0.0,
+    },
+    "programme": {"start": "trajectory-dp", "solver": "ipndm"},
+    "none": {"start": "diffusion-dp", "gradient": "none"},
+    "unaveraged": {"ema": 0.0, "tuning_weights": "original", "max_grad_norm": None},
+    "rollout": {"tuning_weights": None, "start": "environment"},
+    "one stage": {"tuning_rounds": 0},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
+    settings = {**ALTERNATING, **RESUMED[name]}
+    whole = two_stages(**settings)
+    ones = 1 if name == "none" else 4
+    twos = whole.tuning_rounds
+    each = ones + twos
+    assert whole.planned_rounds == 2 * each
+    stops = {ones // 2, ones, ones + twos // 2, each, each + 1, 2 * each - twos // 2}
+    paths = {stop: tmp_path / f"{stop}.safetensors" for stop in sorted(stops)}
+
+    def keep(_locals, _globals):
+        if whole.rounds in paths:
+            whole.save(paths[whole.rounds])
+        return True
+
+    if 0 in paths:
+        whole.save(paths[0])
+    whole.learn(whole.total_timesteps, callback=keep)
+    ends = tmp_path / "end.safetensors"
+    whole.save(ends)
+    for stop, path in paths.items():
+        if stop % 2:
+            agent = ScheduleLearning(short_world(), network(seed=1), **{**TWO_STAGES, **settings})
+            agent.resume(path)
+        else:
+            agent = ScheduleLearning.load(path, short_world(), device="cpu")
+        assert agent.rounds == stop
+        agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+        # Whoever samples moves on: compare each with a copy of the same state.
+        assert_same_agents(ScheduleLearning.load(ends, short_world()), agent)
+
+
+def test_the_best_levels_survive_an_interruption(tmp_path):
+    """Rounds 10 and 20 compare with the best; the steps are too large to descend after them."""
+    settings = {"schedule_rounds": 23, "schedule_learning_rate": 0.5, "batch_size": 50}
+    whole = ScheduleLearning(world(), network(), **{**SMALL, **settings})
+    path = tmp_path / "agent"
+    whole.learn(whole.timesteps_until(17))
+    whole.save(path)
+    whole.learn(whole.total_timesteps, reset_num_timesteps=False)
+    resumed = ScheduleLearning.load(path, world())
+    resumed.learn(resumed.total_timesteps, reset_num_timesteps=False)
+    assert_same_agents(whole, resumed)
+
+
+def test_a_collapse_survives_an_interruption(tmp_path):
+    denoiser, _ = known()
+    settings = {**QUICK, "target": "data", "scale": 10}
+    whole = ScheduleLearning(world(), denoiser, **settings)
+    path = tmp_path / "agent"
+    whole.learn(whole.timesteps_until(3))
+    whole.save(path)
+    with pytest.warns(UserWarning, match=r"take target='teacher'"):
+        whole.learn(whole.total_timesteps, reset_num_timesteps=False)
+    resumed = ScheduleLearning.load(path, world(), body=copy.deepcopy(denoiser.body))
+    with pytest.warns(UserWarning, match=r"take target='teacher'"):
+        resumed.learn(resumed.total_timesteps, reset_num_timesteps=False)
+    assert_same_agents(whole, resumed)
+    whole.save(path)
+    resumed = ScheduleLearning.load(path, world(), body=copy.deepcopy(denoiser.body))
+    assert resumed.collapsed and resumed.done and resumed.schedule == whole.schedule
+
+
+def test_stage_two_may_be_added_to_a_saved_stage_one(tmp_path):
+    first = two_stages(tuning_rounds=0)
+    first.learn(first.timesteps_until(3))
+    first.save(tmp_path / "agent")
+    second = ScheduleLearning.load(tmp_path / "agent", short_world(), tuning_rounds=2)
+    assert second.schedule == first.schedule
+    second.learn(second.total_timesteps, reset_num_timesteps=False)
+    assert second.rounds == 6 and second.done
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    agent = two_stages()
+    agent.learn(agent.timesteps_until(5))
+    path, other = tmp_path / "agent", tmp_path / "other"
+    agent.save(path)
+    whole = path.read_bytes()
+
+    def refuse(match, path=path, mdp=None, **settings):
+        with pytest.raises(CheckpointError, match=match):
+            ScheduleLearning.load(path, mdp or short_world(), **settings)
+
+    ScheduleLearning.load(path, short_world())
+    refuse(r"No checkpoint at", path=tmp_path / "nothing")
+    refuse(r"build it on meta", device="meta")
+    shifted = known("ve", 2, 1)[1].from_sampler(lambda n, seed: torch.zeros(n, 2), "Other", 10)
+    refuse(
+        r"another environment: target is 'Mixture', here it is 'Other'",
+        mdp=world(Schedule.karras(EDM, 4), shifted),
+    )
+    refuse(r"another environment: schedule", mdp=world(Schedule.karras(EDM, 7)))
+    other.write_bytes(whole[: len(whole) // 2])
+    refuse(r"truncated", path=other)
+    agent.denoiser.save(other)
+    refuse(r"written by 'denoiser', not by 'schedule'", path=other)
+    agent.schedule.save(other)
+    refuse(r"truncated or not a safetensors file", path=other)
+    with pytest.raises(CheckpointError, match=r"truncated"):
+        two_stages().resume(other)
+    elsewhere = ScheduleLearning(world(Schedule.karras(EDM, 7)), network(), **TWO_STAGES)
+    with pytest.raises(CheckpointError, match=r"another environment: schedule"):
+        elsewhere.resume(path)
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": "karas"}, r"unknown start 'karas'; did you mean 'karras'"),
+        ({"target": "techer"}, r"unknown target 'techer'; did you mean 'teacher'"),
+        ({"gradient": "exakt"}, r"unknown gradient 'exakt'; did you mean 'exact'"),
+        ({"tuning_weights": "lamda"}, r"unknown tuning_weights 'lamda'; did you mean 'lambda'"),
+        ({"space": "rh"}, r"unknown space 'rh'; did you mean 'rho'"),
+        ({"residual": "roll"}, r"unknown residual 'roll'"),
+        ({"network_input": "move"}, r"unknown input 'move'"),
+        ({"solver": "eular"}, r"unknown solver 'eular'; did you mean 'euler'"),
+        ({"solver_options": {"nonsense": 1}}, r"unknown option of solver 'euler' 'nonsense'"),
+        ({"teacher": "hein"}, r"unknown solver 'hein'; did you mean 'heun'"),
+        ({"teacher_options": {"nonsense": 1}}, r"unknown option of solver 'heun' 'nonsense'"),
+        ({"schedule_rounds": -1}, r"schedule_rounds must be at least 0, got -1"),
+        ({"batch_size": 1}, r"batch_size must be at least 2, got 1"),
+        ({"batches": 0}, r"batches must be at least 1, got 0"),
+        ({"tuning_rounds": -1}, r"tuning_rounds must be at least 0, got -1"),
+        ({"tuning_batch_size": 0}, r"tuning_batch_size must be at least 1, got 0"),
+        ({"alternations": 0}, r"alternations must be at least 1, got 0"),
+        ({"scale": 0}, r"scale.* must be >= 1; got 0"),
+        ({"gamma": -1.0}, r"gamma must be a finite number >= 0, got -1"),
+        ({"gamma": float("nan")}, r"gamma must be a finite number >= 0, got nan"),
+        ({"last_weight": float("inf")}, r"last_weight must be a finite number >= 0, got inf"),
+        ({"tolerance": -0.1}, r"tolerance must be a finite number >= 0"),
+        ({"tolerance": float("nan")}, r"tolerance must be a finite number >= 0"),
+        ({"collapse": -0.1}, r"collapse must be a finite number >= 0"),
+        ({"diffusion_weight": -1.0}, r"diffusion_weight must be a finite number >= 0"),
+        ({"diffusion_weight": float("nan")}, r"diffusion_weight must be a finite number >= 0"),
+        ({"schedule_learning_rate": 0.0}, r"schedule_learning_rate must be positive and finite"),
+        ({"schedule_learning_rate": float("nan")}, r"schedule_learning_rate must be positive"),
+        ({"tuning_learning_rate": -1e-3}, r"tuning_learning_rate must be positive and finite"),
+        ({"tuning_rounds": 1, "ema": 1.0}, r"decay must lie in \[0, 1\), got 1"),
+        ({"tuning_rounds": 1, "max_grad_norm": -1.0}, r"max_grad_norm must be positive"),
+        ({"tuning_rounds": 1, "max_grad_norm": float("nan")}, r"max_grad_norm must be positive"),
+        ({"solver": "ancestral"}, r"'ancestral.*' adds noise; a schedule is learned for a determ"),
+        ({"solver": "ddim", "solver_options": {"eta": 0.5}}, r"'ddim.*' adds noise"),
+        ({"teacher": "ancestral"}, r"The teacher 'ancestral.*' adds noise"),
+        ({"gradient": "eq14", "solver": "ipndm"}, r"eq14' is derived for Euler.*'ipndm'"),
+        ({"gradient": "eq14", "residual": "one-shot"}, r"real samples: it needs target='data'"),
+        ({"gradient": "eq14", "residual": "convex"}, r"real samples: it needs target='data'"),
+        ({"gradient": "eq14", "network_input": "noised"}, r"real samples: it needs target='data'"),
+        ({"target": "data", "tuning_weights": "rollout"}, r"rollout' needs target='teacher'"),
+        ({"integer_times": True}, r"integer_times leaves nothing to differentiate"),
+        ({"integer_times": True, "gradient": "eq14"}, r"integer_times leaves nothing"),
+        ({"schedule_rounds": 0}, r"nothing to do: schedule_rounds and tuning_rounds are both 0"),
+        ({"start": "leading"}, r"unknown start 'leading'"),
+        ({"integer_times": True, "gradient": "none"}, r"start from a dynamic programme"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ScheduleLearning(world(), network(), **{**SMALL, **settings})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("start", ["environment", "karras"])
+def test_fewer_than_three_levels_are_refused(start):
+    for schedule in (
+        Schedule.karras(EDM, 2),
+        Schedule.karras(EDM, 1, append_zero=False),
+        Schedule(EDM, [80, 0.0]),
+    ):
+        with pytest.raises(ValueError, match=r"at least 3 noise levels.*got [12]\. Take more"):
+            ScheduleLearning(world(schedule), network(), **{**SMALL, "start": start})
+    assert learned(Schedule.karras(EDM, 3)).schedule.steps == 3
+    assert learned(Schedule.karras(EDM, 2, append_zero=False)).schedule.steps == 2
+
+
+def test_a_denoiser_of_another_process_is_refused():
+    with pytest.raises(ValueError, match=r"build the environment with process=denoiser.process"):
+        ScheduleLearning(world(Schedule.karras(VP, 6)), network(), **SMALL)
+
+
+def test_a_network_that_ignores_its_time_is_refused():
+    class Deaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, sample, time):
+            return self.linear(sample)
+
+    with pytest.raises(ValueError, match=r"does not depend on it differentiably"):
+        ScheduleLearning(world(), Denoiser(Deaf(), EDM), **SMALL)
+
+
+def test_a_teacher_no_better_than_the_sampler_is_noticed():
+    settings = {**SMALL, "check_teacher": True, "solver": "dpm-solver++-2m", "teacher": "euler"}
+    agent = ScheduleLearning(
+        world(Schedule.karras(EDM, 12, append_zero=False)), known()[0], **{**settings, "scale": 1}
+    )
+    with pytest.warns(UserWarning, match=r"teacher euler of 12 calls is no better than dpm-solv"):
+        agent.learn(agent.timesteps_until(1))
+    agent = learned(check_teacher=True, scale=10)
+    assert 0 < agent.errors["teacher"] < agent.errors["start"]
+
+
+# -- no data ---------------------------------------------------------------------------------------
+
+
+def test_a_bare_denoiser_s_schedule_is_learned_without_data():
+    schedule = Schedule.karras(EDM, 6)
+    denoiser, _ = known()
+    settings = {**SMALL, "batch_size": 100, "schedule_rounds": 20}
+    agent = ScheduleLearning.without_data(denoiser, schedule, (2,), **settings)
+    agent.learn(agent.total_timesteps)
+    assert agent.errors["learned"] < agent.errors["start"]
+    assert agent.sample(5).shape == (5, 2)
+    # Data have no part in it.
+    assert agent.schedule == learned(schedule, **settings).schedule
+
+
+def test_a_bare_network_is_scheduled_by_a_programme_too():
+    agent = ScheduleLearning.without_data(
+        known()[0],
+        Schedule.karras(EDM, 6),
+        (2,),
+        **{**SMALL, "start": "trajectory-dp", "gradient": "none", "batch_size": 100},
+    )
+    agent.learn(agent.total_timesteps)
+    assert agent.errors["learned"] < agent.errors["start"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"tuning_rounds": 5, "tuning_weights": "lambda"},
+            r"tuning_rounds needs real samples|tuning_weights='lambda' needs real samples",
+        ),
+        ({"target": "data"}, r"target='data' needs real samples"),
+        ({"diffusion_weight": 0.1}, r"diffusion_weight needs real samples"),
+        ({"start": "diffusion-dp"}, r"start='diffusion-dp' needs real samples"),
+    ],
+)
+def test_what_needs_data_is_refused_without(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleLearning.without_data(
+            known()[0], Schedule.karras(EDM, 6), (2,), **{**SMALL, **settings}
+        )
+
+
+# -- acting ----------------------------------------------------------------------------------------
+
+
+def play(agent, vector, seed=0):
+    """Walk an episode; return the noise it began with and the samples it ended with."""
+    observation, _ = vector.reset(seed=seed)
+    noise, state, done = observation["sample"].clone(), None, False
+    while not done:
+        action, state = agent.predict(observation, state)
+        observation, reward, terminated, _, _ = vector.step(torch.from_numpy(action))
+        done = bool(terminated.all())
+    return noise, observation["sample"], reward
+
+
+@pytest.mark.parametrize("solver", ["euler", "ipndm", "dpm-solver++-2m"])
+def test_predict_in_a_loop_is_sample_bit_for_bit(solver):
+    agent = learned(Schedule.karras(EDM, 6, append_zero=solver == "euler"), solver=solver)
+    mdp = agent.mdp.with_schedule(agent.schedule)
+    vector = DiffusionVectorEnv(mdp, 7, autoreset_mode=AutoresetMode.DISABLED)
+    for episode in range(2):
+        noise, samples, reward = play(agent, vector, episode)
+        assert torch.equal(samples, agent.sample(7, noise=noise))
+        assert torch.equal(reward, worth(samples))
+
+
+def test_an_environment_with_other_times_is_refused():
+    """The one that it was learned on, too."""
+    agent = learned(Schedule.karras(EDM, 6))
+    assert agent.schedule != agent.mdp.schedule
+    vector = DiffusionVectorEnv(agent.mdp, 7)
+    observation, _ = vector.reset(seed=0)
+    action, state = agent.predict(observation)  # the ends are the same
+    observation, *_ = vector.step(torch.from_numpy(action))
+    with pytest.raises(ValueError, match=r"no step of .* starts at time 24\.4"):
+        agent.predict(observation, state)
+
+
+def test_an_environment_by_its_name_takes_the_learned_schedule(tmp_path):
+    agent = learned(Schedule.karras(EDM, 6))
+    path = tmp_path / "schedule.json"
+    agent.schedule.save(path)
+    for schedule in (agent.schedule, str(path)):
+        env = gym.make_vec(
+            "fewstep/Moons-v0", 5, schedule=schedule, reward=worth, target=known()[1]
+        )
+        assert env.unwrapped.schedule == agent.schedule
+        assert env.unwrapped.process == EDM
+        noise, samples, reward = play(agent, env)
+        assert torch.equal(samples, agent.sample(5, noise=noise))
+        assert torch.equal(reward, worth(samples))
+
+
+def test_samples_on_other_schedules():
+    agent = learned(Schedule.karras(EDM, 6))
+    noise = EDM.prior_sample((5, 2), torch.Generator().manual_seed(2))
+    for other in (Schedule.karras(EDM, 6), Schedule.uniform(EDM, 11)):
+        expected = make_solver("euler", other).sample(agent.denoiser, noise)
+        assert torch.equal(agent.sample(5, schedule=other, noise=noise), expected)
+    assert torch.equal(agent.sample(5, noise=noise), agent.tableau.sample(agent.denoiser, noise))
+    states = agent.sample(5, noise=noise, return_trajectory=True)
+    assert states.shape == (7, 5, 2)
+
+
+# -- what is made of a learned schedule ------------------------------------------------------------
+
+
+def test_d_ode_goes_on_from_a_learned_schedule(tmp_path):
+    agent = learned(Schedule.karras(EDM, 6), **QUICK)
+    path = tmp_path / "schedule.json"
+    agent.schedule.save(path)
+    schedule = Schedule.load(path)
+    assert schedule == agent.schedule
+    denoiser = agent.sampling_denoiser
+    dode = DODE(world(schedule), denoiser, solver="euler", batch_size=200, batches=2)
+    dode.learn(dode.total_timesteps)
+    noise = fresh_noise(EDM)
+    goal = truth(denoiser, noise, schedule)
+    karras = make_solver("euler", Schedule.karras(EDM, 6))
+    errors = [
+        error(table, denoiser, noise, goal) for table in (dode.tableau, agent.tableau, karras)
+    ]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize(
+    "solver", ["euler", "ddim", "heun", "ipndm", "deis", "dpm-solver-3", "dpm-solver++-2m"]
+)
+def test_every_solver_runs_on_a_learned_schedule(solver, tmp_path):
+    agent = learned(Schedule.karras(EDM, 6, append_zero=False), schedule_rounds=20, batch_size=100)
+    table = make_solver(solver, agent.schedule)
+    path = tmp_path / "tableau.json"
+    table.save(path)
+    back = Tableau.load(path)
+    assert back.to_json() == table.to_json()
+    noise = fresh_noise(EDM, n=50)
+    samples = [t.sample(agent.denoiser, noise) for t in (table, back)]
+    assert torch.equal(*samples) and samples[0].isfinite().all()
+
+
+def test_fine_tuning_runs_on_a_learned_schedule():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = MLP((2,), levels=1000, hidden=16, layers=2, input_gain=1.0)
+    schedule = Schedule.karras(VP, 5)
+    agent = learned(schedule, Denoiser(body, VP))
+    assert agent.schedule != schedule
+    mdp = agent.mdp.with_schedule(agent.schedule)
+    before = weights_of(agent.denoiser)
+    tuned = SFTPG(mdp, agent.sampling_denoiser, batch_size=16, n_critic=1, minibatch_size=8)
+    tuned.learn(1)
+    assert tuned.rounds == 1
+    assert differ(weights_of(tuned.denoiser), before)
+    assert tuned.schedule == agent.schedule
+    assert tuned.sample(3).isfinite().all()
