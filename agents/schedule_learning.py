@@ -270,7 +270,7 @@ class ScheduleLearning(Agent):
             )
         self.teacher = self._new_teacher()
         if gradient != "none":
-            check_differentiable(self.denoiser, float(self._like.times[1]), self.mdp.shape)
+            check_differentiable(self.denoiser, self._like.times[:-1].tolist(), self.mdp.shape)
         # Stage two changes the network; the teacher is the network as it was given.
         self._original = (
             copy.deepcopy(self.denoiser).requires_grad_(False) if tuning_rounds else self.denoiser

@@ -1,7 +1,7 @@
 """The exact gradient of a rollout's error by its noise levels, in memory independent of K.
 
 A sampler is a table of numbers, and its samples depend on the levels through them: through the
-times t_j at which the network is asked, and through p, q and W. So the gradient has two factors.
+levels at which the network is asked, and through p, q and W. So the gradient has two factors.
 `backpropagate` finds the error's derivative by every number of the table: the states are stored,
 and each network call is repeated with its graph when the adjoint passes it, so that one graph is
 alive at a time (MATH.md 3.5; gradient rematerialisation in paper B's words). `by_log_level` then
@@ -34,13 +34,13 @@ class Sensitivity:
     """Derivatives of an error by the numbers of a tableau of K steps; see `Tableau`.
 
     Attributes:
-        times: (K + 1,); 0 for the last one, at which no network is asked.
+        levels: (K,) by the logarithm of the noise level at which each call is made.
         scale: (K,).
         weights: (K, K).
         current: (K,).
     """
 
-    times: np.ndarray
+    levels: np.ndarray
     scale: np.ndarray
     weights: np.ndarray
     current: np.ndarray
@@ -48,15 +48,21 @@ class Sensitivity:
     @classmethod
     def zeros(cls, steps: int) -> Sensitivity:
         """Return one that is 0 everywhere."""
-        shapes = (steps + 1,), (steps,), (steps, steps), (steps,)
+        shapes = (steps,), (steps,), (steps, steps), (steps,)
         return cls(*(np.zeros(shape) for shape in shapes))
 
     def along(self, tableau: Tableau, other: Tableau) -> float:
         """Return the first-order change of the error from one tableau to another like it."""
-        return sum(
+        moved = _log_levels(other) - _log_levels(tableau)
+        return float((self.levels * moved).sum()) + sum(
             float((getattr(self, name) * (getattr(other, name) - getattr(tableau, name))).sum())
-            for name in ("times", "scale", "weights", "current")
+            for name in ("scale", "weights", "current")
         )
+
+
+def _log_levels(tableau: Tableau) -> np.ndarray:
+    """Return the logarithms of the noise levels (K,) at which the calls are made."""
+    return -tableau.process.log_snr(torch.from_numpy(tableau.times[:-1])).numpy()
 
 
 def backpropagate(
@@ -111,7 +117,7 @@ def _descend(
     steps = len(states) - 1
     cotangents: dict[int, Tensor] = {steps - 1: cotangent}
     by_state: list[Tensor | None] = [None] * (steps + 1)
-    weights = tableau.weights
+    logs, weights = torch.from_numpy(_log_levels(tableau)), tableau.weights
     first_output = [int(np.flatnonzero(row).min(initial=j)) for j, row in enumerate(weights)]
     for j in reversed(range(steps)):
         if j < steps - 1:
@@ -128,17 +134,18 @@ def _descend(
             _add(by_state, j, row.current * now)
         readers = [i for i in range(j, steps) if first_output[i] <= j]
         state = states[j].detach().requires_grad_()
-        time = torch.tensor(row.time, dtype=torch.float64, device=state.device, requires_grad=True)
+        # By the level, not by the time: a discrete process's times have kinks, its levels none.
+        level = logs[j].to(state.device).requires_grad_()
         with torch.enable_grad():
-            output = tableau.output_at(denoiser, state, time)
+            output = tableau.output_at(denoiser, state, tableau.process.time_of_log_snr(-level))
         value = output.detach()
         pull = torch.zeros_like(value)
         for i in readers:
             total.weights[i, j] += _dot(cotangents[i], value)
             pull.add_(cotangents[i], alpha=float(weights[i, j]))
-        torch.autograd.backward(output, pull, inputs=[state, time, *parameters])
+        torch.autograd.backward(output, pull, inputs=[state, level, *parameters])
         assert state.grad is not None
-        total.times[j] += 0.0 if time.grad is None else float(time.grad)
+        total.levels[j] += 0.0 if level.grad is None else float(level.grad)
         _add(by_state, j, state.grad)
         del states[j + 1 :]
         for i in [i for i in cotangents if first_output[i] >= j]:
