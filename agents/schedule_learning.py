@@ -39,6 +39,7 @@ from .scheduling.probe import check_differentiable
 from .scheduling.programmes import diffusion_programme, trajectory_programme
 from .scheduling.surrogate import Reading
 from .scheduling.tuning import TuningWeights, tuning_loss
+from .scheduling.watch import Watch
 from .scheduling.weights import step_weights
 from .solvers import Options, make_solver
 from .training import Averaged, adam, frozen, learning_rate_schedule, set_learning_rate
@@ -57,31 +58,6 @@ CHECK_INTERVAL = 10
 # The step grows over so many updates: Adam's first ones go the whole rate along every parameter,
 # which can strand levels at the noisy end where nothing pulls them back.
 WARM_UP = 20
-
-# The samples' variance has collapsed when it stays low for so many updates: a first large step may
-# overshoot and come back.
-PATIENCE = 5
-
-
-@dataclasses.dataclass
-class _Watch:
-    """What stage one remembers of its levels' parameters.
-
-    Attributes:
-        before: those that the stage began with.
-        best: those of the least error on held-out noise.
-        error: that error.
-        sound: the last ones at which the samples' variance had not fallen.
-        low: how many updates ago that was.
-        first_ratio: the variance ratio that the stage began with.
-    """
-
-    before: Tensor
-    best: Tensor
-    error: float
-    sound: Tensor
-    low: int = 0
-    first_ratio: float | None = None
 
 
 class ScheduleLearning(Agent):
@@ -284,7 +260,7 @@ class ScheduleLearning(Agent):
         self.converged = self.collapsed = False
         self.errors: dict[str, float] = {}
         self._alternation = self._updates = self._tuned = 0
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._pool: list[Batch] = []
         self._move_to(self._parameters.detach())
 
@@ -511,7 +487,7 @@ class ScheduleLearning(Agent):
             if slope.diff_loss is not None:
                 metrics["diff_loss"] = slope.diff_loss
             metrics["variance_ratio"] = _variance(slope.ends) / _variance(batch.target)
-            self._watch_variance(metrics["variance_ratio"], before)
+            self._stop_at_collapse(before, metrics["variance_ratio"])
         self._updates += 1
         last = self.collapsed or self._updates == self._level_rounds
         if last or self._updates % CHECK_INTERVAL == 0:
@@ -540,7 +516,7 @@ class ScheduleLearning(Agent):
         if self._begins_with_programme(self._alternation):
             self._move_to(self._map.parameters(self._programme()))
         start = self._parameters.detach().clone()
-        self._watch = _Watch(before, start, self._held_out_error(), start)
+        self._watch = Watch(before, start, self._held_out_error(), start)
         self._descent = torch.optim.Adam([self._parameters])
 
     def slope(self, batch: Batch) -> Slope:
@@ -563,23 +539,16 @@ class ScheduleLearning(Agent):
         self._move_to(self._parameters.detach())
         return slope
 
-    def _watch_variance(self, ratio: float, parameters: Tensor) -> None:
+    def _stop_at_collapse(self, parameters: Tensor, ratio: float) -> None:
         """End the stage where the samples' variance was sound, if it stays low.
 
         Args:
-            ratio: the samples' variance over the target's, of the levels before this update.
-            parameters: those levels' parameters.
+            parameters: of the levels before this update.
+            ratio: their samples' variance over that of the targets.
         """
         watch = self._watch
         assert watch is not None
-        if watch.first_ratio is None:
-            watch.first_ratio = ratio
-        # Samples that spread wider than their targets may well come together.
-        if ratio >= self.collapse * min(watch.first_ratio, 1.0):
-            watch.sound, watch.low = parameters, 0
-            return
-        watch.low += 1
-        if watch.low < PATIENCE:
+        if not watch.collapses(parameters, ratio, self.collapse):
             return
         self.collapsed = True
         self._move_to(watch.sound)
@@ -604,8 +573,7 @@ class ScheduleLearning(Agent):
         """Return the error on held-out noise; remember the levels if it is the least so far."""
         assert self._watch is not None
         error = self._held_out_error()
-        if error < self._watch.error:
-            self._watch.best, self._watch.error = self._parameters.detach().clone(), error
+        self._watch.compare(self._parameters.detach().clone(), error)
         return error
 
     def _finish_stage_one(self) -> None:
@@ -764,7 +732,7 @@ class ScheduleLearning(Agent):
             self.optimizer.load_state_dict(state["optimizer"])
             self._original.body.load_state_dict(state["original"])
         self._alternation, self._updates, self._tuned = state["position"]
-        self._watch = None if state["watch"] is None else _Watch(**state["watch"])
+        self._watch = None if state["watch"] is None else Watch(**state["watch"])
         self.converged, self.collapsed = state["converged"], state["collapsed"]
         self.errors = state["errors"]
         self._pool = []

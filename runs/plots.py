@@ -126,11 +126,11 @@ def schedule_figure(
     for name, values in weights.items():
         axes[0, 1].plot(range(len(values)), values, marker="o", markersize=4, label=name)
     ratio = axes[0, 2].twinx()
-    for name, (updates, values) in history.items():
+    for name, (updates, course) in history.items():
         if name == "variance ratio":
-            ratio.plot(updates, values, color=REAL, linestyle="--")
+            ratio.plot(updates, course, color=REAL, linestyle="--")
         else:
-            axes[0, 2].plot(updates, values, label=name)
+            axes[0, 2].plot(updates, course, label=name)
     ratio.set_ylim(bottom=0)
     ratio.set_ylabel("variance of samples / of targets (dashed)", color=REAL)
     titles = ("noise level of each call", "weight lambda of each call", "stage one")

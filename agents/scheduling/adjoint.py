@@ -24,7 +24,7 @@ from .levels import noise_levels, schedule_at
 from .rollout import chunk_size, rollout
 
 # A builder is differentiated by five-point differences in the log of a level, this far apart
-# (relative to the gap beside it): truncation and rounding both leave about 1e-12.
+# (relative to the gap beside it): truncation and rounding leave 1e-12 to 1e-9.
 _DISTANCE = 1e-3
 _STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
 

@@ -140,6 +140,7 @@ def even_schedule(like: Schedule, name: str) -> Schedule:
     forth, back = variable(like.process, EVEN[name])
     positive = like.times[like.times > 0]
     ramp = torch.linspace(0, 1, len(positive), dtype=torch.float64)
-    inner = back(torch.lerp(*forth(positive[[0, -1]]), ramp))[1:-1]
+    first, last = forth(positive[[0, -1]])
+    inner = back(torch.lerp(first, last, ramp))[1:-1]
     times = torch.cat([positive[:1], inner, positive[-1:], like.times[len(positive) :]])
     return Schedule(like.process, times, recipe=(name, {}))

@@ -1,6 +1,7 @@
 """The checkpoint file: what goes in comes out, and nothing else gets in."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_a_failing_write_leaves_the_old_file(moment, tmp_path, monkeypatch):
         fail()
 
     if moment == "renaming":
-        monkeypatch.setattr(module.os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
     else:
         monkeypatch.setattr(module, "save_file", fail if moment == "before" else fail_half_way)
     with pytest.raises(OSError, match="disk full"):

@@ -15,9 +15,9 @@ from torch import nn
 from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
 from fewstep.agents.exact import mixture as exact_mixture
 from fewstep.agents.networks import MLP, ResidualMLP
-from fewstep.agents.schedule_learning import PATIENCE
 from fewstep.agents.scheduling.levels import EVEN
 from fewstep.agents.scheduling.tuning import tuning_loss
+from fewstep.agents.scheduling.watch import PATIENCE
 from fewstep.agents.scheduling.weights import diffusion_loss
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import (

@@ -1168,6 +1168,13 @@ def test_networks_with_a_smooth_time_are_accepted(make_body, prediction, t, shap
     assert all(weight.grad is None for weight in body.parameters())
 
 
+@pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
+def test_a_table_of_times_may_be_flat_at_its_ends(process):
+    prediction, time_range = ("epsilon", None) if process == VP else ("edm", edm_time_range(EDM))
+    denoiser = Denoiser(MLP((2,), 1000, time_range=time_range), process, prediction)
+    check_differentiable(denoiser, Schedule.karras(process, 6).times[:-1].tolist(), (2,))
+
+
 COARSE = {
     "long": lambda body, time: body.table(time.long()),
     "lookup": lambda body, time: body.table(time),
