@@ -58,7 +58,7 @@ class DiffusionMDP:
                 f"the environment has {self.process!r}; build it on that one"
             )
         if self.reward is None:
-            self.reward = MMDCritic(self.target.samples, max_real=DEFAULT_REWARD_SAMPLES)
+            self.reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
         self._times: list[float] = self.schedule.times.tolist()
 
     @property

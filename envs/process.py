@@ -231,6 +231,33 @@ class DiscreteVP(NoiseProcess):
         abar = phase.cos().square()
         return cls((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
 
+    def subsampled(self, steps: int) -> DiscreteVP:
+        """The chain of ``steps`` noisings that visits this one's levels, evenly spaced in time.
+
+        State ``k`` of the new chain has the noise of this one at time ``t_k``, ``k T / steps``
+        rounded to a whole number: ``beta_k = 1 - abar(t_k) / abar(t_{k-1})``. Trained on it, a DDPM
+        of 10 steps still ends in noise, which the first 10 of 1000 betas would not.
+
+        Args:
+            steps: 1 to ``T``.
+
+        Raises:
+            ValueError: ``steps`` is out of range, or so few that one noising would keep less of the
+                signal than float64 can tell from nothing.
+        """
+        noisings = len(self.betas)
+        if not 1 <= steps <= noisings:
+            raise ValueError(f"a chain of {noisings} noisings has no {steps} to visit")
+        times = (torch.arange(steps + 1, dtype=torch.float64) * noisings / steps).round().long()
+        # Sums of the few, not differences of cumulative sums: small betas keep their digits.
+        groups = torch.log1p(-self.betas).split(times.diff().tolist())
+        betas = -torch.expm1(torch.stack([group.sum() for group in groups]))
+        if not bool((betas < 1).all()):
+            raise ValueError(
+                f"{steps} of {noisings} noisings are too few: one of them would leave no signal"
+            )
+        return DiscreteVP(betas)
+
     def alpha(self, t: float | Tensor) -> Tensor:
         """See ``NoiseProcess.alpha``."""
         return self._log_alpha(t).exp()
@@ -345,8 +372,8 @@ def make_process(name: str) -> NoiseProcess:
 
     Args:
         name: ``sigmoid-T``, ``linear-T`` or ``cosine-T`` for a ``DiscreteVP`` of ``T`` noisings
-            (``linear-1000``, say); ``ve`` for the ``VE`` of EDM, ``ve-0.002-80`` for one from
-            ``sigma_min`` to ``sigma_max``.
+            (``linear-1000``, say), ``linear-1000/10`` for its ``subsampled`` chain of 10; ``ve``
+            for the ``VE`` of EDM, ``ve-0.002-80`` for one from ``sigma_min`` to ``sigma_max``.
 
     Raises:
         ValueError: The kind is unknown, its numbers are missing or no numbers, or the process
@@ -354,11 +381,14 @@ def make_process(name: str) -> NoiseProcess:
     """
     kind, _, rest = name.partition("-")
     if kind in _CHAINS:
-        if not re.fullmatch(r"0*[1-9]\d*", rest):
+        numbers = re.fullmatch(r"(0*[1-9]\d*)(?:/(0*[1-9]\d*))?", rest)
+        if numbers is None:
             raise ValueError(
-                f"{kind} needs its number of noisings, as in '{kind}-1000'; got {name!r}"
+                f"{kind} needs its number of noisings, perhaps with how many of them to visit "
+                f"('{kind}-1000/10'), as in '{kind}-1000'; got {name!r}"
             )
-        return _CHAINS[kind](int(rest))
+        chain = _CHAINS[kind](int(numbers[1]))
+        return chain if numbers[2] is None else chain.subsampled(int(numbers[2]))
     if kind != "ve":
         raise unknown_name("noise process", kind, [*_CHAINS, "ve"])
     if name == "ve":

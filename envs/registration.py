@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 
+from .images import IMAGE_SETS
 from .mdp import DiffusionMDP, Reward
 from .names import unknown_name
 from .process import DiscreteVP, NoiseProcess
@@ -28,7 +29,8 @@ class Environment:
 
     Attributes:
         target: Name of the target.
-        process: ``steps -> NoiseProcess``; the toys' process has one beta a step, as SFT-PG's.
+        process: ``steps -> NoiseProcess``; the toys' process has one beta a step, as SFT-PG's, that
+            of images is DDPM's whatever the steps.
         steps: Default number of steps.
         schedule: Default schedule.
     """
@@ -39,11 +41,17 @@ class Environment:
     schedule: str = "uniform"
 
 
+def _ddpm(steps: int) -> NoiseProcess:
+    """DDPM's chain of 1000 betas, which ends in noise whatever the number of steps."""
+    return DiscreteVP.linear(1000)
+
+
 ENVIRONMENTS: dict[str, Environment] = {
     "SwissRoll": Environment("SwissRoll", DiscreteVP.sigmoid),
     "Moons": Environment("Moons", DiscreteVP.sigmoid),
     "GaussianCluster": Environment("GaussianCluster", DiscreteVP.sigmoid),
-    "Digits": Environment("Digits", lambda steps: DiscreteVP.linear(1000)),
+    "Digits": Environment("Digits", _ddpm),
+    **{name: Environment(name, _ddpm) for name in IMAGE_SETS},
 }
 
 
@@ -68,6 +76,8 @@ def make_mdp(
     reward: Reward | None = None,
     device: torch.device | str = "cpu",
     data_dir: str | Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
     process: NoiseProcess | None = None,
     target: Target | str | None = None,
     schedule_options: dict[str, Any] | None = None,
@@ -82,15 +92,20 @@ def make_mdp(
             ``Schedule``. A given ``Schedule`` brings its process with it.
         reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
         device: Where tensors live.
-        data_dir: Folder of the data files, for targets that need one.
+        data_dir: Folder of the data files, for targets that need one; see ``make_target``.
+        download: Fetch missing data files into ``data_dir``.
+        image_size: Side in pixels of the images of ``ImageFolder``; 64 by default.
         process: The noise process.
         target: The real distribution, or the name of one.
         schedule_options: Options of a schedule given by name, such as ``{"rho": 5.0}``.
 
     Raises:
         ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, the process
-            contradicts it, or it takes no such options.
-        FileNotFoundError: ``data_dir`` is given and is not a folder, or no such schedule file.
+            contradicts it, it takes no such options, the target takes no ``image_size``, or a data
+            file is damaged.
+        FileNotFoundError: ``data_dir`` is given and is not a folder, data files are missing, or no
+            such schedule file.
+        ConnectionError: The download failed.
     """
     if name not in ENVIRONMENTS:
         raise unknown_name("environment", name, ENVIRONMENTS)
@@ -115,7 +130,13 @@ def make_mdp(
         process = known.process(steps) if process is None else process
         schedule = make_schedule(schedule, process, steps, **(schedule_options or {}))
     if not isinstance(target, Target):
-        target = make_target(target or known.target, device=device, data_dir=data_dir)
+        target = make_target(
+            target or known.target,
+            device=device,
+            data_dir=data_dir,
+            download=download,
+            image_size=image_size,
+        )
     return DiffusionMDP(target.to(device), process, schedule, reward)
 
 

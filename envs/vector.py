@@ -22,7 +22,7 @@ from .mdp import DiffusionMDP, Observation, Reward
 from .names import unknown_name
 from .process import NoiseProcess
 from .registration import make_mdp
-from .rendering import frame
+from .rendering import MAX_REAL, frame
 from .schedule import Schedule, make_schedule
 from .targets import Target
 
@@ -47,7 +47,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         render_mode: None or ``"rgb_array"``.
         autoreset_mode: A Gymnasium ``AutoresetMode``, or its name or value as a string.
         **settings: For a name: the keyword arguments of ``make_mdp`` (``steps``, ``schedule``,
-            ``reward``, ``device``, ``data_dir``, ``process``, ``target``).
+            ``reward``, ``device``, ``data_dir``, ``download``, ``image_size``, ``process``,
+            ``target``).
 
     Raises:
         ValueError: A setting is out of range or a name unknown.
@@ -186,7 +187,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             return None
         if self._sample is None:
             raise ResetNeeded("call reset() before render()")
-        real = self.target.samples
+        # Images are drawn without real ones behind them.
+        real = self.target.take(MAX_REAL) if len(self.mdp.shape) == 1 else None
         return tuple(frame(one[None], self.mdp.shape, real=real) for one in self._sample)
 
     def _begin(self, options: dict[str, Any]) -> Observation:
@@ -258,7 +260,7 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
     the standard deviation of the prior and the largest training value, rounded up: 100 for
     normalised data on a ``DiscreteVP``, 8,000 on a ``VE`` with ``sigma_max = 80``.
     """
-    scale = max(1.0, mdp.process.prior_std, float(mdp.target.samples.abs().max()))
+    scale = max(1.0, mdp.process.prior_std, mdp.target.max_abs)
     bound = 100.0 * math.ceil(scale)
     return gym.spaces.Box(-bound, bound, tuple(mdp.shape), np.float32)
 

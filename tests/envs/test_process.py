@@ -7,7 +7,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.envs import VE, DiscreteVP, NoiseProcess, make_process
+from fewstep.envs import VE, DiscreteVP, NoiseProcess, Schedule, make_process
 
 PROCESSES = {
     "linear": DiscreteVP.linear(),
@@ -210,9 +210,48 @@ def test_processes_have_names():
     assert make_process("ve-2e-3-80.5") == VE(0.002, 80.5)
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_a_subsampled_chain_has_the_long_one_s_levels(data):
+    betas = data.draw(st.lists(st.floats(1e-6, 0.6), min_size=1, max_size=200))
+    steps = data.draw(st.integers(1, min(len(betas), 60)))
+    long = DiscreteVP(betas)
+    try:
+        short = long.subsampled(steps)
+    except ValueError as error:
+        assert "too few" in str(error)
+        assert long.abar[-1] < 1e-15
+        return
+    times = [round(k * len(betas) / steps) for k in range(steps + 1)]
+    assert len(set(times)) == short.t_max + 1 == steps + 1
+    torch.testing.assert_close(short.abar, long.abar[times], rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        short.betas, 1 - long.abar[times[1:]] / long.abar[times[:-1]], rtol=0, atol=1e-13
+    )
+    torch.testing.assert_close(
+        DiscreteVP(betas).subsampled(len(betas)).betas, long.betas, rtol=1e-14, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["linear-1000/10", "cosine-1000/7", "sigmoid-1000/1000"])
+def test_named_chains_are_subsampled(name):
+    long, steps = name.split("/")
+    long, short = make_process(long), make_process(name)
+    assert short == long.subsampled(int(steps))
+    assert NoiseProcess.from_config(short.to_config()) == short
+    visited = Schedule.trailing(long, int(steps)).times.flip(0).long()
+    torch.testing.assert_close(short.abar, long.abar[visited], rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
+        ("linear-10/11", "a chain of 10 noisings has no 11 to visit"),
+        ("linear-1000/", "as in 'linear-1000'; got 'linear-1000/'"),
+        ("linear-1000/0", "perhaps with how many of them to visit"),
+        ("linear-/10", "perhaps with how many of them to visit"),
+        ("linear-1000/10/2", "perhaps with how many of them to visit"),
+        ("linear-20000/1", "1 of 20000 noisings are too few"),
         ("liner-1000", "unknown noise process 'liner'; did you mean 'linear'"),
         ("linear", "as in 'linear-1000'; got 'linear'"),
         ("cosine-0", "needs its number of noisings"),

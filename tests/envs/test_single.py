@@ -9,8 +9,12 @@ from gymnasium.wrappers import RecordVideo
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from fewstep.envs import ENVIRONMENTS, Schedule
+from fewstep.envs.images import IMAGE_SETS
 
-every_environment = pytest.mark.parametrize("name", ENVIRONMENTS)
+# tests/envs/test_images.py has those that need data files.
+every_environment = pytest.mark.parametrize(
+    "name", [name for name in ENVIRONMENTS if name not in IMAGE_SETS]
+)
 # Advice that a sampler cannot follow: its actions are samples, which no box normalises.
 NORMALIZED = "For Box action spaces, we recommend using a symmetric and normalized space"
 
