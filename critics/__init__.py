@@ -3,18 +3,26 @@
 A critic is a function ``f(sample (N, *shape)) -> (N,)``, high on data and low on fakes: the reward
 of the environments. `MMDCritic` is ready at once; `IPMCritic` learns, with networks from
 `make_critic` and `make_baseline`. `metrics` holds the distances between sets of samples that a run
-reports.
+reports; those of images are taken in the space of a feature extractor.
 """
 
 from . import metrics
+from .classifier import ClassifierFeatures, train_classifier
+from .features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
+from .fidelity import FeatureDistances
 from .ipm import IPMCritic
 from .mmd import MMDCritic
 from .networks import ConvCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
 from .reward import RewardCritic
 
 __all__ = [
+    "Cifar10ResNet",
+    "ClassifierFeatures",
     "ConvCritic",
+    "FeatureDistances",
+    "FeatureExtractor",
     "IPMCritic",
+    "InceptionFeatures",
     "MLPBaseline",
     "MLPCritic",
     "MMDCritic",
@@ -22,4 +30,5 @@ __all__ = [
     "make_baseline",
     "make_critic",
     "metrics",
+    "train_classifier",
 ]

@@ -4,6 +4,8 @@
 one, for a few thousand; `mmd` is the kernel two-sample distance. Inputs are tensors or arrays
 (N, *shape), flattened; the arithmetic is float64. One set of real samples does not score 0 against
 another: `floor` measures what it scores, and below that no sampler can be told from the truth.
+
+For images, `fid`, `kid` and `precision_recall` (see `fidelity`) compare features, not pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +22,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .checks import check_finite, check_samples
+from .fidelity import FeatureDistances, fid, kid, precision_recall
 from .mmd import distances, kernel_mean, resolve_bandwidth
+
+__all__ = [
+    "FeatureDistances",
+    "SlicedWasserstein",
+    "fid",
+    "floor",
+    "kid",
+    "mmd",
+    "precision_recall",
+    "sliced_wasserstein",
+    "wasserstein",
+]
 
 Samples = Tensor | NDArray
 Array = NDArray[np.float64]
