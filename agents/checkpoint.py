@@ -48,17 +48,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        # Only now: a safetensors file may begin with the same bytes, the length of its header.
-        with path.open("rb") as file:
-            magic = file.read(2)
-        if magic == b"PK" or magic[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path} carries a pickle (a torch.save or zip file), which could run code on "
-                "loading; fewstep reads only safetensors checkpoints."
-            ) from None
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint."
-        ) from None
+        raise unreadable(path, error) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a fewstep checkpoint: its format is {metadata.get('format')!r}, "
@@ -68,6 +58,26 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         return _join(json.loads(metadata["tree"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is corrupt: its tree does not fit ({error!r}).") from None
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Build the error for a file that safetensors could not read: a pickle, or a broken file."""
+    # Only now: a safetensors file may begin with the same bytes, the length of its header.
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic == b"PK" or magic[:1] == b"\x80":
+        return carries_pickle(path)
+    return CheckpointError(
+        f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint."
+    )
+
+
+def carries_pickle(path: Path) -> CheckpointError:
+    """Build the error for a file that only unpickling could read."""
+    return CheckpointError(
+        f"{path} carries a pickle (a torch.save or zip file), which could run code on loading; "
+        "fewstep reads only safetensors checkpoints."
+    )
 
 
 def _split(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:

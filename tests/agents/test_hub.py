@@ -1,0 +1,464 @@
+"""Pipelines of diffusers become denoisers and back, offline; what cannot be honoured is refused."""
+
+import json
+import shutil
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from fewstep.agents import CheckpointError, Denoiser
+from fewstep.agents.networks import MLP
+from fewstep.agents.solvers import ancestral
+from fewstep.envs import VE, DiscreteVP, Schedule
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BETAS = [0.05, 0.2, 0.35, 0.4]
+
+
+@pytest.fixture
+def folder(make_unet, tmp_path):
+    """`folder(scheduler)`: a pipeline that diffusers wrote."""
+
+    def write(scheduler=None, **options):
+        scheduler = scheduler or DDPMScheduler()
+        pipeline = DDPMPipeline(make_unet(**options).unet, scheduler)
+        pipeline.save_pretrained(tmp_path / "theirs")
+        return tmp_path / "theirs"
+
+    return write
+
+
+@pytest.fixture
+def sample(generator):
+    return torch.randn(3, 2, 8, 8, generator=generator())
+
+
+def flatten(folder):
+    """Move all files to the top, as the hub's first models have them."""
+    for file in [*folder.glob("unet/*"), *folder.glob("scheduler/*")]:
+        file.replace(folder / file.name)
+    for part in ("unet", "scheduler"):
+        (folder / part).rmdir()
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+# By keyword: diffusers forgets positional arguments in from_config.
+SCHEDULERS = [
+    DDPMScheduler(clip_sample=False),
+    DDPMScheduler(
+        num_train_timesteps=100,
+        beta_start=0.001,
+        beta_end=0.2,
+        clip_sample=False,
+        prediction_type="sample",
+    ),
+    DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction"),
+    DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2", clip_sample=False),
+    DDPMScheduler(beta_schedule="sigmoid", clip_sample=False, prediction_type="v_prediction"),
+    DDIMScheduler(num_train_timesteps=4, trained_betas=BETAS, clip_sample=False),
+    PNDMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_denoiser_predicts_what_the_pipeline_does(scheduler, folder, sample):
+    denoiser = Denoiser.from_pretrained(folder(scheduler))
+    torch.testing.assert_close(denoiser.process.betas.float(), scheduler.betas, rtol=1e-6, atol=0)
+    # The same formulas for x_0, whichever scheduler has them.
+    judge = DDPMScheduler.from_config(scheduler.config, clip_sample=False)
+    for index in (len(scheduler.betas) - 1, 2):
+        raw = denoiser.body.unet(sample, index).sample
+        expected = judge.step(raw, index, sample).pred_original_sample
+        actual = denoiser.denoised(sample, index + 1)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    if judge.config.prediction_type == "epsilon":
+        assert torch.equal(denoiser.epsilon(sample, 3), denoiser.body.unet(sample, 2).sample)
+
+
+def test_common_betas_become_the_processes_of_environments(folder):
+    expected = {
+        DDPMScheduler(): DiscreteVP.linear(1000),
+        DDPMScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.2): DiscreteVP.linear(
+            100, 0.001, 0.2
+        ),
+        DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2"): DiscreteVP.cosine(
+            50
+        ),
+        DDPMScheduler(num_train_timesteps=4, trained_betas=BETAS): DiscreteVP(BETAS),
+    }
+    for scheduler, process in expected.items():
+        assert Denoiser.from_pretrained(folder(scheduler)).process == process
+
+
+def test_the_loop_of_diffusers_is_our_ancestral_sampler(folder, generator):
+    scheduler = DDPMScheduler(num_train_timesteps=4, trained_betas=BETAS, clip_sample=False)
+    denoiser = Denoiser.from_pretrained(folder(scheduler))
+    source = generator(5)
+    start = torch.randn(3, 2, 8, 8, generator=source)
+    state = start
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            raw = denoiser.body.unet(state, t).sample
+            state = scheduler.step(raw, t, state, generator=source).prev_sample
+        source.manual_seed(5)
+        torch.randn(3, 2, 8, 8, generator=source)
+        tableau = ancestral(Schedule.uniform(denoiser.process, 4))
+        ours = tableau.sample(denoiser, start, generator=source)
+    torch.testing.assert_close(ours, state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "clip"),
+    [
+        (DDPMScheduler(), True),
+        (DDPMScheduler(clip_sample=False, clip_sample_range=2.0), False),
+        (DDIMScheduler(clip_sample=True), True),
+        (PNDMScheduler(), False),
+    ],
+)
+def test_clipping_is_the_schedulers(scheduler, clip, folder):
+    assert Denoiser.from_pretrained(folder(scheduler)).clip is clip
+
+
+def test_every_layout_holds_the_same_denoiser(folder, sample, tmp_path):
+    path = folder(
+        DDPMScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.2, clip_sample=False)
+    )
+    expected = Denoiser.from_pretrained(path)
+    shutil.copytree(path / "unet", tmp_path / "bare")
+    flatten(path)
+    flat = Denoiser.from_pretrained(path)
+    (path / "model_index.json").unlink()
+    with_scheduler = Denoiser.from_pretrained(str(path))
+    for denoiser in (flat, with_scheduler):
+        assert denoiser.process == expected.process
+        assert not denoiser.clip
+        assert torch.equal(denoiser(sample, 7), expected(sample, 7))
+    with pytest.warns(UserWarning, match=r"without a scheduler_config\.json") as seen:
+        bare = Denoiser.from_pretrained(tmp_path / "bare")
+    assert seen[0].filename == __file__
+    assert (bare.process, bare.prediction, bare.clip) == (DiscreteVP.linear(1000), "epsilon", True)
+    assert torch.equal(bare(sample, 7), expected(sample, 7))
+
+
+def test_weights_of_the_first_models_are_understood(folder, sample):
+    """google/ddpm-cifar10-32 names the layers of its attention as diffusers 0.0.4 did."""
+    path = folder()
+    expected = Denoiser.from_pretrained(path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path / "unet" / WEIGHTS)
+    for new_name, old_name in old.items():
+        weights = {name.replace(new_name, old_name): value for name, value in weights.items()}
+    assert any("proj_attn" in name for name in weights)
+    save_file(weights, path / "unet" / WEIGHTS)
+    assert torch.equal(Denoiser.from_pretrained(path)(sample, 9), expected(sample, 9))
+
+
+def test_half_precision_weights_are_read_as_float32(folder, sample):
+    path = folder()
+    weights = {name: value.half() for name, value in load_file(path / "unet" / WEIGHTS).items()}
+    save_file(weights, path / "unet" / WEIGHTS)
+    denoiser = Denoiser.from_pretrained(path)
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
+    assert denoiser(sample, 5).dtype == torch.float32
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache; `cache(folder)` puts a copy of it there as google/some-ddpm."""
+    root = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+
+    def put(folder):
+        place = root / "models--google--some-ddpm"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+
+    return put
+
+
+def test_names_are_looked_up_in_the_hub_cache(folder, cache, sample):
+    with pytest.raises(FileNotFoundError, match=r"`hf download google/some-ddpm`, or pass downlo"):
+        Denoiser.from_pretrained("google/some-ddpm")
+    path = folder()
+    cache(path)
+    expected = Denoiser.from_pretrained(path)
+    assert torch.equal(Denoiser.from_pretrained("google/some-ddpm")(sample, 3), expected(sample, 3))
+
+
+def test_the_net_is_used_only_when_asked(folder, monkeypatch):
+    path, calls = folder(), []
+
+    def snapshot_download(name, allow_patterns, local_files_only):
+        calls.append((name, tuple(allow_patterns), local_files_only))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    Denoiser.from_pretrained("google/some-ddpm")
+    assert all(local for _, _, local in calls)
+    calls.clear()
+    Denoiser.from_pretrained("google/some-ddpm", download=True)
+    assert [local for _, _, local in calls] == [False, False]
+    # The settings first: a network that cannot be read is not downloaded.
+    assert not any("safetensors" in pattern for pattern in calls[0][1])
+    assert f"unet/{WEIGHTS}" in calls[1][1]
+    assert not any(".bin" in pattern for _, patterns, _ in calls for pattern in patterns)
+    calls.clear()
+    change(path / "unet" / "config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(CheckpointError, match="holds a UNet2DConditionModel"):
+        Denoiser.from_pretrained("google/some-ddpm", download=True)
+    assert len(calls) == 1
+
+
+def test_a_failed_download_says_why(monkeypatch):
+    def snapshot_download(*args, **options):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("no way out\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"Could not download google/ddpm: no way out$"):
+        Denoiser.from_pretrained("google/ddpm", download=True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+def test_what_is_saved_diffusers_opens_and_we_read_back(prediction, make_unet, sample, tmp_path):
+    process = DiscreteVP.cosine(20)
+    denoiser = Denoiser(make_unet(), process, prediction, clip=prediction == "sample")
+    denoiser.save_pretrained(tmp_path / "ours")
+    again = Denoiser.from_pretrained(tmp_path / "ours")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    assert (again.process, again.prediction) == (process, prediction)
+    assert again.clip == denoiser.clip == pipeline.scheduler.config.clip_sample
+    assert again.body.config == denoiser.body.config
+    assert torch.equal(again(sample, 3), denoiser(sample, 3))
+    assert torch.equal(pipeline.unet(sample, 2).sample, denoiser(sample, 3))
+    assert torch.equal(pipeline.scheduler.betas, process.betas.float())
+    assert len(pipeline.scheduler) == 20
+    raw = pipeline.unet(sample, 11).sample
+    expected = pipeline.scheduler.step(raw, 11, sample).pred_original_sample
+    actual = denoiser.denoised(sample, 12)
+    torch.testing.assert_close(actual.clamp(-1, 1) if denoiser.clip else actual, expected)
+
+
+def test_a_denoiser_in_another_memory_format_is_saved(make_unet, sample, tmp_path):
+    denoiser = Denoiser(make_unet(), DiscreteVP.linear(10))
+    expected = denoiser(sample, 4)
+    denoiser.run_with("bf16", channels_last=True).save_pretrained(tmp_path)
+    torch.testing.assert_close(Denoiser.from_pretrained(tmp_path)(sample, 4), expected)
+
+
+def test_a_failed_save_leaves_the_old_pipeline(make_unet, sample, tmp_path, monkeypatch):
+    old = Denoiser(make_unet(seed=0), DiscreteVP.linear(10))
+    old.save_pretrained(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    write = DDPMPipeline.save_pretrained
+
+    def fail(self, folder, **options):
+        write(self, folder, **options)
+        raise OSError("disk full")
+
+    new = Denoiser(make_unet(seed=1), DiscreteVP.linear(10))
+    with monkeypatch.context() as context:
+        context.setattr(DDPMPipeline, "save_pretrained", fail)
+        with pytest.raises(OSError, match="disk full"):
+            new.save_pretrained(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert torch.equal(Denoiser.from_pretrained(tmp_path)(sample, 4), old(sample, 4))
+    new.save_pretrained(tmp_path)
+    assert torch.equal(Denoiser.from_pretrained(tmp_path)(sample, 4), new(sample, 4))
+
+
+def test_an_edm_unet_is_saved_with_its_preconditioning(make_unet, sample, tmp_path):
+    denoiser = Denoiser(make_unet(time_range=(-1.6, 1.1)), VE(0.01, 50), "edm", sigma_data=0.7)
+    denoiser.save_pretrained(tmp_path)
+    again = Denoiser.from_pretrained(tmp_path)
+    assert (again.process, again.prediction, again.sigma_data) == (VE(0.01, 50), "edm", 0.7)
+    assert again.body.time_range == [-1.6, 1.1]
+    assert torch.equal(again.denoised(sample, 3.0), denoiser.denoised(sample, 3.0))
+
+
+def test_an_edm_network_is_taken_as_it_is(generator, tmp_path):
+    class Preconditioned(torch.nn.Module):
+        """The best D for data N(0, 0.25 I), with NVlabs' way of reading sigma."""
+
+        def __init__(self):
+            super().__init__()
+            self.variance = torch.nn.Parameter(torch.tensor(0.25))
+
+        def forward(self, x, sigma):
+            assert sigma.is_floating_point()
+            assert sigma.shape == (len(x),)
+            sigma = sigma.reshape(-1, 1, 1, 1)
+            return x * self.variance / (self.variance + sigma**2)
+
+    denoiser = Denoiser.from_edm(Preconditioned(), sigma_max=20.0)
+    assert (denoiser.process, denoiser.prediction) == (VE(0.002, 20.0), "sample")
+    x = torch.randn(4, 1, 2, 2, generator=generator())
+    for sigma in (0.002, 2.0, 20.0, torch.tensor([0.1, 1.0, 3.0, 20.0])):
+        column = torch.as_tensor(sigma).reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(denoiser.denoised(x, sigma), x * 0.25 / (0.25 + column**2))
+    torch.testing.assert_close(denoiser.epsilon(x, 2.0), x * 2.0 / 4.25)
+    denoiser.save(tmp_path / "edm")
+    again = Denoiser.load(tmp_path / "edm", body=type(denoiser.body)(Preconditioned()))
+    assert torch.equal(again.denoised(x, 2.0), denoiser.denoised(x, 2.0))
+    with pytest.raises(ValueError, match="and this denoiser's body is a EDMBody"):
+        denoiser.save_pretrained(tmp_path)
+
+
+def test_what_diffusers_cannot_say_is_not_written(make_unet, tmp_path):
+    process = DiscreteVP.linear(10)
+    with pytest.raises(ValueError, match="this denoiser's body is a MLP"):
+        Denoiser(MLP((2,), levels=10), process).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot describe the process VE\(.*'sample'"):
+        Denoiser(make_unet(), VE(), "sample").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot describe a time_range"):
+        Denoiser(make_unet(time_range=(0, 10)), process).save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "scheduler": ["diffusers", "PNDMScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "requires_safety_checker": True,
+            },
+            r"a StableDiffusionPipeline \(.*text_encoder CLIPTextModel.*such as DDPMPipeline",
+        ),
+        (
+            {
+                "_class_name": "LDMPipeline",
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "unet": ["diffusers", "UNet2DModel"],
+                "vqvae": ["diffusers", "VQModel"],
+            },
+            r"a LDMPipeline \(.*vqvae VQModel",
+        ),
+        (
+            {
+                "_class_name": "DDPMPipeline",
+                "scheduler": ["diffusers", "DDPMScheduler"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+            },
+            "unet UNet2DConditionModel",
+        ),
+    ],
+)
+def test_other_pipelines_are_named_and_refused(index, sentence, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=sentence):
+        Denoiser.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True, which fewstep does not"),
+        ({"thresholding": True}, "thresholding=True"),
+        ({"clip_sample_range": 2.0}, r"clip_sample_range=2\.0"),
+        ({"variance_type": "learned_range"}, "a learned variance"),
+        ({"prediction_type": "flow"}, "prediction_type='flow'; fewstep reads epsilon, sample"),
+        ({"beta_schedule": "cubic"}, "cubic is not implemented"),
+        ({"beta_end": 1.5}, "strictly between 0 and 1"),
+        ({"trained_betas": BETAS}, "other num_train_timesteps than betas"),
+        ({"num_train_timesteps": "many"}, "scheduler_config.json: "),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "describes a ScoreSdeVeScheduler; fewstep reads"),
+        ({"_class_name": "TableauScheduler", "tableau": {}}, "Not a tableau"),
+    ],
+)
+def test_settings_that_fewstep_does_not_honour_are_refused(settings, sentence, folder):
+    path = folder()
+    change(path / "scheduler" / "scheduler_config.json", **settings)
+    with pytest.raises(CheckpointError, match=sentence):
+        Denoiser.from_pretrained(path)
+
+
+def test_pickled_weights_are_refused(folder):
+    path = folder() / "unet"
+    torch.save(load_file(path / WEIGHTS), path / "diffusion_pytorch_model.bin")
+    Denoiser.from_pretrained(path.parent)  # beside safetensors it does no harm
+    (path / "diffusion_pytorch_model.bin").replace(path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"carries a pickle .* only safetensors"):
+        Denoiser.from_pretrained(path.parent)
+    (path / WEIGHTS).rename(path / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.bin carries a pickle .* only safetensors"):
+        Denoiser.from_pretrained(path.parent)
+
+
+def test_broken_files_are_refused(folder):
+    path = folder()
+    weights = path / "unet" / WEIGHTS
+    whole = weights.read_bytes()
+    for part in (whole[:-100], whole[:20], b""):
+        weights.write_bytes(part)
+        with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+            Denoiser.from_pretrained(path)
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    conv = tensors.pop("conv_in.weight")
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"missing or unknown, such as conv_in\.weight"):
+        Denoiser.from_pretrained(path)
+    save_file({**tensors, "conv_in.weight": conv, "extra": conv.clone()}, weights)
+    with pytest.raises(CheckpointError, match="missing or unknown, such as extra"):
+        Denoiser.from_pretrained(path)
+    save_file({**tensors, "conv_in.weight": conv[:, :1].contiguous()}, weights)
+    with pytest.raises(CheckpointError, match="give no UNet2DModel"):
+        Denoiser.from_pretrained(path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=f"unet lacks the weights, {WEIGHTS}"):
+        Denoiser.from_pretrained(path)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        text = (path / name).read_text()
+        for broken in (text[:-10], "[]"):
+            (path / name).write_text(broken)
+            with pytest.raises(CheckpointError, match=f"{name} is corrupt"):
+                Denoiser.from_pretrained(path)
+        (path / name).write_text(text)
+        if name != "model_index.json":
+            (path / name).unlink()
+            with pytest.raises(FileNotFoundError, match=f"lacks {name}"):
+                Denoiser.from_pretrained(path)
+            (path / name).write_text(text)
+
+
+def test_networks_that_are_no_bodies_are_refused(folder, tmp_path):
+    path = folder()
+    config = json.loads((path / "unet" / "config.json").read_text())
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    UNet2DModel(**{**options, "num_class_embeds": 3}).save_pretrained(path / "unet")
+    with pytest.raises(CheckpointError, match="class-conditional"):
+        Denoiser.from_pretrained(path)
+    change(path / "unet" / "config.json", down_block_types=["DownBlock3D", "DownBlock2D"])
+    with pytest.raises(CheckpointError, match=r"give no UNet2DModel: .*DownBlock3D"):
+        Denoiser.from_pretrained(path)
+
+
+def test_names_that_lead_nowhere_say_so(cache, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder nowhere, and it is no name of the hub"):
+        Denoiser.from_pretrained("nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder /tmp/no/where"):
+        Denoiser.from_pretrained("/tmp/no/where")
+    with pytest.raises(FileNotFoundError, match=r"holds neither a diffusers pipeline \(model_ind"):
+        Denoiser.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"is a file; .* Denoiser\.load"):
+        Denoiser.from_pretrained(tmp_path / "file")
+
+
+def test_the_schedulers_we_name_are_those_diffusers_has():
+    from fewstep.agents.hub import SCHEDULERS as NAMES
+
+    for name in NAMES:
+        assert "prediction_type" in getattr(diffusers, name)().config
