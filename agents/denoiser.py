@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..critics.precision import Precision, check_precision, lower_precision
 from ..envs.names import unknown_name
 from ..envs.process import VE, DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .networks import body_from_config
+from .variance_head import HeadInputs, VarianceHead
+
+if TYPE_CHECKING:
+    from .tableau import Output, Tableau
 
 Prediction = Literal["epsilon", "sample", "v", "edm"]
 
@@ -39,6 +44,13 @@ class Denoiser(nn.Module):
             preconditioned F ("edm", VE only).
         sigma_data: standard deviation of the data, > 0, in the coefficients of "edm"; the others
             ignore it.
+        clip: whether its predicted clean samples are meant to be clamped to [-1, 1] when sampling.
+            The denoiser itself never does.
+
+    Attributes:
+        gamma: (T,) float64 on the CPU, the Gamma_n of Analytic-DPM for the T noisings of a
+            `DiscreteVP` (MATH.md 1.11), or None. `VarianceLearning` estimates it.
+        head: the second head of SN-DDPM or NPR-DDPM (MATH.md 1.12), or None, trained by the same.
 
     Raises:
         ValueError: unknown prediction, "v" on a process with alpha^2 + sigma^2 != 1, "edm" on one
@@ -51,6 +63,7 @@ class Denoiser(nn.Module):
         process: NoiseProcess,
         prediction: Prediction = "epsilon",
         sigma_data: float = 0.5,
+        clip: bool = False,
     ) -> None:
         super().__init__()
         if prediction not in get_args(Prediction):
@@ -65,6 +78,34 @@ class Denoiser(nn.Module):
         self.process = process
         self.prediction: Prediction = prediction
         self.sigma_data = float(sigma_data)
+        self.clip = bool(clip)
+        self.gamma: Tensor | None = None
+        self.head: VarianceHead | None = None
+        self.precision: Precision = "float32"
+        # The same question gets the same answer; only behaviour cloning turns dropout on.
+        self.eval()
+
+    def run_with(
+        self, precision: Precision = "float32", channels_last: bool = False, compile: bool = False
+    ) -> Denoiser:
+        """Choose how the body is run; its weights stay float32, and no file remembers this.
+
+        Args:
+            precision: "float32", or "bf16": bfloat16 where that is safe (autocast).
+            channels_last: keep convolution weights in that memory format.
+            compile: hand the body to `torch.compile`, which needs a C++ compiler and takes a minute
+                at the first call with each batch size.
+
+        Raises:
+            ValueError: unknown precision.
+        """
+        check_precision(precision)
+        self.precision = precision
+        if channels_last:
+            self.body.to(memory_format=torch.channels_last)
+        if compile:
+            self.body.compile()
+        return self
 
     def forward(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Return the body's raw prediction (N, *shape) for samples at time t, a number or (N,)."""
@@ -77,12 +118,74 @@ class Denoiser(nn.Module):
                     (1,), math.log(sigma) / 4, dtype=sample.dtype, device=sample.device
                 )
             # One time for all becomes one of stride 0, as in _network_time.
-            return self.body(scale * sample, time.expand(len(sample)))
-        return self.body(sample, self._network_time(t, sample))
+            return self._ask(scale * sample, time.expand(len(sample)))
+        return self._ask(sample, self._network_time(t, sample))
 
     def epsilon(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Predict the noise in `sample` (N, *shape) at time t > 0, a number or (N,)."""
-        raw = self(sample, t)
+        return self._epsilon_of(self(sample, t), sample, t)
+
+    def denoised(self, sample: Tensor, t: float | Tensor) -> Tensor:
+        """Predict the clean sample behind `sample` (N, *shape) at time t > 0, a number or (N,)."""
+        return self._denoised_of(self(sample, t), sample, t)
+
+    def outputs_with_covariance(
+        self, sample: Tensor, t: float | Tensor, output: Output = "epsilon"
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the noise or the clean sample, and the variance of the latter, in one call.
+
+        Args:
+            sample: (N, *shape).
+            t: time > 0, a number or (N,).
+            output: "epsilon" or "sample".
+
+        Returns:
+            The prediction (N, *shape), and Cov0 in [0, 1] (N, *shape), what the second head says of
+            Var[x_0 | x_t]; (N, 1, ...) if that averages over pixels.
+
+        Raises:
+            ValueError: there is no second head, or the body does not show what that reads (see
+                `head_inputs`).
+        """
+        if self.head is None:
+            raise ValueError(
+                "The variance of each pixel comes from a second head, which this denoiser has not: "
+                "train one with `fewstep train --agent variance --kind sn` (or npr)."
+            )
+        raw, read = self.head_inputs(sample, t)
+        covariance = self.head.covariance(*read)
+        return read.epsilon if output == "epsilon" else self._denoised_of(
+            raw, sample, t
+        ), covariance
+
+    def head_inputs(self, sample: Tensor, t: float | Tensor) -> tuple[Tensor, HeadInputs]:
+        """Return the body's raw prediction, and what a second head reads, from one call.
+
+        Its features are what the body's last layer `body.out` read.
+
+        Raises:
+            ValueError: a body without a layer `out`, or one that runs through `torch.compile`.
+        """
+        last = getattr(self.body, "out", None)
+        if not isinstance(last, nn.Module):
+            raise ValueError(
+                f"A second head reads the input of the network's last layer, `body.out`; "
+                f"{type(self.body).__name__} has none."
+            )
+        if getattr(self.body, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "A compiled network hides its features: with a second head leave compile off."
+            )
+        caught: list[Tensor] = []
+        hook = last.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            raw = self(sample, t)
+        finally:
+            hook.remove()
+        epsilon = self._epsilon_of(raw, sample, t)
+        return raw, HeadInputs(caught[-1].to(raw.dtype), epsilon, *self._levels(t, sample))
+
+    def _epsilon_of(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
         if self.prediction == "epsilon":
             return raw
         if self.prediction == "edm":
@@ -94,9 +197,7 @@ class Denoiser(nn.Module):
             return (sample - alpha * raw) / sigma
         return alpha * raw + sigma * sample
 
-    def denoised(self, sample: Tensor, t: float | Tensor) -> Tensor:
-        """Predict the clean sample behind `sample` (N, *shape) at time t > 0, a number or (N,)."""
-        raw = self(sample, t)
+    def _denoised_of(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
         if self.prediction == "sample":
             return raw
         if self.prediction == "edm":
@@ -139,9 +240,15 @@ class Denoiser(nn.Module):
         return {
             "prediction": self.prediction,
             "sigma_data": self.sigma_data,
+            "clip": self.clip,
             "process": self.process.to_config(),
             "body": getattr(self.body, "config", None),
             "weights": self.body.state_dict(),
+            # Numbers, not a tensor: it stays in float64 on the CPU whatever device it is read to.
+            "gamma": None if self.gamma is None else self.gamma.tolist(),
+            "head": None
+            if self.head is None
+            else {"config": self.head.config, "weights": self.head.state_dict()},
         }
 
     @classmethod
@@ -167,13 +274,60 @@ class Denoiser(nn.Module):
             if tree["body"] is None:
                 raise CheckpointError(f"{path} holds a foreign body: pass it as body=...")
             body = body_from_config(tree["body"])
+        head = None if tree.get("head") is None else VarianceHead(**tree["head"]["config"])
         try:
             body.load_state_dict(tree["weights"])
+            if head is not None:
+                head.load_state_dict(tree["head"]["weights"])
         except RuntimeError as error:
             raise CheckpointError(f"The weights in {path} do not fit the body: {error}") from None
         process = NoiseProcess.from_config(tree["process"])
-        # Files from before there was an EDM prediction have no sigma_data, nor any use for it.
-        return cls(body.to(device), process, tree["prediction"], tree.get("sigma_data", 0.5))
+        # Older files say nothing of sigma_data and clip, and have no use for them.
+        settings = {"sigma_data": tree.get("sigma_data", 0.5), "clip": tree.get("clip", False)}
+        denoiser = cls(body.to(device), process, tree["prediction"], **settings)
+        # Nor of these two.
+        if tree.get("gamma") is not None:
+            denoiser.gamma = torch.tensor(tree["gamma"], dtype=torch.float64)
+        denoiser.head = None if head is None else head.to(device)
+        return denoiser
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        download: bool = False,
+    ) -> Denoiser:
+        """Read a denoiser from a diffusers pipeline or model: see `fewstep.agents.hub`."""
+        from .hub import from_pretrained
+
+        return from_pretrained(name_or_folder, device=device, download=download)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a pipeline that diffusers opens: see `fewstep.agents.pipelines`."""
+        from .pipelines import save_pretrained
+
+        save_pretrained(folder, self)
+
+    def export_pipeline(self, folder: str | Path, tableau: Tableau) -> None:
+        """Write a pipeline that samples with a tableau: see `fewstep.agents.pipelines`."""
+        from .pipelines import export_pipeline
+
+        export_pipeline(folder, self, tableau)
+
+    @classmethod
+    def from_edm(
+        cls, module: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0
+    ) -> Denoiser:
+        """Make a denoiser of a preconditioned network D(x; sigma): see `fewstep.agents.edm`."""
+        from .edm import from_edm
+
+        return from_edm(module, sigma_min, sigma_max)
+
+    def _ask(self, sample: Tensor, time: Tensor) -> Tensor:
+        with lower_precision(self.precision, sample.device):
+            return self.body(sample, time).to(sample.dtype)
 
     def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
         if isinstance(t, Tensor) and (t.ndim == 1 or t.requires_grad):

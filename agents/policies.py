@@ -202,8 +202,9 @@ class SolverPolicy:
                 "reset the state, or give the environment as many steps."
             )
         states.append(now)
-        outputs.append(self.tableau.evaluate(self.denoiser, now, j))
-        action = self.tableau.advance(j, states, outputs, generator)
+        output, std = self.tableau.evaluate_with_std(self.denoiser, now, j)
+        outputs.append(output)
+        action = self.tableau.advance(j, states, outputs, generator, std)
         memory = tuple(torch.stack(part).cpu().numpy() for part in (states, outputs))
         return (action[0] if single else action).cpu().numpy(), memory
 

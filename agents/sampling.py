@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .solvers import Options
+from .solvers import SOLVERS, Options
 from .tableau import Tableau
 
 # Chunks of this many samples stay in the processor's caches, and bound the memory.
@@ -47,8 +48,23 @@ def sampler_of(
     return draw
 
 
-def default_solver_options(solver: str, shape: tuple[int, ...]) -> Options:
-    """Return paper A's: variance beta for vectors, small with a last std of 0.001 for images."""
-    if solver != "ancestral":
-        return {}
-    return {"variance": "small", "last_std": 0.001} if len(shape) == 3 else {"variance": "beta"}
+def default_solver_options(solver: str, shape: tuple[int, ...], clip: bool = False) -> Options:
+    """Return paper A's: variance beta for vectors, small with a last std of 0.001 for images.
+
+    Args:
+        solver: its name.
+        shape: of one sample.
+        clip: clamp the predicted clean sample where the solver can, as a pretrained pipeline may
+            ask (`Denoiser.clip`). Fine-tuning does not: paper A's chain is Gaussian in its mean.
+    """
+    options: Options = {}
+    if solver == "ancestral":
+        options = (
+            {"variance": "small", "last_std": 0.001} if len(shape) == 3 else {"variance": "beta"}
+        )
+    elif solver in SOLVERS and SOLVERS[solver].needs is not None and len(shape) != 3:
+        # These clamp to an image's [-1, 1] and count in grey levels.
+        options = {"clip": False, "late_clip": math.inf}
+    if clip and solver in SOLVERS and "clip" in SOLVERS[solver].options:
+        options["clip"] = True
+    return options

@@ -232,17 +232,19 @@ class ScheduleLearning(Agent):
         self._map = LevelMap(float(levels[-1]), float(levels[0]), self.space)
         self._parameters = torch.nn.Parameter(self._map.parameters(levels))
         self._objective = Objective(
-            lambda schedule: make_solver(self.solver, schedule, **self.solver_options),
+            lambda schedule: make_solver(
+                self.solver, schedule, self.denoiser, **self.solver_options
+            ),
             self._like,
             self.reading if gradient == "eq14" else None,
             gamma,
             self._diffusion_weight,
         )
         self._base = self._objective.build(self._like)
-        if self._base.noise.any():
+        if not self._base.linear:
             raise ValueError(
-                f"The solver '{self._base.name}' adds noise; a schedule is learned for a "
-                "deterministic one, such as euler, dpm-solver++-2m or ipndm."
+                f"The solver '{self._base.name}' adds noise or clamps its predictions; a schedule "
+                "is learned for a deterministic one, such as euler, dpm-solver++-2m or ipndm."
             )
         self.teacher = self._new_teacher()
         if gradient != "none":

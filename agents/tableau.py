@@ -7,11 +7,20 @@ in what came before:
 
 as a Butcher tableau is for Runge-Kutta. Solvers are pure functions Schedule -> Tableau
 (`fewstep.agents.solvers`); coefficients are float64 and the loop only multiplies and adds.
+
+The fast DDPM samplers add two terms that are not linear (MATH.md 1.11, 1.12): a predicted clean
+sample clamped to [-1, 1], and a standard deviation of each pixel's own,
+
+    z_{j+1} = ... + c_j clamp(O_j, -1, 1) + s_j(z_j) noise_j,
+    s_j(z)^2 = min(s_j^2 + v_j Cov0(z, t_j), cap_j^2)
+
+with Cov0 the variance of the clean sample as the denoiser's second head predicts it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +40,7 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
 
 Output = Literal["epsilon", "sample"]
-VERSION = 2
+VERSION = 3
 
 
 class Row(NamedTuple):
@@ -43,6 +52,9 @@ class Row(NamedTuple):
     current: float
     weights: list[tuple[int, float]]
     noise: float
+    clipped: float = 0.0
+    covariance: float = 0.0
+    cap: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +74,16 @@ class Tableau:
         output: what O is: the predicted noise ("epsilon") or the predicted clean sample ("sample").
         current: (K,) float64, q: the factor on z_j itself where a step starts from an earlier
             state (Heun in data prediction); 0 elsewhere, and by default.
+        clipped: (K,) float64, c: the weight on O_j clamped to [-1, 1], beside W_jj on O_j as it is;
+            0 by default. Only for output "sample".
+        covariance: (K,) float64, v >= 0: how much of Cov0(z_j, t_j), the variance of each pixel
+            that the denoiser's second head predicts, is added to noise_j^2; 0 by default.
+        cap: (K,) float64 >= 0: the standard deviation goes no higher; infinite by default.
 
     Raises:
         ValueError: wrong shapes, non-finite numbers, weights above the diagonal, negative noise,
-            anchors out of range, `current` on a step that starts from z_j anyway, times outside
-            the process.
+            covariance or cap, anchors out of range, `current` on a step that starts from z_j
+            anyway, `clipped` with predicted noise, times outside the process.
     """
 
     name: str
@@ -78,6 +95,9 @@ class Tableau:
     anchors: np.ndarray | None = None
     output: Output = "epsilon"
     current: np.ndarray | None = None
+    clipped: np.ndarray | None = None
+    covariance: np.ndarray | None = None
+    cap: np.ndarray | None = None
 
     _rows: list[Row] = field(init=False, repr=False, default_factory=list)
 
@@ -87,9 +107,10 @@ class Tableau:
         if not np.issubdtype(anchors.dtype, np.integer):
             raise ValueError("Tableau.anchors must be whole numbers, the indices of states.")
         object.__setattr__(self, "anchors", anchors)
-        if self.current is None:
-            object.__setattr__(self, "current", np.zeros(steps))
-        for name in ("times", "scale", "weights", "noise", "current"):
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(steps, default))
+        for name in ("times", "scale", "weights", "noise", *_DEFAULTS):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         self._validate(steps)
         object.__setattr__(self, "_rows", [self._row(j) for j in range(steps)])
@@ -101,9 +122,12 @@ class Tableau:
             time=float(self.times[j]),
             anchor=self.anchor(j),
             scale=float(self.scale[j]),
-            current=float(self._current[j]),
+            current=float(self._optional("current")[j]),
             weights=weights,
-            noise=float(self.noise[j]),
+            noise=float(self.noise[j] if self._optional("covariance")[j] else self.base_std[j]),
+            clipped=float(self._optional("clipped")[j]),
+            covariance=float(self._optional("covariance")[j]),
+            cap=float(self._optional("cap")[j]),
         )
 
     def _validate(self, steps: int) -> None:
@@ -113,7 +137,7 @@ class Tableau:
             "weights": (steps, steps),
             "noise": (steps,),
             "anchors": (steps,),
-            "current": (steps,),
+            **dict.fromkeys(_DEFAULTS, (steps,)),
         }
         if steps < 1:
             raise ValueError("A tableau needs at least one step.")
@@ -121,7 +145,8 @@ class Tableau:
             value = getattr(self, name)
             if value.shape != shape:
                 raise ValueError(f"Tableau.{name} has shape {value.shape}, expected {shape}.")
-            if not np.isfinite(value).all():
+            # An infinite cap is none.
+            if not np.isfinite(value[value != np.inf] if name == "cap" else value).all():
                 raise ValueError(f"Tableau.{name} holds NaN or infinite numbers.")
         if np.triu(self.weights, 1).any():
             raise ValueError(
@@ -129,9 +154,17 @@ class Tableau:
             )
         if (self.noise < 0).any():
             raise ValueError("Tableau.noise holds negative standard deviations.")
+        for name in ("covariance", "cap"):
+            if (self._optional(name) < 0).any():
+                raise ValueError(f"Tableau.{name} holds negative numbers.")
+        if self.output != "sample" and self._optional("clipped").any():
+            raise ValueError(
+                "Tableau.clipped weighs predicted clean samples: it needs output 'sample', not "
+                f"{self.output!r}."
+            )
         if any(not 0 <= self.anchor(j) <= j for j in range(steps)):
             raise ValueError("Tableau.anchors must point to states that exist: 0 <= a(j) <= j.")
-        if any(q and self.anchor(j) == j for j, q in enumerate(self._current)):
+        if any(q and self.anchor(j) == j for j, q in enumerate(self._optional("current"))):
             raise ValueError(
                 "Tableau.current must be 0 where the anchor is the current state: use scale there."
             )
@@ -187,8 +220,9 @@ class Tableau:
         unread_states, unread_outputs = self._unread
         yield noise
         for j in range(self.steps):
-            outputs.append(self.evaluate(denoiser, states[j], j))
-            states.append(self.advance(j, states, outputs, generator))
+            output, std = self.evaluate_with_std(denoiser, states[j], j)
+            outputs.append(output)
+            states.append(self.advance(j, states, outputs, generator, std))
             for i in unread_states[j]:
                 states[i] = None
             for k in unread_outputs[j]:
@@ -206,6 +240,22 @@ class Tableau:
     def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
         """Return O_j, the denoiser's output at state z_j (N, *shape)."""
         return self.output_at(denoiser, state, self._rows[j].time)
+
+    def evaluate_with_std(
+        self, denoiser: Denoiser, state: Tensor, j: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return O_j (N, *shape), and s_j(z_j) where it depends on the state, else None.
+
+        Both come from one network call. s_j(z_j) broadcasts against the state.
+
+        Raises:
+            ValueError: the step wants a covariance, and the denoiser has no second head.
+        """
+        row = self._rows[j]
+        if not row.covariance:
+            return self.evaluate(denoiser, state, j), None
+        output, covariance = denoiser.outputs_with_covariance(state, row.time, self.output)
+        return output, std_of(covariance, row.noise, row.covariance, row.cap)
 
     def output_at(self, denoiser: Denoiser, state: Tensor, t: float | Tensor) -> Tensor:
         """Return what the denoiser says of a state (N, *shape) at time t, in this table's output.
@@ -225,13 +275,27 @@ class Tableau:
         states: Sequence[Tensor] | Mapping[int, Tensor],
         outputs: Sequence[Tensor] | Mapping[int, Tensor],
         generator: torch.Generator | None = None,
+        std: Tensor | None = None,
     ) -> Tensor:
-        """Return z_{j+1} (N, *shape) from states z_0 .. z_j and outputs O_0 .. O_j."""
+        """Return z_{j+1} (N, *shape) from states z_0 .. z_j and outputs O_0 .. O_j.
+
+        A step whose standard deviation depends on the state takes it as `std`, from
+        `evaluate_with_std`; without, ValueError.
+        """
         row = self._rows[j]
         state = self.carried(j, states)
         for k, weight in row.weights:
             state = torch.add(state, outputs[k], alpha=weight)
-        if row.noise > 0:
+        if row.clipped:
+            state = torch.add(state, outputs[j].clamp(-1, 1), alpha=row.clipped)
+        if row.covariance:
+            if std is None:
+                raise ValueError(
+                    f"Step {j} of '{self.name}' adds noise of a standard deviation that depends on "
+                    "the state: get it from evaluate_with_std."
+                )
+            state = torch.addcmul(state, std, torch.empty_like(state).normal_(generator=generator))
+        elif row.noise > 0:
             fresh = torch.empty_like(state).normal_(generator=generator)
             state = torch.add(state, fresh, alpha=row.noise)
         return state
@@ -255,9 +319,21 @@ class Tableau:
         return not anchored and not np.tril(self.weights, -1).any()
 
     @property
-    def _current(self) -> np.ndarray:
-        assert self.current is not None  # __post_init__ saw to it
-        return self.current
+    def linear(self) -> bool:
+        """Whether it adds no noise and clamps nothing: what solver distillation takes."""
+        random = self.base_std.any() or self._optional("covariance").any()
+        return not random and not self._optional("clipped").any()
+
+    @property
+    def base_std(self) -> np.ndarray:
+        """(K,) the standard deviation of each step's noise where Cov0 adds nothing."""
+        return np.minimum(self.noise, self._optional("cap"))
+
+    def _optional(self, name: str) -> np.ndarray:
+        """Return a field of `_DEFAULTS`."""
+        value = getattr(self, name)
+        assert value is not None  # __post_init__ saw to it
+        return value
 
     @cached_property
     def _unread(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -289,7 +365,11 @@ class Tableau:
             "weights": self.weights.tolist(),
             "noise": self.noise.tolist(),
             "anchors": [self.anchor(j) for j in range(self.steps)],
-            "current": self._current.tolist(),
+            "current": self._optional("current").tolist(),
+            "clipped": self._optional("clipped").tolist(),
+            "covariance": self._optional("covariance").tolist(),
+            # JSON knows no infinity.
+            "cap": [None if cap == np.inf else cap for cap in self._optional("cap").tolist()],
         }
         lines = [
             f" {json.dumps(key)}: {_lines(value)}" for key, value in {**table, **extra}.items()
@@ -319,7 +399,10 @@ class Tableau:
         if missing:
             raise ValueError(f"The tableau lacks {', '.join(missing)}.")
         values = {field: table[field] for field in fields}
-        values["current"] = table.get("current")  # version 1 had none
+        # Version 1 had none of these, version 2 the first.
+        values |= {field: table.get(field) for field in _DEFAULTS}
+        if isinstance(values["cap"], list):
+            values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
         try:
             values["process"] = NoiseProcess.from_config(values["process"])
             return cls(**values)
@@ -338,6 +421,28 @@ class Tableau:
         return cls.from_json(Path(path).read_text())
 
 
+# What the optional fields hold where they say nothing.
+_DEFAULTS = {"current": 0.0, "clipped": 0.0, "covariance": 0.0, "cap": math.inf}
+
+# A standard deviation of zero has no gradient; this one is as good as none.
+_LEAST_VARIANCE = 1e-30
+
+
+def std_of(
+    covariance: Tensor, noise: float | Tensor, weight: float | Tensor, cap: float | Tensor
+) -> Tensor:
+    """Return min(sqrt(noise^2 + weight Cov0), cap), shaped like Cov0 (MATH.md 1.11).
+
+    Args:
+        covariance: Cov0 >= 0, (N, *shape) or anything that broadcasts against it.
+        noise: standard deviation without it, >= 0; a number, or (N, 1, ...).
+        weight: >= 0, likewise.
+        cap: >= 0, likewise.
+    """
+    std = (noise**2 + weight * covariance).clamp_min(_LEAST_VARIANCE).sqrt()
+    return torch.clamp(std, max=cap)
+
+
 def _lines(value: Any) -> str:
     """Write a JSON value on one line, but lists of lists or objects one a line."""
     if isinstance(value, list) and value and isinstance(value[0], list | dict):
@@ -353,6 +458,16 @@ def one_step_tableau(
     weight: np.ndarray,
     noise: np.ndarray,
     output: Output = "epsilon",
+    clipped: np.ndarray | None = None,
 ) -> Tableau:
     """Build a one-step method's tableau: each state follows from the one before and its output."""
-    return Tableau(name, process, np.asarray(times), scale, np.diag(weight), noise, output=output)
+    return Tableau(
+        name,
+        process,
+        np.asarray(times),
+        scale,
+        np.diag(weight),
+        noise,
+        output=output,
+        clipped=clipped,
+    )

@@ -49,9 +49,10 @@ def directions(tableau: Tableau, form: Form = "difference") -> list[np.ndarray]:
     """
     if form not in get_args(Form):
         raise unknown_name("form", form, get_args(Form))
-    if tableau.noise.any():
+    if not tableau.linear:
         raise ValueError(
-            f"'{tableau.name}' adds noise; D-ODE distils deterministic solvers, such as ddim."
+            f"'{tableau.name}' adds noise or clamps its predictions; D-ODE distils deterministic "
+            "solvers, such as ddim, without clip."
         )
     if form == "lookahead":
         return _lookahead(tableau)

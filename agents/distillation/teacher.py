@@ -96,8 +96,11 @@ def make_teacher(
         if tableau.steps != fine.steps:
             raise ValueError("align='index' needs a teacher with one network call a step.")
         targets = [scale * (j + 1) for j in range(student.steps)]
-    if tableau.noise.any():
-        raise ValueError(f"The teacher '{tableau.name}' adds noise; take a deterministic one.")
+    if not tableau.linear:
+        raise ValueError(
+            f"The teacher '{tableau.name}' adds noise or clamps its predictions; take a "
+            "deterministic one without clip."
+        )
     return Teacher(tableau, tuple(targets))
 
 

@@ -5,21 +5,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
+from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral
 from .ddim import ddim
 from .deis import deis
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
+from .fastdpm import fast_dpm
 from .heun import euler, heun
 from .ipndm import ipndm
 from .singlestep import singlestep_orders
 
+if TYPE_CHECKING:
+    from ..denoiser import Denoiser
+
 # Options of a solver or a schedule by name, as they come from a command line or a JSON file.
 Options = dict[str, bool | int | float | str]
+
+# What a solver may need of the denoiser: its Gamma, or a second head of this kind.
+Need = Literal["gamma", "sn", "npr"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Solver:
         to_t_min: whether it is at its best on a schedule that ends at `process.t_min`: in log-SNR
             a last step to clean data is infinitely long.
         singlestep: whether it groups the schedule's times into blocks of several calls.
+        needs: what `VarianceLearning` must have given the denoiser first, if anything.
     """
 
     build: Callable[..., Tableau]
@@ -40,16 +49,39 @@ class Solver:
     fixed: dict[str, Any] = field(default_factory=dict)
     to_t_min: bool = False
     singlestep: bool = False
+    needs: Need | None = None
 
     @property
     def options(self) -> list[str]:
         """Names of the options that are left to choose."""
         names = list(inspect.signature(self.build).parameters)[1:]
-        return [name for name in names if name not in self.fixed]
+        # An argument called as what it needs comes from the denoiser.
+        return [name for name in names if name not in self.fixed and name != self.needs]
 
-    def __call__(self, schedule: Schedule, **options: Any) -> Tableau:
-        """Build the tableau."""
+    def __call__(
+        self, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
+    ) -> Tableau:
+        """Build the tableau.
+
+        Raises:
+            ValueError: the denoiser lacks what the solver needs.
+        """
+        if self.needs is not None:
+            options |= self._needed(denoiser)
         return self.build(schedule, **self.fixed, **options)
+
+    def _needed(self, denoiser: Denoiser | None) -> dict[str, Any]:
+        """Return the builder's arguments that come from the denoiser."""
+        if self.needs == "gamma" and denoiser is not None and denoiser.gamma is not None:
+            return {"gamma": denoiser.gamma}
+        head = None if denoiser is None else denoiser.head
+        if head is not None and head.kind == self.needs:
+            return {}
+        lacking = "Gamma" if self.needs == "gamma" else f"a second head of kind '{self.needs}'"
+        raise ValueError(
+            f"This solver needs a denoiser with {lacking}: train one with "
+            f"`fewstep train --agent variance --kind {self.needs}`."
+        )
 
 
 def _singlestep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
@@ -67,6 +99,21 @@ _PP_MULTISTEP = {"method": "multistep", "orders": None}
 
 SOLVERS: dict[str, Solver] = {
     "ancestral": Solver(ancestral, "DDPM's stochastic sampler on any times"),
+    "fast-dpm": Solver(
+        fast_dpm, "FastDPM's chain, that of schedule fast_dpm (kappa 0 to 1: noise)"
+    ),
+    "analytic-dpm": Solver(
+        analytic_dpm, "Analytic-DPM: the best variance of each step, from Gamma", needs="gamma"
+    ),
+    "sn-ddpm": Solver(
+        per_pixel_dpm, "SN-DDPM: the best variance of each pixel", {"head": "sn"}, needs="sn"
+    ),
+    "npr-ddpm": Solver(
+        per_pixel_dpm,
+        "NPR-DDPM: that of an imperfect network, by its residuals",
+        {"head": "npr"},
+        needs="npr",
+    ),
     "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
     "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
     "heun": Solver(heun, "EDM's sampler, second order, two calls a step"),
@@ -100,14 +147,23 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def make_solver(name: str, schedule: Schedule, **options: Any) -> Tableau:
+def make_solver(
+    name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
+) -> Tableau:
     """Build the named solver's tableau on a schedule.
+
+    Args:
+        name: a key of `SOLVERS`.
+        schedule: the times.
+        denoiser: the network that will be asked; only solvers that `need` something of it look.
+        options: of the solver.
 
     The schedule's steps are the network calls a sample costs, except for "heun", which takes two a
     step; `tableau.nfe` says. `solver_within` chooses the steps for a budget.
 
     Raises:
-        ValueError: a solver or an option that does not exist; the message lists those that do.
+        ValueError: a solver or an option that does not exist, the message lists those that do; or
+            the denoiser lacks what the solver needs.
     """
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
@@ -116,7 +172,7 @@ def make_solver(name: str, schedule: Schedule, **options: Any) -> Tableau:
         if option not in solver.options:
             raise unknown_name(f"option of solver '{name}'", option, solver.options)
     try:
-        return solver(schedule, **options)
+        return solver(schedule, denoiser, **options)
     except TypeError as error:
         raise ValueError(
             f"An option of solver '{name}' has a wrong type: {options} ({error})."
@@ -124,7 +180,11 @@ def make_solver(name: str, schedule: Schedule, **options: Any) -> Tableau:
 
 
 def solver_within(
-    name: str, nfe: int, schedule_of: Callable[[int], Schedule], **options: Any
+    name: str,
+    nfe: int,
+    schedule_of: Callable[[int], Schedule],
+    denoiser: Denoiser | None = None,
+    **options: Any,
 ) -> Tableau:
     """Build the named solver with a budget of exactly `nfe` network calls a sample.
 
@@ -132,6 +192,7 @@ def solver_within(
         name: a key of `SOLVERS`.
         nfe: the budget.
         schedule_of: steps -> schedule.
+        denoiser: see `make_solver`.
         options: of the solver.
 
     Raises:
@@ -139,7 +200,7 @@ def solver_within(
     """
     costs = set()
     for steps in dict.fromkeys((nfe, (nfe + 1) // 2)):
-        tableau = make_solver(name, schedule_of(steps), **options)
+        tableau = make_solver(name, schedule_of(steps), denoiser, **options)
         if tableau.nfe == nfe:
             return tableau
         costs.add(tableau.nfe)
@@ -153,6 +214,7 @@ __all__ = [
     "SOLVERS",
     "Options",
     "Solver",
+    "analytic_dpm",
     "ancestral",
     "ddim",
     "deis",
@@ -160,9 +222,11 @@ __all__ = [
     "dpm_solver_multistep",
     "dpm_solver_pp",
     "euler",
+    "fast_dpm",
     "heun",
     "ipndm",
     "make_solver",
+    "per_pixel_dpm",
     "singlestep_orders",
     "solver_within",
 ]

@@ -9,12 +9,16 @@ import numpy as np
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Tableau, one_step_tableau
+from .rows import with_last_std
 
 Variance = Literal["small", "large", "beta"]
 
 
 def ancestral(
-    schedule: Schedule, variance: Variance = "small", last_std: float | None = None
+    schedule: Schedule,
+    variance: Variance = "small",
+    last_std: float | None = None,
+    clip: bool = False,
 ) -> Tableau:
     """Build the Gaussian reverse chain whose mean is the posterior mean of q(x_s | x_t, x_0).
 
@@ -22,6 +26,7 @@ def ancestral(
     variance that the process adds between them,
 
         x_s = (alpha_s / alpha_t) (x_t - (beta / sigma_t) epsilon) + std * noise
+            = (alpha_t / alpha_s) (sigma_s / sigma_t)^2 x_t + (alpha_s beta / sigma_t^2) D + ...
 
     Args:
         schedule: the times, K + 1 of them.
@@ -30,14 +35,14 @@ def ancestral(
             transition, the last one included, so that every transition has a density (paper A's
             toys).
         last_std: standard deviation of the last transition, if it is to differ.
+        clip: clamp the predicted clean sample D to [-1, 1] in the second form, as DDPM does on
+            images; it changes samples of few steps strongly.
 
     Raises:
         ValueError: unknown variance, or a negative or non-finite `last_std`.
     """
     if variance not in get_args(Variance):
         raise unknown_name("variance", variance, get_args(Variance))
-    if last_std is not None and not 0 <= last_std < np.inf:
-        raise ValueError(f"last_std must be a finite number >= 0, got {last_std}.")
     alpha, sigma = schedule.levels()
     ratio = alpha[:-1] / alpha[1:]
     beta = sigma[:-1] ** 2 - (ratio * sigma[1:]) ** 2
@@ -46,13 +51,20 @@ def ancestral(
         std *= sigma[1:] / sigma[:-1]
     if variance == "large" and sigma[-1] == 0:
         std[-1] = 0.0
-    if last_std is not None:
-        std[-1] = last_std
-    return one_step_tableau(
-        f"ancestral ({variance})",
+    zeros = np.zeros_like(std)
+    if clip:
+        scale, weight = ratio * (sigma[1:] / sigma[:-1]) ** 2, zeros
+        clipped = alpha[1:] * beta / sigma[:-1] ** 2
+    else:
+        scale, weight, clipped = 1 / ratio, -beta / (ratio * sigma[:-1]), zeros
+    table = one_step_tableau(
+        f"ancestral ({variance}{', clipped' if clip else ''})",
         schedule.process,
         schedule.times.numpy(),
-        scale=1 / ratio,
-        weight=-beta / (ratio * sigma[:-1]),
+        scale=scale,
+        weight=weight,
         noise=std,
+        output="sample" if clip else "epsilon",
+        clipped=clipped,
     )
+    return with_last_std(table, last_std)

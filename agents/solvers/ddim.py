@@ -11,7 +11,9 @@ from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau, one_step_tableau
 
 
-def ddim(schedule: Schedule, eta: float = 0.0, output: Output = "epsilon") -> Tableau:
+def ddim(
+    schedule: Schedule, eta: float = 0.0, output: Output = "epsilon", clip: bool = False
+) -> Tableau:
     """Build DDIM (Song et al. 2021): exact when the network's output is constant over the step.
 
         x_s = alpha_s D + sqrt(sigma_s^2 - std^2) epsilon + std noise
@@ -24,6 +26,8 @@ def ddim(schedule: Schedule, eta: float = 0.0, output: Output = "epsilon") -> Ta
         eta: 0 is deterministic DDIM, 1 is DDPM ancestral sampling with the small variance.
         output: what the table is written in, the same sampler either way; D-ODE takes differences
             of these outputs.
+        clip: clamp D to [-1, 1], but not epsilon (MATH.md 1.11, for data in [-1, 1]); such a table
+            is always written in D.
 
     Raises:
         ValueError: eta outside [0, 1], or unknown output.
@@ -32,22 +36,50 @@ def ddim(schedule: Schedule, eta: float = 0.0, output: Output = "epsilon") -> Ta
         raise ValueError(f"eta must lie in [0, 1], got {eta}.")
     if output not in get_args(Output):
         raise unknown_name("output", output, get_args(Output))
-    alpha, sigma = schedule.levels()
+    choices = [f"eta {eta:g}"] * (eta != 0) + ["clipped"] * clip
+    name = f"ddim ({', '.join(choices)})" if choices else "ddim"
+    return first_order(name, schedule, schedule.levels(), eta, "sample" if clip else output, clip)
+
+
+def first_order(
+    name: str,
+    schedule: Schedule,
+    levels: tuple[np.ndarray, np.ndarray],
+    eta: float,
+    output: Output = "epsilon",
+    clip: bool = False,
+) -> Tableau:
+    """Build DDIM's formula from levels that need not be the process's own.
+
+    Args:
+        name: of the table.
+        schedule: the times.
+        levels: alpha and sigma at them, (K + 1,) each.
+        eta: 0 to 1.
+        output: "sample" if `clip`.
+        clip: clamp D.
+    """
+    alpha, sigma = levels
     ratio = alpha[1:] / alpha[:-1]
     beta = sigma[:-1] ** 2 - (sigma[1:] / ratio) ** 2
     std = eta * np.sqrt(beta) * sigma[1:] / sigma[:-1]
     kept = np.sqrt(sigma[1:] ** 2 - std**2)
+    clipped = None
     if output == "epsilon":
         scale, weight = ratio, kept - sigma[:-1] * ratio
     else:
         scale = kept / sigma[:-1]
         weight = alpha[1:] - alpha[:-1] * scale
+    if clip:
+        # The noise stays that of D as it was: epsilon = (x - alpha D) / sigma.
+        weight, clipped = -alpha[:-1] * scale, alpha[1:]
     return one_step_tableau(
-        "ddim" if eta == 0 else f"ddim (eta {eta:g})",
+        name,
         schedule.process,
         schedule.times.numpy(),
         scale=scale,
         weight=weight,
         noise=std,
         output=output,
+        clipped=clipped,
     )

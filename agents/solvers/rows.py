@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -121,6 +122,23 @@ def combine(*terms: tuple[float, Mapping[int, float]]) -> dict[int, float]:
 def difference(later: int, earlier: int) -> dict[int, float]:
     """Return the sparse row of O_later - O_earlier."""
     return {later: 1.0, earlier: -1.0}
+
+
+def with_last_std(tableau: Tableau, last_std: float | None) -> Tableau:
+    """Return the table with this standard deviation in its last step; None leaves it as it is.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if last_std is None:
+        return tableau
+    if not 0 <= last_std < np.inf:
+        raise ValueError(f"last_std must be a finite number >= 0, got {last_std}.")
+    changes = {}
+    for name, value in (("noise", last_std), ("covariance", 0.0), ("cap", np.inf)):
+        changes[name] = getattr(tableau, name).copy()
+        changes[name][-1] = value
+    return dataclasses.replace(tableau, **changes)
 
 
 def check_order(order: int, allowed: Iterable[int], solver: str) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fewstep.agents import Denoiser
 from fewstep.agents.networks import MLP
+from fewstep.agents.unet import UNet2D
 from fewstep.envs import DiffusionMDP, DiscreteVP, NoiseProcess, Schedule, Target, make_schedule
 
 torch.set_num_threads(1)
@@ -201,3 +202,22 @@ def grid():
 def prior(generator):
     """`prior(process)`: seven initial states (7, 2) in float64."""
     return lambda process: process.prior_sample((7, 2), generator(), dtype=torch.float64)
+
+
+@pytest.fixture
+def make_unet():
+    """`make_unet(**options)`: a seeded U-Net of 2x8x8 with some thousand random weights."""
+
+    def make(seed=0, **options):
+        small = {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return UNet2D((2, 8, 8), **{**small, **options}).eval()
+
+    return make

@@ -296,7 +296,7 @@ def test_arguments_that_make_no_sense_are_refused(process, make_denoiser):
             Denoiser(body, VE(), "edm", sigma_data=sigma_data)
     with pytest.raises(ValueError, match="times must lie in"):
         make_denoiser(prediction="v").epsilon(torch.ones(2, 2), 4.5)
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(ValueError, match="divisible"):
         SmallUNet((1, 7, 8))
 
 

@@ -80,12 +80,13 @@ def test_last_std_changes_the_last_transition_only(schedule):
     np.testing.assert_array_equal(changed.weights, plain.weights)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("variance", ["small", "large"])
-def test_ancestral_is_diffusers_ddpm(variance, wave, generator):
+def test_ancestral_is_diffusers_ddpm(variance, clip, wave, generator):
     indices = [999, 730, 400, 123, 7, 0]  # 0-based: time t is index t - 1
     process = wave.process
     scheduler = diffusers_ddpm.DDPMScheduler(
-        trained_betas=process.betas.numpy(), clip_sample=False, variance_type=f"fixed_{variance}"
+        trained_betas=process.betas.numpy(), clip_sample=clip, variance_type=f"fixed_{variance}"
     )
     scheduler.set_timesteps(timesteps=indices)
     scheduler.alphas_cumprod = torch.from_numpy(abar(process.betas)[1:])  # float64
@@ -94,17 +95,18 @@ def test_ancestral_is_diffusers_ddpm(variance, wave, generator):
     for n in indices:
         epsilon = wave.body(state, torch.full((5,), n)).detach()
         state = scheduler.step(epsilon, n, state, generator=rng).prev_sample
-    table = ancestral(Schedule(process, [n + 1 for n in indices] + [0]), variance)
+    table = ancestral(Schedule(process, [n + 1 for n in indices] + [0]), variance, clip=clip)
     with torch.no_grad():
         ours = table.sample(wave, noise, generator=generator(1))
     torch.testing.assert_close(ours, state, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_ddim_is_diffusers_ddim(eta, wave, generator):
+def test_ddim_is_diffusers_ddim(eta, clip, wave, generator):
     scheduler = diffusers_ddim.DDIMScheduler(
         trained_betas=wave.process.betas.numpy(),
-        clip_sample=False,
+        clip_sample=clip,
         set_alpha_to_one=True,
         timestep_spacing="leading",
         steps_offset=0,
@@ -119,10 +121,25 @@ def test_ddim_is_diffusers_ddim(eta, wave, generator):
     for n in indices:
         epsilon = wave.body(state, torch.full((5,), n)).detach()
         state = scheduler.step(epsilon, n, state, eta=eta, generator=rng).prev_sample
-    table = ddim(Schedule(wave.process, [n + 1 for n in indices] + [0]), eta)
+    table = ddim(Schedule(wave.process, [n + 1 for n in indices] + [0]), eta, clip=clip)
     with torch.no_grad():
         ours = table.sample(wave, noise, generator=generator(1))
     torch.testing.assert_close(ours, state, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [ancestral, ddim, lambda s, clip: ddim(s, 0.6, clip=clip)])
+def test_a_clip_that_does_not_bite_changes_nothing(build, schedule, generator):
+    class Inside(nn.Module):
+        def forward(self, sample, time):
+            return sample.tanh()
+
+    denoiser = Denoiser(Inside(), schedule.process, "sample")
+    noise = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
+    one, other = (
+        build(schedule, clip=clip).sample(denoiser, noise, generator=generator(1))
+        for clip in (False, True)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_ddim_on_any_grid_is_diffusers_dpm_solver_1(wave, generator):

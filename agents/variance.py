@@ -1,0 +1,285 @@
+"""VarianceLearning: what a pretrained network leaves open, measured on data, makes its noise right.
+
+The mean of a reverse transition is the network's; the best variance follows from how much of the
+clean sample x_t does not tell. Three ways to know that (MATH.md 1.11 and 1.12), each with its
+sampler:
+
+    "gamma"  Gamma_n = E ||epsilon_theta(x_n, n)||^2 / d, a number a noising          analytic-dpm
+    "sn"     h minimises E (eps^2 - h(x_t))^2, a number a pixel                       sn-ddpm
+    "npr"    g minimises E ((eps - epsilon_theta(x_t))^2 - g(x_t))^2, likewise        npr-ddpm
+
+The network itself stays as it is; "sn" and "npr" train a second head on its last features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..envs import DiscreteVP
+from ..envs.names import unknown_name
+from .base import Agent, Environment
+from .denoiser import Denoiser
+from .solvers import Options, ancestral
+from .tableau import Tableau
+from .training import (
+    Averaged,
+    adam,
+    draw_times,
+    learning_rate_schedule,
+    seeded,
+    set_learning_rate,
+)
+from .variance_head import VarianceHead
+
+Kind = Literal["gamma", "sn", "npr"]
+SOLVER_OF: dict[str, str] = {"gamma": "analytic-dpm", "sn": "sn-ddpm", "npr": "npr-ddpm"}
+
+
+class VarianceLearning(Agent):
+    """Give a denoiser its Gamma, or a second head, for samplers with the best variance.
+
+    One round is one batch of data: of the sums behind Gamma, or one gradient step of the head.
+    Gamma is known after `planned_rounds`; what is known before is used at any time, with DDPM's
+    variance for noisings not met yet. The denoiser given gets `gamma` or `head`; what it had before
+    is replaced.
+
+    Args:
+        env: the environment; its target gives the data, its process the noise.
+        denoiser: the pretrained network, which is not trained.
+        kind: "gamma" (a `DiscreteVP` only), "sn" or "npr".
+        batch_size: samples a round.
+        samples_per_time: "gamma": samples of each noising; 100 to 50,000, fewer for larger images.
+        learning_rate: of Adam, for a head; 1e-4 to 5e-3.
+        lr_schedule: of a head: "cosine", "linear" or "constant".
+        max_grad_norm: a head's gradient norm is clipped here; None does not clip.
+        ema: decay of the average of a head's weights, 0 (none) to 1 (excluded); the averaged head
+            samples.
+        hidden: width of a head's layer between.
+        per_pixel: False makes a head's variance one number a sample.
+        solver: the one that belongs to the kind (see above), or None for it.
+        solver_options: see `Agent`, as the remaining arguments.
+
+    Raises:
+        ValueError: a setting unknown or out of range, another solver, "gamma" on another process,
+            or a network whose last features a head cannot read.
+    """
+
+    name = "variance"
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        *,
+        kind: Kind = "gamma",
+        batch_size: int = 256,
+        samples_per_time: int = 256,
+        learning_rate: float = 1e-3,
+        lr_schedule: str = "cosine",
+        max_grad_norm: float | None = 1.0,
+        ema: float = 0.99,
+        hidden: int = 128,
+        per_pixel: bool = True,
+        solver: str | None = None,
+        solver_options: Options | None = None,
+        seed: int = 0,
+        verbose: int = 0,
+        tensorboard_log: str | None = None,
+    ) -> None:
+        if kind not in get_args(Kind):
+            raise unknown_name("kind of variance", kind, get_args(Kind))
+        if solver not in (None, SOLVER_OF[kind]):
+            raise ValueError(
+                f"kind '{kind}' is learned for solver '{SOLVER_OF[kind]}', not '{solver}'."
+            )
+        counts = {
+            "batch_size": batch_size,
+            "samples_per_time": samples_per_time,
+            "hidden": hidden,
+        }
+        for what, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{what} must be at least 1, got {count}.")
+        super().__init__(
+            env,
+            denoiser,
+            solver=SOLVER_OF[kind],
+            solver_options=solver_options,
+            seed=seed,
+            verbose=verbose,
+            tensorboard_log=tensorboard_log,
+        )
+        self.kind: Kind = kind
+        self.batch_size = batch_size
+        self.samples_per_time = samples_per_time
+        self.learning_rate = learning_rate
+        self.lr_schedule = lr_schedule
+        self.max_grad_norm = max_grad_norm
+        self.hidden = hidden
+        self.per_pixel = per_pixel
+        self.ema = ema
+        self._factor = learning_rate_schedule(lr_schedule)
+        if kind == "gamma":
+            self._begin_sums()
+        else:
+            self._begin_head()
+        # Bad options of the solver show now, not after the training.
+        self.tableau_on(self.schedule)
+
+    @property
+    def tableau(self) -> Tableau:
+        """The sampler with the variances known so far."""
+        return self.tableau_on(self.schedule)
+
+    def starting_tableau(self, denoiser: Denoiser) -> Tableau:
+        """Return DDPM's own chain with its small variance, what there is to improve on."""
+        clip = bool(self.solver_options.get("clip", True))
+        return ancestral(self.mdp.schedule, "small", clip=clip)
+
+    @property
+    def timesteps_per_round(self) -> int:
+        """One call on each sample of the batch."""
+        return self.batch_size
+
+    @property
+    def planned_rounds(self) -> int | None:
+        """The rounds that all samples of all noisings take; of a head the caller says."""
+        if self.kind != "gamma":
+            return None
+        return -(-len(self._counts) * self.samples_per_time // self.batch_size)
+
+    @property
+    def done(self) -> bool:
+        """Whether every noising has had its samples."""
+        return self.kind == "gamma" and int(self._counts.min()) >= self.samples_per_time
+
+    def train_round(self) -> dict[str, Tensor]:
+        """Add a batch to the sums, or take a gradient step of the head."""
+        clean = self.mdp.target.sample(self.batch_size, self.generator)
+        noise = torch.empty_like(clean).normal_(generator=self.generator)
+        metrics = self._add(clean, noise) if self.kind == "gamma" else self._descend(clean, noise)
+        self.num_timesteps += self.timesteps_per_round
+        return metrics
+
+    # -- Gamma ---------------------------------------------------------------------------------
+
+    def _begin_sums(self) -> None:
+        process = self.mdp.process
+        if not isinstance(process, DiscreteVP):
+            raise ValueError(
+                f"kind 'gamma' has one number a noising of a DiscreteVP, and this is {process!r}; "
+                "'sn' and 'npr' learn on any process."
+            )
+        levels = torch.arange(len(process.betas), dtype=torch.float64) + 1
+        alpha, sigma = process.alpha(levels), process.sigma(levels)
+        # Gamma of Gaussian data of the same size: how much ||epsilon||^2 and ||eps||^2, of which
+        # the mean is known, vary together.
+        gaussian = sigma**2 / ((alpha * self.denoiser.sigma_data) ** 2 + sigma**2)
+        self._control = gaussian**2
+        self._sums = torch.zeros_like(levels)
+        self._counts = torch.zeros_like(levels)
+        self._know_gamma()
+
+    def _add(self, clean: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Add a batch to the sums, the noisings in turn."""
+        first = int(self._counts.sum())
+        index = torch.arange(first, first + len(clean)) % len(self._counts)
+        t = (index + 1).to(self.device)
+        noisy = self.mdp.process.add_noise(clean, t, noise)
+        with torch.no_grad():
+            epsilon = self.denoiser.epsilon(noisy, t)
+        predicted, drawn = (
+            value.flatten(1).square().mean(1).cpu().double() for value in (epsilon, noise)
+        )
+        self._sums.index_add_(0, index, predicted - self._control[index] * (drawn - 1))
+        self._counts.index_add_(0, index, torch.ones_like(predicted))
+        self._know_gamma()
+        known = self._counts > 0
+        gamma = self.denoiser.gamma
+        assert gamma is not None
+        return {"train/gamma": gamma[known].mean(), "train/samples_per_time": self._counts.min()}
+
+    def _know_gamma(self) -> None:
+        """Hand the denoiser what the sums say; 1, which adds no variance, where they are empty."""
+        means = (self._sums / self._counts.clamp_min(1)).clamp_min(0)
+        self.denoiser.gamma = torch.where(self._counts > 0, means, torch.ones_like(means))
+
+    # -- a second head -------------------------------------------------------------------------
+
+    def _begin_head(self) -> None:
+        shape = tuple(self.mdp.shape)
+        with torch.no_grad():
+            probe = torch.zeros(1, *shape, device=self.device)
+            features = self.denoiser.head_inputs(probe, self.mdp.process.t_max)[1].features
+        with seeded(self.seed):
+            head = VarianceHead.on_features(
+                self.kind,
+                features,
+                shape,
+                hidden=self.hidden,
+                data_std=self.denoiser.sigma_data,
+                per_pixel=self.per_pixel,
+            )
+        self._head = head.to(self.device)
+        self._averaged = Averaged(self._head, self.ema)
+        self._optimizer = adam(self._head.parameters())
+        self.denoiser.head = self._averaged.module
+
+    def _descend(self, clean: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Take a gradient step of the head on a batch."""
+        t = draw_times(self.mdp.process, len(clean), self.generator, self.device)
+        noisy = self.mdp.process.add_noise(clean, t, noise)
+        with torch.no_grad():
+            _, read = self.denoiser.head_inputs(noisy, t)
+        target = noise if self.kind == "sn" else noise - read.epsilon
+        loss = (target.square() - self._head(*read)).square().mean()
+        self._optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self._head.parameters(), self.max_grad_norm or math.inf
+        )
+        set_learning_rate(self._optimizer, self.learning_rate * self._factor(self.progress))
+        self._optimizer.step()
+        self._averaged.update()
+        return {"train/loss": loss.detach(), "train/grad_norm": grad_norm}
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's keyword arguments."""
+        return {
+            "kind": self.kind,
+            "batch_size": self.batch_size,
+            "samples_per_time": self.samples_per_time,
+            "learning_rate": self.learning_rate,
+            "lr_schedule": self.lr_schedule,
+            "max_grad_norm": self.max_grad_norm,
+            "ema": self.ema,
+            "hidden": self.hidden,
+            "per_pixel": self.per_pixel,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums, or the head, its average and its optimizer."""
+        if self.kind == "gamma":
+            return {"sums": self._sums.tolist(), "counts": self._counts.tolist()}
+        return {
+            "head": self._head.state_dict(),
+            "averaged": self._averaged.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        if self.kind == "gamma":
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self._counts.copy_(torch.tensor(state["counts"], dtype=torch.float64))
+            self._know_gamma()
+            return
+        self._head.load_state_dict(state["head"])
+        self._averaged.module.load_state_dict(state["averaged"])
+        self._optimizer.load_state_dict(state["optimizer"])
