@@ -30,6 +30,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
+from ..critics.processes import Processes
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule, Target
 from ..envs.mdp import no_reward
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -38,7 +39,7 @@ from .policies import SolverPolicy
 from .sampling import default_solver_options, sample
 from .solvers import Options, make_solver
 from .tableau import Tableau
-from .training import TrainingDivergedError
+from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
 Environment = DiffusionVectorEnv | DiffusionMDP | str
 Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
@@ -65,11 +66,14 @@ class Agent(ABC):
         num_timesteps: denoiser calls on single samples so far.
         mdp: the decision process.
         generator: the source of the training's randomness.
+        processes: those that train together, under `torchrun`; else this one alone.
+        data_parallel: whether several processes can train it together.
         checkpoint_name: what a run calls the file that `save` writes.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
 
     name: ClassVar[str]
+    data_parallel: ClassVar[bool] = False
     checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
 
     def __init__(
@@ -101,6 +105,12 @@ class Agent(ABC):
             solver_options = default_solver_options(solver, self.mdp.shape)
         self.solver_options = dict(solver_options)
         self.seed = seed
+        self.processes = Processes.current()
+        if self.processes.count > 1 and not self.data_parallel:
+            raise ValueError(
+                f"'{self.name}' trains in one process, here are {self.processes.count}: start it "
+                "without torchrun."
+            )
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # Acting draws from a stream of its own: looking at samples does not change the training.
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
@@ -113,7 +123,7 @@ class Agent(ABC):
         self._custom_logger: Logger | None = None
         self._started = 0.0
         self._timesteps_at_start = 0
-        self._tableau = make_solver(solver, self.mdp.schedule, **self.solver_options)
+        self._tableau = self.starting_tableau(self.denoiser)
 
     # -- what a subclass implements ------------------------------------------------------------
 
@@ -143,6 +153,10 @@ class Agent(ABC):
         """Rounds that the settings call for; None leaves their number to the caller."""
         return None
 
+    def smaller(self) -> str:
+        """Return which settings need less memory, for the message when it ran out."""
+        return "Take a smaller --batch-size."
+
     @property
     def done(self) -> bool:
         """Whether the algorithm has come to an end by itself; `learn` then stops."""
@@ -169,7 +183,11 @@ class Agent(ABC):
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the sampler on another schedule."""
-        return make_solver(self.solver, schedule, **self.solver_options)
+        return make_solver(self.solver, schedule, self.sampling_denoiser, **self.solver_options)
+
+    def starting_tableau(self, denoiser: Denoiser) -> Tableau:
+        """Return the sampler before any training, for the denoiser as it was then."""
+        return make_solver(self.solver, self.mdp.schedule, denoiser, **self.solver_options)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -194,6 +212,7 @@ class Agent(ABC):
 
         Raises:
             TrainingDivergedError: a logged quantity became NaN or infinite.
+            OutOfMemoryError: a round does not fit; the message says which settings need less.
         """
         if reset_num_timesteps:
             self.num_timesteps = self.rounds = 0
@@ -209,13 +228,19 @@ class Agent(ABC):
             callbacks.on_rollout_start()
             last = self.num_timesteps + self.timesteps_per_round >= self._total_timesteps
             self.will_log = last or (self.rounds + 1) % log_interval == 0
-            metrics = self.train_round()
+            try:
+                metrics = self.processes.mean(self.train_round())
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(self.smaller()) from None
             self.rounds += 1
             self._check_finite(metrics)
             if self.will_log:
                 self._log(metrics)
             callbacks.update_locals(locals())
-            if not callbacks.on_step():
+            stop = not callbacks.on_step()
+            if self.processes.any(stop, self.device):
                 break
             callbacks.on_rollout_end()
         self._check_weights()
@@ -308,9 +333,10 @@ class Agent(ABC):
         step = self.schedule.step_of(float(np.ravel(observation["timestep"])[0]))
         tableau = self.tableau
         if deterministic:
-            tableau = dataclasses.replace(tableau, noise=np.zeros(tableau.steps))
-        output = tableau.evaluate(self.sampling_denoiser, sample, step)
-        action = tableau.advance(step, {step: sample}, {step: output}, self.acting_generator)
+            nothing = np.zeros(tableau.steps)
+            tableau = dataclasses.replace(tableau, noise=nothing, covariance=None)
+        output, std = tableau.evaluate_with_std(self.sampling_denoiser, sample, step)
+        action = tableau.advance(step, {step: sample}, {step: output}, self.acting_generator, std)
         action = action[0] if single else action
         return action.cpu().numpy(), state
 

@@ -2,6 +2,7 @@
 
     p_theta(x_s | x_t) = N( p_j x_t + W_jj epsilon_theta(x_t, t_j), s_j^2 I )
 
+or with the clamped prediction and the standard deviation of each pixel that a tableau may have.
 One method computes mean and standard deviation for the rollout and for the update, and one function
 the log-density, so the importance ratio is 1 before any update.
 """
@@ -9,7 +10,9 @@ the log-density, so the importance ratio is 1 before any update.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .tableau import Tableau
+from .tableau import Tableau, std_of
 
 Reduction = Literal["sum", "mean"]
 
@@ -47,7 +50,12 @@ class GaussianChain(nn.Module):
     Args:
         denoiser: the network theta.
         tableau: a sampler whose steps use only their own state and output, with noise on each step.
-        learn_std: make the K standard deviations trainable (their logarithms are the parameter).
+        learn_std: make the standard deviations trainable: K numbers, and with them the weights of
+            the denoiser's second head where the tableau reads it.
+
+    Attributes:
+        log_std: (K,) logarithms of the standard deviations. Where the tableau reads a second head
+            they are logarithms of factors on what follows from that, 0 before any training.
 
     Raises:
         ValueError: a tableau with memory (multistep or anchored), or with a noise-free step, which
@@ -61,8 +69,9 @@ class GaussianChain(nn.Module):
                 f"'{tableau.name}' uses earlier states or outputs; a Gaussian policy needs a "
                 "one-step sampler such as ancestral or ddim."
             )
-        if (tableau.noise == 0).any():
-            step = int(np.flatnonzero(tableau.noise == 0)[0])
+        # Not that of the second head: where Cov0 is 0 there would be no density either.
+        if (tableau.base_std == 0).any():
+            step = int(np.flatnonzero(tableau.base_std == 0)[0])
             raise ValueError(
                 f"'{tableau.name}' adds no noise in step {step} of {tableau.steps}, so the policy "
                 "has no density there; give it one, as in ancestral(..., last_std=0.001)."
@@ -78,11 +87,24 @@ class GaussianChain(nn.Module):
         self.register_buffer("times", times, persistent=False)
         self.register_buffer("scale", _float32(tableau.scale), persistent=False)
         self.register_buffer("weight", _float32(np.diag(tableau.weights)), persistent=False)
-        self.log_std = nn.Parameter(_float32(np.log(tableau.noise)), requires_grad=learn_std)
+        self.register_buffer("clipped", _float32_or_none(tableau.clipped), persistent=False)
+        self.register_buffer("covariance", _float32_or_none(tableau.covariance), persistent=False)
+        log_std = np.log(tableau.base_std)
+        if self.covariance is not None:
+            log_std = np.zeros(self.steps)
+            self.register_buffer("noise", _float32(tableau.noise), persistent=False)
+            self.register_buffer("cap", _float32(tableau.cap), persistent=False)
+        self.log_std = nn.Parameter(_float32(log_std), requires_grad=learn_std)
+        if denoiser.head is not None:
+            denoiser.head.requires_grad_(learn_std and self.covariance is not None)
 
     times: Tensor
     scale: Tensor
     weight: Tensor
+    clipped: Tensor | None
+    covariance: Tensor | None
+    noise: Tensor
+    cap: Tensor
 
     def distribution(self, sample: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return mean (N, *shape) and standard deviation (broadcastable) of p(x_s | x_t).
@@ -96,13 +118,19 @@ class GaussianChain(nn.Module):
         else:
             t = self.times[step]
             step = step.view(-1, *[1] * (sample.ndim - 1))
-        output = (
-            self.denoiser.epsilon(sample, t)
-            if self.tableau.output == "epsilon"
-            else self.denoiser.denoised(sample, t)
-        )
+        std = self.log_std[step].exp()
+        if self.covariance is None:
+            output = self.tableau.output_at(self.denoiser, sample, t)
+        else:
+            output, covariance = self.denoiser.outputs_with_covariance(
+                sample, t, self.tableau.output
+            )
+            weight = self.covariance[step]
+            std = std * std_of(covariance, self.noise[step], weight, self.cap[step])
         mean = torch.addcmul(self.scale[step] * sample, self.weight[step], output)
-        return mean, self.log_std[step].exp()
+        if self.clipped is not None:
+            mean = torch.addcmul(mean, self.clipped[step], output.clamp(-1, 1))
+        return mean, std
 
     def log_density(
         self, next_sample: Tensor, sample: Tensor, step: int | Tensor, reduction: Reduction = "sum"
@@ -111,36 +139,78 @@ class GaussianChain(nn.Module):
         mean, std = self.distribution(sample, step)
         return gaussian_log_density(next_sample, mean, std, reduction)
 
-    def rollout(self, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def rollout(
+        self,
+        noise: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        draw: Callable[[Tensor], Tensor] | None = None,
+        store: Tensor | None = None,
+        micro_batch_size: int | None = None,
+    ) -> Tensor:
         """Sample whole trajectories (K + 1, N, *shape) from prior samples `noise` (N, *shape).
 
         State 0 is `noise`, state K the finished sample. Gradients flow through the chain unless the
-        caller is under `torch.no_grad()`; trajectories are written in place when they need none.
+        caller is under `torch.no_grad()`; only then the last two arguments have a say.
+
+        Args:
+            noise: prior samples.
+            generator: source of each step's fresh noise.
+            draw: returns a step's fresh noise, shaped like its argument; used instead of it.
+            store: where to write the trajectories, (K + 1, N, *shape) on any device and of any
+                floating type. What is read back is the state: the chain goes on from the rounded
+                samples.
+            micro_batch_size: most samples that the network sees at once.
         """
+        if draw is None:
+            draw = functools.partial(_fresh, generator=generator)
         if torch.is_grad_enabled():
             states = [noise]
             for step in range(self.steps):
-                states.append(self.step(states[-1], step, generator))
+                mean, std = self.distribution(states[-1], step)
+                states.append(torch.addcmul(mean, std, draw(mean)))
             return torch.stack(states)
-        trajectory = noise.new_empty(self.steps + 1, *noise.shape)
+        trajectory = noise.new_empty(self.steps + 1, *noise.shape) if store is None else store
         trajectory[0] = noise
-        fresh = torch.empty_like(trajectory[1:]).normal_(generator=generator)
+        size = micro_batch_size or len(noise)
         for step in range(self.steps):
-            mean, std = self.distribution(trajectory[step], step)
-            torch.addcmul(mean, std, fresh[step], out=trajectory[step + 1])
+            fresh, moved = draw(noise).split(size), []
+            # Rounded as the store rounds, without reading back from another device.
+            for state, part in zip(noise.to(trajectory.dtype).split(size), fresh, strict=True):
+                mean, std = self.distribution(state.to(part.dtype), step)
+                moved.append(torch.addcmul(mean, std, part))
+            noise = moved[0] if len(moved) == 1 else torch.cat(moved)
+            trajectory[step + 1] = noise
         return trajectory
 
     def export(self) -> Tableau:
         """Return the tableau with the standard deviations as they are now."""
-        noise = self.log_std.detach().exp().double().cpu().numpy()
-        return dataclasses.replace(self.tableau, noise=noise)
+        learned = self.log_std.detach().exp().double().cpu().numpy()
+        if self.covariance is None:
+            return dataclasses.replace(self.tableau, noise=learned, cap=None)
+        assert self.tableau.covariance is not None and self.tableau.cap is not None
+        return dataclasses.replace(
+            self.tableau,
+            noise=self.tableau.noise * learned,
+            covariance=self.tableau.covariance * learned**2,
+            cap=self.tableau.cap * learned,
+        )
 
     def step(self, sample: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
         """Sample x_s (N, *shape) given x_t (N, *shape), reparameterised."""
         mean, std = self.distribution(sample, step)
-        fresh = torch.empty_like(mean).normal_(generator=generator)
-        return torch.addcmul(mean, std, fresh)
+        return torch.addcmul(mean, std, _fresh(mean, generator))
 
 
-def _float32(values: np.ndarray) -> Tensor:
+def _fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw standard normal noise shaped like a tensor."""
+    return torch.empty_like(like).normal_(generator=generator)
+
+
+def _float32(values: np.ndarray | None) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _float32_or_none(values: np.ndarray | None) -> Tensor | None:
+    """Return what the formula takes, or None where it is all 0 and costs nothing."""
+    return _float32(values) if values is not None and values.any() else None

@@ -9,16 +9,26 @@ noise levels are drawn as there: ln sigma ~ N(p_mean, p_std^2) (Karras et al. 20
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..envs import DiscreteVP
+from ..critics.precision import Precision
 from .base import Agent, Environment
 from .denoiser import Denoiser
 from .solvers import Options
-from .training import Averaged, adam, learning_rate_schedule, set_learning_rate
+from .training import (
+    Averaged,
+    adam,
+    draw_times,
+    learning_rate_schedule,
+    seeded,
+    set_learning_rate,
+)
 
 
 class BehaviorCloning(Agent):
@@ -36,6 +46,11 @@ class BehaviorCloning(Agent):
         p_mean: mean of ln sigma in the draw of noise levels, for an "edm" denoiser only; EDM's -1.2
             suits images of standard deviation 0.5.
         p_std: standard deviation of ln sigma there, > 0.
+        precision: "float32", or "bf16": bfloat16 where that is safe (autocast).
+        channels_last: keep convolution weights in that memory format; faster on most GPUs.
+        compile: run the denoiser through `torch.compile`.
+        micro_batch_size: most samples that the denoiser sees at once; gradients are accumulated
+            over the pieces of a batch. None takes it whole.
         solver: see `Agent`, as the remaining arguments.
 
     Raises:
@@ -44,6 +59,7 @@ class BehaviorCloning(Agent):
     """
 
     name = "behavior-cloning"
+    data_parallel = True
 
     def __init__(
         self,
@@ -57,6 +73,10 @@ class BehaviorCloning(Agent):
         ema: float = 0.99,
         p_mean: float = -1.2,
         p_std: float = 1.2,
+        precision: Precision = "float32",
+        channels_last: bool = False,
+        compile: bool = False,
+        micro_batch_size: int | None = None,
         solver: str = "ancestral",
         solver_options: Options | None = None,
         seed: int = 0,
@@ -76,6 +96,9 @@ class BehaviorCloning(Agent):
             raise ValueError(
                 f"ln sigma needs a finite p_mean and a positive p_std, got {p_mean} and {p_std}."
             )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}.")
+        self.micro_batch_size = micro_batch_size
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.lr_schedule = lr_schedule
@@ -84,6 +107,8 @@ class BehaviorCloning(Agent):
         self._factor = learning_rate_schedule(lr_schedule)
         self.optimizer = adam(self.denoiser.parameters())
         self.averaged = Averaged(self.denoiser, ema)
+        self.precision, self.channels_last, self.compile = precision, channels_last, compile
+        self.denoiser.run_with(precision, channels_last, compile)
 
     @property
     def sampling_denoiser(self) -> Denoiser:
@@ -92,19 +117,34 @@ class BehaviorCloning(Agent):
 
     @property
     def timesteps_per_round(self) -> int:
-        """One call on each sample of the batch."""
-        return self.batch_size
+        """One call on each sample of the batch, on all processes."""
+        return self._size
+
+    @property
+    def _size(self) -> int:
+        return self.batch_size * self.processes.count
+
+    def smaller(self) -> str:
+        """See `Agent.smaller`."""
+        half = (self.micro_batch_size or self.batch_size) // 2
+        return f"Give --micro-batch-size {half}: the same result in more, smaller pieces."
 
     def train_round(self) -> dict[str, Tensor]:
         """Take one gradient step on one batch."""
-        clean = self.mdp.target.sample(self.batch_size, self.generator)
-        t = self._draw_times()
-        noise = torch.empty_like(clean).normal_(generator=self.generator)
-        noisy = self.mdp.process.add_noise(clean, t, noise)
-        target = self.denoiser.training_target(clean, noise, t)
-        loss = (self.denoiser(noisy, t) - target).square().mean()
+        # What all processes need, the same on each, of which each takes its share.
+        everyone = self.mdp.target.sample(self._size, self.generator)
+        t = self.processes.share(self._draw_times())
+        noise = self.processes.share(torch.empty_like(everyone).normal_(generator=self.generator))
+        clean = self.processes.share(everyone)
         self.optimizer.zero_grad()
-        loss.backward()
+        size = self.micro_batch_size or self.batch_size
+        loss = torch.zeros((), device=self.device)
+        with self._training_mode():
+            for piece in zip(clean.split(size), t.split(size), noise.split(size), strict=True):
+                part = len(piece[0]) / self.batch_size * self._loss(*piece)
+                part.backward()
+                loss += part.detach()
+        self.processes.average_gradients(self.denoiser.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.denoiser.parameters(), self.max_grad_norm or math.inf
         )
@@ -112,26 +152,42 @@ class BehaviorCloning(Agent):
         self.optimizer.step()
         self.averaged.update()
         self.num_timesteps += self.timesteps_per_round
-        return {"train/loss": loss.detach(), "train/grad_norm": grad_norm}
+        return {"train/loss": loss, "train/grad_norm": grad_norm}
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Turn dropout on, where there is any, with noise that the round and the process fix."""
+        dropouts = (
+            m for m in self.denoiser.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
+        )
+        if not any(module.p > 0 for module in dropouts):
+            yield
+            return
+        self.denoiser.train()
+        key = (self.seed, self.rounds, self.processes.rank)
+        with seeded(int(np.random.SeedSequence(key).generate_state(1)[0])):
+            yield
+        self.denoiser.eval()
+
+    def _loss(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        noisy = self.mdp.process.add_noise(clean, t, noise)
+        target = self.denoiser.training_target(clean, noise, t)
+        return (self.denoiser(noisy, t) - target).square().mean()
 
     def _draw_times(self) -> Tensor:
-        """Draw (batch_size,) times.
+        """Draw times for the batches of all processes.
 
         Levels of a discrete process are alike; others are uniform in log-SNR, or log-normal for an
         "edm" denoiser.
         """
-        process = self.mdp.process
-        size, device = (self.batch_size,), self.device
-        if isinstance(process, DiscreteVP):
-            last = int(process.t_max)
-            return torch.randint(1, last + 1, size, generator=self.generator, device=device)
-        if self.denoiser.prediction == "edm":
-            normal = torch.randn(size, generator=self.generator, device=device, dtype=torch.float64)
-            # In float32 a clamped level could lie beyond t_max.
-            return (self.p_mean + self.p_std * normal).exp().clamp(process.t_min, process.t_max)
-        low, high = (float(process.log_snr(t)) for t in (process.t_max, process.t_min))
-        uniform = torch.rand(size, generator=self.generator, device=device, dtype=torch.float64)
-        return process.time_of_log_snr(low + (high - low) * uniform).float()
+        process, device = self.mdp.process, self.device
+        if self.denoiser.prediction != "edm":
+            return draw_times(process, self._size, self.generator, device)
+        normal = torch.randn(
+            self._size, generator=self.generator, device=device, dtype=torch.float64
+        )
+        # In float32 a clamped level could lie beyond t_max.
+        return (self.p_mean + self.p_std * normal).exp().clamp(process.t_min, process.t_max)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments."""
@@ -143,6 +199,10 @@ class BehaviorCloning(Agent):
             "ema": self.averaged.decay,
             "p_mean": self.p_mean,
             "p_std": self.p_std,
+            "precision": self.precision,
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+            "micro_batch_size": self.micro_batch_size,
         }
 
     def state(self) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..critics.precision import Precision
 from ..envs.mdp import Reward
 from .base import Environment
 from .denoiser import Denoiser
-from .shortcut import Critic, ShortcutAgent
+from .shortcut import Buffer, Critic, ShortcutAgent
 from .solvers import Options
 
 
@@ -45,6 +46,7 @@ class SFT(ShortcutAgent):
         critic: Critic | Reward | None = None,
         regularizer: str = "gradient-penalty",
         coefficient: float | None = None,
+        critic_width: int | None = None,
         critic_learning_rate: float = 1e-3,
         critic_lr_schedule: str = "constant",
         batch_size: int = 256,
@@ -56,6 +58,11 @@ class SFT(ShortcutAgent):
         max_grad_norm: float = 1.0,
         ema: float = 0.95,
         learn_std: bool = False,
+        precision: Precision = "float32",
+        channels_last: bool = False,
+        compile: bool = False,
+        micro_batch_size: int | None = None,
+        buffer: Buffer = "float32",
         gradient_checkpointing: bool = False,
         solver: str = "ancestral",
         solver_options: Options | None = None,
@@ -69,6 +76,7 @@ class SFT(ShortcutAgent):
             critic,
             regularizer=regularizer,
             coefficient=coefficient,
+            critic_width=critic_width,
             residual_baseline=False,
             baseline_states=1,
             critic_learning_rate=critic_learning_rate,
@@ -83,6 +91,11 @@ class SFT(ShortcutAgent):
             max_grad_norm=max_grad_norm,
             ema=ema,
             learn_std=learn_std,
+            precision=precision,
+            channels_last=channels_last,
+            compile=compile,
+            micro_batch_size=micro_batch_size,
+            buffer=buffer,
             solver=solver,
             solver_options=solver_options,
             seed=seed,
@@ -93,8 +106,9 @@ class SFT(ShortcutAgent):
 
     @property
     def timesteps_per_round(self) -> int:
-        """The calls of n_critic rollouts for the critic and n_generator for theta."""
-        return (self.n_critic + self.n_generator) * self.batch_size * self.policy.steps
+        """The calls of n_critic rollouts for the critic and n_generator for theta, everywhere."""
+        rollouts = self.n_critic + self.n_generator
+        return rollouts * self.batch_size * self.policy.steps * self.processes.count
 
     def train_round(self) -> dict[str, Tensor]:
         """Do one round."""
@@ -102,7 +116,7 @@ class SFT(ShortcutAgent):
         _, metrics = self.train_critic()
         for _ in range(self.n_generator):
             loss = -self.critic(self.differentiable_samples()).mean()
-            grad_norm = self.descend(loss)
+            grad_norm = self.descend([loss])
         self.averaged.update()
         metrics["train/policy_loss"] = loss.detach()
         metrics["train/grad_norm"] = grad_norm
@@ -110,10 +124,11 @@ class SFT(ShortcutAgent):
 
     def differentiable_samples(self) -> Tensor:
         """Roll out finished samples (batch_size, *shape) that keep their gradient in theta."""
-        sample = self.mdp.initial(self.batch_size, self.generator)
+        everyone = self.mdp.initial(self.batch_size * self.processes.count, self.generator)
+        sample = self.processes.share(everyone)
         for step in range(self.policy.steps):
             # The noise is drawn outside, so recomputing a step repeats it.
-            noise = torch.empty_like(sample).normal_(generator=self.generator)
+            noise = self.fresh_noise(sample)
             if self.gradient_checkpointing:
                 sample = checkpoint(self._move, sample, step, noise, use_reentrant=False)
             else:
@@ -123,6 +138,10 @@ class SFT(ShortcutAgent):
     def _move(self, sample: Tensor, step: int, noise: Tensor) -> Tensor:
         mean, std = self.policy.distribution(sample, step)
         return torch.addcmul(mean, std, noise)
+
+    def smaller(self) -> str:
+        """See `Agent.smaller`."""
+        return f"Give --gradient-checkpointing, or a --batch-size below {self.batch_size}."
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments."""

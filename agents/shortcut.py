@@ -8,13 +8,16 @@ only.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..critics import IPMCritic, MLPBaseline, RewardCritic, make_baseline, make_critic
+from ..critics.precision import Precision
 from ..envs.mdp import Reward
+from ..envs.names import unknown_name
 from .base import Agent, Environment
 from .chain import GaussianChain
 from .denoiser import Denoiser
@@ -30,6 +33,15 @@ from .training import (
 )
 
 WARMUP_ROUNDS = 20
+
+Buffer = Literal["float32", "float16", "cpu", "cpu-float16"]
+# Where trajectories are kept (None: beside the networks) and as what.
+BUFFERS: dict[str, tuple[str | None, torch.dtype]] = {
+    "float32": (None, torch.float32),
+    "float16": (None, torch.float16),
+    "cpu": ("cpu", torch.float32),
+    "cpu-float16": ("cpu", torch.float16),
+}
 
 # How a critic's metrics are called in the logs.
 CRITIC_TAGS = {
@@ -68,6 +80,7 @@ class Critic(Protocol):
 class ShortcutAgent(Agent):
     """Base of SFT and SFT-PG. See `SFTPG` for the arguments."""
 
+    data_parallel = True
     uses_baseline: ClassVar[bool]
 
     def __init__(
@@ -78,6 +91,7 @@ class ShortcutAgent(Agent):
         *,
         regularizer: str,
         coefficient: float | None,
+        critic_width: int | None,
         residual_baseline: bool,
         baseline_states: int,
         critic_learning_rate: float,
@@ -92,6 +106,11 @@ class ShortcutAgent(Agent):
         max_grad_norm: float,
         ema: float,
         learn_std: bool,
+        precision: Precision,
+        channels_last: bool,
+        compile: bool,
+        micro_batch_size: int | None,
+        buffer: Buffer,
         solver: str,
         solver_options: Options | None,
         seed: int,
@@ -112,11 +131,19 @@ class ShortcutAgent(Agent):
             ("n_critic", n_critic),
             ("n_generator", n_generator),
             ("baseline_states", baseline_states),
+            ("critic_width", critic_width if critic_width is not None else 1),
         ):
             if value < 1:
                 raise ValueError(f"{count} must be at least 1, got {value}.")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}.")
+        if buffer not in BUFFERS:
+            raise unknown_name("buffer", buffer, BUFFERS)
+        self.micro_batch_size = micro_batch_size
+        self.buffer = buffer
         self.regularizer = regularizer
         self.coefficient = coefficient
+        self.critic_width = critic_width
         self.residual_baseline = residual_baseline
         self.baseline_states = min(baseline_states, self._tableau.steps)
         self.critic_learning_rate = critic_learning_rate
@@ -135,6 +162,9 @@ class ShortcutAgent(Agent):
         self.policy = GaussianChain(self.denoiser, self._tableau, learn_std).to(self.device)
         self.optimizer = adam((p for p in self.policy.parameters() if p.requires_grad), self.betas)
         self.averaged = Averaged(self.policy, ema)
+        # Only what trains: the averaged network samples as any user of its file will.
+        self.precision, self.channels_last, self.compile = precision, channels_last, compile
+        self.denoiser.run_with(precision, channels_last, compile)
         self.critic = self._default_critic() if critic is None else self._with_face(critic)
         # A critic of one's own comes with rates of its own.
         optimizer = getattr(self.critic, "optimizer", None)
@@ -159,20 +189,23 @@ class ShortcutAgent(Agent):
         shape = tuple(self.mdp.shape)
         with seeded(self.seed):
             critic = IPMCritic(
-                make_critic(shape),
+                make_critic(shape, self.critic_width),
                 self.regularizer,
                 baseline=self._default_baseline(),
                 residual_baseline=self.residual_baseline,
                 coefficient=self.coefficient,
                 learning_rate=self.critic_learning_rate,
                 baseline_learning_rate=self.baseline_learning_rate,
+                precision=self.precision,
             )
+        if self.channels_last:
+            critic.to(memory_format=torch.channels_last)
         return critic.to(self.device)
 
     @property
     def timesteps_per_round(self) -> int:
-        """The rollouts' calls: n_critic batches of K steps."""
-        return self.n_critic * self.batch_size * self.policy.steps
+        """The rollouts' calls, those of all processes: n_critic batches of K steps."""
+        return self.n_critic * self.batch_size * self.policy.steps * self.processes.count
 
     @property
     def sampling_denoiser(self) -> Denoiser:
@@ -192,16 +225,24 @@ class ShortcutAgent(Agent):
         Returns:
             The buffer of trajectories (K + 1, n_critic * batch_size, *shape), and the metrics.
         """
+        count = self.processes.count
         with torch.no_grad():
-            noise = self.mdp.initial(self.n_critic * self.batch_size, self.generator)
-            buffer = self.policy.rollout(noise, self.generator)
+            everyone = self.mdp.initial(self.n_critic * self.batch_size * count, self.generator)
+            noise = self.processes.share(everyone, groups=self.n_critic)
+            buffer = self.policy.rollout(
+                noise,
+                draw=lambda like: self.fresh_noise(like, self.n_critic),
+                store=self._store(noise),
+                micro_batch_size=self.micro_batch_size,
+            )
         # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
-        if buffer.device.type == "cpu" and not buffer[-1].isfinite().all():
+        if self.device.type == "cpu" and not buffer[-1].isfinite().all():
             raise TrainingDivergedError("rollout/sample", self.num_timesteps)
         for batch in buffer.split(self.batch_size, dim=1):
-            real = self.mdp.target.sample(self.batch_size, self.generator)
+            everyone = self.mdp.target.sample(self.batch_size * count, self.generator)
+            real = self.processes.share(everyone)
             states, steps = self._states_for_baseline(batch)
-            metrics = self.critic.update(real, batch[-1], states, steps)
+            metrics = self.critic.update(real, self.fetch(batch[-1]), states, steps)
         self.num_timesteps += self.timesteps_per_round
         tagged = {CRITIC_TAGS.get(key, f"train/{key}"): value for key, value in metrics.items()}
         # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
@@ -215,13 +256,39 @@ class ShortcutAgent(Agent):
         count = self.policy.steps
         steps = torch.randperm(count, generator=self.generator, device=self.device)
         steps = steps[: self.baseline_states]
-        return batch[steps], steps
+        return self.fetch(batch[steps.to(batch.device)]), steps
 
-    def descend(self, loss: Tensor) -> Tensor:
-        """Take one clipped gradient step of the sampler; return the norm before clipping."""
+    def fresh_noise(self, like: Tensor, groups: int = 1) -> Tensor:
+        """Draw noise shaped like a tensor: this process's share of what all of them draw."""
+        everyone = like.new_empty(self.processes.count * len(like), *like.shape[1:])
+        return self.processes.share(everyone.normal_(generator=self.generator), groups=groups)
+
+    def fetch(self, stored: Tensor) -> Tensor:
+        """Return a part of the buffer as the networks take it."""
+        return stored.to(self.device, torch.float32)
+
+    def _store(self, noise: Tensor) -> Tensor | None:
+        """Make room for the trajectories of prior samples, if they do not stay beside them."""
+        if self.buffer == "float32":
+            return None
+        place, dtype = BUFFERS[self.buffer]
+        device = self.device if place is None else torch.device(place)
+        # Pinned memory is copied from a GPU several times as fast.
+        pinned = device.type == "cpu" and self.device.type == "cuda"
+        shape = (self.policy.steps + 1, *noise.shape)
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
+    def descend(self, losses: Iterable[Tensor]) -> Tensor:
+        """Take one clipped gradient step of the sampler; return the norm before clipping.
+
+        Args:
+            losses: their sum is descended, each one's graph freed before the next is built.
+        """
         self.optimizer.zero_grad()
-        loss.backward()
+        for loss in losses:
+            loss.backward()
         parameters = self.optimizer.param_groups[0]["params"]
+        self.processes.average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
         return norm
@@ -241,6 +308,7 @@ class ShortcutAgent(Agent):
         return {
             "regularizer": self.regularizer,
             "coefficient": self.coefficient,
+            "critic_width": self.critic_width,
             "residual_baseline": self.residual_baseline,
             "baseline_states": self.baseline_states,
             "critic_learning_rate": self.critic_learning_rate,
@@ -255,6 +323,11 @@ class ShortcutAgent(Agent):
             "max_grad_norm": self.max_grad_norm,
             "ema": self.averaged.decay,
             "learn_std": self.learn_std,
+            "precision": self.precision,
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+            "micro_batch_size": self.micro_batch_size,
+            "buffer": self.buffer,
         }
 
     def state(self) -> dict[str, Any]:
@@ -263,6 +336,7 @@ class ShortcutAgent(Agent):
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict(),
             "log_std": [self.policy.log_std, self.averaged.module.log_std],
+            "heads": [head.state_dict() for head in self._heads()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -274,3 +348,11 @@ class ShortcutAgent(Agent):
                 (self.policy.log_std, self.averaged.module.log_std), state["log_std"], strict=True
             ):
                 parameter.copy_(value)
+        # Files from before there were second heads have none.
+        for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
+            head.load_state_dict(weights)
+
+    def _heads(self) -> list[torch.nn.Module]:
+        """Return the second head in training and the averaged one, if the denoiser has any."""
+        denoisers = (self.policy.denoiser, self.averaged.module.denoiser)
+        return [denoiser.head for denoiser in denoisers if denoiser.head is not None]

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..envs.names import unknown_name
+from ..envs.process import DiscreteVP, NoiseProcess
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,6 +35,18 @@ class TrainingDivergedError(RuntimeError):
         self.quantity = quantity
 
 
+class OutOfMemoryError(RuntimeError):
+    """A round of training does not fit into memory."""
+
+    def __init__(self, advice: str) -> None:
+        super().__init__(f"Out of memory in a round of training. {advice}")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error means that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def adam(parameters: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
     """Build the fused Adam over parameters or groups; rates come from `set_learning_rate`."""
     return torch.optim.Adam(parameters, lr=1e-3, betas=betas, fused=True)
@@ -51,6 +64,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, *rates: float) -> None:
     groups = optimizer.param_groups
     for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
         group["lr"] = rate
+
+
+def draw_times(
+    process: NoiseProcess, n: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Draw times (n,) to train at: noisings of a discrete process alike, else uniform log-SNRs."""
+    if isinstance(process, DiscreteVP):
+        last = int(process.t_max)
+        return torch.randint(1, last + 1, (n,), generator=generator, device=device)
+    low, high = (float(process.log_snr(t)) for t in (process.t_max, process.t_min))
+    uniform = torch.rand((n,), generator=generator, device=device, dtype=torch.float64)
+    return process.time_of_log_snr(low + (high - low) * uniform).float()
 
 
 class Averaged(Generic[Module]):

@@ -18,6 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .checks import check_finite, check_samples
+from .precision import Precision, check_precision, lower_precision
+from .processes import Processes
 
 # Each regulariser and the default of its coefficient; None where there is none to set.
 REGULARIZERS: dict[str, float | None] = {
@@ -53,6 +55,10 @@ class IPMCritic(nn.Module):
         learning_rate: of f; paper A has 1e-3 for the toys, 1e-4 for images.
         baseline_learning_rate: of V.
         betas: of Adam.
+        precision: "float32", or "bf16": the networks compute in bfloat16 where that is safe
+            (autocast), the weights and f itself stay float32.
+        processes: those that train together; gradients are averaged over them. The ones of
+            `torch.distributed` if None.
 
     Attributes:
         optimizer: one parameter group for f, a second for V if there is a V. Its state is part of
@@ -76,8 +82,13 @@ class IPMCritic(nn.Module):
         learning_rate: float = 1e-3,
         baseline_learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
+        precision: Precision = "float32",
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
+        check_precision(precision)
+        self.precision = precision
+        self.processes = Processes.current() if processes is None else processes
         self.coefficient = _resolve_coefficient(regularizer, coefficient)
         if regularizer == "baseline" and baseline is None:
             raise ValueError("The baseline regularizer needs a baseline network; pass baseline=...")
@@ -102,7 +113,8 @@ class IPMCritic(nn.Module):
         Raises:
             ValueError: the network's output is not (N,).
         """
-        values = self.network(sample)
+        with lower_precision(self.precision, sample.device):
+            values = self.network(sample).to(sample.dtype)
         if values.shape != sample.shape[:1]:
             raise ValueError(
                 f"The critic network must return shape ({len(sample)},), got {tuple(values.shape)}."
@@ -121,7 +133,8 @@ class IPMCritic(nn.Module):
         """
         if self.baseline is None:
             raise ValueError("This critic has no baseline; build it with baseline=...")
-        values = self.baseline(states, steps)
+        with lower_precision(self.precision, states.device):
+            values = self.baseline(states, steps).to(states.dtype)
         if values.shape != states.shape[:2]:
             raise ValueError(
                 f"The baseline must return shape {tuple(states.shape[:2])}, "
@@ -182,6 +195,7 @@ class IPMCritic(nn.Module):
 
         self.optimizer.zero_grad()
         loss.backward()
+        self.processes.average_gradients(self.parameters())
         grad_norm = clip_grad_norm_(self.network.parameters(), math.inf)  # measures, clips nothing
         self.optimizer.step()
         if self.regularizer == "weight-clip":
@@ -206,9 +220,10 @@ class IPMCritic(nn.Module):
         real, fake = real[:pairs], fake[:pairs]
         # Positions on the segments: multiples of the golden ratio modulo 1, which are uniform,
         # spread evenly over every batch, and need no random generator to move, save and restore.
-        position = self.offset + _GOLDEN_RATIO * torch.arange(1, pairs + 1, device=real.device)
-        position = position.frac()
+        everyone = torch.arange(1, self.processes.count * pairs + 1, device=real.device)
+        position = (self.offset + _GOLDEN_RATIO * everyone).frac()
         self.offset.copy_(position[-1])
+        position = self.processes.share(position)
         position = position.view(-1, *[1] * (real.ndim - 1)).to(real.dtype)
         between = torch.lerp(fake, real, position).detach().requires_grad_()
         (gradient,) = torch.autograd.grad(self(between).sum(), between, create_graph=True)

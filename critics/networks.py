@@ -193,9 +193,17 @@ class _StepLinear(nn.Module):
 FREQUENCIES = 32
 
 
-def make_critic(shape: Sequence[int]) -> nn.Module:
-    """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`."""
-    return ConvCritic(shape) if len(shape) == 3 else MLPCritic(shape, frequencies=FREQUENCIES)
+def make_critic(shape: Sequence[int], width: int | None = None) -> nn.Module:
+    """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`.
+
+    Args:
+        shape: shape of one sample.
+        width: hidden width of the one, channels after the first stage of the other; the classes'
+            defaults if None.
+    """
+    if len(shape) == 3:
+        return ConvCritic(shape, width)
+    return MLPCritic(shape, hidden=width or 128, frequencies=FREQUENCIES)
 
 
 def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:

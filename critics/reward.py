@@ -1,8 +1,7 @@
 """RewardCritic: a reward of one's own, fixed or closed-form, with a value baseline that learns.
 
 It gives any function (N, *shape) -> (N,) the face of a critic, so the policy-gradient agent can
-maximise
-it: an aesthetic score, a classifier's log-probability, or `MMDCritic`'s witness.
+maximise it: an aesthetic score, a classifier's log-probability, or `MMDCritic`'s witness.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .processes import Processes
+
 
 class RewardCritic(nn.Module):
     """A given reward f, and a baseline V regressed on it.
@@ -22,6 +23,7 @@ class RewardCritic(nn.Module):
             `MMDCritic` does, it is told of every batch.
         baseline: V, as in `IPMCritic`; None for agents that need none.
         learning_rate: of V.
+        processes: those that train together; the ones of `torch.distributed` if None.
     """
 
     def __init__(
@@ -29,10 +31,12 @@ class RewardCritic(nn.Module):
         reward: Callable[[Tensor], Tensor],
         baseline: nn.Module | None = None,
         learning_rate: float = 1e-3,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
         self.reward = reward
         self.baseline = baseline
+        self.processes = Processes.current() if processes is None else processes
         self.optimizer = (
             None
             if baseline is None
@@ -58,7 +62,7 @@ class RewardCritic(nn.Module):
     ) -> dict[str, Tensor]:
         """Regress V on the reward of the fakes; same face and metrics as `IPMCritic.update`."""
         if hasattr(self.reward, "update"):
-            self.reward.update(real, fake)
+            self.reward.update(self.processes.gather(real), self.processes.gather(fake))
         with torch.no_grad():
             f_real, f_fake = self.reward(real), self.reward(fake)
         metrics = {
@@ -70,6 +74,8 @@ class RewardCritic(nn.Module):
             baseline_loss = (self.value(states, steps) - f_fake).square().mean()
             self.optimizer.zero_grad()
             baseline_loss.backward()
+            assert self.baseline is not None  # the optimizer is its
+            self.processes.average_gradients(self.baseline.parameters())
             self.optimizer.step()
             metrics["baseline_loss"] = baseline_loss.detach()
         return metrics

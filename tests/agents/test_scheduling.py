@@ -44,7 +44,8 @@ from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
-ODE_SOLVERS = sorted(set(SOLVERS) - {"ancestral"})
+STOCHASTIC = {"ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
+ODE_SOLVERS = sorted(set(SOLVERS) - STOCHASTIC)
 SPACES = ["sigma", "log", "rho"]
 STORED_NUMBERS = "fewstep.agents.scheduling.rollout.STORED_NUMBERS"
 

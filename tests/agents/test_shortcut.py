@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewstep.agents import SFT, SFTPG, BehaviorCloning
+from fewstep.agents.sft_pg import Minibatch
 from fewstep.agents.shortcut import WARMUP_ROUNDS
 from fewstep.critics import IPMCritic, MLPCritic, make_baseline, make_critic
 from fewstep.critics.metrics import sliced_wasserstein
@@ -39,6 +40,29 @@ def test_the_ratio_is_exactly_1_before_any_update(clip_range, log_density, learn
         assert float(metrics["train/ratio_first_batch"]) == 1.0
         assert float(metrics["train/ratio_min"]) < 1 < float(metrics["train/ratio_max"])
         assert float(metrics["train/approx_kl"]) > 0
+
+
+def test_noise_power_weights_the_gradient_of_each_step(make_pg):
+    buffer, _ = make_pg().train_critic()
+    steps, count = len(buffer) - 1, buffer.shape[1]
+
+    def gradient(agent, step):
+        """The policy gradient of one step's transitions alone."""
+        advantages = torch.zeros(steps, count)
+        advantages[step] = torch.linspace(-1, 1, count)
+        minibatch = Minibatch(buffer, advantages, torch.arange(steps * count))
+        (loss,) = agent._losses(minibatch, None, [])
+        parameters = list(agent.denoiser.parameters())
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    std = torch.from_numpy(make_pg()._tableau.noise)
+    for power in (1.0, 2.0):
+        weights = std**power / (std**power).mean()
+        for step, weight in enumerate(weights.tolist()):
+            plain, weighted = (gradient(make_pg(noise_power=p), step) for p in (0.0, power))
+            torch.testing.assert_close(weighted, weight * plain)
+    with pytest.raises(ValueError, match="noise_power"):
+        make_pg(noise_power=-1.0)
 
 
 def test_without_a_step_the_policy_has_not_moved(make_pg):

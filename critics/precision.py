@@ -1,0 +1,24 @@
+"""Precision: which arithmetic a network's forward pass uses."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["float32", "bf16"]
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError for a precision that does not exist."""
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise ValueError(f"unknown precision {precision!r}. Known: {known}.")
+
+
+def lower_precision(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Compute inside in bfloat16 where that is safe (autocast), for "bf16"; else change nothing."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,92 @@
+"""Two processes do what one does with batches twice as large: real ones, over gloo, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.critics.processes import Processes
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+PG = {"batch_size": 32, "n_critic": 3, "n_generator": 2, "minibatch_size": 64}
+CASES = {
+    "behaviour cloning, gradients accumulated": {
+        "agent": "cloning",
+        "settings": {"batch_size": 32, "micro_batch_size": 5, "learning_rate": 1.0},
+    },
+    "SFT-PG (B), ratio clip, micro-batches": {
+        "agent": "sft-pg",
+        "settings": {**PG, "clip_range": 0.2, "micro_batch_size": 7, "learning_rate": 1.0},
+    },
+    "SFT-PG, a reward that learns from the samples": {
+        "agent": "sft-pg",
+        "settings": {**PG, "learning_rate": 1.0},
+        "reward": "mmd",
+    },
+    "SFT, gradient penalty": {
+        "agent": "sft",
+        "settings": {
+            "batch_size": 32,
+            "regularizer": "gradient-penalty",
+            "coefficient": 1.0,
+            "learning_rate": 1.0,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[int, list[dict[str, torch.Tensor]]]:
+    """The weights that every process ends with, by the number of processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    running, outputs = [], {1: [folder / "1-0"], 2: [folder / "2-0", folder / "2-1"]}
+    for count, files in outputs.items():
+        for rank, file in enumerate(files):
+            arguments = [str(rank), str(count), folder / "meeting", file, json.dumps(CASES)]
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, SCRIPT, *arguments],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.DEVNULL,
+                )
+            )
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    return {count: [load_file(file) for file in files] for count, files in outputs.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_do_what_one_does_with_twice_the_batch(name, trained):
+    (one,), (first, second) = trained[1], trained[2]
+    keys = [key for key in one if key.startswith(f"{name}/3/")]
+    for key in keys:
+        assert torch.equal(first[key], second[key]), key
+        moved = (one[key] - one[key.replace("/3/", "/0/")]).double().norm()
+        difference = (first[key] - one[key]).double().norm()
+        assert difference <= 1e-3 * moved + 1e-7, (key, float(difference), float(moved))
+    assert one[f"{name}/3/timesteps"] > 0
+    assert any(
+        (one[key] != one[key.replace("/3/", "/0/")]).any() for key in keys if "denoiser" in key
+    )
+
+
+def test_shares_are_disjoint_and_together_the_whole():
+    batch = torch.arange(24).view(12, 2)
+    shares = [Processes(rank, 3).share(batch, groups=2) for rank in range(3)]
+    assert shares[0].tolist() == batch[[0, 1, 6, 7]].tolist()
+    together = torch.cat(shares).flatten().sort().values
+    assert together.tolist() == list(range(24))
+
+
+def test_an_agent_that_cannot_share_its_training_says_so(monkeypatch, make_mdp, make_denoiser):
+    from fewstep.agents import DODE
+
+    monkeypatch.setattr(Processes, "current", classmethod(lambda cls: cls(0, 2)))
+    with pytest.raises(ValueError, match="without torchrun"):
+        DODE(make_mdp(), make_denoiser())

@@ -1,0 +1,65 @@
+"""Train agents as one of several processes; run by test_processes.py.
+
+Arguments: rank, count, file to meet at, file to write, JSON of the cases.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from fewstep.agents import SFT, SFTPG, BehaviorCloning, Denoiser
+from fewstep.agents.networks import ResidualMLP
+from fewstep.agents.training import seeded
+from fewstep.critics import MMDCritic
+from fewstep.envs.registration import make_mdp
+
+AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG}
+
+
+def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
+    """Return the weights after some rounds; batches are shared among `count` processes."""
+    mdp = make_mdp("Digits", steps=4)
+    with seeded(0):
+        body = ResidualMLP(mdp.shape, hidden=16, blocks=1)
+    settings = dict(case["settings"])
+    for name in ("batch_size", "minibatch_size"):
+        if name in settings:
+            settings[name] //= count
+    if case.get("reward") == "mmd":
+        settings["critic"] = MMDCritic(mdp.target.samples, max_real=64)
+    agent = AGENTS[case["agent"]](mdp, Denoiser(body, mdp.process, "sample"), **settings)
+    # Adam divides by the size of the gradient: where that is rounding alone, so is its step. With a
+    # large epsilon the steps are smooth in the gradients.
+    for optimizer in (agent.optimizer, getattr(getattr(agent, "critic", None), "optimizer", None)):
+        for group in optimizer.param_groups if optimizer else ():
+            group["eps"] = 1.0
+    agent.learn(rounds * agent.timesteps_per_round, log_interval=1)
+    weights = {f"denoiser.{k}": v for k, v in agent.denoiser.state_dict().items()}
+    if hasattr(agent, "critic"):
+        state = agent.critic.state_dict()
+        weights |= {f"critic.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    weights["timesteps"] = torch.tensor([agent.num_timesteps])
+    return {key: value.clone().contiguous() for key, value in weights.items()}
+
+
+def main(rank: int, count: int, meeting: str, output: str, cases: dict) -> None:
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count
+        )
+    tensors = {}
+    for name, case in cases.items():
+        for rounds in (0, 3):
+            weights = train(case, count, rounds)
+            tensors |= {f"{name}/{rounds}/{key}": value for key, value in weights.items()}
+    save_file(tensors, output)
+    if count > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))
