@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import tyro
 from rich.markdown import Markdown
 
@@ -22,6 +23,8 @@ from .folder import RunFolder, write_json
 from .logs import read_live_metric
 from .measurements import MEASUREMENTS
 from .plots import curve_figure, save_figure
+from .sampler_studies import SAMPLER_STUDIES, SamplerStudy
+from .sampler_study import run_sampler_study
 from .schedule_studies import SCHEDULE_STUDIES, ScheduleStudy
 from .schedule_study import run_schedule_study
 from .settings import Settings, defaults
@@ -31,7 +34,7 @@ from .studies import STUDIES, Contender, Study
 from .tables import spread, table
 from .train import Run, build_mdp
 
-BudgetStudy = TypeVar("BudgetStudy", SolverStudy, ScheduleStudy)
+BudgetStudy = TypeVar("BudgetStudy", SolverStudy, ScheduleStudy, SamplerStudy)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class BenchmarkSettings:
     """Training seeds, if not the study's."""
     steps: tuple[int, ...] | None = None
     """Sampling steps K (network calls in studies of solvers), if not the study's."""
+    data_dir: Path | None = None
+    """Folder of the data files of studies on image sets."""
+    inception_weights: Path | None = None
+    """Weights of torch-fidelity's Inception network, for FID on images of 32 pixels and more."""
     rounds: int | None = None
     """Rounds of every cell, if not the presets' (a quick look)."""
     evaluation_samples: int = 200_000
@@ -78,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
     titles = {name: study.title for name, study in STUDIES.items()}
     titles |= {name: study.title for name, study in SOLVER_STUDIES.items()}
     titles |= {name: study.title for name, study in SCHEDULE_STUDIES.items()}
+    titles |= {name: study.title for name, study in SAMPLER_STUDIES.items()}
     titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
     if settings.study == "list":
         for name, title in titles.items():
@@ -86,6 +94,8 @@ def main(argv: Sequence[str]) -> None:
     if settings.study not in titles:
         raise unknown_name("study", settings.study, titles)
     folder = settings.log_dir / "benchmark" / settings.study
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     if settings.study in MEASUREMENTS:
         results, text = MEASUREMENTS[settings.study].measure(settings.device)
         write_json(folder / "results.json", results)
@@ -95,6 +105,16 @@ def main(argv: Sequence[str]) -> None:
     elif settings.study in SCHEDULE_STUDIES:
         schedule_study = _narrowed(SCHEDULE_STUDIES[settings.study], settings)
         text = run_schedule_study(schedule_study, folder, settings.device, settings.rounds)
+    elif settings.study in SAMPLER_STUDIES:
+        sampler_study = _narrowed(SAMPLER_STUDIES[settings.study], settings)
+        text = run_sampler_study(
+            sampler_study,
+            folder,
+            settings.device,
+            settings.rounds,
+            settings.data_dir,
+            settings.inception_weights,
+        )
     else:
         study = STUDIES[settings.study]
         study = dataclasses.replace(
@@ -151,6 +171,11 @@ def run_cell(cell: Cell, study: Study, settings: BenchmarkSettings, folder: Path
         threads=settings.threads,
         evaluation_samples=settings.evaluation_samples,
         evaluations=contender.evaluations,
+        data_dir=settings.data_dir,
+        inception_weights=settings.inception_weights,
+        process=study.process or base.run.process,
+        body=study.body,
+        body_options=study.body_options,
         rounds=settings.rounds or contender.rounds or base.run.rounds,
     )
     resolved = Settings(run, {**base.agent, **contender.settings}, base.cloning)
@@ -191,12 +216,13 @@ def table_of(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]]) -> s
         key = (cell.environment, cell.contender.label, cell.steps)
         groups.setdefault(key, []).append(results)
     rows = []
+    metrics = study.metrics or tuple(finished[0][1]["metrics"])
     for (environment, label, _), runs in groups.items():
         fields = [environment, label, str(runs[0]["nfe"])]
-        fields += [score_of([run["metrics"][metric] for run in runs]) for metric in study.metrics]
+        fields += [score_of([run["metrics"][metric] for run in runs]) for metric in metrics]
         fields += [spread([run["seconds"] for run in runs], "{:.0f}"), str(len(runs))]
         rows.append(fields)
-    head = ["environment", "contender", "NFE", *study.metrics, "seconds", "seeds"]
+    head = ["environment", "contender", "NFE", *metrics, "seconds", "seeds"]
     note = "Scores: before → after (floor), mean ± standard deviation over seeds."
     return f"**{study.title}**\n\n{table(head, rows)}\n\n{note}"
 
@@ -219,7 +245,8 @@ def plot(study: Study, finished: Sequence[tuple[Cell, dict[str, Any]]], folder: 
             name = f"{name}, K = {cell.steps}"
         if curve and name not in curves:
             curves[name] = curve
-    floors = {results["metrics"][study.metrics[0]]["floor"] for _, results in finished}
+    # The live metric is the first of all.
+    floors = {next(iter(results["metrics"].values()))["floor"] for _, results in finished}
     if curves:
         figure = curve_figure(
             curves,

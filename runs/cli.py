@@ -38,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             _command(name)(rest)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error, code=2)
     except RuntimeError as error:
-        from ..agents.training import TrainingDivergedError
+        from ..agents.training import OutOfMemoryError, TrainingDivergedError
 
+        if isinstance(error, OutOfMemoryError):
+            _fail(error, code=2)
         if not isinstance(error, TrainingDivergedError):
             raise
         _fail(error, code=1)
@@ -91,7 +93,9 @@ def _warn(
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("FEWSTEP_DEBUG"):
         raise error
-    print(f"fewstep: {error}", file=sys.stderr)
+    # Under torchrun all processes meet the same error; one of them says so.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fewstep: {error}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

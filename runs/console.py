@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..agents.distillation.fit import StepFit
@@ -24,7 +25,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     for column in ("before", "after", "floor"):
         table.add_column(column, justify="right")
     for name, scores in results["metrics"].items():
-        table.add_row(name, *(figure(scores.get(c)) for c in ("before", "after", "floor")))
+        table.add_row(escape(name), *(figure(scores.get(c)) for c in ("before", "after", "floor")))
     console.print(table)
 
 

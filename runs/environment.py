@@ -24,6 +24,8 @@ def build_environment(
     solver: str,
     device: str,
     data_dir: Path | None,
+    download: bool = False,
+    image_size: int | None = None,
     default_schedule: str | None = None,
 ) -> DiffusionMDP:
     """Build the environment's decision process.
@@ -53,10 +55,12 @@ def build_environment(
         process=process,
         device=resolve_device(device),
         data_dir=data_dir,
+        download=download,
+        image_size=image_size,
     )
 
 
-def check_fits(denoiser: Denoiser, mdp: DiffusionMDP, origin: Path) -> None:
+def check_fits(denoiser: Denoiser, mdp: DiffusionMDP, origin: Path | str | None) -> None:
     """Raise CheckpointError if a denoiser is for samples of another shape."""
     shape = getattr(denoiser.body, "config", {}).get("shape")
     if shape is not None and tuple(shape) != tuple(mdp.shape):

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from ..agents import AGENTS
 from ..agents.solvers import SOLVERS
-from ..envs.registration import ENVIRONMENTS, make_mdp
+from ..envs.images import IMAGE_SETS
+from ..envs.registration import ENVIRONMENTS
+from ..envs.targets import make_target
 from .console import console
 
 
@@ -19,16 +21,21 @@ def envs(argv: Sequence[str]) -> None:
     """List the environments."""
     tyro.cli(_no_flags, args=list(argv), prog="fewstep envs", description=envs.__doc__)
     table = Table()
-    for column in ("id", "sample", "training set", "noising steps", "K"):
+    for column in ("id", "sample", "training set", "noisings", "K"):
         table.add_column(column, no_wrap=True)
-    for name in ENVIRONMENTS:
-        mdp = make_mdp(name)
+    for name, environment in ENVIRONMENTS.items():
+        if environment.target in IMAGE_SETS:  # large, if at hand at all: not worth the reading
+            shape: Sequence[int] = IMAGE_SETS[environment.target].shape
+            count = "data files needed"
+        else:
+            target = make_target(environment.target)
+            shape, count = target.shape, f"{len(target):,}"
         table.add_row(
             f"fewstep/{name}-v0",
-            " x ".join(str(side) for side in mdp.shape),
-            f"{len(mdp.target.samples):,}",
-            f"{mdp.process.t_max:g}",
-            str(mdp.steps),
+            " x ".join(str(side) for side in shape),
+            count,
+            f"{environment.process(environment.steps).t_max:g}",
+            str(environment.steps),
         )
     console.print(table)
 

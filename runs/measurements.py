@@ -25,6 +25,7 @@ from ..envs.mdp import no_reward
 from ..envs.process import make_process
 from ..envs.registration import make_mdp
 from .memory import gradient_memory, memory
+from .rollout_speed import rollout_speed
 from .sampling_speed import by_turns, sampling
 from .settings import resolve_device
 from .subjects import swiss_roll, untrained
@@ -181,6 +182,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "overhead": Measurement("What stepping the vector environment adds to network calls", overhead),
     "profile": Measurement("Where an SFT-PG iteration spends its time", profile),
     "fitting": Measurement("What a D-ODE fit costs beside its teacher's calls", fitting),
+    "rollout": Measurement("SFT-PG's rollout on a U-Net against a bare loop", rollout_speed),
     "sampling": Measurement("Our sampling loop, a bare loop and diffusers' schedulers", sampling),
     "memory": Measurement("Peak memory of a round at K = 10 and 100", memory),
     "gradient-memory": Measurement(

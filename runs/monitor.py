@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..agents.base import Agent
 from .evaluation import NOISE_SEED, Evaluation
 from .logs import LIVE_METRIC, NOT_TENSORBOARD
-from .plots import samples_figure
+from .plots import pictured, samples_figure
 
 PICTURES = 4
 
@@ -113,9 +113,24 @@ class Monitor(BaseCallback):
         self.logger.record(LIVE_METRIC, score)
         if rounds % self.picture_interval == 0 or rounds == self.total_rounds:
             generator = torch.Generator(self.model.device).manual_seed(NOISE_SEED)
-            samples = self.model.sample(4000, generator=generator)
-            figure = samples_figure({"samples": samples}, self.evaluation.target.samples)
+            count = pictured(self.model.mdp.shape)
+            samples = self.model.sample(count, generator=generator)
+            real = self.evaluation.target.take(count)
+            figure = samples_figure({"samples": samples}, real)
             self.logger.record(
                 "samples/sampler", Figure(figure, close=True), exclude=NOT_TENSORBOARD
             )
         self.logger.dump(self.model.num_timesteps)
+
+
+class Follower(BaseCallback):
+    """What the other processes of a run do: leave Ctrl-C to the first, which tells them to stop."""
+
+    def _on_training_start(self) -> None:
+        self._previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        signal.signal(signal.SIGINT, self._previous_handler)

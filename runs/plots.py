@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ..envs.files import write_atomically
 
+# Samples in a scatter: enough to show a density, few enough to draw; and images in a grid.
+PICTURED, GRID = 4000, 64
+
 REAL, FAKE, PATH = "#9aa0a6", "#1a73e8", "#d93025"
+
+
+def pictured(shape: Sequence[int]) -> int:
+    """Return how many samples of this shape a picture shows."""
+    return GRID if len(shape) == 3 else PICTURED
 
 
 def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:
@@ -199,6 +207,19 @@ def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], mean
         panels: environment -> series (a legend's entry) -> row -> factor.
         meaning: what is divided by what.
     """
+    return dots_figure(panels, f"{meaning} (right of the line is better)", line=1.0)
+
+
+def dots_figure(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, line: float
+) -> Figure:
+    """Draw positive numbers as dots on a logarithmic axis, with a line to compare them to.
+
+    Args:
+        panels: title -> series (a legend's entry) -> row -> number.
+        x: what the numbers are.
+        line: where the line is.
+    """
     rows = list(
         dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
     )
@@ -217,14 +238,14 @@ def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], mean
                 alpha=0.8,
                 label=label,
             )
-        axis.axvline(1, color=REAL, linestyle="--", linewidth=1)
+        axis.axvline(line, color=REAL, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_title(environment)
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
     axes[0].invert_yaxis()
     axes[-1].legend(fontsize=8)
-    figure.supxlabel(f"{meaning} (right of the line is better)")
+    figure.supxlabel(x)
     return figure
 
 
@@ -237,7 +258,7 @@ def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15
         return
     centre = real.mean(0).tolist()
     reach = limits * float((real - real.mean(0)).abs().max())
-    points, behind = samples[:4000].cpu().numpy(), real[:4000].cpu().numpy()
+    points, behind = samples[:PICTURED].cpu().numpy(), real[:PICTURED].cpu().numpy()
     axis.scatter(behind[:, 0], behind[:, 1], s=1, color=REAL, alpha=0.25, linewidths=0)
     axis.scatter(points[:, 0], points[:, 1], s=1.5, color=FAKE, alpha=0.6, linewidths=0)
     axis.set_xlim(centre[0] - reach, centre[0] + reach)
@@ -245,7 +266,7 @@ def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15
     axis.set_aspect("equal")
 
 
-def image_grid(samples: Tensor, columns: int | None = None, most: int = 64) -> np.ndarray:
+def image_grid(samples: Tensor, columns: int | None = None, most: int = GRID) -> np.ndarray:
     """Tile images (N, C, H, W) in [-1, 1], grey lines between, to one (H', W'[, 3]) in [0, 1]."""
     images = ((samples[:most].detach().cpu().clamp(-1, 1) + 1) / 2).numpy()
     columns = columns or int(np.ceil(np.sqrt(len(images))))

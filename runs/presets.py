@@ -18,22 +18,29 @@ Values = dict[str, Any]
 class Preset:
     """A budget: rounds of the agent, its hyper-parameters, and those of behaviour cloning.
 
-    `process` names the noise process, if it is not the environment's own.
+    `process` and `schedule` name those that are not the environment's own.
     """
 
     rounds: int
     agent: Values = field(default_factory=dict)
     cloning: Values = field(default_factory=dict)
     process: str | None = None
+    schedule: str | None = None
 
 
 # Behaviour cloning of each environment, with its rounds.
 _TOY: Values = {"rounds": 2000, "batch_size": 1024, "learning_rate": 5e-3}
+_DDPM: Values = {"learning_rate": 2e-4, "lr_schedule": "constant", "ema": 0.9999}
 CLONING: dict[str, Values] = {
     "SwissRoll": _TOY,
     "Moons": _TOY,
     "GaussianCluster": {**_TOY, "rounds": 1000},
     "Digits": {"rounds": 1800, "batch_size": 256, "learning_rate": 2e-3, "ema": 0.995},
+    "MNIST": {"rounds": 4000, "batch_size": 128, "learning_rate": 1e-3, "ema": 0.999},
+    # Ho et al. 2020, appendix B.
+    "CIFAR10": {**_DDPM, "rounds": 800_000, "batch_size": 128},
+    "CelebA64": {**_DDPM, "rounds": 500_000, "batch_size": 128},
+    "ImageFolder": {**_DDPM, "rounds": 500_000, "batch_size": 64},
 }
 
 # Fine-tuning: rounds and hyper-parameters by environment, agent and preset name.
@@ -43,10 +50,25 @@ _DIGITS_SFT_PG: Values = {
     "coefficient": 1.0,
     "learning_rate": 1e-4,
     "log_density": "mean",
+    "noise_power": 1.0,
     "ema": 0.97,
     # Paper A's last standard deviation, 0.001, would drown the other steps in the gradient; 0.05 is
     # less than half a grey level of these digits.
     "solver_options": {"variance": "small", "last_std": 0.05},
+}
+# Paper A on images (MATH.md S.8): FastDPM's noise levels, small steps, gradients clipped hard.
+_IMAGES_SFT_PG: Values = {
+    "batch_size": 128,
+    "n_critic": 5,
+    "n_generator": 10,
+    "learning_rate": 1e-6,
+    "critic_learning_rate": 1e-4,
+    "baseline_learning_rate": 1e-4,
+    "max_grad_norm": 0.1,
+    "log_density": "mean",
+    "ema": 0.99,
+    "solver": "fast-dpm",
+    "solver_options": {"last_std": 0.001},
 }
 FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
     ("SwissRoll", "sft-pg", "default"): (400, _TOY_SFT_PG),
@@ -57,6 +79,23 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
     ("GaussianCluster", "sft-pg", "default"): (100, _TOY_SFT_PG),
     ("GaussianCluster", "sft", "default"): (100, _TOY_SFT),
     ("Digits", "sft-pg", "default"): (150, _DIGITS_SFT_PG),
+    # Rounds of a second head; Gamma has its own number.
+    ("Digits", "variance", "default"): (2000, {}),
+    # For a CPU: a small critic, and a last standard deviation of six grey levels of 255.
+    ("MNIST", "sft-pg", "default"): (
+        80,
+        {
+            **_DIGITS_SFT_PG,
+            "batch_size": 128,
+            "n_critic": 3,
+            "minibatch_size": 256,
+            "critic_width": 64,
+            "channels_last": True,
+        },
+    ),
+} | {
+    (env, "sft-pg", "default"): (1000, _IMAGES_SFT_PG)
+    for env in ("CIFAR10", "CelebA64", "ImageFolder")
 }
 
 
@@ -68,6 +107,12 @@ PROCESSES: dict[tuple[str, str], str] = {
     # Noise levels are EDM's idea, and its network is smooth in them.
     (env, ScheduleLearning.name): "ve"
     for env in ("SwissRoll", "Moons", "GaussianCluster", "Digits")
+}
+
+
+# The times that paper A starts from on images.
+SCHEDULES: dict[tuple[str, str], str] = {
+    (env, "sft-pg"): "fast_dpm" for env in ("CIFAR10", "CelebA64", "ImageFolder")
 }
 
 
@@ -85,4 +130,5 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
         hyperparameters = {key: value for key, value in cloning.items() if key != "rounds"}
         return Preset(cloning["rounds"], hyperparameters, cloning)
     rounds, hyperparameters = FINE_TUNING.get((env, agent, name), (400, {}))
-    return Preset(rounds, hyperparameters, cloning, PROCESSES.get((env, agent)))
+    process, schedule = (table.get((env, agent)) for table in (PROCESSES, SCHEDULES))
+    return Preset(rounds, hyperparameters, cloning, process, schedule)

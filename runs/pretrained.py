@@ -14,8 +14,9 @@ from ..agents.solvers import Options, make_solver
 from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
 from .environment import build_environment, check_fits
-from .folder import denoiser_file, tableau_file
+from .folder import tableau_file
 from .settings import Settings, resolve_device
+from .sources import find_denoiser
 
 DEFAULT_SOLVER = "ancestral"
 
@@ -25,7 +26,8 @@ class PretrainedSettings:
     """Which denoiser, and how to sample with it."""
 
     denoiser: Annotated[Path, tyro.conf.Positional]
-    """A run folder or a .safetensors file."""
+    """A run folder, a .safetensors file, a diffusers DDPM folder, or a name on the hub such as
+    google/ddpm-cifar10-32."""
     env: str | None = None
     """Environment; that of the run folder if omitted."""
     solver: str | None = None
@@ -37,8 +39,8 @@ class PretrainedSettings:
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
-    uniform_torch, ddim-uniform, a list such as 1000,400,90,0, or the schedule.json of a run of
-    schedule learning; if omitted the environment's default."""
+    uniform_torch, ddim-uniform, fast_dpm, a list such as 1000,400,90,0, or the schedule.json of a
+    run of schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
     seed: int = 0
@@ -46,7 +48,11 @@ class PretrainedSettings:
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU where there is one."""
     data_dir: Path | None = None
-    """Folder of environments whose data are files."""
+    """Folder of environments whose data are files; ~/.cache/fewstep/data if omitted."""
+    download: bool = False
+    """Fetch missing data files, or a denoiser that is on the hub."""
+    image_size: int | None = None
+    """Side in pixels to which ImageFolder's pictures are cropped and resized."""
 
 
 def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]:
@@ -56,8 +62,8 @@ def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]
         FileNotFoundError: no denoiser there.
         ValueError: no environment named, a name that does not exist, or a corrupt checkpoint.
     """
-    file = denoiser_file(settings.denoiser)
-    denoiser = Denoiser.load(file, resolve_device(settings.device))
+    device = resolve_device(settings.device)
+    denoiser = find_denoiser(settings.denoiser, device, settings.download)
     solver = settings.solver
     if solver is None:
         solver = str(tableau_file(settings.denoiser) or DEFAULT_SOLVER)
@@ -70,14 +76,16 @@ def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]
         solver=solver,
         device=settings.device,
         data_dir=settings.data_dir,
+        download=settings.download,
+        image_size=settings.image_size,
     )
-    check_fits(denoiser, mdp, file)
+    check_fits(denoiser, mdp, settings.denoiser)
     if solver.endswith(".json") or Path(solver).is_file():
         return mdp, denoiser, load_tableau(Path(solver), settings, denoiser)
     options = settings.solver_options
     if options is None:
-        options = default_solver_options(solver, mdp.shape)
-    return mdp, denoiser, make_solver(solver, mdp.schedule, **options)
+        options = default_solver_options(solver, mdp.shape, denoiser.clip)
+    return mdp, denoiser, make_solver(solver, mdp.schedule, denoiser, **options)
 
 
 def load_tableau(path: Path, settings: PretrainedSettings, denoiser: Denoiser) -> Tableau:
@@ -112,6 +120,7 @@ def environment_of(path: Path, name: str | None) -> str:
         return resolve_environment(name)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{path} does not say which environment it is for: give --env.")
-    return Settings.from_json(config).run.env
+    try:
+        return Settings.from_json(config).run.env
+    except (FileNotFoundError, ValueError):
+        raise ValueError(f"{path} does not say which environment it is for: give --env.") from None

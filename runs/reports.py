@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..agents import DODE, ScheduleLearning
+from ..agents import DODE, ScheduleLearning, VarianceLearning
 from ..agents.base import Agent
 from ..agents.scheduling.levels import noise_levels
 from ..agents.scheduling.weights import step_weights
@@ -22,9 +22,10 @@ def report_agent(agent: Agent, folder: RunFolder) -> None:
 
 
 def save_sampler(agent: Agent, folder: RunFolder) -> None:
-    """Write what schedule learning has found so far as a schedule, and as a table to sample by."""
+    """Write what schedule or variance learning has found so far as a table to sample by."""
     if isinstance(agent, ScheduleLearning):
         agent.schedule.save(folder.path / SCHEDULE)
+    if isinstance(agent, ScheduleLearning | VarianceLearning):
         agent.tableau.save(folder.path / TABLEAU)
 
 

@@ -13,7 +13,7 @@ import tyro
 from ..agents.sampling import sampler_of
 from ..envs.files import write_atomically
 from .console import console
-from .plots import samples_figure, save_figure
+from .plots import pictured, samples_figure, save_figure
 from .pretrained import PretrainedSettings, load
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     generator = torch.Generator(mdp.device).manual_seed(settings.seed)
     samples = sampler_of(tableau, denoiser, mdp.shape)(settings.n, generator).cpu()
     if settings.output.suffix == ".png":
-        real = mdp.target.samples.cpu()
+        real = mdp.target.take(pictured(mdp.shape)).cpu()
         save_figure(samples_figure({tableau.name: samples}, real), settings.output)
     else:
 

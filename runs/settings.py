@@ -44,23 +44,32 @@ class TrainSettings:
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
-    uniform_torch, ddim-uniform, a list such as 1000,400,90,0, or the schedule.json of a run of
-    schedule learning; if omitted the environment's default."""
+    uniform_torch, ddim-uniform, fast_dpm, a list such as 1000,400,90,0, or the schedule.json of a
+    run of schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
     process: str | None = None
     """Noise process of a cloned denoiser: sigmoid-1000, linear-1000, cosine-1000 (any number of
-    noisings), ve or ve-0.002-80; if omitted the environment's, on the toys with as many noisings as
-    steps. A schedule.json brings its own."""
+    noisings), linear-1000/10 (the same levels in ten noisings), ve or ve-0.002-80; if omitted the
+    environment's, on the toys with as many noisings as steps. A schedule.json brings its own."""
     rounds: int = 1
     """Rounds of training of the agent; dode has its own number, a fit and --refine-steps, and so
     has schedule: --schedule-rounds and --tuning-rounds."""
     prediction: str | None = None
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""
+    body: str | None = None
+    """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-mnist,
+    unet-cifar10, unet-celeba64 (the last four through diffusers); if omitted by the sample's
+    shape."""
+    body_options: Options | None = None
+    """Options of that body, as KEY VALUE pairs: width 16 levels 3."""
     denoiser: Path | None = None
     """Pretrained denoiser or run folder to start from, instead of cloning one; it brings its noise
     process."""
+    pretrained: str | None = None
+    """Start from a diffusers DDPM instead: a folder, or a name on the hub such as
+    google/ddpm-cifar10-32 (with --download it is fetched if it is not in the local cache)."""
     seed: int = 0
     """Seed of initialisation and training."""
     device: str = "auto"
@@ -71,7 +80,11 @@ class TrainSettings:
     log_dir: Path = Path("logs")
     """Folder under which the run folder is made."""
     data_dir: Path | None = None
-    """Folder of environments whose data are files."""
+    """Folder of environments whose data are files; ~/.cache/fewstep/data if omitted."""
+    download: bool = False
+    """Fetch missing data files into that folder."""
+    image_size: int | None = None
+    """Side in pixels to which ImageFolder's pictures are cropped and resized."""
     checkpoint_seconds: float = 20.0
     """Seconds between two checkpoints; 0 writes one every round."""
     log_interval: int = 10
@@ -79,7 +92,10 @@ class TrainSettings:
     evaluations: int = 20
     """How often the live metric is computed during training."""
     evaluation_samples: int = 200_000
-    """Samples of the metric against fresh data."""
+    """Samples of the metrics against fresh data; of images at most 10,000."""
+    inception_weights: Path | None = None
+    """torch-fidelity's file of Inception weights, for FID on images of 32 pixels or more; if
+    omitted where torch-fidelity keeps it, else a feature extractor of ours, which results name."""
     resume: Path | None = None
     """Go on with the run in this folder (its own settings hold)."""
     config: Path | None = None
@@ -120,7 +136,7 @@ class Settings:
         for key in run:
             if key not in known:
                 raise unknown_name(f"setting in {path}", key, known)
-        for key in ("denoiser", "log_dir", "data_dir"):
+        for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
             if run.get(key) is not None:
                 run[key] = Path(run[key])
         return cls(TrainSettings(**run), agent, cloning)
@@ -200,7 +216,12 @@ def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
         raise unknown_name("agent", agent, AGENTS)
     budget = preset(env, agent, preset_name)
     run = TrainSettings(
-        env=env, agent=agent, preset=preset_name, rounds=budget.rounds, process=budget.process
+        env=env,
+        agent=agent,
+        preset=preset_name,
+        rounds=budget.rounds,
+        process=budget.process,
+        schedule=budget.schedule,
     )
     return Settings(
         run,

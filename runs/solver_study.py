@@ -233,7 +233,13 @@ class World:
 
 
 def trained_denoiser(
-    environment: str, process: str, seed: int, folder: Path, device: str, rounds: int | None
+    environment: str,
+    process: str,
+    seed: int,
+    folder: Path,
+    device: str,
+    rounds: int | None,
+    data_dir: Path | None = None,
 ) -> Denoiser:
     """Clone a denoiser, or find it cloned."""
     base = defaults(environment, BehaviorCloning.name)
@@ -242,6 +248,7 @@ def trained_denoiser(
         process=process,
         seed=seed,
         device=device,
+        data_dir=data_dir,
         evaluations=2,
         evaluation_samples=FRESH_SAMPLES,
         rounds=rounds or base.run.rounds,

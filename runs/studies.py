@@ -44,7 +44,10 @@ class Study:
         contenders: who.
         steps: sampling steps K.
         seeds: training seeds.
-        metrics: those that the table shows.
+        metrics: those that the table shows; all if empty.
+        process: noise process of the shared denoiser, if not the environment's.
+        body: its network, if not the environment's; see `fewstep train --help`.
+        body_options: options of that network.
         clone_per_seed: clone a denoiser for every seed, as the main job does, instead of sharing
             one.
     """
@@ -56,6 +59,9 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     metrics: tuple[str, ...] = ("sliced_wasserstein", "sliced_wasserstein_fresh")
     clone_per_seed: bool = False
+    process: str | None = None
+    body: str | None = None
+    body_options: dict[str, Any] | None = None
 
 
 SFT_PG_B = Contender("SFT-PG (B)", "sft-pg")
@@ -113,5 +119,25 @@ STUDIES: dict[str, Study] = {
         environments=("Digits",),
         contenders=(SFT_PG_B,),
         metrics=("sliced_wasserstein", "sliced_wasserstein_fresh", "mmd"),
+    ),
+    "mnist": Study(
+        title="MNIST: a DDPM of ten steps, then SFT-PG (B) (paper A, Table 2)",
+        environments=("MNIST",),
+        contenders=(
+            Contender("1 generator step", "sft-pg", settings={"n_generator": 1}, evaluations=2),
+            *(
+                Contender(
+                    f"5 generator steps, gamma {gamma:g}",
+                    "sft-pg",
+                    settings={"n_generator": 5, "max_grad_norm": gamma},
+                    evaluations=2,
+                )
+                for gamma in (1.0, 0.1, 0.03, 0.01)
+            ),
+        ),
+        metrics=(),
+        process="linear-1000/10",
+        body="small-unet",
+        body_options={"width": 16, "levels": 3},
     ),
 }

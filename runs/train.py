@@ -11,28 +11,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from stable_baselines3.common.logger import Logger
 
 from ..agents import AGENTS, BehaviorCloning, Denoiser, ScheduleLearning
 from ..agents.base import Agent
 from ..agents.denoiser import edm_time_range
-from ..agents.networks import make_body
 from ..agents.sampling import sample, sampler_of
-from ..agents.solvers import make_solver
+from ..agents.solvers import Options
 from ..agents.tableau import Tableau
 from ..agents.training import seeded
+from ..critics.processes import Processes
 from ..envs import VE, DiffusionMDP
 from ..envs.process import NoiseProcess, make_process
+from .bodies import named_body
 from .console import console, print_results
+from .distributed import agreed_path, joined_processes
 from .environment import build_environment, check_fits
 from .evaluation import NOISE_SEED, Evaluation, combine
-from .folder import RunFolder, denoiser_file
+from .features import features_for
+from .folder import RunFolder
 from .logs import make_logger, read_live_metric
-from .monitor import Monitor
-from .plots import curve_figure, samples_figure, save_figure, trajectories_figure
+from .monitor import Follower, Monitor
+from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
 from .reports import report_agent, save_sampler
-from .settings import Settings, parse, resumed_folder
-
-PICTURED = 4000
+from .settings import Settings, TrainSettings, parse, resumed_folder
+from .sources import starting_denoiser
 
 # Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
 EDM_LEVELS = 64
@@ -44,19 +47,21 @@ class InterruptedRun(Exception):  # noqa: N818 - not an error: the user asked fo
 
 def main(argv: Sequence[str], agent: str | None = None) -> None:
     """Run `fewstep train` (or `fewstep pretrain`, which fixes the agent) with these flags."""
-    resume = resumed_folder(argv)
-    if resume is not None:
-        folder = RunFolder.reopen(resume)
-        settings = Settings.from_json(folder.path / "config.json")
-    else:
-        settings = parse(argv, agent)
-        check(settings)
-        folder = RunFolder.create(settings)
-    try:
-        Run(settings, folder).carry_through()
-    except InterruptedRun:
-        console.print(f"\nSaved. Go on with:  fewstep train --resume {folder.path}")
-        raise SystemExit(130) from None
+    with joined_processes() as processes:
+        mdp, resume = None, resumed_folder(argv)
+        if resume is not None:
+            folder = RunFolder.reopen(resume)
+            settings = Settings.from_json(folder.path / "config.json")
+        else:
+            settings = parse(argv, agent)
+            mdp = check(settings)
+            made = RunFolder.create(settings).path if processes.first else None
+            folder = RunFolder(agreed_path(made, processes))
+        try:
+            Run(settings, folder, mdp).carry_through()
+        except InterruptedRun:
+            console.print(f"\nSaved. Go on with:  fewstep train --resume {folder.path}")
+            raise SystemExit(130) from None
 
 
 class Run:
@@ -65,12 +70,16 @@ class Run:
     Args:
         settings: resolved settings.
         folder: a new folder, or one to resume.
+        mdp: the environment that the settings name, if it is built already.
     """
 
-    def __init__(self, settings: Settings, folder: RunFolder) -> None:
+    def __init__(
+        self, settings: Settings, folder: RunFolder, mdp: DiffusionMDP | None = None
+    ) -> None:
         self.settings = settings
         self.folder = folder
-        self.mdp = build_mdp(settings)
+        self.processes = Processes.current()
+        self.mdp = build_mdp(settings) if mdp is None else mdp
         threads = settings.run.threads or (1 if len(self.mdp.shape) == 1 else None)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -83,21 +92,29 @@ class Run:
         return self._seconds_before + time.monotonic() - self._began
 
     def carry_through(self) -> dict[str, Any]:
-        """Do whatever is not done yet; return the results."""
+        """Do whatever is not done yet; return the results.
+
+        Of several processes only the first writes, evaluates, and has results to return.
+        """
         run = self.settings.run
         console.print(f"{run.agent} on {self.mdp.target.name}, {self.mdp.steps} steps")
         console.print(f"Logs: {self.folder.path}  (tensorboard --logdir {run.log_dir})")
-        self.evaluation = Evaluation(self.mdp.target, run.evaluation_samples)
+        self.evaluation = None
+        if self.processes.first:
+            features = features_for(
+                self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
+            )
+            self.evaluation = Evaluation(self.mdp.target, run.evaluation_samples, features)
         if run.agent == BehaviorCloning.name:
             agent, before = self.clone(), None
         else:
-            if run.denoiser is not None:
+            if run.denoiser is not None or run.pretrained is not None:
                 self.adopt_denoiser()
             else:
                 self.clone()
             agent = self.finetune()
             before = Denoiser.load(self.folder.cloning, self.mdp.device)
-        return self.report(before, agent)
+        return self.report(before, agent) if self.processes.first else {}
 
     # -- stages --------------------------------------------------------------------------------
 
@@ -108,18 +125,21 @@ class Run:
         rounds = options.pop("rounds")
         if run.agent == BehaviorCloning.name:
             options, rounds = self.settings.agent, run.rounds
-        denoiser = new_denoiser(self.mdp, run.seed, run.prediction)
+        denoiser = denoiser_of(self.mdp, run)
         agent = BehaviorCloning(self.mdp, denoiser, seed=run.seed, **options)
         return self._learn(agent, rounds, self.folder.cloning)
 
     def adopt_denoiser(self) -> None:
         """Copy the denoiser that the user names into the folder, once."""
-        if self.folder.cloning.is_file():
-            return
-        assert self.settings.run.denoiser is not None
-        file = denoiser_file(self.settings.run.denoiser)
-        denoiser = Denoiser.load(file)
-        check_fits(denoiser, self.mdp, file)
+        if self.processes.first and not self.folder.cloning.is_file():
+            self._copy_denoiser()
+        self.processes.wait()
+
+    def _copy_denoiser(self) -> None:
+        run = self.settings.run
+        denoiser = starting_denoiser(run)
+        assert denoiser is not None
+        check_fits(denoiser, self.mdp, run.denoiser or run.pretrained)
         denoiser.save(self.folder.cloning)
 
     def finetune(self) -> Agent:
@@ -131,14 +151,19 @@ class Run:
 
     def _learn(self, agent: Agent, rounds: int, checkpoint: Any) -> Agent:
         """Train an agent up to `rounds`, from its checkpoint if there is one."""
-        run = self.settings.run
+        run, first = self.settings.run, self.processes.first
+        self.processes.wait()
         if checkpoint.is_file():
             agent.resume(checkpoint)
         remaining = agent.timesteps_until(rounds)
         if not remaining:
             return agent
         progress = "progress.csv" if agent.name == run.agent else "cloning.csv"
-        agent.set_logger(make_logger(self.folder.path, agent.name, progress, agent.num_timesteps))
+        agent.set_logger(
+            make_logger(self.folder.path, agent.name, progress, agent.num_timesteps)
+            if first
+            else Logger(None, [])
+        )
         monitor = Monitor(
             checkpoint,
             run.checkpoint_seconds,
@@ -150,12 +175,13 @@ class Run:
         )
         agent.learn(
             remaining,
-            callback=monitor,
+            callback=monitor if first else Follower(),
             log_interval=run.log_interval,
             reset_num_timesteps=False,
         )
         agent.logger.close()
-        if monitor.interrupted:
+        # Also: the others wait here until the first has written what they read next.
+        if self.processes.any(monitor.interrupted, self.mdp.device):
             raise InterruptedRun
         return agent
 
@@ -169,10 +195,10 @@ class Run:
     def report(self, before: Denoiser | None, agent: Agent) -> dict[str, Any]:
         """Score before and after; write results.json and the pictures; print the table."""
         console.print("Evaluating ...")
+        assert self.evaluation is not None  # only the first process reports
         samplers = {"after": (agent.tableau, agent.sampling_denoiser)}
         if before is not None:
-            tableau = make_solver(agent.solver, self.mdp.schedule, **agent.solver_options)
-            samplers = {"before": (tableau, before), **samplers}
+            samplers = {"before": (agent.starting_tableau(before), before), **samplers}
         scores = {
             name: self.evaluation(sampler_of(*sampler, tuple(self.mdp.shape)))
             for name, sampler in samplers.items()
@@ -192,7 +218,8 @@ class Run:
         return results
 
     def _pictures(self, samplers: dict[str, tuple[Tableau, Denoiser]]) -> None:
-        real = self.mdp.target.samples
+        count = pictured(self.mdp.shape)
+        real = self.mdp.target.take(count)
         trajectories = {}
         for name, (tableau, denoiser) in samplers.items():
             generator = torch.Generator(self.mdp.device).manual_seed(NOISE_SEED)
@@ -200,7 +227,7 @@ class Run:
                 states = sample(
                     tableau,
                     denoiser,
-                    PICTURED,
+                    count,
                     shape=self.mdp.shape,
                     generator=generator,
                     return_trajectory=True,
@@ -211,7 +238,7 @@ class Run:
         save_figure(samples_figure(panels, real), folder / "samples.png")
         save_figure(trajectories_figure(trajectories, real), folder / "trajectories.png")
         curve = read_live_metric(folder / "progress.csv")
-        if curve:
+        if curve and self.evaluation is not None:
             figure = curve_figure(
                 {self.settings.run.agent: curve},
                 x="denoiser calls",
@@ -221,36 +248,51 @@ class Run:
             save_figure(figure, folder / "curve.png")
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings) -> DiffusionMDP:
     """Build all that the settings name, to refuse bad ones before a folder is made.
+
+    Returns:
+        The environment.
 
     Raises:
         ValueError: settings that do not go together, or are not possible.
     """
     run = settings.run
-    mdp = build_mdp(settings)
+    denoiser = starting_denoiser(run)
+    mdp = build_mdp(settings, denoiser)
     if run.evaluation_samples < 1:
         raise ValueError(f"--evaluation-samples must be at least 1, got {run.evaluation_samples}.")
-    if run.denoiser is not None:
-        if run.agent == BehaviorCloning.name:
-            raise ValueError(
-                "Behaviour cloning starts from nothing: --denoiser is for the other agents."
-            )
-        file = denoiser_file(run.denoiser)
-        check_fits(Denoiser.load(file), mdp, file)
-    AGENTS[run.agent](mdp, new_denoiser(mdp, run.seed, run.prediction), **settings.agent)
+    if denoiser is None:
+        denoiser = denoiser_of(mdp, run)
+    elif run.agent == BehaviorCloning.name:
+        raise ValueError(
+            "Behaviour cloning starts from nothing: --denoiser and --pretrained are for the other "
+            "agents."
+        )
+    else:
+        check_fits(denoiser, mdp, run.denoiser or run.pretrained)
+    AGENTS[run.agent](mdp, denoiser, **settings.agent)
+    return mdp
 
 
-def build_mdp(settings: Settings) -> DiffusionMDP:
-    """Build the environment that the settings name."""
-    run = settings.run
-    if run.denoiser is not None:
-        process: NoiseProcess | None = Denoiser.load(denoiser_file(run.denoiser)).process
+def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> DiffusionMDP:
+    """Build the environment that the settings name.
+
+    Args:
+        settings: of the run.
+        denoiser: the one that the run starts from, if it is loaded already.
+    """
+    run, processes = settings.run, Processes.current()
+    denoiser = denoiser or starting_denoiser(run)
+    if denoiser is not None:
+        process: NoiseProcess | None = denoiser.process
     elif run.process is None or (run.schedule or "").endswith(".json"):
         process = None
     else:
         process = make_process(run.process)
-    return build_environment(
+    if run.download and not processes.first:
+        processes.wait()  # for the files that the first is fetching
+    mdp = build_environment(
         run.env,
         steps=run.steps,
         schedule=run.schedule,
@@ -259,11 +301,27 @@ def build_mdp(settings: Settings) -> DiffusionMDP:
         solver=settings.agent["solver"],
         device=run.device,
         data_dir=run.data_dir,
+        download=run.download,
+        image_size=run.image_size,
         default_schedule="karras" if run.agent == ScheduleLearning.name else None,
     )
+    if run.download and processes.first:
+        processes.wait()
+    return mdp
 
 
-def new_denoiser(mdp: DiffusionMDP, seed: int, prediction: str | None = None) -> Denoiser:
+def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:
+    """Build the untrained denoiser that a run's settings name."""
+    return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
+
+
+def new_denoiser(
+    mdp: DiffusionMDP,
+    seed: int,
+    prediction: str | None = None,
+    body_name: str | None = None,
+    body_options: Options | None = None,
+) -> Denoiser:
     """Build an untrained denoiser for an environment; the same seed gives the same weights."""
     process = mdp.process
     time_range = None
@@ -278,6 +336,6 @@ def new_denoiser(mdp: DiffusionMDP, seed: int, prediction: str | None = None) ->
         # would magnify the errors of a network that predicts it.
         prediction = "sample" if len(mdp.shape) == 3 else "epsilon"
     with seeded(seed):
-        body = make_body(mdp.shape, levels, time_range)
-    sigma_data = float(mdp.target.samples.std())
+        body = named_body(body_name, mdp.shape, levels, time_range, body_options)
+    sigma_data = mdp.target.std
     return Denoiser(body, process, prediction, sigma_data)  # type: ignore[arg-type]

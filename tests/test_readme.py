@@ -11,12 +11,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_readme_has_the_six_snippets():
-    assert len(SNIPPETS) == 6
+def test_readme_has_the_seven_snippets():
+    assert len(SNIPPETS) == 7
 
 
 @pytest.mark.parametrize(
-    "snippet", SNIPPETS, ids=["denoiser", "solver", "schedule", "reward", "target", "algorithm"]
+    "snippet",
+    SNIPPETS,
+    ids=["denoiser", "solver", "schedule", "diffusers", "reward", "target", "algorithm"],
 )
 def test_snippet_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,11 @@ def test_the_same_seed_draws_the_same_samples(finished, tmp_path, fewstep):
 
 def test_envs_and_agents_list_what_there_is(fewstep, capsys):
     assert fewstep("envs") == 0
-    assert "fewstep/Digits-v0" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "fewstep/Digits-v0" in listed
+    (cifar10,) = (line for line in listed.splitlines() if "fewstep/CIFAR10-v0" in line)
+    assert "3 x 32 x 32" in cifar10
+    assert "data files needed" in cifar10
     assert fewstep("agents") == 0
     listed = capsys.readouterr().out
     assert "sft-pg" in listed

@@ -1,0 +1,55 @@
+"""Joining the processes that `torchrun` starts, and leaving them.
+
+For example: `torchrun --nproc-per-node 4 --no-python fewstep train --env CIFAR10 ...`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..critics.processes import Processes
+from .console import console
+
+# While the first process evaluates, the others wait for its next gradient.
+PATIENCE = timedelta(hours=2)
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that torchrun started, each on a GPU of its own where there are any.
+
+    Without torchrun there is one process. Only the first writes to the screen.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    processes = Processes.current()
+    console.quiet = not processes.first
+    try:
+        yield processes
+    finally:
+        console.quiet = False
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def agreed_path(path: Path | None, processes: Processes) -> Path:
+    """Return the path that the first process has; the others pass None."""
+    message = [str(path)]
+    if processes.count > 1:
+        dist.broadcast_object_list(message, src=0)
+    return Path(message[0])

@@ -1,0 +1,103 @@
+"""Speed of SFT-PG's rollout on a U-Net, against a bare loop of the same network calls.
+
+One process, the loops by turns, so that a busy machine slows all alike. On a GPU the CIFAR-10 U-Net
+is timed in each precision, plain and compiled; on a CPU a small U-Net on MNIST's shape.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..agents import Denoiser
+from ..agents.chain import GaussianChain
+from ..agents.networks import SmallUNet
+from ..agents.solvers import ancestral
+from ..critics.precision import Precision
+from ..envs import DiscreteVP, Schedule
+from .sampling_speed import by_turns
+from .settings import resolve_device
+from .tables import table
+
+STEPS = 10
+
+
+def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
+    """Time rollouts of ten steps, with each kind of buffer and precision."""
+    where = resolve_device(device)
+    name, shape, batch, body = _subject(where)
+    process = DiscreteVP.linear(1000)
+    tableau = ancestral(Schedule.uniform(process, STEPS), last_std=0.001)
+    denoiser = Denoiser(body.to(where), process)
+    chain = GaussianChain(denoiser, tableau).to(where)
+    noise = torch.randn(batch, *shape, device=where)
+    times = tableau.times[:-1].tolist()
+
+    @torch.no_grad()
+    def bare() -> None:
+        sample = noise
+        for t in times:
+            sample = denoiser.epsilon(sample, t)
+        _finish(where)
+
+    def rollout(store: Tensor | None) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            chain.rollout(noise, store=store)
+            _finish(where)
+
+        return run
+
+    size = (STEPS + 1, *noise.shape)
+    buffers = {
+        "float32 buffer": None,
+        "float16 buffer": torch.empty(size, dtype=torch.float16, device=where),
+    }
+    if where.type == "cuda":
+        buffers["buffer on the CPU"] = torch.empty(size, pin_memory=True)
+    figures: dict[str, Any] = {}
+    rows = []
+    for label, precision, compiled in _ways(where):
+        denoiser.run_with(precision, channels_last=where.type == "cuda", compile=compiled)
+        loops = [bare, *(rollout(store) for store in buffers.values())]
+        for loop in loops:  # compile and choose kernels
+            loop()
+        seconds = by_turns(loops, 20)
+        plain = statistics.median(turn[0] for turn in seconds)
+        for index, buffer in enumerate(buffers, 1):
+            share = statistics.median(turn[0] / turn[index] for turn in seconds)
+            figures[f"{label}, {buffer}"] = {"throughput": share, "bare_seconds": plain}
+            images = batch * STEPS / plain
+            rows.append([label, buffer, f"{images:,.0f}", f"{100 * share:.1f} %"])
+    head = [f"{name}, batch {batch}", "buffer", "calls a second, bare", "rollout / bare loop"]
+    return figures, table(head, rows)
+
+
+def _subject(device: torch.device) -> tuple[str, tuple[int, ...], int, torch.nn.Module]:
+    """Choose the network by what the device can carry."""
+    if device.type == "cuda":
+        from ..agents.unet import UNet2D
+
+        return "CIFAR-10 U-Net", (3, 32, 32), 256, UNet2D((3, 32, 32), preset="cifar10")
+    return "small U-Net, 28 x 28", (1, 28, 28), 64, SmallUNet((1, 28, 28))
+
+
+def _ways(device: torch.device) -> list[tuple[str, Precision, bool]]:
+    plain: list[tuple[str, Precision, bool]] = [("float32", "float32", False)]
+    if device.type != "cuda":
+        return plain
+    return [
+        *plain,
+        ("bf16", "bf16", False),
+        ("float32, compiled", "float32", True),
+        ("bf16, compiled", "bf16", True),
+    ]
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,51 @@
+"""Where a pretrained denoiser comes from: a file or run folder of ours, or diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..agents import Denoiser
+from .folder import denoiser_file
+from .settings import TrainSettings
+
+
+def find_denoiser(
+    source: Path, device: torch.device | str = "cpu", download: bool = False
+) -> Denoiser:
+    """Load a denoiser from wherever it is.
+
+    Args:
+        source: a run folder, a .safetensors file, a folder that diffusers wrote, or the name of a
+            model on the hub, such as google/ddpm-cifar10-32.
+        device: where its weights go.
+        download: fetch it from the hub if it is not in the local cache.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        CheckpointError: a corrupt or foreign file.
+        ValueError: a pipeline that is not a DDPM.
+    """
+    diffusers = source.is_dir() and any(
+        (source / name).is_file() for name in ("model_index.json", "config.json")
+    )
+    try:
+        return Denoiser.load(denoiser_file(source), device)
+    except FileNotFoundError:
+        if not diffusers and (source.exists() or len(source.parts) != 2):
+            raise
+    return Denoiser.from_pretrained(str(source), device=device, download=download)
+
+
+def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") -> Denoiser | None:
+    """Load the denoiser that a run starts from; None if it is to clone one.
+
+    Raises:
+        ValueError: both --denoiser and --pretrained; or what `find_denoiser` raises.
+    """
+    if run.denoiser is not None and run.pretrained is not None:
+        raise ValueError("Give --denoiser or --pretrained, not both.")
+    if run.pretrained is not None:
+        return Denoiser.from_pretrained(run.pretrained, device=device, download=run.download)
+    return None if run.denoiser is None else find_denoiser(run.denoiser, device, run.download)
