@@ -83,9 +83,10 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
     ("Digits", "variance", "default"): (2000, {}),
     # For a CPU: a small critic, and a last standard deviation of six grey levels of 255.
     ("MNIST", "sft-pg", "default"): (
-        80,
+        50,
         {
             **_DIGITS_SFT_PG,
+            "learning_rate": 2e-4,
             "batch_size": 128,
             "n_critic": 3,
             "minibatch_size": 256,
