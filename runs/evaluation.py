@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..critics.features import INCEPTION, FeatureExtractor
-from ..critics.metrics import FeatureDistances, SlicedWasserstein, mmd
+from ..critics.metrics import SlicedWasserstein, mmd
 from ..envs.targets import Target
+from .features import real_distances
 
 # Evaluation draws from these seeds, whatever the training seed, so that runs compare like with
 # like.
@@ -142,7 +143,7 @@ class Evaluation:
         if self.target.fresh_limit is not None:
             count = min(count, len(self.target))
         sets = 1 if count >= _ENOUGH else _SETS
-        distances = FeatureDistances(self.target.sample_fresh(count, FRESH_SEED), features)
+        distances = real_distances(self.target.sample_fresh(count, FRESH_SEED), features)
         official = features.name == INCEPTION
         names = {
             key: key if official else f"{ours}[{features.name}]"

@@ -7,15 +7,18 @@ CIFAR-10 ResNet of a data folder, a classifier trained on the target's own label
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..critics.classifier import RECIPE, ClassifierFeatures, train_classifier
 from ..critics.features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
+from ..critics.fidelity import FeatureDistances, extract
 from ..envs.files import write_atomically
 from ..envs.targets import Target
 from .console import console
@@ -28,6 +31,8 @@ RESNET_FOLDER = "cifar10_resnet"
 _NUMBERS, _TESTED = 2**28, 10_000
 # Images that stand for all in the name of a cached classifier.
 _HASHED = 1000
+# Images whose features tell one extractor from another.
+_COMPARED = 16
 
 
 def features_for(
@@ -78,6 +83,23 @@ def features_for(
 def cache_folder() -> Path:
     """Return the folder of trained extractors: ~/.cache/fewstep/features, or in $FEWSTEP_CACHE."""
     return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser() / "features"
+
+
+def real_distances(real: Tensor, features: FeatureExtractor) -> FeatureDistances:
+    """Return the distances to real images (M, C, H, W), whose features are kept for the next run.
+
+    The file is named by the images and by what the extractor says of a few of them, so another
+    extractor of the same name has a file of its own.
+    """
+    few = extract("real", real[:_COMPARED], features)
+    file = cache_folder() / f"real-{features.name}-{_hash(real, few)}.safetensors"
+    try:
+        return FeatureDistances.load(file, features, len(real))
+    except (FileNotFoundError, ValueError):
+        distances = FeatureDistances(real, features)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+        write_atomically(file, distances.save)
+    return distances
 
 
 # Each choice takes the target, the Inception weights, the data folder and the device, and returns
@@ -157,7 +179,13 @@ def _trained(target: Target, device: torch.device) -> ClassifierFeatures:
 def _fingerprint(target: Target) -> str:
     """Hash what tells a target's data from others: shape, sizes, labels, the first images."""
     assert target.labels is not None
-    digest = hashlib.sha256(repr((tuple(target.shape), len(target), target.fresh_limit)).encode())
-    for part in (target.take(_HASHED), target.labels):
-        digest.update(part.cpu().numpy().tobytes())
+    sizes = torch.tensor([len(target), target.fresh_limit or -1])
+    return _hash(target.take(_HASHED), target.labels, sizes)
+
+
+def _hash(*tensors: Tensor) -> str:
+    """Hash the shapes and the contents of tensors."""
+    digest = hashlib.sha256(repr([tuple(tensor.shape) for tensor in tensors]).encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

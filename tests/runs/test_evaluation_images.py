@@ -67,12 +67,13 @@ def test_small_sets_are_scored_as_the_mean_over_disjoint_sets():
 
     extractor = Pixels()
     evaluation = Evaluation(target, features=extractor)
-    # Two sets of training images fit into 50, for the floor.
-    assert extractor.seen == 20 + 2 * 20
+    # Two sets of training images fit into 50, for the floor; the real side may be known already.
+    prepared = extractor.seen
+    assert prepared in (16 + 2 * 20, 16 + 20 + 2 * 20)
     scores = evaluation(sample)
     # One call of the sampler serves all metrics, and the real side is not looked at again.
     assert [len(samples) for samples in drawn] == [80]
-    assert extractor.seen == 20 + 2 * 20 + 4 * 20
+    assert extractor.seen == prepared + 4 * 20
 
     real = target.sample_fresh(20, FRESH_SEED)
     for sets, found in (

@@ -10,7 +10,7 @@ import torch
 from fewstep.critics.features import Cifar10ResNet
 from fewstep.envs import Target, make_target
 from fewstep.runs import features as module
-from fewstep.runs.features import cache_folder, features_for
+from fewstep.runs.features import cache_folder, features_for, real_distances
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +119,25 @@ def test_inception_comes_first_where_its_weights_are(tmp_path, monkeypatch):
     assert features_for(photographs()).path is None
     small = photographs("Small", side=8)
     assert features_for(small, inception_weights=weights).name == "small-classifier"
+
+
+def test_real_features_are_kept_for_the_next_run():
+    class Pixels:
+        name, description = "pixels", "some pixels, for tests"
+
+        def __init__(self, scale=1.0):
+            self.scale, self.seen = scale, 0
+
+        def __call__(self, images):
+            self.seen += len(images)
+            return self.scale * images.flatten(1)[:, 20:26]
+
+    generator = torch.Generator().manual_seed(0)
+    real, samples = (torch.rand(60, 1, 8, 8, generator=generator) * 2 - 1 for _ in range(2))
+    first, second, other = Pixels(), Pixels(), Pixels(2.0)
+    scores = real_distances(real, first)(samples)
+    assert real_distances(real, second)(samples) == scores
+    # The second run looks at a few real images, to be sure that the extractor is the same.
+    assert first.seen - second.seen == len(real)
+    # Another extractor of the same name has features of its own.
+    assert real_distances(real, other)(samples)["fid"] == pytest.approx(4 * scores["fid"])
