@@ -438,10 +438,17 @@ class Agent(ABC):
             )
         denoiser = Denoiser.load(path, body=overrides.pop("body", None))
         agent = cls(env, denoiser, **{**tree["settings"], **overrides})
-        if device is not None and torch.device(device) != agent.device:
-            raise CheckpointError(f"The environment is on {agent.device}: build it on {device}.")
+        agent.check_device(device)
         agent.restore(tree, str(path))
         return agent
+
+    def check_device(self, device: str | torch.device | None) -> None:
+        """Raise CheckpointError if the environment is on another device than this one.
+
+        "cuda" and "cuda:0" may be the same, so what counts is where a tensor would go.
+        """
+        if device is not None and torch.empty(0, device=device).device != self.device:
+            raise CheckpointError(f"The environment is on {self.device}: build it on {device}.")
 
     def resume(self, path: str | Path) -> None:
         """Take over the training state of a file that `save` wrote; see `restore`."""

@@ -266,7 +266,7 @@ class Denoiser(nn.Module):
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
                 body.
         """
-        tree = load_checkpoint(path, device)
+        tree = load_checkpoint(path)
         tree = tree.get("denoiser", tree)
         if "body" not in tree or "prediction" not in tree:
             raise CheckpointError(f"{path} holds no denoiser.")

@@ -412,8 +412,7 @@ class DODE(Agent):
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
         agent = cls(env, overrides.pop("denoiser"), **{**tree["training"]["settings"], **overrides})
-        if device is not None and torch.device(device) != agent.device:
-            raise CheckpointError(f"The environment is on {agent.device}: build it on {device}.")
+        agent.check_device(device)
         agent.resume(path)
         return agent
 
