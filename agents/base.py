@@ -13,7 +13,7 @@ import dataclasses
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -155,7 +155,8 @@ class Agent(ABC):
 
     def smaller(self) -> str:
         """Return which settings need less memory, for the message when it ran out."""
-        return "Take a smaller --batch-size."
+        size = getattr(self, "batch_size", None)
+        return f"Take a --batch-size below {size}." if size else "Take a smaller network."
 
     @property
     def done(self) -> bool:
@@ -486,9 +487,13 @@ def mdp_without_data(
         schedule: the times to visit, on the denoiser's process.
         shape: of one sample.
     """
-    device = next(denoiser.parameters()).device
-    nothing = Target.from_samples(torch.zeros(2, *shape, device=device), name=NO_DATA)
+    nothing = no_data(shape, next(denoiser.parameters()).device)
     return DiffusionMDP(nothing, denoiser.process, schedule, no_reward)
+
+
+def no_data(shape: Sequence[int], device: torch.device | str) -> Target:
+    """Return a target that only says which shape its samples would have."""
+    return Target.from_samples(torch.zeros(2, *shape, device=device), name=NO_DATA)
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

@@ -96,6 +96,8 @@ class BehaviorCloning(Agent):
             raise ValueError(
                 f"ln sigma needs a finite p_mean and a positive p_std, got {p_mean} and {p_std}."
             )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}.")
         self.micro_batch_size = micro_batch_size
@@ -126,8 +128,11 @@ class BehaviorCloning(Agent):
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""
-        half = (self.micro_batch_size or self.batch_size) // 2
-        return f"Give --micro-batch-size {half}: the same result in more, smaller pieces."
+        half = max((self.micro_batch_size or self.batch_size) // 2, 1)
+        return (
+            f"Take micro_batch_size {half}, the same gradient in more pieces: --micro-batch-size, "
+            "or --pretrain.micro-batch-size where cloning is the first stage of another agent."
+        )
 
     def train_round(self) -> dict[str, Tensor]:
         """Take one gradient step on one batch."""

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..critics.precision import in_full_precision
+
 
 def _shared(time: Tensor) -> Tensor:
     """Reduce a time that the whole batch shares (stride 0) to shape (1,)."""
@@ -107,7 +109,7 @@ class MLP(nn.Module):
                 h = F.softplus(F.linear(h, weight * factor.T, bias * factor[0]))
             else:
                 h = F.softplus(linear(h) * factor)
-        return self.out(h).view_as(sample)
+        return in_full_precision(self.out, h).view_as(sample)
 
     def _embed(self, embedding: nn.Module, time: Tensor) -> Tensor:
         if not time.is_floating_point():
@@ -189,7 +191,7 @@ class ResidualMLP(nn.Module):
         h = self.stem(sample.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.out(F.silu(self.norm(h))).view_as(sample)
+        return in_full_precision(self.out, F.silu(self.norm(h))).view_as(sample)
 
 
 class _ResidualLayer(nn.Module):
@@ -298,7 +300,7 @@ class SmallUNet(nn.Module):
             h = block(h, embedding)
         for up, decode in zip(reversed(self.up), reversed(self.decode), strict=True):
             h = decode(torch.cat([skips.pop(), up(h)], dim=1), embedding)
-        return self.out(h)
+        return in_full_precision(self.out, h)
 
 
 # `unet` adds UNet2D, "unet2d".

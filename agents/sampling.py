@@ -12,8 +12,8 @@ from .denoiser import Denoiser
 from .solvers import SOLVERS, Options
 from .tableau import Tableau
 
-# Chunks of this many samples stay in the processor's caches, and bound the memory.
-CHUNK = 16_384
+# Chunks of this many samples, or numbers, stay in the processor's caches and bound the memory.
+CHUNK, NUMBERS = 16_384, 2**20
 
 
 def sample(
@@ -29,9 +29,10 @@ def sample(
     if isinstance(start, int):
         device = next(denoiser.parameters()).device
         start = denoiser.process.prior_sample((start, *shape), generator, device=device)
+    size = max(1, min(CHUNK, NUMBERS // math.prod(shape)))
     chunks = [
         tableau.sample(denoiser, chunk, generator=generator, return_trajectory=return_trajectory)
-        for chunk in start.split(CHUNK)
+        for chunk in start.split(size)
     ]
     return torch.cat(chunks, dim=1 if return_trajectory else 0)
 
@@ -49,7 +50,9 @@ def sampler_of(
 
 
 def default_solver_options(solver: str, shape: tuple[int, ...], clip: bool = False) -> Options:
-    """Return paper A's: variance beta for vectors, small with a last std of 0.001 for images.
+    """Return paper A's: variance beta for vectors; small, with a last std of 0.001, for images.
+
+    With noise in every step a sampler is a policy with densities, which SFT-PG can start from.
 
     Args:
         solver: its name.
@@ -57,14 +60,17 @@ def default_solver_options(solver: str, shape: tuple[int, ...], clip: bool = Fal
         clip: clamp the predicted clean sample where the solver can, as a pretrained pipeline may
             ask (`Denoiser.clip`). Fine-tuning does not: paper A's chain is Gaussian in its mean.
     """
+    if solver not in SOLVERS:
+        return {}
+    image, known = len(shape) == 3, SOLVERS[solver].options
     options: Options = {}
     if solver == "ancestral":
-        options = (
-            {"variance": "small", "last_std": 0.001} if len(shape) == 3 else {"variance": "beta"}
-        )
-    elif solver in SOLVERS and SOLVERS[solver].needs is not None and len(shape) != 3:
+        options["variance"] = "small" if image else "beta"
+    if image and "last_std" in known:
+        options["last_std"] = 0.001
+    if SOLVERS[solver].needs is not None and not image:
         # These clamp to an image's [-1, 1] and count in grey levels.
-        options = {"clip": False, "late_clip": math.inf}
-    if clip and solver in SOLVERS and "clip" in SOLVERS[solver].options:
+        options |= {"clip": False, "late_clip": math.inf}
+    if clip and "clip" in known:
         options["clip"] = True
     return options

@@ -201,7 +201,8 @@ class SFTPG(ShortcutAgent):
             log_density = torch.cat([nothing, *(piece for piece, _ in seen)])
             loss = torch.cat([nothing, *(piece for _, piece in seen)]).sum()
             if self.will_log and minibatch is minibatches[0] and old_log_density is not None:
-                metrics["train/ratio_first_batch"] = (log_density - old_log_density).exp().mean()
+                ratio = (log_density - old_log_density).exp()
+                metrics["train/ratio_first_batch"] = ratio.mean() if len(ratio) else loss + 1
         self.averaged.update()
         metrics["train/policy_loss"] = loss
         metrics["train/grad_norm"] = grad_norm
@@ -214,10 +215,8 @@ class SFTPG(ShortcutAgent):
         """Return A (K, M) for trajectories (K + 1, M, *shape): lambda-returns minus V."""
         # Step by step: the networks' activations then need memory for one state, not for K.
         steps = torch.arange(self.policy.steps, device=self.device).unsqueeze(1)
-        values = torch.cat(
-            [self.critic.value(self.fetch(buffer[j : j + 1]), step) for j, step in enumerate(steps)]
-        )
-        final = self.critic(self.fetch(buffer[-1]))
+        values = torch.cat([self._values(buffer[j : j + 1], step) for j, step in enumerate(steps)])
+        final = torch.cat([self.critic(self.fetch(part)) for part in self._split(buffer[-1])])
         if self.gae_lambda == 1:
             advantages = final - values
         else:
@@ -228,6 +227,15 @@ class SFTPG(ShortcutAgent):
         if self.normalize_advantage:
             advantages = advantages / self.processes.std(advantages).clamp_min(1e-8)
         return advantages
+
+    def _values(self, states: Tensor, step: Tensor) -> Tensor:
+        """Return V (1, M) of stored states (1, M, *shape) before one step."""
+        parts = self._split(states, dim=1)
+        return torch.cat([self.critic.value(self.fetch(part), step) for part in parts], dim=1)
+
+    def _split(self, stored: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Split a part of the buffer into what the networks may see at once."""
+        return stored.split(self.micro_batch_size or stored.shape[dim], dim)
 
     def policy_loss(
         self, log_density: Tensor, advantage: Tensor, old_log_density: Tensor | None
@@ -289,12 +297,10 @@ class SFTPG(ShortcutAgent):
     @torch.no_grad()
     def _log_densities(self, minibatch: Minibatch) -> Tensor:
         """Return log p (n,) of a minibatch's transitions under the policy as it is."""
-        return torch.cat(
-            [
-                self.policy.log_density(next_sample, sample, step, self.log_density)
-                for sample, next_sample, step, _ in self._pieces(minibatch)
-            ]
-        )
+        densities = [torch.empty(0, device=self.device)]
+        for sample, next_sample, step, _ in self._pieces(minibatch):
+            densities.append(self.policy.log_density(next_sample, sample, step, self.log_density))
+        return torch.cat(densities)
 
     def _behaviour_log_densities(self, minibatches: list[Minibatch]) -> list[Tensor | None]:
         """Return log p before any update, by the same calls: the first ratio is exactly 1."""
@@ -308,11 +314,13 @@ class SFTPG(ShortcutAgent):
     def _divergence(self, minibatch: Minibatch, old: Tensor) -> dict[str, Tensor]:
         """Measure how far the round moved the policy (Schulman's k3 estimate of the KL)."""
         log_ratio = self._log_densities(minibatch) - old
+        if not len(log_ratio):
+            log_ratio = log_ratio.new_zeros(1)  # no share in this minibatch, nothing to say
         ratio = log_ratio.exp()
         return {
             "train/approx_kl": (ratio - 1 - log_ratio).mean(),
-            "train/ratio_max": ratio.max(),
-            "train/ratio_min": ratio.min(),
+            "train/ratio_max": self.processes.largest(ratio.max()),
+            "train/ratio_min": -self.processes.largest(-ratio.min()),
         }
 
     def smaller(self) -> str:

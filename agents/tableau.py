@@ -19,7 +19,6 @@ with Cov0 the variance of the clean sample as the denoiser's second head predict
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,12 +34,12 @@ from torch import Tensor
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from ..envs.process import NoiseProcess
+from .tableau_json import read_table, write_table
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
 
 Output = Literal["epsilon", "sample"]
-VERSION = 3
 
 
 class Row(NamedTuple):
@@ -354,27 +353,7 @@ class Tableau:
         Args:
             extra: further entries, JSON values; readers of the table ignore them.
         """
-        table = {
-            "format": "fewstep-tableau",
-            "version": VERSION,
-            "name": self.name,
-            "output": self.output,
-            "process": self.process.to_config(),
-            "times": self.times.tolist(),
-            "scale": self.scale.tolist(),
-            "weights": self.weights.tolist(),
-            "noise": self.noise.tolist(),
-            "anchors": [self.anchor(j) for j in range(self.steps)],
-            "current": self._optional("current").tolist(),
-            "clipped": self._optional("clipped").tolist(),
-            "covariance": self._optional("covariance").tolist(),
-            # JSON knows no infinity.
-            "cap": [None if cap == np.inf else cap for cap in self._optional("cap").tolist()],
-        }
-        lines = [
-            f" {json.dumps(key)}: {_lines(value)}" for key, value in {**table, **extra}.items()
-        ]
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        return write_table(self, extra)
 
     @classmethod
     def from_json(cls, text: str) -> Tableau:
@@ -383,31 +362,7 @@ class Tableau:
         Raises:
             ValueError: not JSON, not a tableau, a newer version, or an invalid table.
         """
-        try:
-            table = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Not a tableau: the text is not valid JSON ({error}).") from None
-        if not isinstance(table, dict) or table.get("format") != "fewstep-tableau":
-            raise ValueError("Not a tableau: the JSON has no 'format': 'fewstep-tableau'.")
-        if table.get("version") not in range(1, VERSION + 1):
-            raise ValueError(
-                f"This tableau has version {table.get('version')!r}; this fewstep reads 1 to "
-                f"{VERSION}."
-            )
-        fields = ("name", "times", "scale", "weights", "noise", "anchors", "output", "process")
-        missing = [field for field in fields if field not in table]
-        if missing:
-            raise ValueError(f"The tableau lacks {', '.join(missing)}.")
-        values = {field: table[field] for field in fields}
-        # Version 1 had none of these, version 2 the first.
-        values |= {field: table.get(field) for field in _DEFAULTS}
-        if isinstance(values["cap"], list):
-            values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
-        try:
-            values["process"] = NoiseProcess.from_config(values["process"])
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"The tableau is malformed: {error}.") from None
+        return read_table(text, cls)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path`, atomically."""
@@ -441,13 +396,6 @@ def std_of(
     """
     std = (noise**2 + weight * covariance).clamp_min(_LEAST_VARIANCE).sqrt()
     return torch.clamp(std, max=cap)
-
-
-def _lines(value: Any) -> str:
-    """Write a JSON value on one line, but lists of lists or objects one a line."""
-    if isinstance(value, list) and value and isinstance(value[0], list | dict):
-        return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
-    return json.dumps(value)
 
 
 def one_step_tableau(

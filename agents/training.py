@@ -36,15 +36,16 @@ class TrainingDivergedError(RuntimeError):
 
 
 class OutOfMemoryError(RuntimeError):
-    """A round of training does not fit into memory."""
+    """Something does not fit into memory."""
 
-    def __init__(self, advice: str) -> None:
-        super().__init__(f"Out of memory in a round of training. {advice}")
+    def __init__(self, advice: str, where: str = "in a round of training") -> None:
+        super().__init__(f"Out of memory {where}. {advice}")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error means that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def adam(parameters: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
@@ -100,7 +101,9 @@ class Averaged(Generic[Module]):
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Initialise modules reproducibly: seed torch's global generator inside, restore it outside."""
-    with torch.random.fork_rng():
+    # All GPUs would be asked for their state otherwise, with a warning.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -56,7 +56,8 @@ class IPMCritic(nn.Module):
         baseline_learning_rate: of V.
         betas: of Adam.
         precision: "float32", or "bf16": the networks compute in bfloat16 where that is safe
-            (autocast), the weights and f itself stay float32.
+            (autocast); weights and, in the networks of `make_critic` and `make_baseline`, the last
+            layer stay float32.
         processes: those that train together; gradients are averaged over them. The ones of
             `torch.distributed` if None.
 

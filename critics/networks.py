@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import in_full_precision
+
 
 class FourierFeatures(nn.Module):
     """Append sines and cosines of random projections, so that an MLP can learn fine detail.
@@ -70,7 +72,7 @@ class MLPCritic(nn.Module):
         h = self.features(sample.flatten(1))
         for linear in self.hidden:
             h = F.silu(linear(h))
-        return self.out(h).squeeze(-1)
+        return in_full_precision(self.out, h).squeeze(-1)
 
 
 class ConvCritic(nn.Module):
@@ -105,7 +107,8 @@ class ConvCritic(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """Return f (N,) for samples (N, C, H, W)."""
-        return self.layers(sample).mean(dim=(1, 2, 3))
+        h = self.layers[:-1](sample)
+        return in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
 
 
 class MLPBaseline(nn.Module):
@@ -165,7 +168,7 @@ class MLPBaseline(nn.Module):
         h = self.features(sample.flatten(-self.dimensions))
         for layer in self.hidden:
             h = F.silu(layer(h, step))
-        return self.out(h).squeeze(-1)
+        return in_full_precision(self.out, h).squeeze(-1)
 
 
 class _StepLinear(nn.Module):

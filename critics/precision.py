@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
 Precision = Literal["float32", "bf16"]
 
@@ -22,3 +23,15 @@ def lower_precision(precision: Precision, device: torch.device) -> AbstractConte
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def in_full_precision(layer: nn.Module, h: Tensor) -> Tensor:
+    """Apply a network's last layer in float32 though the rest is in bfloat16.
+
+    A result with eight significant bits is no good: neither a critic's, of which differences
+    count, nor a denoiser's, whose steps may have little noise.
+    """
+    if not torch.is_autocast_enabled(h.device.type):
+        return layer(h)
+    with torch.autocast(h.device.type, enabled=False):
+        return layer(h.float())

@@ -2,8 +2,9 @@
 
 All processes draw the same random numbers, those of the whole batch, and each takes its share, so a
 run does not depend on how many there are: N processes with batches of B do what one does with
-batches of N * B, to rounding. Gradients meet once an optimizer step. `torchrun` starts the
-processes; without it there is one, and nothing here costs anything.
+batches of N * B, to rounding (but for dropout in cloning, whose noise is each process's own).
+Gradients meet once an optimizer step. `torchrun` starts the processes; without it there is one, and
+nothing here costs anything.
 """
 
 from __future__ import annotations
@@ -84,6 +85,13 @@ class Processes:
         message = torch.stack([value.detach().float() for value in values.values()])
         dist.all_reduce(message)
         return dict(zip(values, message / self.count, strict=True))
+
+    def largest(self, value: Tensor) -> Tensor:
+        """Return the largest of a 0-d tensor over the processes."""
+        if self.count > 1:
+            value = value.clone()
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
 
     def std(self, values: Tensor) -> Tensor:
         """Return the standard deviation (unbiased) of all processes' values, 0-d."""

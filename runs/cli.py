@@ -41,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error, code=2)
     except RuntimeError as error:
-        from ..agents.training import OutOfMemoryError, TrainingDivergedError
+        from ..agents.training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
+        if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
+            advice = "Take fewer samples, smaller batches or --device cpu."
+            error = OutOfMemoryError(advice, f"in fewstep {name}")
         if isinstance(error, OutOfMemoryError):
             _fail(error, code=2)
         if not isinstance(error, TrainingDivergedError):

@@ -30,9 +30,11 @@ def joined_processes() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    gpus = torch.cuda.device_count()
+    if local_rank() < gpus:
+        torch.cuda.set_device(local_rank())
+    # Tensors travel by the way of the device they are on, which a flag decides later.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     processes = Processes.current()
     console.quiet = not processes.first
     try:
@@ -45,6 +47,21 @@ def joined_processes() -> Iterator[Processes]:
 def local_rank() -> int:
     """Return this process's number on its machine, 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def check_own_gpu(device: torch.device) -> None:
+    """Raise ValueError if this process cannot have a GPU of its own."""
+    if device.type != "cuda" or Processes.current().count == 1:
+        return
+    if device.index is not None:
+        raise ValueError(
+            f"Under torchrun each process takes a GPU of its own: give --device cuda, not {device}."
+        )
+    if local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"This machine has {torch.cuda.device_count()} GPUs: start at most as many processes "
+            "with --nproc-per-node, or give --device cpu."
+        )
 
 
 def agreed_path(path: Path | None, processes: Processes) -> Path:

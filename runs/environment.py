@@ -7,7 +7,7 @@ from pathlib import Path
 from ..agents import Denoiser
 from ..agents.checkpoint import CheckpointError
 from ..agents.solvers import SOLVERS, Options
-from ..envs import VE, DiffusionMDP
+from ..envs import VE, DiffusionMDP, Target
 from ..envs.process import NoiseProcess
 from ..envs.registration import ENVIRONMENTS, make_mdp
 from ..envs.schedule import listed_times
@@ -27,6 +27,7 @@ def build_environment(
     download: bool = False,
     image_size: int | None = None,
     default_schedule: str | None = None,
+    target: Target | None = None,
 ) -> DiffusionMDP:
     """Build the environment's decision process.
 
@@ -54,6 +55,7 @@ def build_environment(
         schedule_options=schedule_options,
         process=process,
         device=resolve_device(device),
+        target=target,
         data_dir=data_dir,
         download=download,
         image_size=image_size,

@@ -20,6 +20,7 @@ from ..critics.classifier import RECIPE, ClassifierFeatures, train_classifier
 from ..critics.features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
 from ..critics.fidelity import FeatureDistances, extract
 from ..envs.files import write_atomically
+from ..envs.images import DATA_DIR
 from ..envs.targets import Target
 from .console import console
 
@@ -92,7 +93,9 @@ def real_distances(real: Tensor, features: FeatureExtractor) -> FeatureDistances
     extractor of the same name has a file of its own.
     """
     few = extract("real", real[:_COMPARED], features)
-    file = cache_folder() / f"real-{features.name}-{_hash(real, few)}.safetensors"
+    # Three digits: the last ones of a float change with the device.
+    about = f"{float(few.mean()):.3g}_{float(few.std()):.3g}"
+    file = cache_folder() / f"real-{features.name}-{about}-{_hash(real)}.safetensors"
     try:
         return FeatureDistances.load(file, features, len(real))
     except (FileNotFoundError, ValueError):
@@ -122,10 +125,10 @@ def _inception(
 def _resnet(
     target: Target, weights: Path | None, data_dir: Path | None, device: torch.device
 ) -> FeatureExtractor | str:
-    if target.name != "CIFAR10" or data_dir is None:
+    if target.name != "CIFAR10":
         return ""
-    folder = data_dir.expanduser() / RESNET_FOLDER
-    return Cifar10ResNet(folder) if folder.is_dir() else f"no {RESNET_FOLDER} in {data_dir}"
+    folder = (data_dir or DATA_DIR).expanduser() / RESNET_FOLDER
+    return Cifar10ResNet(folder) if folder.is_dir() else f"there is no {folder}"
 
 
 def _classifier(

@@ -87,7 +87,7 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
         50,
         {
             **_DIGITS_SFT_PG,
-            "learning_rate": 2e-4,
+            "learning_rate": 3e-5,
             "batch_size": 128,
             "n_critic": 3,
             "minibatch_size": 256,

@@ -9,13 +9,14 @@ from typing import Annotated
 import tyro
 
 from ..agents import Denoiser, Tableau
+from ..agents.base import no_data
 from ..agents.sampling import default_solver_options
 from ..agents.solvers import Options, make_solver
 from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
 from .environment import build_environment, check_fits
 from .folder import tableau_file
-from .settings import Settings, resolve_device
+from .settings import Settings, TrainSettings, resolve_device
 from .sources import find_denoiser
 
 DEFAULT_SOLVER = "ancestral"
@@ -55,8 +56,15 @@ class PretrainedSettings:
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
 
 
-def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]:
+def load(
+    settings: PretrainedSettings, needs_data: bool = True
+) -> tuple[DiffusionMDP, Denoiser, Tableau]:
     """Build the environment, the denoiser and the solver's tableau.
+
+    Args:
+        settings: what to load.
+        needs_data: False does without the data of images, whose shape the denoiser knows; the
+            environment's target then is empty.
 
     Raises:
         FileNotFoundError: no denoiser there.
@@ -67,17 +75,28 @@ def load(settings: PretrainedSettings) -> tuple[DiffusionMDP, Denoiser, Tableau]
     solver = settings.solver
     if solver is None:
         solver = str(tableau_file(settings.denoiser) or DEFAULT_SOLVER)
+    shape = getattr(denoiser.body, "config", {}).get("shape")
+    without = not needs_data and shape is not None and len(shape) == 3
+    run = run_of(settings.denoiser)
+    name = settings.env or (run.env if run else None)
+    if name is None and without:
+        name = "ImageFolder"  # has the defaults of all images
+    if name is None:
+        raise ValueError(
+            f"{settings.denoiser} does not say which environment it is for: give --env."
+        )
     mdp = build_environment(
-        environment_of(settings.denoiser, settings.env),
+        resolve_environment(name),
+        target=no_data(shape, device) if without else None,
         steps=settings.steps,
         schedule=settings.schedule,
         schedule_options=settings.schedule_options,
         process=denoiser.process,
         solver=solver,
         device=settings.device,
-        data_dir=settings.data_dir,
+        data_dir=settings.data_dir or (run.data_dir if run else None),
         download=settings.download,
-        image_size=settings.image_size,
+        image_size=settings.image_size or (run.image_size if run else None),
     )
     check_fits(denoiser, mdp, settings.denoiser)
     if solver.endswith(".json") or Path(solver).is_file():
@@ -114,13 +133,9 @@ def load_tableau(path: Path, settings: PretrainedSettings, denoiser: Denoiser) -
     return tableau
 
 
-def environment_of(path: Path, name: str | None) -> str:
-    """Return the named environment, else that of the run folder at `path`."""
-    if name is not None:
-        return resolve_environment(name)
-    folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
+def run_of(path: Path) -> TrainSettings | None:
+    """Return the settings of the run folder at `path` or around it; None if it is no run's."""
     try:
-        return Settings.from_json(config).run.env
+        return Settings.from_json((path if path.is_dir() else path.parent) / "config.json").run
     except (FileNotFoundError, ValueError):
-        raise ValueError(f"{path} does not say which environment it is for: give --env.") from None
+        return None

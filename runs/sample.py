@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"Cannot write {settings.output}: give a .npy or .png file.")
     if settings.n < 1:
         raise ValueError(f"n must be at least 1, got {settings.n}.")
-    mdp, denoiser, tableau = load(settings)
+    mdp, denoiser, tableau = load(settings, needs_data=False)
     generator = torch.Generator(mdp.device).manual_seed(settings.seed)
     samples = sampler_of(tableau, denoiser, mdp.shape)(settings.n, generator).cpu()
     if settings.output.suffix == ".png":

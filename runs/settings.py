@@ -24,6 +24,7 @@ from ..agents.base import Agent
 from ..agents.solvers import Options
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
+from .distributed import check_own_gpu
 from .presets import preset
 
 # Constructor arguments that the runner supplies itself.
@@ -190,7 +191,7 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
     """Read the flags that decide what the defaults of all the others are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--env", "--agent", "--preset", "--config"):
+    for name in ("--env", "--agent", "--preset", "--config", "--solver"):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
     if chosen.config is not None:
@@ -198,11 +199,15 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
         return dataclasses.replace(
             base, run=dataclasses.replace(base.run, config=Path(chosen.config))
         )
-    return defaults(
+    base = defaults(
         chosen.env or TrainSettings.env,
         agent or chosen.agent or TrainSettings.agent,
         chosen.preset or TrainSettings.preset,
     )
+    if chosen.solver not in (None, base.agent["solver"]):
+        # The preset's options are for its own solver.
+        base = dataclasses.replace(base, agent={**base.agent, "solver_options": None})
+    return base
 
 
 def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
@@ -240,9 +245,13 @@ def resumed_folder(argv: Sequence[str]) -> Path | None:
 def resolve_device(name: str) -> torch.device:
     """Turn a --device flag into a device. Raises ValueError for one that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("Device 'meta' computes nothing: give cpu, cuda or auto.")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"No device {name!r} here: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    check_own_gpu(device)
+    return device

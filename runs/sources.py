@@ -27,8 +27,8 @@ def find_denoiser(
         CheckpointError: a corrupt or foreign file.
         ValueError: a pipeline that is not a DDPM.
     """
-    diffusers = source.is_dir() and any(
-        (source / name).is_file() for name in ("model_index.json", "config.json")
+    diffusers = source.is_dir() and (
+        (source / "model_index.json").is_file() or "_class_name" in _text(source / "config.json")
     )
     try:
         return Denoiser.load(denoiser_file(source), device)
@@ -49,3 +49,7 @@ def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") ->
     if run.pretrained is not None:
         return Denoiser.from_pretrained(run.pretrained, device=device, download=run.download)
     return None if run.denoiser is None else find_denoiser(run.denoiser, device, run.download)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""

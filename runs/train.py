@@ -6,6 +6,7 @@ behaviour cloning -> the agent's training -> scores before and after, results.js
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from ..agents.tableau import Tableau
 from ..agents.training import seeded
 from ..critics.processes import Processes
 from ..envs import VE, DiffusionMDP
+from ..envs.mdp import no_reward
 from ..envs.process import NoiseProcess, make_process
 from .bodies import named_body
 from .console import console, print_results
@@ -62,6 +64,11 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
         except InterruptedRun:
             console.print(f"\nSaved. Go on with:  fewstep train --resume {folder.path}")
             raise SystemExit(130) from None
+        except Exception as error:
+            # Bad settings all processes refuse alike; what happens now may be this one's alone.
+            if not processes.first:
+                print(f"fewstep: process {processes.rank}: {error}", file=sys.stderr)
+            raise
 
 
 class Run:
@@ -79,12 +86,23 @@ class Run:
         self.settings = settings
         self.folder = folder
         self.processes = Processes.current()
-        self.mdp = build_mdp(settings) if mdp is None else mdp
+        if mdp is None:
+            # What the run started from may be gone by now.
+            own = (
+                Denoiser.load(folder.cloning) if self._adopts and folder.cloning.is_file() else None
+            )
+            mdp = build_mdp(settings, own)
+        self.mdp = mdp
         threads = settings.run.threads or (1 if len(self.mdp.shape) == 1 else None)
         if threads is not None:
             torch.set_num_threads(threads)
         self._began = time.monotonic()
         self._seconds_before = float(folder.results().get("seconds", 0.0))
+
+    @property
+    def _adopts(self) -> bool:
+        """Whether the run starts from a denoiser that the user names."""
+        return self.settings.run.denoiser is not None or self.settings.run.pretrained is not None
 
     @property
     def seconds(self) -> float:
@@ -108,7 +126,7 @@ class Run:
         if run.agent == BehaviorCloning.name:
             agent, before = self.clone(), None
         else:
-            if run.denoiser is not None or run.pretrained is not None:
+            if self._adopts:
                 self.adopt_denoiser()
             else:
                 self.clone()
@@ -271,7 +289,12 @@ def check(settings: Settings) -> DiffusionMDP:
         )
     else:
         check_fits(denoiser, mdp, run.denoiser or run.pretrained)
+    if run.inception_weights is not None and not run.inception_weights.is_file():
+        raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
+    cloning = {key: value for key, value in settings.cloning.items() if key != "rounds"}
+    BehaviorCloning(mdp, denoiser, **cloning)
     AGENTS[run.agent](mdp, denoiser, **settings.agent)
+    mdp.reward = no_reward  # that of the agent just thrown away would keep its critic alive
     return mdp
 
 

@@ -13,7 +13,7 @@ from ...envs.schedule import Schedule
 from ..denoiser import Denoiser
 from ..tableau import Tableau
 from .adjoint import backpropagate, by_log_level
-from .levels import schedule_at
+from .levels import noise_levels, schedule_at
 from .pool import Batch
 from .rollout import chunk_size, path_of
 from .surrogate import Reading, surrogate_gradient
@@ -58,6 +58,17 @@ class Objective:
     def rows(self, tableau: Tableau) -> int:
         """Return how many steps lead to the smallest positive level, where ends are compared."""
         return tableau.steps - int(float(tableau.times[-1]) == 0)
+
+    def calls(self, tableau: Tableau) -> int:
+        """Return the network calls a sample that `slope` makes."""
+        levels = len(noise_levels(self.like))
+        if self.reading is None:
+            # Each call is made once on the way down, and once more for its derivatives.
+            calls = 2 * self.rows(tableau)
+        else:
+            extra = {"rollout": 0, "one-shot": 1, "convex": levels - 1}[self.reading.residual]
+            calls = 2 * levels - 3 + extra
+        return calls + (levels - 1 if self.diffusion_weight else 0)
 
     def slope(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -59,3 +60,67 @@ def data_batch(
         for t in ends
     ]
     return Batch(noised[0], noised[1], clean, clean)
+
+
+@dataclass
+class Pool:
+    """The batches to learn on, then as many held-out ones, made once.
+
+    They follow from the seed and the network as it was given: a resumed run makes them again.
+
+    Attributes:
+        mdp: the decision process.
+        like: a schedule with the ends of the rollouts.
+        teacher: where rollouts should end; None takes real samples.
+        denoiser: the teacher's network.
+        batch_size: samples a batch.
+        count: batches to learn on.
+        seed: seed of noise and data.
+    """
+
+    mdp: DiffusionMDP
+    like: Schedule
+    teacher: Teacher | None
+    denoiser: Denoiser
+    batch_size: int
+    count: int
+    seed: int
+
+    _made: list[Batch] = field(init=False, repr=False, default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        """Network calls on single samples that making it takes."""
+        calls = 0 if self.teacher is None else self.teacher.tableau.nfe
+        return 2 * self.count * self.batch_size * calls
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All of them; made now if they have not been."""
+        if not self._made:
+            generator = self.fresh_generator()
+            self._made = [self._draw(generator) for _ in range(2 * self.count)]
+        return self._made
+
+    @property
+    def fitted(self) -> list[Batch]:
+        """The batches to learn on."""
+        return self.batches[: self.count]
+
+    @property
+    def held_out(self) -> list[Batch]:
+        """The batches that judge."""
+        return self.batches[self.count :]
+
+    def forget(self) -> None:
+        """Drop the batches: the teacher's network has changed."""
+        self._made = []
+
+    def fresh_generator(self) -> torch.Generator:
+        """Return a generator on the decision process's device, at the seed."""
+        return torch.Generator(self.mdp.device).manual_seed(self.seed)
+
+    def _draw(self, generator: torch.Generator) -> Batch:
+        if self.teacher is None:
+            return data_batch(self.mdp, self.like, self.batch_size, generator)
+        return teacher_batch(self.mdp, self.teacher, self.denoiser, self.batch_size, generator)

@@ -2,16 +2,127 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..tableau import Tableau
+from ..training import Averaged, adam, learning_rate_schedule, set_learning_rate
+from .adjoint import backpropagate
 from .levels import time_of_level
+from .pool import Pool
 from .weights import step_weights
 
 TuningWeights = Literal["rollout", "lambda", "original"]
+
+
+class Tuning:
+    """Gradient steps on the denoiser, and the average of its weights.
+
+    Args:
+        denoiser: the network to tune, in place.
+        pool: the teacher's finished samples, and the source of real ones.
+        weights: what is minimised; see `ScheduleLearning`, as for the next ones.
+        rounds: updates a stage; 0 leaves the network as it is.
+        batch_size: samples an update.
+        learning_rate: of Adam, falling on a cosine.
+        last_weight: see `tuning_loss`.
+        max_grad_norm: the gradient is clipped here; None does not clip.
+        ema: decay of the average of the weights.
+
+    Attributes:
+        averaged: the average of the weights.
+        optimizer: Adam; None without rounds.
+        updates: how many of this stage are done.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        pool: Pool,
+        *,
+        weights: TuningWeights,
+        rounds: int,
+        batch_size: int,
+        learning_rate: float,
+        last_weight: float,
+        max_grad_norm: float | None,
+        ema: float,
+    ) -> None:
+        self.denoiser = denoiser
+        self.pool = pool
+        self.weights: TuningWeights = weights
+        self.rounds = rounds
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.last_weight = last_weight
+        self.max_grad_norm = max_grad_norm
+        self.averaged = Averaged(denoiser, ema if rounds else 0.0)
+        self.optimizer = adam(denoiser.parameters()) if rounds else None
+        self.updates = 0
+        self._cosine = learning_rate_schedule("cosine")
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage is done."""
+        return self.updates >= self.rounds
+
+    def calls(self, tableau: Tableau) -> int:
+        """Return the network calls on single samples of an update."""
+        return self.batch_size * (2 * tableau.steps if self.weights == "rollout" else 1)
+
+    def update(
+        self, tableau: Tableau, levels: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Take one gradient step.
+
+        Args:
+            tableau: the sampler.
+            levels: (T,) its descending noise levels.
+            generator: source of samples, levels and noise.
+
+        Returns:
+            What to log: the loss and the gradient's norm before it is clipped.
+        """
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        if self.weights == "rollout":
+            loss = self._rollout_loss(tableau, generator)
+        else:
+            loss = self._denoising_loss(levels, generator)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.denoiser.parameters(), self.max_grad_norm or math.inf
+        )
+        rate = self.learning_rate * self._cosine(self.updates / self.rounds)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.averaged.update()
+        self.updates += 1
+        return {"loss": loss, "grad_norm": grad_norm}
+
+    def _denoising_loss(self, levels: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss on real samples at the schedule's levels, with its gradient."""
+        clean = self.pool.mdp.target.sample(self.batch_size, generator)
+        loss = tuning_loss(self.denoiser, levels, clean, self.weights, self.last_weight, generator)
+        loss.backward()
+        return loss.detach()
+
+    def _rollout_loss(self, tableau: Tableau, generator: torch.Generator) -> Tensor:
+        """Return the finished samples' distance from the teacher's, with its gradient."""
+        noise, finished = (
+            torch.cat([getattr(batch, part) for batch in self.pool.fitted])
+            for part in ("noise", "finished")
+        )
+        size = (self.batch_size,)
+        drawn = torch.randint(len(noise), size, generator=generator, device=noise.device)
+        trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
+        loss, _, _ = backpropagate(
+            tableau, self.denoiser, noise[drawn], finished[drawn], tableau.steps, trained
+        )
+        return torch.tensor(loss)
 
 
 def tuning_loss(

@@ -20,7 +20,7 @@ def torchrun(*flags: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_train_one_run(tmp_path, tiny):
-    finished = torchrun("train", f"--log-dir={tmp_path}", *tiny)
+    finished = torchrun("train", "--device=cpu", f"--log-dir={tmp_path}", *tiny)
     assert finished.returncode == 0, finished.stderr
     (folder,) = tmp_path.iterdir()
     results = json.loads((folder / "results.json").read_text())

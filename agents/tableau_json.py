@@ -1,0 +1,76 @@
+"""A tableau as human-readable JSON that any program can run: the format of `Tableau.save`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..envs.process import NoiseProcess
+
+if TYPE_CHECKING:
+    from .tableau import Tableau
+
+FORMAT = "fewstep-tableau"
+VERSION = 3
+
+_ARRAYS = ("times", "scale", "weights", "noise", "anchors")
+# Version 1 had none of these, version 2 the first.
+_LATER_ARRAYS = ("current", "clipped", "covariance", "cap")
+
+
+def write_table(tableau: Tableau, extra: Mapping[str, Any]) -> str:
+    """Return the JSON of a tableau, and further entries after its own."""
+    arrays = {name: getattr(tableau, name).tolist() for name in (*_ARRAYS, *_LATER_ARRAYS)}
+    # JSON knows no infinity.
+    arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
+    table = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": tableau.name,
+        "output": tableau.output,
+        "process": tableau.process.to_config(),
+        **arrays,
+        **extra,
+    }
+    lines = [f" {json.dumps(key)}: {_lines(value)}" for key, value in table.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
+    """Read the JSON of `write_table`, and build the tableau by its constructor.
+
+    Raises:
+        ValueError: not JSON, not a tableau, a newer version, or an invalid table.
+    """
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Not a tableau: the text is not valid JSON ({error}).") from None
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        raise ValueError(f"Not a tableau: the JSON has no 'format': '{FORMAT}'.")
+    if table.get("version") not in range(1, VERSION + 1):
+        raise ValueError(
+            f"This tableau has version {table.get('version')!r}; this fewstep reads 1 to {VERSION}."
+        )
+    needed = ("name", *_ARRAYS, "output", "process")
+    missing = [name for name in needed if name not in table]
+    if missing:
+        raise ValueError(f"The tableau lacks {', '.join(missing)}.")
+    values = {name: table[name] for name in needed}
+    values |= {name: table.get(name) for name in _LATER_ARRAYS}
+    if isinstance(values["cap"], list):
+        values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
+    try:
+        values["process"] = NoiseProcess.from_config(values["process"])
+        return build(**values)
+    except TypeError as error:
+        raise ValueError(f"The tableau is malformed: {error}.") from None
+
+
+def _lines(value: Any) -> str:
+    """Write a JSON value on one line, but lists of lists or objects one a line."""
+    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+        return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+    return json.dumps(value)
