@@ -32,7 +32,7 @@ class SFT(ShortcutAgent):
         gradient_checkpointing: recompute each step's activations in the backward pass: memory for
             one network evaluation instead of K, for the price of one more forward pass.
 
-    The remaining arguments are `SFTPG`'s.
+    The remaining arguments are `SFTPG`'s; `micro_batch_size` bounds only the critic's rollouts.
     """
 
     name = "sft"

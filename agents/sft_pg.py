@@ -76,8 +76,8 @@ class SFTPG(ShortcutAgent):
             gradients accumulated, in policy steps; None takes them whole. The result is the same to
             rounding, the memory is not.
         buffer: where trajectories are kept: beside the networks as "float32" or "float16", or on
-            the "cpu" ("cpu-float16"). Half precision rounds each state by up to 2.4e-4, which a
-            last standard deviation of 0.001 hardly notices.
+            the "cpu" ("cpu-float16"). Half precision rounds each state by up to 2.4e-4 of its
+            size, which a last standard deviation of 0.001 hardly notices.
         solver: the chain; it must be one-step with noise in every step.
         solver_options: of the solver; None takes paper A's choice for the kind of data.
         seed: seed of all randomness.

@@ -70,10 +70,12 @@ def features_for(
         return None
     weights = None if inception_weights is None else Path(inception_weights)
     folder = None if data_dir is None else Path(data_dir)
-    reasons = []
+    reasons: list[str] = []
     for choose in CHOICES:
         features = choose(target, weights, folder, torch.device(device or target.device))
         if not isinstance(features, str):
+            if weights is not None and reasons:
+                console.print(f"The Inception weights are not used: {reasons[0]}.")
             console.print(f"Features of {target.name}: {features.name}, {features.description}")
             return features
         reasons.append(features)

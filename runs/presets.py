@@ -18,7 +18,8 @@ Values = dict[str, Any]
 class Preset:
     """A budget: rounds of the agent, its hyper-parameters, and those of behaviour cloning.
 
-    `process` and `schedule` name those that are not the environment's own.
+    `process` and `schedule` name those that are not the environment's own, `body` and `prediction`
+    the network to clone where it is not the one for the shape.
     """
 
     rounds: int
@@ -26,6 +27,8 @@ class Preset:
     cloning: Values = field(default_factory=dict)
     process: str | None = None
     schedule: str | None = None
+    body: str | None = None
+    prediction: str | None = None
 
 
 # Behaviour cloning of each environment, with its rounds.
@@ -118,6 +121,10 @@ SCHEDULES: dict[tuple[str, str], str] = {
 }
 
 
+# The networks that Ho et al.'s and Song et al.'s budgets are for.
+BODIES: dict[str, str] = {"CIFAR10": "unet-cifar10", "CelebA64": "unet-celeba64"}
+
+
 def preset(env: str, agent: str, name: str = "default") -> Preset:
     """Look up a preset; the default of an untuned pair is a plain one.
 
@@ -128,9 +135,12 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
     known = {"default"} | {key[2] for key in FINE_TUNING if key[:2] == (env, agent)}
     if name not in known:
         raise unknown_name(f"preset of {agent} on {env}", name, known)
+    body = BODIES.get(env)
+    prediction = "epsilon" if body else None
     if agent == BehaviorCloning.name:
         hyperparameters = {key: value for key, value in cloning.items() if key != "rounds"}
-        return Preset(cloning["rounds"], hyperparameters, cloning)
+        rounds = cloning["rounds"]
+        return Preset(rounds, hyperparameters, cloning, body=body, prediction=prediction)
     rounds, hyperparameters = FINE_TUNING.get((env, agent, name), (400, {}))
     process, schedule = (table.get((env, agent)) for table in (PROCESSES, SCHEDULES))
-    return Preset(rounds, hyperparameters, cloning, process, schedule)
+    return Preset(rounds, hyperparameters, cloning, process, schedule, body, prediction)

@@ -75,8 +75,8 @@ def load(
     solver = settings.solver
     if solver is None:
         solver = str(tableau_file(settings.denoiser) or DEFAULT_SOLVER)
-    shape = getattr(denoiser.body, "config", {}).get("shape")
-    without = not needs_data and shape is not None and len(shape) == 3
+    shape = getattr(denoiser.body, "config", {}).get("shape", ())
+    without = not needs_data and len(shape) == 3
     run = run_of(settings.denoiser)
     name = settings.env or (run.env if run else None)
     if name is None and without:

@@ -227,6 +227,8 @@ def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
         rounds=budget.rounds,
         process=budget.process,
         schedule=budget.schedule,
+        body=budget.body,
+        prediction=budget.prediction,
     )
     return Settings(
         run,

@@ -36,7 +36,7 @@ from .logs import make_logger, read_live_metric
 from .monitor import Follower, Monitor
 from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
 from .reports import report_agent, save_sampler
-from .settings import Settings, TrainSettings, parse, resumed_folder
+from .settings import Settings, TrainSettings, defaults, parse, resumed_folder
 from .sources import starting_denoiser
 
 # Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
@@ -289,6 +289,11 @@ def check(settings: Settings) -> DiffusionMDP:
         )
     else:
         check_fits(denoiser, mdp, run.denoiser or run.pretrained)
+        of_preset = defaults(run.env, run.agent, run.preset).run
+        for flag in ("body", "body_options", "prediction"):
+            if getattr(run, flag) != getattr(of_preset, flag):
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
     cloning = {key: value for key, value in settings.cloning.items() if key != "rounds"}

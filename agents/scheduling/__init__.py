@@ -1,1 +1,1 @@
-"""Parts of schedule learning: levels as parameters, gradients by them, dynamic programmes."""
+"""Parts of schedule learning: levels as parameters, gradients by them, programmes, both stages."""

@@ -253,3 +253,17 @@ def test_networks_of_the_wrong_output_shape():
         critic.value(torch.zeros(4, 5, 2))
     with pytest.raises(ValueError, match="has no baseline"):
         IPMCritic(MLPCritic((2,)), "none").value(torch.zeros(4, 5, 2))
+
+
+def test_bfloat16_keeps_the_differences_of_f():
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    critic = IPMCritic(make_critic((1, 8, 8)), "none", precision="bf16")
+    with torch.no_grad():
+        # f is known up to a constant: a large one must not swallow what tells images apart.
+        critic.network.layers[-1].bias += 20
+        rough = critic(images)
+        critic.precision = "float32"
+        exact = critic(images)
+    assert rough.dtype == torch.float32
+    assert len(rough.unique()) == 64
+    torch.testing.assert_close(rough - rough.mean(), exact - exact.mean(), atol=2e-3, rtol=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from image_files import without_checksums, write_cifar10, write_folder, write_mn
 from fewstep.agents import Denoiser
 from fewstep.agents.unet import UNet2D
 from fewstep.envs import DiscreteVP
+from fewstep.runs.settings import parse
 
 SMALL = {
     "block_out_channels": (8, 16),
@@ -98,9 +100,11 @@ def test_mnist_is_cloned_in_ten_noisings(files, tmp_path, fewstep):
         (["--env=MNIST", "--pretrained={files}/ddpm"], "(3, 32, 32)"),
         (["--pretrained={files}/ddpm", "--denoiser={files}/ddpm"], "not both"),
         (["--agent=behavior-cloning", "--pretrained={files}/ddpm"], "starts from nothing"),
+        (["--pretrained={files}/ddpm", "--body=small-unet"], "--body is for a denoiser"),
+        (["--env=MNIST", "--pretrain.batch-size=0"], "batch_size must be at least 1"),
         (["--body=unet"], "unet-cifar10"),
         (["--body=small-unet", "--body-options", "depth", "3"], "depth"),
-        (["--body-options", "width", "8"], "--body"),
+        (["--env=MNIST", "--body-options", "width", "8"], "--body"),
         (["--env=MNIST", "--image-size=16"], "image_size"),
         (["--env=CelebA64"], "celeba"),
         (["--inception-weights={files}/none.pth"], "No Inception weights"),
@@ -126,3 +130,42 @@ def test_a_damaged_picture_is_named(files, tmp_path, fewstep, capsys):
     flags = ["--env=ImageFolder", f"--data-dir={tmp_path / 'pictures'}", "--image-size=16"]
     assert fewstep("train", *flags, *TINY, f"--log-dir={tmp_path / 'logs'}") == 2
     assert str(broken) in capsys.readouterr().err
+
+
+def test_samples_need_no_data_and_no_environment(files, tmp_path, fewstep):
+    output = tmp_path / "samples.npy"
+    nowhere = f"--data-dir={tmp_path}"
+    for more in (["--env=CIFAR10"], []):
+        flags = ["--solver=ddim", "--steps=2", "--n=3", f"--output={output}", nowhere, *more]
+        assert fewstep("sample", files / "ddpm", *flags) == 0
+        assert np.load(output).shape == (3, 3, 32, 32)
+    assert fewstep("sample", files / "ddpm", "--n=3", f"--output={tmp_path / 'grid.png'}") == 0
+
+
+def test_a_run_goes_on_when_what_it_started_from_is_gone(files, tmp_path, fewstep):
+    source = tmp_path / "ddpm"
+    shutil.copytree(files / "ddpm", source)
+    logs = tmp_path / "logs"
+    flags = ["--env=CIFAR10", "--steps=2", f"--data-dir={files}", f"--log-dir={logs}", *TINY]
+    assert fewstep("train", f"--pretrained={source}", *flags) == 0
+    (folder,) = logs.iterdir()
+    shutil.rmtree(source)
+    (folder / "results.json").unlink()
+    assert fewstep("train", f"--resume={folder}") == 0
+    assert "metrics" in json.loads((folder / "results.json").read_text())
+
+
+def test_a_preset_s_solver_options_go_with_its_solver(files):
+    flags = ["--env=MNIST", f"--data-dir={files}"]
+    assert parse([*flags]).agent["solver_options"] == {"variance": "small", "last_std": 0.05}
+    assert parse([*flags, "--solver=fast-dpm"]).agent["solver_options"] is None
+
+
+def test_running_out_of_memory_is_one_sentence(files, tmp_path, fewstep, capsys, monkeypatch):
+    def allocate(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(UNet2D, "forward", allocate)
+    flags = [f"--output={tmp_path / 'a.npy'}", "--n=3"]
+    assert fewstep("sample", files / "ddpm", *flags) == 2
+    assert "Out of memory in fewstep sample" in capsys.readouterr().err
