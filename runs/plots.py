@@ -245,7 +245,7 @@ def dots_figure(
     axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
     axes[0].invert_yaxis()
     axes[-1].legend(fontsize=8)
-    figure.supxlabel(x)
+    figure.supxlabel(x, fontsize=10)
     return figure
 
 

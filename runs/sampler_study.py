@@ -64,7 +64,7 @@ def run_sampler_study(
         scores.setdefault(f"{nfe} calls", {})[label] = mean
     figure = dots_figure(
         {study.environment: scores},
-        f"{metric} (lower is better; dashed: real samples)",
+        f"{metric}\n(lower is better; dashed: real samples)",
         line=records[0]["floors"][metric],
     )
     save_figure(figure, folder / "plot.png")
