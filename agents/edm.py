@@ -14,6 +14,9 @@ from .denoiser import Denoiser
 def from_edm(module: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Denoiser:
     """Make a denoiser of a network that is preconditioned already, as NVlabs' EDMPrecond is.
 
+    It is sampled, distilled and fine-tuned like any other. Only a `UNet2D` can be exported to
+    diffusers; one of those with EDM's preconditioning is `Denoiser(unet, VE(), "edm")`.
+
     Args:
         module: `module(x, sigma)` with x (N, *shape) and noise levels sigma (N,), returning the
             clean sample D(x; sigma) (N, *shape).
