@@ -52,6 +52,7 @@ class SFT(ShortcutAgent):
         batch_size: int = 256,
         n_critic: int = 5,
         n_generator: int = 1,
+        critic_rounds: int = 0,
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.5, 0.999),
         lr_schedule: str = "linear",
@@ -85,6 +86,7 @@ class SFT(ShortcutAgent):
             batch_size=batch_size,
             n_critic=n_critic,
             n_generator=n_generator,
+            critic_rounds=critic_rounds,
             learning_rate=learning_rate,
             betas=betas,
             lr_schedule=lr_schedule,
@@ -114,6 +116,8 @@ class SFT(ShortcutAgent):
         """Do one round."""
         self.anneal()
         _, metrics = self.train_critic()
+        if self.critic_alone:
+            return metrics
         for _ in range(self.n_generator):
             loss = -self.critic(self.differentiable_samples()).mean()
             grad_norm = self.descend([loss])

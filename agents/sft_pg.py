@@ -49,6 +49,8 @@ class SFTPG(ShortcutAgent):
         batch_size: trajectories a critic step.
         n_critic: critic steps a round.
         n_generator: policy steps a round.
+        critic_rounds: rounds at the start in which the critic learns alone. What a raw critic
+            prefers is chance, and with normalised advantages the policy would follow it.
         minibatch_size: transitions a policy step; 10 * batch_size by default, whatever K, so that
             memory does not grow with K, or the buffer's share where that is less.
         learning_rate: of theta.
@@ -109,6 +111,7 @@ class SFTPG(ShortcutAgent):
         batch_size: int = 256,
         n_critic: int = 5,
         n_generator: int = 2,
+        critic_rounds: int = 0,
         minibatch_size: int | None = None,
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -147,6 +150,7 @@ class SFTPG(ShortcutAgent):
             batch_size=batch_size,
             n_critic=n_critic,
             n_generator=n_generator,
+            critic_rounds=critic_rounds,
             learning_rate=learning_rate,
             betas=betas,
             lr_schedule=lr_schedule,
@@ -188,6 +192,8 @@ class SFTPG(ShortcutAgent):
         """Do one round of S.7."""
         self.anneal()
         buffer, metrics = self.train_critic()
+        if self.critic_alone:
+            return metrics
         advantages = self.advantages(buffer)
         minibatches = [
             Minibatch(buffer, advantages, chosen) for chosen in self._draw_transitions(advantages)

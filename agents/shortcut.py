@@ -100,6 +100,7 @@ class ShortcutAgent(Agent):
         batch_size: int,
         n_critic: int,
         n_generator: int,
+        critic_rounds: int,
         learning_rate: float,
         betas: tuple[float, float],
         lr_schedule: str,
@@ -152,6 +153,9 @@ class ShortcutAgent(Agent):
         self.batch_size = batch_size
         self.n_critic = n_critic
         self.n_generator = n_generator
+        if critic_rounds < 0:
+            raise ValueError(f"critic_rounds must be at least 0, got {critic_rounds}.")
+        self.critic_rounds = critic_rounds
         self.learning_rate = learning_rate
         self.betas = (betas[0], betas[1])
         self.lr_schedule = lr_schedule
@@ -293,9 +297,14 @@ class ShortcutAgent(Agent):
         self.optimizer.step()
         return norm
 
+    @property
+    def critic_alone(self) -> bool:
+        """Whether this is one of the first rounds, in which the critic learns alone."""
+        return self.rounds < self.critic_rounds
+
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
-        warmup = min(1.0, (self.rounds + 1) / WARMUP_ROUNDS)
+        warmup = min(1.0, (self.rounds - self.critic_rounds + 1) / WARMUP_ROUNDS)
         factor = self._factor(self.progress) * warmup
         set_learning_rate(self.optimizer, self.learning_rate * factor)
         if self._critic_rates:
@@ -317,6 +326,7 @@ class ShortcutAgent(Agent):
             "batch_size": self.batch_size,
             "n_critic": self.n_critic,
             "n_generator": self.n_generator,
+            "critic_rounds": self.critic_rounds,
             "learning_rate": self.learning_rate,
             "betas": list(self.betas),
             "lr_schedule": self.lr_schedule,

@@ -65,6 +65,24 @@ def test_noise_power_weights_the_gradient_of_each_step(make_pg):
         make_pg(noise_power=-1.0)
 
 
+@pytest.mark.parametrize("maker", ["make_pg", "make_sft"])
+def test_the_critic_learns_alone_at_first(maker, request):
+    make = request.getfixturevalue(maker)
+    agent = make(critic_rounds=2)
+
+    def weights(module):
+        return torch.cat([weight.detach().flatten() for weight in module.parameters()])
+
+    policy, critic = weights(agent.denoiser), weights(agent.critic)
+    agent.learn(2 * agent.timesteps_per_round)
+    assert torch.equal(weights(agent.denoiser), policy)
+    assert not torch.equal(weights(agent.critic), critic)
+    agent.learn(agent.timesteps_per_round, reset_num_timesteps=False)
+    assert not torch.equal(weights(agent.denoiser), policy)
+    with pytest.raises(ValueError, match="critic_rounds"):
+        make(critic_rounds=-1)
+
+
 def test_without_a_step_the_policy_has_not_moved(make_pg):
     agent = make_pg(learning_rate=0.0)
     agent.will_log = True
