@@ -13,7 +13,7 @@ import dataclasses
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,8 +31,7 @@ from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
 from ..critics.processes import Processes
-from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule, Target
-from ..envs.mdp import no_reward
+from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
 from .policies import SolverPolicy
@@ -44,9 +43,6 @@ from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 Environment = DiffusionVectorEnv | DiffusionMDP | str
 Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
-
-# Name of the target of a decision process that has none.
-NO_DATA = "no data"
 
 
 class Agent(ABC):
@@ -475,25 +471,6 @@ class Agent(ABC):
         if tree["live"] is not None:
             self.denoiser.body.load_state_dict(tree["live"])
         self.load_state(tree["state"])
-
-
-def mdp_without_data(
-    denoiser: Denoiser, schedule: Schedule, shape: tuple[int, ...]
-) -> DiffusionMDP:
-    """Build a decision process for an agent that needs noise, but no data.
-
-    Args:
-        denoiser: a pretrained network; its device is where everything is done.
-        schedule: the times to visit, on the denoiser's process.
-        shape: of one sample.
-    """
-    nothing = no_data(shape, next(denoiser.parameters()).device)
-    return DiffusionMDP(nothing, denoiser.process, schedule, no_reward)
-
-
-def no_data(shape: Sequence[int], device: torch.device | str) -> Target:
-    """Return a target that only says which shape its samples would have."""
-    return Target.from_samples(torch.zeros(2, *shape, device=device), name=NO_DATA)
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

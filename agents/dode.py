@@ -20,7 +20,7 @@ from torch import Tensor
 from ..envs import Schedule
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
-from .base import Agent, AnyAgent, Environment, mdp_without_data
+from .base import Agent, AnyAgent, Environment
 from .checkpoint import CheckpointError
 from .denoiser import Denoiser
 from .distillation.files import read_distilled
@@ -28,6 +28,7 @@ from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
 from .distillation.forms import CONSTANT, Form, directions, distilled
 from .distillation.refine import ITERATIONS, Refiner
 from .distillation.teacher import Align, judge_teacher, make_teacher
+from .no_data import mdp_without_data
 from .solvers import Options
 from .tableau import Tableau
 

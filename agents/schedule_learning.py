@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..envs import Schedule
-from .base import NO_DATA, Agent, Environment, mdp_without_data
+from .base import Agent, Environment
 from .denoiser import Denoiser
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
+from .no_data import NO_DATA, mdp_without_data
 from .scheduling.descent import Descent
 from .scheduling.levels import Space
 from .scheduling.objective import Objective, Slope

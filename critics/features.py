@@ -11,6 +11,7 @@ Like an image file, every extractor here cuts values outside [-1, 1] off.
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +41,7 @@ class FeatureExtractor(Protocol):
         """Return features (N, d) of images (N, C, H, W)."""
 
 
-class NetworkFeatures(nn.Module):
+class NetworkFeatures(nn.Module, ABC):
     """What extractors with a network share; a subclass defines `features`.
 
     The network is frozen and in evaluation mode, and moves to where the images are.
@@ -73,9 +74,9 @@ class NetworkFeatures(nn.Module):
         self.to(images.device)
         return self.features(images.float().clamp(-1, 1))
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Return features (N, d) of float32 images (N, C, H, W) within [-1, 1]."""
-        raise NotImplementedError
 
     def freeze(self) -> None:
         """Set evaluation mode and stop gradients."""

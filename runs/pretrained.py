@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..agents import Denoiser, Tableau
-from ..agents.base import no_data
+from ..agents.no_data import no_data
 from ..agents.sampling import default_solver_options
 from ..agents.solvers import Options, make_solver
 from ..envs import DiffusionMDP
