@@ -160,7 +160,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         self._answer.value = model_output.to(wide)
         self._outputs[j] = self.tableau.evaluate(self._denoiser, self._states[j], j)
         state = self._advance(j, generator)
-        unread_states, unread_outputs = self.tableau._unread
+        unread_states, unread_outputs = self.tableau.unread
         for i in unread_states[j]:
             del self._states[i]
         for k in unread_outputs[j]:

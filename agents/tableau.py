@@ -216,7 +216,7 @@ class Tableau:
         self.check_process(denoiser)
         states: list[Any] = [noise]
         outputs: list[Any] = []
-        unread_states, unread_outputs = self._unread
+        unread_states, unread_outputs = self.unread
         yield noise
         for j in range(self.steps):
             output, std = self.evaluate_with_std(denoiser, states[j], j)
@@ -335,8 +335,11 @@ class Tableau:
         return value
 
     @cached_property
-    def _unread(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Return, for each step, the states z_i and the outputs O_k that no later step reads."""
+    def unread(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The states z_i, and the outputs O_k, that no step after the j-th reads: two lists by j.
+
+        Each is named once, at the last step that reads it, so that a loop can free it there.
+        """
         steps = np.arange(self.steps)
         last_state = steps.copy()
         np.maximum.at(last_state, [row.anchor for row in self._rows], steps)

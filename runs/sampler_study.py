@@ -27,7 +27,7 @@ from .folder import RunFolder, write_json
 from .plots import dots_figure, save_figure
 from .sampler_studies import FastSampler, SamplerStudy
 from .settings import Settings, defaults, resolve_device
-from .solver_study import trained_denoiser
+from .solver_study import denoiser_name, trained_denoiser
 from .tables import spread, table
 from .train import Run
 
@@ -178,14 +178,14 @@ class SamplerWorld:
         """Fine-tune the denoiser with SFT-PG in a run folder of its own."""
         environment = self.study.environment
         base = defaults(environment, SFTPG.name)
-        path = f"{environment}__{self.study.process}__seed{self.seed}"
+        name = denoiser_name(environment, self.study.process, self.seed)
         process = self.denoiser.process  # trained now, if it was not
         run = dataclasses.replace(
             base.run,
             steps=steps,
             schedule=sampler.schedule,
             schedule_options=sampler.schedule_options,
-            denoiser=self._denoisers / path,
+            denoiser=self._denoisers / name,
             seed=self.seed,
             device=self.device,
             data_dir=self.data_dir,

@@ -232,6 +232,11 @@ class World:
         return self._references[key]
 
 
+def denoiser_name(environment: str, process: str, seed: int) -> str:
+    """Return the name of a trained denoiser's run folder in a study's folder of denoisers."""
+    return f"{environment}__{process}__seed{seed}"
+
+
 def trained_denoiser(
     environment: str,
     process: str,
@@ -254,7 +259,7 @@ def trained_denoiser(
         rounds=rounds or base.run.rounds,
     )
     resolved = Settings(run, base.agent, base.cloning)
-    shared = RunFolder.at(folder / f"{environment}__{process}__seed{seed}", resolved)
+    shared = RunFolder.at(folder / denoiser_name(environment, process, seed), resolved)
     if "metrics" not in shared.results():
         console.rule(f"denoiser {shared.path.name}")
         Run(resolved, shared).carry_through()

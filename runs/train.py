@@ -294,6 +294,12 @@ def check(settings: Settings) -> DiffusionMDP:
             if getattr(run, flag) != getattr(of_preset, flag):
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")
+        asked = run.process if run.process != of_preset.process else None
+        if asked is not None and make_process(asked) != denoiser.process:
+            raise ValueError(
+                f"--process {asked} is not that of the given denoiser, {denoiser.process!r}; leave "
+                "it out."
+            )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
     cloning = {key: value for key, value in settings.cloning.items() if key != "rounds"}

@@ -101,6 +101,7 @@ def test_mnist_is_cloned_in_ten_noisings(files, tmp_path, fewstep):
         (["--pretrained={files}/ddpm", "--denoiser={files}/ddpm"], "not both"),
         (["--agent=behavior-cloning", "--pretrained={files}/ddpm"], "starts from nothing"),
         (["--pretrained={files}/ddpm", "--body=small-unet"], "--body is for a denoiser"),
+        (["--pretrained={files}/ddpm", "--process=cosine-50"], "--process cosine-50 is not that"),
         (["--env=MNIST", "--pretrain.batch-size=0"], "batch_size must be at least 1"),
         (["--body=unet"], "unet-cifar10"),
         (["--body=small-unet", "--body-options", "depth", "3"], "depth"),
