@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..critics.precision import Precision
 from .base import Agent, Environment
+from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
 from .solvers import Options
 from .training import (
@@ -96,10 +97,9 @@ class BehaviorCloning(Agent):
             raise ValueError(
                 f"ln sigma needs a finite p_mean and a positive p_std, got {p_mean} and {p_std}."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}.")
+        at_least(1, batch_size=batch_size, micro_batch_size=micro_batch_size)
+        not_negative(learning_rate=learning_rate)
+        positive(max_grad_norm=max_grad_norm)
         self.micro_batch_size = micro_batch_size
         self.batch_size = batch_size
         self.learning_rate = learning_rate

@@ -22,6 +22,7 @@ from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from .base import Agent, AnyAgent, Environment
 from .checkpoint import CheckpointError
+from .checks import at_least, not_negative
 from .denoiser import Denoiser
 from .distillation.files import read_distilled
 from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
@@ -128,12 +129,8 @@ class DODE(Agent):
         ):
             if value not in get_args(known):
                 raise unknown_name(what, value, get_args(known))
-        counts = {"batch_size": batch_size, "batches": batches, "refine_steps": refine_steps}
-        for what, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{what} must be at least 1, got {count}.")
-        if not 0 <= ridge < math.inf:
-            raise ValueError(f"ridge must be a finite number >= 0, got {ridge}.")
+        at_least(1, batch_size=batch_size, batches=batches, refine_steps=refine_steps)
+        not_negative(ridge=ridge)
         self.form: Form = form  # type: ignore[assignment]
         self.align: Align = align  # type: ignore[assignment]
         self.refine = refine

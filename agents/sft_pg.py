@@ -8,7 +8,6 @@ with K beyond the stored trajectories.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..critics.precision import Precision
 from ..envs.mdp import Reward
 from .base import Environment
 from .chain import Reduction
+from .checks import at_least, fraction, not_negative, positive
 from .denoiser import Denoiser
 from .shortcut import Buffer, Critic, ShortcutAgent
 from .solvers import Options
@@ -168,12 +168,14 @@ class SFTPG(ShortcutAgent):
             verbose=verbose,
             tensorboard_log=tensorboard_log,
         )
+        at_least(1, minibatch_size=minibatch_size)
+        positive(clip_range=clip_range)
+        fraction(with_one=True, gae_lambda=gae_lambda)
+        not_negative(noise_power=noise_power)
         self.clip_range = clip_range
         self.log_density = log_density
         self.gae_lambda = gae_lambda
         self.normalize_advantage = normalize_advantage
-        if not 0 <= noise_power < math.inf:
-            raise ValueError(f"noise_power must be finite and at least 0, got {noise_power}.")
         self.noise_power = noise_power
         weights = torch.from_numpy(self._tableau.base_std**noise_power)
         self._step_weights = (weights / weights.mean()).to(self.device, torch.float32)

@@ -20,6 +20,7 @@ from ..envs.mdp import Reward
 from ..envs.names import unknown_name
 from .base import Agent, Environment
 from .chain import GaussianChain
+from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
 from .solvers import Options
 from .tableau import Tableau
@@ -127,17 +128,22 @@ class ShortcutAgent(Agent):
             verbose=verbose,
             tensorboard_log=tensorboard_log,
         )
-        for count, value in (
-            ("batch_size", batch_size),
-            ("n_critic", n_critic),
-            ("n_generator", n_generator),
-            ("baseline_states", baseline_states),
-            ("critic_width", critic_width if critic_width is not None else 1),
-        ):
-            if value < 1:
-                raise ValueError(f"{count} must be at least 1, got {value}.")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}.")
+        at_least(
+            1,
+            batch_size=batch_size,
+            n_critic=n_critic,
+            n_generator=n_generator,
+            baseline_states=baseline_states,
+            critic_width=critic_width,
+            micro_batch_size=micro_batch_size,
+        )
+        at_least(0, critic_rounds=critic_rounds)
+        not_negative(
+            learning_rate=learning_rate,
+            critic_learning_rate=critic_learning_rate,
+            baseline_learning_rate=baseline_learning_rate,
+        )
+        positive(max_grad_norm=max_grad_norm)
         if buffer not in BUFFERS:
             raise unknown_name("buffer", buffer, BUFFERS)
         self.micro_batch_size = micro_batch_size
@@ -153,8 +159,6 @@ class ShortcutAgent(Agent):
         self.batch_size = batch_size
         self.n_critic = n_critic
         self.n_generator = n_generator
-        if critic_rounds < 0:
-            raise ValueError(f"critic_rounds must be at least 0, got {critic_rounds}.")
         self.critic_rounds = critic_rounds
         self.learning_rate = learning_rate
         self.betas = (betas[0], betas[1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..envs.names import unknown_name
 from ..envs.process import DiscreteVP, NoiseProcess
+from .checks import fraction
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -83,8 +84,7 @@ class Averaged(Generic[Module]):
     """An exponential moving average of a module's parameters; decay 0 follows it exactly."""
 
     def __init__(self, module: Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"An averaging decay must lie in [0, 1), got {decay}.")
+        fraction(with_one=False, ema=decay)
         self.live = module
         self.decay = decay
         self.module = copy.deepcopy(module).requires_grad_(False) if decay else module

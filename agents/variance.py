@@ -22,6 +22,7 @@ from torch import Tensor
 from ..envs import DiscreteVP
 from ..envs.names import unknown_name
 from .base import Agent, Environment
+from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
 from .solvers import Options, ancestral
 from .tableau import Tableau
@@ -96,14 +97,9 @@ class VarianceLearning(Agent):
             raise ValueError(
                 f"kind '{kind}' is learned for solver '{SOLVER_OF[kind]}', not '{solver}'."
             )
-        counts = {
-            "batch_size": batch_size,
-            "samples_per_time": samples_per_time,
-            "hidden": hidden,
-        }
-        for what, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{what} must be at least 1, got {count}.")
+        at_least(1, batch_size=batch_size, samples_per_time=samples_per_time, hidden=hidden)
+        not_negative(learning_rate=learning_rate)
+        positive(max_grad_norm=max_grad_norm)
         super().__init__(
             env,
             denoiser,

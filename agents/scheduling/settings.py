@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from ...envs.names import unknown_name
+from ..checks import at_least, not_negative, positive
 from .levels import EVEN
 from .starts import ENVIRONMENT, Programme
 from .surrogate import Reading
@@ -71,20 +71,11 @@ def check_settings(
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
     for what, least in _LEAST.items():
-        if settings[what] < least:
-            raise ValueError(f"{what} must be at least {least}, got {settings[what]}.")
-    weights = {what: settings[what] for what in ("gamma", "last_weight", "tolerance", "collapse")}
-    if settings["diffusion_weight"] is not None:
-        weights["diffusion_weight"] = settings["diffusion_weight"]
-    for what, value in weights.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{what} must be a finite number >= 0, got {value}.")
-    for what in ("schedule_learning_rate", "tuning_learning_rate"):
-        if not 0 < settings[what] < math.inf:
-            raise ValueError(f"{what} must be positive and finite, got {settings[what]}.")
-    max_grad_norm = settings["max_grad_norm"]
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive, or None; got {max_grad_norm}.")
+        at_least(least, **{what: settings[what]})
+    weights = ("gamma", "last_weight", "tolerance", "collapse", "diffusion_weight")
+    not_negative(**{what: settings[what] for what in weights})
+    rates = ("schedule_learning_rate", "tuning_learning_rate", "max_grad_norm")
+    positive(**{what: settings[what] for what in rates})
     in_stage_one = settings["schedule_rounds"] or settings["gradient"] == "none"
     if not in_stage_one and not settings["tuning_rounds"]:
         raise ValueError("There is nothing to do: schedule_rounds and tuning_rounds are both 0.")

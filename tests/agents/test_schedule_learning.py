@@ -974,7 +974,7 @@ def test_files_of_something_else_are_refused(tmp_path):
         ({"schedule_learning_rate": 0.0}, r"schedule_learning_rate must be positive and finite"),
         ({"schedule_learning_rate": float("nan")}, r"schedule_learning_rate must be positive"),
         ({"tuning_learning_rate": -1e-3}, r"tuning_learning_rate must be positive and finite"),
-        ({"tuning_rounds": 1, "ema": 1.0}, r"decay must lie in \[0, 1\), got 1"),
+        ({"tuning_rounds": 1, "ema": 1.0}, r"ema must lie in \[0, 1\), got 1"),
         ({"tuning_rounds": 1, "max_grad_norm": -1.0}, r"max_grad_norm must be positive"),
         ({"tuning_rounds": 1, "max_grad_norm": float("nan")}, r"max_grad_norm must be positive"),
         ({"solver": "ancestral"}, r"'ancestral.*' adds noise.*; a schedule is learned for a det"),

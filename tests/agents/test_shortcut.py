@@ -1,5 +1,7 @@
 """SFT and SFT-PG: what a round does to sampler and critic."""
 
+import math
+
 import pytest
 import torch
 
@@ -285,6 +287,13 @@ def test_the_default_minibatches_fit_the_buffer(n_generator, make_mdp, make_deno
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"n_critic": 0}, "n_critic must be at least 1"),
         ({"n_generator": 0}, "n_generator must be at least 1"),
+        ({"learning_rate": -1e-3}, "learning_rate must be a finite number >= 0, got -0.001"),
+        ({"critic_learning_rate": math.nan}, "critic_learning_rate must be a finite number"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be positive and finite, got -1"),
+        ({"clip_range": 0}, "clip_range must be positive"),
+        ({"gae_lambda": 1.5}, r"gae_lambda must lie in \[0, 1\], got 1.5"),
+        ({"noise_power": -1}, "noise_power must be a finite number >= 0"),
+        ({"ema": 1}, r"ema must lie in \[0, 1\), got 1"),
         ({"n_generator": 3, "minibatch_size": 50}, "128 transitions.* = 150"),
         ({"minibatch_size": 65}, "n_generator \\* minibatch_size = 130"),
         ({"solver": "ddim"}, "adds no noise"),

@@ -242,7 +242,7 @@ def test_before_anything_is_known_it_is_ddpm(mdp, make_denoiser):
         ({"kind": "sn", "solver": "analytic-dpm"}, "'sn' is learned for solver 'sn-ddpm'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"samples_per_time": 0}, "samples_per_time must be at least 1"),
-        ({"kind": "npr", "ema": 1.0}, r"averaging decay must lie in \[0, 1\)"),
+        ({"kind": "npr", "ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"kind": "npr", "lr_schedule": "cosin"}, "did you mean 'cosine'"),
         ({"solver_options": {"late_clip": -1.0}}, "late_clip"),
         ({"solver_options": {"gamma": 1.0}}, "unknown option of solver 'analytic-dpm'"),
