@@ -94,6 +94,19 @@ def export_pipeline(folder: str | Path, denoiser: Denoiser, tableau: Tableau) ->
     _write(folder, body, scheduler)
 
 
+def pipeline_tableau(folder: str | Path) -> Tableau | None:
+    """Read the table of a folder that `export_pipeline` wrote; None for any other folder or file.
+
+    Raises:
+        ValueError: a corrupt table.
+    """
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("_class_name") != "TableauScheduler":
+        return None
+    return Tableau.from_json(json.dumps(config.get("tableau")))
+
+
 def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:
     require_diffusers(action)
     if not isinstance(denoiser.body, UNet2D):

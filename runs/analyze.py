@@ -24,7 +24,7 @@ from ..envs import DiffusionMDP
 from .console import console, print_fit
 from .folder import tableau_file, write_json
 from .plots import correlation_figure, lambdas_figure, paths_figure, save_figure
-from .pretrained import PretrainedSettings, load
+from .pretrained import PretrainedSettings, load, run_of
 from .settings import Settings
 from .train import build_mdp
 
@@ -112,7 +112,9 @@ def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, 
     """Return the environment, the denoiser and a distilled solver: the run's own, or a new one."""
     table = tableau_file(settings.denoiser)
     chosen = (settings.solver, settings.steps, settings.schedule, settings.schedule_options)
-    if table is not None and all(choice is None for choice in chosen):
+    made = run_of(settings.denoiser)
+    distilled = made is not None and made.agent == DODE.name
+    if table is not None and distilled and all(choice is None for choice in chosen):
         run = Settings.from_json(table.parent / "config.json")
         mdp = build_mdp(run)
         denoiser = Denoiser.load(table.parent / "denoiser.safetensors", mdp.device)

@@ -10,6 +10,7 @@ import tyro
 
 from ..agents import Denoiser, Tableau
 from ..agents.no_data import no_data
+from ..agents.pipelines import pipeline_tableau
 from ..agents.sampling import default_solver_options
 from ..agents.solvers import Options, make_solver
 from ..envs import DiffusionMDP
@@ -33,7 +34,8 @@ class PretrainedSettings:
     """Environment; that of the run folder if omitted."""
     solver: str | None = None
     """Solver, or the JSON file of a tableau; `fewstep agents` lists the solvers. If omitted, the
-    tableau.json in the run folder (or beside the denoiser's file), else ancestral."""
+    one it was trained with, tableau.json in the run folder or the table of an exported pipeline,
+    else ancestral."""
     solver_options: Options | None = None
     """Options of the solver, as KEY VALUE pairs."""
     steps: int | None = None
@@ -72,9 +74,8 @@ def load(
     """
     device = resolve_device(settings.device)
     denoiser = find_denoiser(settings.denoiser, device, settings.download)
-    solver = settings.solver
-    if solver is None:
-        solver = str(tableau_file(settings.denoiser) or DEFAULT_SOLVER)
+    tableau = finished_table(settings, denoiser)
+    solver = settings.solver or DEFAULT_SOLVER
     shape = getattr(denoiser.body, "config", {}).get("shape", ())
     without = not needs_data and len(shape) == 3
     run = run_of(settings.denoiser)
@@ -99,22 +100,37 @@ def load(
         image_size=settings.image_size or (run.image_size if run else None),
     )
     check_fits(denoiser, mdp, settings.denoiser)
-    if solver.endswith(".json") or Path(solver).is_file():
-        return mdp, denoiser, load_tableau(Path(solver), settings, denoiser)
+    if tableau is not None:
+        return mdp, denoiser, tableau
     options = settings.solver_options
     if options is None:
         options = default_solver_options(solver, mdp.shape, denoiser.clip)
     return mdp, denoiser, make_solver(solver, mdp.schedule, denoiser, **options)
 
 
-def load_tableau(path: Path, settings: PretrainedSettings, denoiser: Denoiser) -> Tableau:
-    """Read a tableau and see that it goes with the other settings.
+def finished_table(settings: PretrainedSettings, denoiser: Denoiser) -> Tableau | None:
+    """Read the table that --solver names, or that the denoiser was trained or exported with.
+
+    Returns:
+        The table, or None where a solver is yet to make one.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a corrupt tableau, one for another noise process, or settings that a finished
             table leaves no room for.
     """
+    path = Path(settings.solver) if settings.solver else tableau_file(settings.denoiser)
+    if settings.solver and not (settings.solver.endswith(".json") or path.is_file()):
+        return None
+    try:
+        if path is not None:
+            tableau = Tableau.load(path)
+        else:
+            path, tableau = settings.denoiser, pipeline_tableau(settings.denoiser)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tableau is None:
+        return None
     for name in ("steps", "schedule", "schedule_options", "solver_options"):
         if getattr(settings, name) is not None:
             flag = name.replace("_", "-")
@@ -122,10 +138,6 @@ def load_tableau(path: Path, settings: PretrainedSettings, denoiser: Denoiser) -
                 f"{path} is a finished table with its own times: leave out --{flag}, or name a "
                 "solver with --solver."
             )
-    try:
-        tableau = Tableau.load(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     if tableau.process != denoiser.process:
         raise ValueError(
             f"{path} is made for {tableau.process!r}, the denoiser for {denoiser.process!r}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..agents import DODE, ScheduleLearning, VarianceLearning
+from ..agents import DODE, BehaviorCloning, ScheduleLearning
 from ..agents.base import Agent
 from ..agents.scheduling.levels import noise_levels
 from ..agents.scheduling.weights import step_weights
@@ -22,10 +22,13 @@ def report_agent(agent: Agent, folder: RunFolder) -> None:
 
 
 def save_sampler(agent: Agent, folder: RunFolder) -> None:
-    """Write what schedule or variance learning has found so far as a table to sample by."""
+    """Write the table that an agent samples by so far, so that every command finds it.
+
+    Cloning trains for any sampler, and D-ODE's table is its checkpoint.
+    """
     if isinstance(agent, ScheduleLearning):
         agent.schedule.save(folder.path / SCHEDULE)
-    if isinstance(agent, ScheduleLearning | VarianceLearning):
+    if not isinstance(agent, BehaviorCloning | DODE):
         agent.tableau.save(folder.path / TABLEAU)
 
 

@@ -148,7 +148,8 @@ def test_bad_settings_are_one_sentence_and_no_folder(flags, says, tmp_path, fews
 
 def test_a_schedule_of_another_kind_is_refused(learned, finished, tmp_path, fewstep, capsys):
     schedule = learned / "schedule.json"
-    assert fewstep("evaluate", finished, f"--schedule={schedule}", "--samples=100") == 2
+    flags = ["--solver=ddim", f"--schedule={schedule}", "--samples=100"]
+    assert fewstep("evaluate", finished, *flags) == 2
     assert "the schedule is made for VE" in capsys.readouterr().err
     assert fewstep("evaluate", learned, "--solver=ddim", "--steps=4", f"--schedule={schedule}") == 2
     assert "steps=4, but the given schedule has 6" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""`fewstep export`: a denoiser and its sampler as a pipeline that diffusers opens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .console import console
+from .pretrained import PretrainedSettings, load
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings(PretrainedSettings):
+    """Write a denoiser and its sampler as a diffusers pipeline."""
+
+    output: Annotated[Path, tyro.conf.Positional] = Path("pipeline")
+    """Folder to write."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `fewstep export` with these flags."""
+    settings = tyro.cli(ExportSettings, args=list(argv), prog="fewstep export")
+    if settings.output.exists() and not settings.output.is_dir():
+        raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
+    _, denoiser, tableau = load(settings, needs_data=False)
+    denoiser.export_pipeline(settings.output, tableau)
+    console.print(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
+    console.print(
+        "import fewstep.agents.pipeline_scheduler\n"
+        f"DDPMPipeline.from_pretrained({str(settings.output)!r})"
+        f"(num_inference_steps={tableau.nfe})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
