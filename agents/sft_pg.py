@@ -56,7 +56,7 @@ class SFTPG(ShortcutAgent):
         learning_rate: of theta.
         betas: Adam's, for theta.
         lr_schedule: of theta: "constant", "linear" or "cosine".
-        max_grad_norm: the gradient's norm is clipped here (gamma of S.6).
+        max_grad_norm: the gradient's norm is clipped here (paper A's gamma).
         clip_range: PPO's clip of the importance ratio at 1 +- clip_range; None, as published, has
             no ratio at all.
         log_density: over dimensions: "sum", or "mean" (paper A on images).

@@ -79,7 +79,7 @@ SCHEDULE_STUDIES: dict[str, ScheduleStudy] = {
         },
     ),
     "schedule-mixture": ScheduleStudy(
-        "Learned schedules of an exact denoiser (MATH.md 3.6)",
+        "Learned schedules of an exact denoiser (docs/MATH.md 3.6)",
         {
             "exact, from Karras": Learner(FROM_KARRAS),
             "eq. 14, from Karras": Learner({**FROM_KARRAS, "gradient": "eq14"}),

@@ -11,14 +11,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_readme_has_the_seven_snippets():
-    assert len(SNIPPETS) == 7
+def test_readme_has_the_eight_snippets():
+    assert len(SNIPPETS) == 8
 
 
 @pytest.mark.parametrize(
     "snippet",
     SNIPPETS,
-    ids=["denoiser", "solver", "schedule", "diffusers", "reward", "target", "algorithm"],
+    ids=["denoiser", "solver", "schedule", "diffusers", "reward", "target", "env", "algorithm"],
 )
 def test_snippet_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
