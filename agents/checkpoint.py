@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..envs.files import write_atomically
 
@@ -60,6 +60,20 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(f"{path} is corrupt: its tree does not fit ({error!r}).") from None
 
 
+def not_finite(module: nn.Module) -> str | None:
+    """Return the name of a module's first weight that holds NaN or infinity, if one does."""
+    named = module.named_parameters()
+    return next((name for name, weight in named if not weight.isfinite().all()), None)
+
+
+def check_finite(module: nn.Module, path: Path | str) -> None:
+    """Raise CheckpointError if the weights that were read from a file are not finite."""
+    if (name := not_finite(module)) is not None:
+        raise CheckpointError(
+            f"{path} is damaged: its weight {name} holds NaN or infinity; use an earlier file."
+        )
+
+
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """Build the error for a file that safetensors could not read: a pickle, or a broken file."""
     # Only now: a safetensors file may begin with the same bytes, the length of its header.
@@ -68,7 +82,8 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
     if magic == b"PK" or magic[:1] == b"\x80":
         return carries_pickle(path)
     return CheckpointError(
-        f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint."
+        f"{path} is truncated or not a safetensors file ({error}); use an earlier one, or in a run "
+        "folder delete it: --resume then goes on from the stage before."
     )
 
 

@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         f"Squared error to {reference.steps} steps of DDIM from the same noise: "
         f"{agent.base.name} {errors['base']:.2e}, distilled {errors['distilled']:.2e}"
     )
-    console.print(f"Pictures and analysis.json: {settings.output}")
+    console.out(f"Pictures and analysis.json: {settings.output}")
 
 
 def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, DODE]:

@@ -13,12 +13,13 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
-from rich.markdown import Markdown
+from rich.table import Table
 
 from ..agents import AGENTS, BehaviorCloning
+from ..agents.checks import at_least
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
-from .console import console
+from .console import console, print_report
 from .folder import RunFolder, write_json
 from .logs import read_live_metric
 from .measurements import MEASUREMENTS
@@ -27,7 +28,7 @@ from .sampler_studies import SAMPLER_STUDIES, SamplerStudy
 from .sampler_study import run_sampler_study
 from .schedule_studies import SCHEDULE_STUDIES, ScheduleStudy
 from .schedule_study import run_schedule_study
-from .settings import Settings, defaults
+from .settings import Settings, check_seed, defaults
 from .solver_studies import SOLVER_STUDIES, SolverStudy
 from .solver_study import run_solver_study
 from .studies import STUDIES, Contender, Study
@@ -48,7 +49,7 @@ class BenchmarkSettings:
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU where there is one."""
     threads: int | None = None
-    """CPU threads; PyTorch's default if omitted."""
+    """CPU threads, at least 1; PyTorch's default if omitted."""
     seeds: tuple[int, ...] | None = None
     """Training seeds, if not the study's."""
     steps: tuple[int, ...] | None = None
@@ -60,7 +61,7 @@ class BenchmarkSettings:
     rounds: int | None = None
     """Rounds of every cell, if not the presets' (a quick look)."""
     evaluation_samples: int = 200_000
-    """Samples of the metric against fresh data."""
+    """Most samples of each metric, at least 2."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,15 @@ def main(argv: Sequence[str]) -> None:
     titles |= {name: study.title for name, study in SAMPLER_STUDIES.items()}
     titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
     if settings.study == "list":
-        for name, title in titles.items():
-            console.print(f"{name:<12} {title}")
+        listing = Table.grid(padding=(0, 2))
+        listing.add_column(no_wrap=True)
+        for row in titles.items():
+            listing.add_row(*row)
+        console.print(listing)
         return
     if settings.study not in titles:
         raise unknown_name("study", settings.study, titles)
+    _check_numbers(settings)
     folder = settings.log_dir / "benchmark" / settings.study
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -122,8 +127,18 @@ def main(argv: Sequence[str]) -> None:
         )
         text = run_study(study, settings, folder)
     write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
-    console.print(Markdown(text))
-    console.print(f"Results: {folder}")
+    print_report(text)
+    console.out(f"Results: {folder}")
+
+
+def _check_numbers(settings: BenchmarkSettings) -> None:
+    """Raise ValueError for a number that no cell can do anything with."""
+    at_least(1, **{"--threads": settings.threads, "--rounds": settings.rounds})
+    at_least(2, **{"--evaluation-samples": settings.evaluation_samples})
+    for steps in settings.steps or ():
+        at_least(1, **{"--steps": steps})
+    for seed in settings.seeds or ():
+        check_seed(seed, "--seeds")
 
 
 def _narrowed(study: BudgetStudy, settings: BenchmarkSettings) -> BudgetStudy:

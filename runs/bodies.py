@@ -32,7 +32,7 @@ def named_body(
         options: of the body, such as {"width": 16}.
 
     Raises:
-        ValueError: an unknown name or option.
+        ValueError: an unknown name or option, or a U-Net for vectors.
         ImportError: a U-Net of diffusers, which is not installed.
     """
     options = dict(options or {})
@@ -47,6 +47,8 @@ def named_body(
         if name.startswith(UNET):
             preset = name.removeprefix(UNET)
             return UNet2D(shape, preset=preset, time_range=time_range, **options)
+        if name == "small-unet" and len(shape) != 3:
+            raise ValueError(f"Body 'small-unet' is for images; samples here are {tuple(shape)}.")
         if name == "mlp":
             return MLP(shape, levels, time_range=time_range, **options)  # type: ignore[arg-type]
         kind = ResidualMLP if name == "residual-mlp" else SmallUNet

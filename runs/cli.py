@@ -1,6 +1,6 @@
 """The `fewstep` command.
 
-    fewstep train | pretrain | evaluate | analyze | sample | benchmark | envs | agents   [--help]
+    fewstep COMMAND [flags]      fewstep --help lists the commands
 
 Bad input ends with one sentence on stderr and exit code 2; set FEWSTEP_DEBUG=1 for the traceback.
 """
@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import TextIO
 
 # Each command lives in a module of its own, imported only when it is asked for.
@@ -21,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "score a denoiser with any solver and number of steps"),
     "analyze": ("analyze", "show what a solver and its distilled version do on the way"),
     "sample": ("sample", "draw samples to a file"),
+    "export": ("export", "write a denoiser and its sampler as a pipeline of diffusers"),
     "benchmark": ("benchmark", "run a declared study: a table and a plot"),
     "envs": ("listing", "list the environments"),
     "agents": ("listing", "list the agents and solvers"),
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
+        raise SystemExit(0)
+    if arguments == ["--version"]:
+        print(f"fewstep {version('fewstep')}")
         raise SystemExit(0)
     name, *rest = arguments
     try:
@@ -68,6 +73,7 @@ def usage() -> str:
             *lines,
             "",
             "fewstep COMMAND --help explains a command's flags.",
+            "fewstep --version prints the version.",
         ]
     )
 

@@ -1,11 +1,16 @@
-"""The screen: one console, and tables of results."""
+"""The screen: one console, and tables of results.
+
+Lines that hold a path or a command go through `console.out`, which breaks and interprets nothing,
+so that they can be copied.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, TableElement
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,18 +20,40 @@ console = Console(highlight=False)
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """Print a run's metrics: before, after, floor."""
+    """Print a run's metrics: before, after, floor; or score, floor if there was nothing before."""
     table = Table(
         title=f"{results['env']}, {results['agent']}, {results['nfe']} network calls a sample, "
         f"seed {results['seed']}, {results['seconds']:.0f} s",
         title_justify="left",
     )
-    table.add_column("metric")
-    for column in ("before", "after", "floor"):
-        table.add_column(column, justify="right")
-    for name, scores in results["metrics"].items():
-        table.add_row(escape(name), *(figure(scores.get(c)) for c in ("before", "after", "floor")))
+    titles = {"before": "before", "after": "after", "floor": "floor"}
+    metrics = results["metrics"]
+    if all(scores["before"] is None for scores in metrics.values()):
+        titles = {"after": "score", "floor": "floor"}
+    table.add_column("metric", overflow="fold")
+    for title in titles.values():
+        table.add_column(title, justify="right")
+    for name, scores in metrics.items():
+        table.add_row(escape(name), *(figure(scores[column]) for column in titles))
     console.print(table)
+
+
+def print_report(text: str) -> None:
+    """Print Markdown; where a table's words do not fit they go on in the next line, uncut."""
+    console.print(_Report(text))
+
+
+class _FoldingTable(TableElement):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
+class _Report(Markdown):
+    elements: ClassVar = {**Markdown.elements, "table_open": _FoldingTable}
 
 
 def figure(value: float | None) -> str:

@@ -6,14 +6,16 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from ..agents.checks import at_least
 from ..agents.sampling import sampler_of
 from .console import console, print_results
 from .evaluation import Evaluation, combine
 from .features import features_for
-from .folder import write_json
+from .folder import check_output, write_json
 from .pretrained import PretrainedSettings, load
 
 
@@ -21,8 +23,8 @@ from .pretrained import PretrainedSettings, load
 class EvaluateSettings(PretrainedSettings):
     """Score a pretrained denoiser against fresh real samples."""
 
-    samples: int = 200_000
-    """Samples of the metrics against fresh data; of images at most 10,000."""
+    evaluation_samples: Annotated[int, tyro.conf.arg(aliases=["--samples"])] = 200_000
+    """Most samples of each metric, at least 2; of images never more than 10,000."""
     inception_weights: Path | None = None
     """torch-fidelity's file of Inception weights, for FID on images of 32 pixels or more; if
     omitted where torch-fidelity keeps it, else a feature extractor of ours, which results name."""
@@ -33,12 +35,15 @@ class EvaluateSettings(PretrainedSettings):
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep evaluate` with these flags."""
     settings = tyro.cli(EvaluateSettings, args=list(argv), prog="fewstep evaluate")
+    at_least(2, **{"--evaluation-samples": settings.evaluation_samples})
+    if settings.output is not None:
+        check_output(settings.output)
     began = time.monotonic()
     mdp, denoiser, tableau = load(settings)
     features = features_for(
         mdp.target, inception_weights=settings.inception_weights, data_dir=settings.data_dir
     )
-    evaluation = Evaluation(mdp.target, settings.samples, features)
+    evaluation = Evaluation(mdp.target, settings.evaluation_samples, features)
     scores = evaluation(sampler_of(tableau, denoiser, mdp.shape), settings.seed)
     results = {
         "env": mdp.target.name,
@@ -51,4 +56,4 @@ def main(argv: Sequence[str]) -> None:
     print_results(results)
     if settings.output is not None:
         write_json(settings.output, results)
-        console.print(f"Written to {settings.output}")
+        console.out(f"Written to {settings.output}")

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..agents import TrainingDivergedError
 from ..critics.features import INCEPTION, FeatureExtractor
 from ..critics.metrics import SlicedWasserstein, mmd
 from ..envs.targets import Target
@@ -74,9 +75,9 @@ class Evaluation:
 
     Args:
         target: the real distribution.
-        fresh_samples: most samples for the metrics against fresh real ones. Images: at most 10,000,
-            and for `sliced_wasserstein_fresh` fewer of large ones, 2**25 numbers in all (2,730 RGB
-            images of 64 x 64).
+        fresh_samples: most samples for any metric, at least 2. Images: at most 10,000, and for
+            `sliced_wasserstein_fresh` fewer of large ones, 2**25 numbers in all (2,730 RGB images
+            of 64 x 64).
         features: extractor in whose space images are compared, too, see `features_for`; None
             compares pixels alone. The reference is as many fresh images as there are, up to
             `fresh_samples`, 10,000 and the number of training images, and a sampler gives as many.
@@ -88,7 +89,7 @@ class Evaluation:
         metrics: what is measured, in order.
 
     Raises:
-        ValueError: no samples, too few for a metric, or features of vectors.
+        ValueError: fewer than two samples, too few for a metric, or features of vectors.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class Evaluation:
         fresh_samples: int = 200_000,
         features: FeatureExtractor | None = None,
     ) -> None:
-        if fresh_samples < 1:
-            raise ValueError(f"An evaluation needs at least one sample, got {fresh_samples}.")
+        if fresh_samples < 2:
+            raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
         self._images = len(target.shape) == 3
         if features is not None and not self._images:
             raise ValueError(
@@ -108,7 +109,8 @@ class Evaluation:
         self.target = target
         self.metrics: list[Metric] = []
         self._measurements: list[_Measurement] = []
-        training = target.take(self._affordable(_LIVE_IMAGES) if self._images else _VECTORS)
+        most = self._affordable(_LIVE_IMAGES) if self._images else _VECTORS
+        training = target.take(min(most, fresh_samples))
         score = SlicedWasserstein(training, n_projections=100)
         if limit == 0:
             # No fresh data: the floor is that between two halves, and there is no honest metric.
@@ -203,6 +205,23 @@ class Evaluation:
         return torch.cat(
             [sample(min(most, count - done), generator) for done in range(0, count, most)]
         )
+
+
+def finite(sample: Sampler, timesteps: int) -> Sampler:
+    """Return a sampler that raises TrainingDivergedError instead of giving NaN or infinity.
+
+    Args:
+        sample: of the agent in training.
+        timesteps: its denoiser calls so far.
+    """
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        samples = sample(n, generator)
+        if not samples.isfinite().all():
+            raise TrainingDivergedError("a sample", timesteps)
+        return samples
+
+    return draw
 
 
 def combine(

@@ -28,12 +28,7 @@ def main(argv: Sequence[str]) -> None:
         raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
     _, denoiser, tableau = load(settings, needs_data=False)
     denoiser.export_pipeline(settings.output, tableau)
-    console.print(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
-    console.print(
-        "import fewstep.agents.pipeline_scheduler\n"
-        f"DDPMPipeline.from_pretrained({str(settings.output)!r})"
-        f"(num_inference_steps={tableau.nfe})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    console.out(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
+    console.out("import fewstep.agents.pipeline_scheduler")
+    call = f"DDPMPipeline.from_pretrained({str(settings.output)!r})"
+    console.out(f"{call}(num_inference_steps={tableau.nfe})")

@@ -1,10 +1,11 @@
 """RunFolder: where a run keeps its settings, checkpoints, logs, results and pictures.
 
-logs/SwissRoll__sft-pg__10__seed0__20260101-120000/
+logs/SwissRoll__sft-pg__seed0__20260101-120000/
     config.json              resolved settings; `--config` reads them back
     denoiser.safetensors     the cloned denoiser's training, where every agent starts
     checkpoint.safetensors   the agent's training; `--resume` goes on from it (D-ODE: tableau.json)
-    schedule.json tableau.json   what schedule learning found: the times, and the sampler on them
+    tableau.json             the sampler that the agent trains: times, weights, noise
+    schedule.json            the times that schedule learning found
     progress.csv tensorboard/ results.json samples.png trajectories.png curve.png
 """
 
@@ -40,10 +41,13 @@ class RunFolder:
             PermissionError: the folder cannot be written.
         """
         run = settings.run
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        steps = run.steps if run.steps is not None else "default"
-        name = f"{run.env}__{run.agent}__{steps}__seed{run.seed}__{stamp}"
-        return cls.at(unused(run.log_dir / name), settings)
+        parts = [run.env, run.agent]
+        if run.preset != "default":
+            parts.append(run.preset)
+        if run.steps is not None:
+            parts.append(f"K{run.steps}")
+        parts += [f"seed{run.seed}", time.strftime("%Y%m%d-%H%M%S")]
+        return cls.at(unused(run.log_dir / "__".join(parts)), settings)
 
     @classmethod
     def at(cls, path: Path, settings: Settings) -> RunFolder:
@@ -93,9 +97,20 @@ class RunFolder:
         return self.path / agent.checkpoint_name
 
     def results(self) -> dict[str, Any]:
-        """Return results.json as far as it is written."""
+        """Return results.json as far as it is written.
+
+        Raises:
+            ValueError: a damaged file.
+        """
         path = self.path / "results.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete it, and it is written anew."
+            ) from None
 
     def update_results(self, **values: Any) -> dict[str, Any]:
         """Merge values into results.json, atomically; return the whole."""
@@ -107,6 +122,15 @@ class RunFolder:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def check_output(path: Path) -> None:
+    """Raise OSError if no file can be written at `path`, before any work is done for it."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--output {path} is a folder: name a file.")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PermissionError(f"Cannot write --output {path}: {there} is no writable folder.")
 
 
 def unused(path: Path) -> Path:

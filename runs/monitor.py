@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Figure, HParam
 from tqdm import tqdm
 
 from ..agents.base import Agent
-from .evaluation import NOISE_SEED, Evaluation
+from .evaluation import NOISE_SEED, Evaluation, finite
 from .logs import LIVE_METRIC, NOT_TENSORBOARD
 from .plots import pictured, samples_figure
 
@@ -34,7 +34,7 @@ class Monitor(BaseCallback):
         checkpoint_seconds: seconds between two checkpoints; 0 saves every round.
         rounds: rounds of the stage, for the bar.
         evaluation: the metrics; None evaluates nothing.
-        evaluations: how many in the whole stage.
+        evaluations: how many in the whole stage; 0 makes none.
         hyperparameters: for TensorBoard's HParams tab.
         on_save: called after each checkpoint.
     """
@@ -107,7 +107,10 @@ class Monitor(BaseCallback):
     def _evaluate(self, rounds: int) -> None:
         assert self.evaluation is not None
         score = self.evaluation.quick(
-            lambda n, generator: self.model.sample(n, generator=generator)
+            finite(
+                lambda n, generator: self.model.sample(n, generator=generator),
+                self.model.num_timesteps,
+            )
         )
         self.bar.set_postfix_str(f"sliced W2 {score:.2e}")
         self.logger.record(LIVE_METRIC, score)

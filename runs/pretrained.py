@@ -17,7 +17,7 @@ from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
 from .environment import build_environment, check_fits
 from .folder import tableau_file
-from .settings import Settings, TrainSettings, resolve_device
+from .settings import Settings, TrainSettings, check_seed, resolve_device
 from .sources import find_denoiser
 
 DEFAULT_SOLVER = "ancestral"
@@ -72,6 +72,7 @@ def load(
         FileNotFoundError: no denoiser there.
         ValueError: no environment named, a name that does not exist, or a corrupt checkpoint.
     """
+    check_seed(settings.seed)
     device = resolve_device(settings.device)
     denoiser = find_denoiser(settings.denoiser, device, settings.download)
     tableau = finished_table(settings, denoiser)
@@ -119,14 +120,13 @@ def finished_table(settings: PretrainedSettings, denoiser: Denoiser) -> Tableau 
         ValueError: a corrupt tableau, one for another noise process, or settings that a finished
             table leaves no room for.
     """
-    path = Path(settings.solver) if settings.solver else tableau_file(settings.denoiser)
-    if settings.solver and not (settings.solver.endswith(".json") or path.is_file()):
+    solver = settings.solver
+    if solver is not None and not (solver.endswith(".json") or Path(solver).is_file()):
         return None
+    file = tableau_file(settings.denoiser) if solver is None else Path(solver)
+    path = file or settings.denoiser
     try:
-        if path is not None:
-            tableau = Tableau.load(path)
-        else:
-            path, tableau = settings.denoiser, pipeline_tableau(settings.denoiser)
+        tableau = pipeline_tableau(path) if file is None else Tableau.load(file)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if tableau is None:

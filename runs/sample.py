@@ -13,6 +13,7 @@ import tyro
 from ..agents.sampling import sampler_of
 from ..envs.files import write_atomically
 from .console import console
+from .folder import check_output
 from .plots import pictured, samples_figure, save_figure
 from .pretrained import PretrainedSettings, load
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"Cannot write {settings.output}: give a .npy or .png file.")
     if settings.n < 1:
         raise ValueError(f"n must be at least 1, got {settings.n}.")
+    check_output(settings.output)
     mdp, denoiser, tableau = load(settings, needs_data=False)
     generator = torch.Generator(mdp.device).manual_seed(settings.seed)
     samples = sampler_of(tableau, denoiser, mdp.shape)(settings.n, generator).cpu()
@@ -47,4 +49,4 @@ def main(argv: Sequence[str]) -> None:
                 np.save(file, samples.numpy())
 
         write_atomically(settings.output, write)
-    console.print(f"{settings.n} samples, {tableau.nfe} network calls each: {settings.output}")
+    console.out(f"{settings.n} samples, {tableau.nfe} network calls each: {settings.output}")

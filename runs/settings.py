@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -21,12 +22,15 @@ import tyro
 
 from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
+from ..agents.checks import at_least, not_negative
 from ..agents.solvers import Options
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
 from .presets import preset
 
+# Generators take twice as many; runs add a little to theirs.
+LAST_SEED = 2**63 - 1
 # Constructor arguments that the runner supplies itself.
 SUPPLIED = {"env", "denoiser", "critic", "seed", "verbose", "tensorboard_log"}
 
@@ -54,8 +58,9 @@ class TrainSettings:
     noisings), linear-1000/10 (the same levels in ten noisings), ve or ve-0.002-80; if omitted the
     environment's, on the toys with as many noisings as steps. A schedule.json brings its own."""
     rounds: int = 1
-    """Rounds of training of the agent; dode has its own number, a fit and --refine-steps, and so
-    has schedule: --schedule-rounds and --tuning-rounds."""
+    """Rounds of training of the agent. Some agents have their own number instead: dode a fit and
+    --refine-steps, schedule --schedule-rounds and --tuning-rounds, and variance with --kind gamma
+    what --samples-per-time takes."""
     prediction: str | None = None
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""
@@ -76,8 +81,8 @@ class TrainSettings:
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU where there is one."""
     threads: int | None = None
-    """CPU threads; if omitted, PyTorch's default for images and 1 for vectors, whose tiny networks
-    gain little from more and lose much on a busy machine."""
+    """CPU threads, at least 1; if omitted, PyTorch's default for images and 1 for vectors, whose
+    tiny networks gain little from more and lose much on a busy machine."""
     log_dir: Path = Path("logs")
     """Folder under which the run folder is made."""
     data_dir: Path | None = None
@@ -91,14 +96,15 @@ class TrainSettings:
     log_interval: int = 10
     """Rounds between two log entries."""
     evaluations: int = 20
-    """How often the live metric is computed during training."""
+    """How often the live metric is computed during training; 0 leaves it out."""
     evaluation_samples: int = 200_000
-    """Samples of the metrics against fresh data; of images at most 10,000."""
+    """Most samples of each metric, at least 2; of images never more than 10,000, and for the live
+    metric never more than 10,000 vectors or 2,000 images."""
     inception_weights: Path | None = None
     """torch-fidelity's file of Inception weights, for FID on images of 32 pixels or more; if
     omitted where torch-fidelity keeps it, else a feature extractor of ours, which results name."""
     resume: Path | None = None
-    """Go on with the run in this folder (its own settings hold)."""
+    """Go on with the run in this folder; no other flag goes with it, as its own settings hold."""
     config: Path | None = None
     """Take the settings of this config.json; flags beside it win."""
 
@@ -131,7 +137,7 @@ class Settings:
                 {k: tuple(v) if isinstance(v, list) else v for k, v in tree[part].items()}
                 for part in ("agent", "cloning")
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a fewstep config.json ({error!r}).") from None
         known = {field.name for field in dataclasses.fields(TrainSettings)}
         for key in run:
@@ -185,7 +191,9 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
         prog=f"fewstep {'pretrain' if agent else 'train'}",
         description=inspect.getdoc(TrainSettings),
     )
-    return Settings(flags.run, dataclasses.asdict(flags.agent), dataclasses.asdict(flags.pretrain))
+    # A full id, fewstep/SwissRoll-v0, names the same environment.
+    run = dataclasses.replace(flags.run, env=resolve_environment(flags.run.env))
+    return Settings(run, dataclasses.asdict(flags.agent), dataclasses.asdict(flags.pretrain))
 
 
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
@@ -237,11 +245,57 @@ def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
     )
 
 
+def default_rounds(run: TrainSettings) -> int:
+    """Return the rounds of a run without the flag: those of its `--config`, or of its preset."""
+    if run.config is not None:
+        return Settings.from_json(run.config).run.rounds
+    return defaults(run.env, run.agent, run.preset).run.rounds
+
+
+def check_numbers(settings: Settings) -> None:
+    """Raise ValueError for a number that the runner can do nothing with."""
+    run = settings.run
+    at_least(
+        1,
+        **{
+            "--threads": run.threads,
+            "--rounds": run.rounds,
+            "--pretrain.rounds": settings.cloning.get("rounds"),
+            "--log-interval": run.log_interval,
+        },
+    )
+    at_least(2, **{"--evaluation-samples": run.evaluation_samples})
+    not_negative(
+        **{"--evaluations": run.evaluations, "--checkpoint-seconds": run.checkpoint_seconds}
+    )
+    check_seed(run.seed)
+
+
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """Raise ValueError for a seed that no generator takes."""
+    if not 0 <= seed <= LAST_SEED:
+        raise ValueError(f"{flag} must lie between 0 and {LAST_SEED}, got {seed}.")
+
+
 def resumed_folder(argv: Sequence[str]) -> Path | None:
-    """Return the folder of `--resume`, if given; other flags have no say in a resumed run."""
+    """Return the folder of `--resume`, if given, and not beside a question for help.
+
+    Raises:
+        ValueError: other flags beside it, which would have no say in a resumed run.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=Path(sys.argv[0]).name)
     first.add_argument("--resume", type=Path)
-    return first.parse_known_args(list(argv))[0].resume
+    chosen, others = first.parse_known_args(list(argv))
+    folder: Path | None = chosen.resume
+    if folder is None or {"-h", "--help"} & set(others):
+        return None
+    if others:
+        config = shlex.quote(str(folder / "config.json"))
+        raise ValueError(
+            f"--resume goes on with the run's own settings, without {shlex.join(others)}; to start "
+            f"anew with other settings give --config {config} in place of --resume."
+        )
+    return folder
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ behaviour cloning -> the agent's training -> scores before and after, results.js
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -29,14 +30,22 @@ from .bodies import named_body
 from .console import console, print_results
 from .distributed import agreed_path, joined_processes
 from .environment import build_environment, check_fits
-from .evaluation import NOISE_SEED, Evaluation, combine
+from .evaluation import NOISE_SEED, Evaluation, combine, finite
 from .features import features_for
 from .folder import RunFolder
 from .logs import make_logger, read_live_metric
 from .monitor import Follower, Monitor
 from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
 from .reports import report_agent, save_sampler
-from .settings import Settings, TrainSettings, defaults, parse, resumed_folder
+from .settings import (
+    Settings,
+    TrainSettings,
+    check_numbers,
+    default_rounds,
+    defaults,
+    parse,
+    resumed_folder,
+)
 from .sources import starting_denoiser
 
 # Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
@@ -62,7 +71,8 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
         try:
             Run(settings, folder, mdp).carry_through()
         except InterruptedRun:
-            console.print(f"\nSaved. Go on with:  fewstep train --resume {folder.path}")
+            path = shlex.quote(str(folder.path))
+            console.out(f"\nSaved. Go on with:  fewstep train --resume {path}")
             raise SystemExit(130) from None
         except Exception as error:
             # Bad settings all processes refuse alike; what happens now may be this one's alone.
@@ -116,7 +126,8 @@ class Run:
         """
         run = self.settings.run
         console.print(f"{run.agent} on {self.mdp.target.name}, {self.mdp.steps} steps")
-        console.print(f"Logs: {self.folder.path}  (tensorboard --logdir {run.log_dir})")
+        console.out(f"Logs: {self.folder.path}")
+        console.out(f"Curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}")
         self.evaluation = None
         if self.processes.first:
             features = features_for(
@@ -217,10 +228,9 @@ class Run:
         samplers = {"after": (agent.tableau, agent.sampling_denoiser)}
         if before is not None:
             samplers = {"before": (agent.starting_tableau(before), before), **samplers}
-        scores = {
-            name: self.evaluation(sampler_of(*sampler, tuple(self.mdp.shape)))
-            for name, sampler in samplers.items()
-        }
+        draw = {name: sampler_of(*each, tuple(self.mdp.shape)) for name, each in samplers.items()}
+        draw["after"] = finite(draw["after"], agent.num_timesteps)
+        scores = {name: self.evaluation(draw[name]) for name in draw}
         self._pictures(samplers)
         report_agent(agent, self.folder)
         results = self.folder.update_results(
@@ -232,7 +242,7 @@ class Run:
             metrics=combine(self.evaluation.floors, scores.get("before"), scores["after"]),
         )
         print_results(results)
-        console.print(f"Results, pictures and checkpoint: {self.folder.path}")
+        console.out(f"Results, pictures and checkpoint: {self.folder.path}")
         return results
 
     def _pictures(self, samplers: dict[str, tuple[Tableau, Denoiser]]) -> None:
@@ -276,10 +286,9 @@ def check(settings: Settings) -> DiffusionMDP:
         ValueError: settings that do not go together, or are not possible.
     """
     run = settings.run
+    check_numbers(settings)
     denoiser = starting_denoiser(run)
     mdp = build_mdp(settings, denoiser)
-    if run.evaluation_samples < 1:
-        raise ValueError(f"--evaluation-samples must be at least 1, got {run.evaluation_samples}.")
     if denoiser is None:
         denoiser = denoiser_of(mdp, run)
     elif run.agent == BehaviorCloning.name:
@@ -304,7 +313,12 @@ def check(settings: Settings) -> DiffusionMDP:
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
     cloning = {key: value for key, value in settings.cloning.items() if key != "rounds"}
     BehaviorCloning(mdp, denoiser, **cloning)
-    AGENTS[run.agent](mdp, denoiser, **settings.agent)
+    agent = AGENTS[run.agent](mdp, denoiser, **settings.agent)
+    if agent.planned_rounds is not None and run.rounds != default_rounds(run):
+        raise ValueError(
+            f"Agent '{run.agent}' has its own number of rounds, {agent.planned_rounds} with these "
+            "settings: leave out --rounds, whose help names what sets them."
+        )
     mdp.reward = no_reward  # that of the agent just thrown away would keep its critic alive
     return mdp
 

@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 
 from fewstep.runs.cli import COMMANDS
+from fewstep.runs.console import console, print_report
+from fewstep.runs.settings import parse
+from fewstep.runs.tables import table
 
 
-def test_pretrain_leaves_a_denoiser_that_evaluate_and_sample_use(tmp_path, fewstep, tiny):
+def test_pretrain_leaves_a_denoiser_that_evaluate_and_sample_use(tmp_path, fewstep, tiny, capsys):
     flags = [flag for flag in tiny if not flag.startswith("--pretrain")]
     assert fewstep("pretrain", f"--log-dir={tmp_path / 'logs'}", *flags) == 0
     (folder,) = (tmp_path / "logs").iterdir()
     scores = tmp_path / "scores.json"
-    evaluate = ["evaluate", folder, "--solver=ddim", "--steps=4", "--samples=500"]
+    evaluate = ["evaluate", folder, "--solver=ddim", "--steps=4", "--evaluation-samples=500"]
     assert fewstep(*evaluate, f"--output={scores}") == 0
+    shown = capsys.readouterr().out
+    assert "score" in shown
+    assert "before" not in shown
+    # The older name of the flag.
+    again = [*evaluate[:-1], "--samples=500", f"--output={tmp_path / 'again.json'}"]
+    assert fewstep(*again) == 0
     results = json.loads(scores.read_text())
+    assert json.loads((tmp_path / "again.json").read_text())["metrics"] == results["metrics"]
     assert results["nfe"] == 4
     assert results["metrics"]["mmd"]["after"] > results["metrics"]["mmd"]["floor"]
     for name in ("samples.npy", "samples.png"):
         assert fewstep("sample", folder, "--n=50", f"--output={tmp_path / name}") == 0
     assert np.load(tmp_path / "samples.npy").shape == (50, 2)
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_version_is_that_of_the_package(fewstep, capsys):
+    assert fewstep("--version") == 0
+    assert capsys.readouterr().out == f"fewstep {version('fewstep')}\n"
+
+
+def test_an_environment_s_full_id_is_its_name():
+    for name in ("fewstep/SwissRoll-v0", "swissroll"):
+        assert parse([f"--env={name}"]).run.env == "SwissRoll"
+
+
+def test_help_is_given_beside_resume(fewstep, capsys):
+    assert fewstep("train", "--resume=/nowhere", "--help") == 0
+    assert "--resume" in capsys.readouterr().out
 
 
 def test_the_same_seed_draws_the_same_samples(finished, tmp_path, fewstep):
@@ -79,6 +105,14 @@ def test_a_study_runs_resumes_and_writes_its_table(tmp_path, fewstep, monkeypatc
     assert (folder / "table.md").read_text().count("SwissRoll") == table.count("SwissRoll")
 
 
+def test_a_report_s_columns_keep_their_names(monkeypatch, capsys):
+    monkeypatch.setattr(console, "width", 12)
+    name = "sliced_wasserstein_fresh"
+    print_report(table([name], [["8.1e-02"]]))
+    head = capsys.readouterr().out.partition("─")[0]
+    assert "".join(head.split()) == name
+
+
 @pytest.mark.parametrize("measurement", ["overhead", "profile", "fitting"])
 def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep):
     assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
@@ -125,8 +159,12 @@ def test_peak_memory_of_a_round_is_measured():
 
 def test_studies_are_listed(fewstep, capsys):
     assert fewstep("benchmark", "list") == 0
-    listed = capsys.readouterr().out
-    assert all(study in listed for study in ("main", "gradients", "steps", "memory"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if not line.startswith(" ")]
+    assert {"main", "gradients", "steps", "memory"} <= {row.split()[0] for row in rows}
+    # One column, whatever the length of the names.
+    titles = len("schedule-solvers") + 2
+    assert all(line[titles - 2 : titles] == "  " != line[titles : titles + 1] for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -175,23 +213,51 @@ def test_studies_are_listed(fewstep, capsys):
             ["train", "--agent=dode", "--solver=ipndm", "--solver-options", "order", "True"],
             "orders",
         ),
-        (["train", "--evaluation-samples=0"], "--evaluation-samples must be at least 1"),
+        (["train", "--evaluation-samples=1"], "--evaluation-samples must be at least 2"),
+        (["train", "--threads=-2"], "--threads must be at least 1"),
+        (["train", "--rounds=0"], "--rounds must be at least 1"),
+        (["train", "--pretrain.rounds=-5"], "--pretrain.rounds must be at least 1"),
+        (["train", "--log-interval=0"], "--log-interval must be at least 1"),
+        (["train", "--evaluations=-1"], "--evaluations must be a finite number >= 0"),
+        (["train", "--checkpoint-seconds=-5"], "--checkpoint-seconds must be a finite number"),
+        (["train", "--seed=99999999999999999999"], "--seed must lie between"),
+        (["train", "--body=small-unet"], "'small-unet' is for images"),
+        (["train", f"--data-dir={__file__}"], "is a file"),
+        (["train", "--resume=/x", "--rounds=200"], "--config /x/config.json in place of --resume"),
+        (["train", "--resume", "/x", "--bogus", "3"], "without --bogus 3;"),
+        (["train", "--agent=dode", "--rounds=3"], "leave out --rounds"),
+        (["train", "--agent=schedule", "--rounds=3"], "leave out --rounds"),
+        (["train", "--agent=variance", "--kind=gamma", "--rounds=3"], "leave out --rounds"),
+        (["pretrain", "--threads=0"], "--threads must be at least 1"),
         (["train", "--solver=none.json"], "unknown solver"),
         (["analyze", "/nowhere"], "/nowhere"),
         (["evaluate", "/nowhere"], "/nowhere"),
+        (["evaluate", "/nowhere", "--output=/"], "--output / is a folder"),
+        (["evaluate", "/nowhere", f"--output={__file__}/scores.json"], "no writable folder"),
+        (["evaluate", "/nowhere", "--samples=1"], "--evaluation-samples must be at least 2"),
+        (["evaluate", "/nowhere", "--seed=-1"], "--seed must lie between"),
         (["sample", "/nowhere"], "/nowhere"),
         (["sample", "/nowhere", "--output=x.bmp"], ".npy or .png"),
         (["benchmark", "gradient"], "did you mean 'gradients'"),
+        (["benchmark", "main", "--threads=0"], "--threads must be at least 1"),
+        (["benchmark", "main", "--rounds=-1"], "--rounds must be at least 1"),
+        (
+            ["benchmark", "main", "--evaluation-samples=1"],
+            "--evaluation-samples must be at least 2",
+        ),
+        (["benchmark", "main", "--steps", "5", "0"], "--steps must be at least 1"),
+        (["benchmark", "main", "--seeds=-1"], "--seeds must lie between"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(argv, says, fewstep, capsys, tmp_path):
-    if argv[0] == "train":
-        argv = [*argv, f"--log-dir={tmp_path}", "--pretrain.rounds=1", "--rounds=1"]
+    if argv[0] == "train" and not argv[1].startswith("--resume"):
+        argv = ["train", f"--log-dir={tmp_path}", "--pretrain.rounds=1", *argv[1:]]
     assert fewstep(*argv) == 2
     captured = capsys.readouterr()
     said = " ".join((captured.err + captured.out).split())
     assert says in said
     assert "Traceback" not in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_unwritable_log_folder_is_refused(fewstep, capsys):

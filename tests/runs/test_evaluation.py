@@ -45,6 +45,15 @@ def test_a_target_without_fresh_samples_has_the_training_metric_alone():
     assert 0 < evaluation.floors["sliced_wasserstein"] < 1
 
 
+def test_no_metric_takes_more_samples_than_asked_for():
+    target = make_target("SwissRoll")
+    for most, live in ((100, 100), (20_000, 10_000)):
+        few = Evaluation(target, fresh_samples=most)
+        assert [metric.samples for metric in few.metrics] == [live, most, min(most, 2000)]
+    with pytest.raises(ValueError, match="at least two samples"):
+        Evaluation(target, fresh_samples=1)
+
+
 def test_results_are_arranged_by_metric():
     table = combine({"m": 1.0}, None, {"m": 2.0})
     assert table == {"m": {"before": None, "after": 2.0, "floor": 1.0}}

@@ -48,7 +48,7 @@ def test_the_table_holds_the_learned_noise(run):
 
 def test_evaluate_scores_the_sampler_that_was_trained(run, fewstep, tmp_path):
     output = tmp_path / "scores.json"
-    assert fewstep("evaluate", run, "--samples=20", f"--output={output}") == 0
+    assert fewstep("evaluate", run, "--evaluation-samples=20", f"--output={output}") == 0
     scores, trained = (json.loads(path.read_text()) for path in (output, run / "results.json"))
     assert scores["nfe"] == trained["nfe"] == 3
     name = "sliced_wasserstein"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewstep.agents import SFTPG
 from fewstep.agents.checkpoint import load_checkpoint
 from fewstep.envs import make_mdp
+from fewstep.runs.logs import read_live_metric
+from fewstep.runs.settings import defaults, parse
+from fewstep.runs.train import check
 
 SCALARS = {
     "rollout/ep_rew_mean",
@@ -52,6 +59,7 @@ def test_a_run_leaves_all_its_files(finished):
         "config.json",
         "denoiser.safetensors",
         "checkpoint.safetensors",
+        "tableau.json",
         "cloning.csv",
         "progress.csv",
         "results.json",
@@ -69,6 +77,10 @@ def test_results_json_has_the_promised_shape(finished):
     for metric in ("sliced_wasserstein", "sliced_wasserstein_fresh", "mmd"):
         assert set(results["metrics"][metric]) == {"before", "after", "floor"}
         assert all(value >= 0 for value in results["metrics"][metric].values())
+
+
+def test_the_plain_run_has_the_plain_name(finished):
+    assert re.fullmatch(r"SwissRoll__sft-pg__seed0__\d{8}-\d{6}", finished.name)
 
 
 def test_tensorboard_holds_scalars_pictures_and_hyperparameters(finished):
@@ -137,6 +149,7 @@ def wait_for_new_checkpoint(log_dir, process):
 
 
 def test_interrupt_saves_and_says_how_to_resume(tmp_path, fewstep, tiny, monkeypatch, capsys):
+    tmp_path = tmp_path / ("a long [name] " * 10).strip()
     train_round = SFTPG.train_round
 
     def interrupted_round(self):
@@ -147,7 +160,10 @@ def test_interrupt_saves_and_says_how_to_resume(tmp_path, fewstep, tiny, monkeyp
     monkeypatch.setattr(SFTPG, "train_round", interrupted_round)
     assert fewstep("train", f"--log-dir={tmp_path}", *tiny) == 130
     (folder,) = tmp_path.iterdir()
-    assert "--resume" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    # Unbroken, however long: they are there to be copied.
+    assert f"Logs: {folder}" in lines
+    assert f"Saved. Go on with:  fewstep train --resume {shlex.quote(str(folder))}" in lines
     monkeypatch.undo()
     assert load_checkpoint(folder / "checkpoint.safetensors")["rounds"] == 2
     assert fewstep("train", "--resume", folder) == 0
@@ -168,6 +184,53 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, fewstep, tiny, monk
     assert "train/policy_loss" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert load_checkpoint(folder / "checkpoint.safetensors")["rounds"] == 2
+
+
+@pytest.mark.parametrize("evaluations", [0, 1])
+def test_cloning_that_diverges_says_so(evaluations, tmp_path, fewstep, capsys):
+    """One step breaks the samples; weights and loss are still finite when the metric looks."""
+    flags = ["--learning-rate=1e9", "--rounds=1", f"--evaluations={evaluations}"]
+    sizes = ["--batch-size=16", "--evaluation-samples=50"]
+    assert fewstep("pretrain", *flags, *sizes, f"--log-dir={tmp_path}") == 1
+    assert "Training went non-finite: a sample is NaN" in capsys.readouterr().err
+
+
+def test_without_evaluations_there_is_no_live_metric(tmp_path, fewstep, tiny):
+    given = ["--evaluations=0", "--preset=long", "--steps=3", "--seed=5"]
+    assert fewstep("train", f"--log-dir={tmp_path}", *tiny, *given) == 0
+    (folder,) = tmp_path.iterdir()
+    # The name says which run it is, in what it does not share with a plain one.
+    assert folder.name.startswith("SwissRoll__sft-pg__long__K3__seed5__")
+    assert read_live_metric(folder / "progress.csv") is None
+    assert not (folder / "curve.png").exists()
+    assert json.loads((folder / "results.json").read_text())["metrics"]["mmd"]["after"] > 0
+
+
+def test_a_damaged_run_says_what_to_delete(finished, tmp_path, fewstep, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    for name in ("results.json", "checkpoint.safetensors"):
+        damaged = copy / name
+        damaged.write_bytes(damaged.read_bytes()[:20])
+        assert fewstep("train", "--resume", copy) == 2
+        said = capsys.readouterr().err
+        assert str(damaged) in said
+        assert "delete it" in said
+        damaged.unlink()
+    assert fewstep("train", "--resume", copy) == 0
+    name = "checkpoint.safetensors"
+    assert_same_weights(weights(finished / name), weights(copy / name))
+
+
+def test_a_run_of_an_agent_that_plans_its_rounds_is_repeated_by_its_config(tmp_path, fewstep):
+    """Its config.json names rounds, too, and may come from a version with another preset."""
+    settings = defaults("SwissRoll", "dode")
+    config = tmp_path / "config.json"
+    other = dataclasses.replace(settings.run, rounds=settings.run.rounds + 1)
+    config.write_text(dataclasses.replace(settings, run=other).to_json())
+    check(parse([f"--config={config}"]))
+    with pytest.raises(ValueError, match="leave out --rounds"):
+        check(parse([f"--config={config}", "--rounds=7"]))
 
 
 @pytest.mark.parametrize("agent", ["sft", "behavior-cloning"])

@@ -28,7 +28,8 @@ def learned(tmp_path_factory, fewstep):
     def run(kind):
         if kind not in folders:
             log_dir = tmp_path_factory.mktemp(kind)
-            flags = [f"--kind={kind}", "--samples-per-time=8", "--rounds=3", *AGENT, *CLONING]
+            rounds = ["--samples-per-time=8"] if kind == "gamma" else ["--rounds=3"]
+            flags = [f"--kind={kind}", *rounds, *AGENT, *CLONING]
             assert fewstep("train", *flags, f"--log-dir={log_dir}") == 0
             (folders[kind],) = log_dir.iterdir()
         return folders[kind]
