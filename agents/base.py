@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..critics.processes import Processes
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, not_finite, save_checkpoint
 from .denoiser import Denoiser
 from .policies import SolverPolicy
 from .sampling import default_solver_options, sample
@@ -94,6 +94,7 @@ class Agent(ABC):
                 f"The denoiser was made for {denoiser.process!r}, the environment has "
                 f"{self.mdp.process!r}: build the environment with process=denoiser.process."
             )
+        denoiser.check_shape(self.mdp.shape)
         self.device = torch.device(self.mdp.device)
         self.denoiser = denoiser.to(self.device)
         self.solver = solver
@@ -289,9 +290,8 @@ class Agent(ABC):
 
     def _check_weights(self) -> None:
         # A round's metrics are those from before its last step, which may be the one that diverged.
-        for name, weight in self.denoiser.named_parameters():
-            if not weight.isfinite().all():
-                raise TrainingDivergedError(f"the denoiser's {name}", self.num_timesteps)
+        if (name := not_finite(self.denoiser)) is not None:
+            raise TrainingDivergedError(f"the denoiser's {name}", self.num_timesteps)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         for key, value in metrics.items():

@@ -10,6 +10,7 @@ preconditioned as in Karras et al. 2022, Table 1: it sees and returns numbers of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from ..critics.precision import Precision, check_precision, lower_precision
 from ..envs.names import unknown_name
 from ..envs.process import VE, DiscreteVP, NoiseProcess
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .networks import body_from_config
+from .checkpoint import CheckpointError, check_finite, load_checkpoint, save_checkpoint
+from .networks import body_from_config, check_times, declared
 from .variance_head import HeadInputs, VarianceHead
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Denoiser(nn.Module):
 
     Raises:
         ValueError: unknown prediction, "v" on a process with alpha^2 + sigma^2 != 1, "edm" on one
-            that is not VE, or sigma_data is not positive and finite.
+            that is not VE, sigma_data is not positive and finite, or a body of ours is made for
+            other network times than the process has.
     """
 
     def __init__(
@@ -82,8 +84,28 @@ class Denoiser(nn.Module):
         self.gamma: Tensor | None = None
         self.head: VarianceHead | None = None
         self.precision: Precision = "float32"
+        check_times(body, self.network_time(process.t_min), self.network_time(process.t_max))
         # The same question gets the same answer; only behaviour cloning turns dropout on.
         self.eval()
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample, as far as the body's `.config` says it."""
+        shape = declared(self.body).get("shape")
+        return None if shape is None else tuple(shape)
+
+    def check_shape(self, shape: Sequence[int], origin: Path | str = "The denoiser") -> None:
+        """Raise ValueError if an environment's samples have another shape than the body's.
+
+        Args:
+            shape: of one sample of the environment.
+            origin: what the message calls the denoiser.
+        """
+        if self.shape not in (None, tuple(shape)):
+            raise ValueError(
+                f"{origin} was made for another environment: its samples have shape {self.shape}, "
+                f"here they have {tuple(shape)}."
+            )
 
     def run_with(
         self, precision: Precision = "float32", channels_last: bool = False, compile: bool = False
@@ -264,7 +286,7 @@ class Denoiser(nn.Module):
 
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
-                body.
+                body or are not finite.
         """
         tree = load_checkpoint(path)
         tree = tree.get("denoiser", tree)
@@ -289,6 +311,7 @@ class Denoiser(nn.Module):
         if tree.get("gamma") is not None:
             denoiser.gamma = torch.tensor(tree["gamma"], dtype=torch.float64)
         denoiser.head = None if head is None else head.to(device)
+        check_finite(denoiser, path)
         return denoiser
 
     @classmethod

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..envs.process import DiscreteVP, NoiseProcess
-from .checkpoint import CheckpointError, carries_pickle, unreadable
+from .checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from .denoiser import Denoiser, Prediction
 from .unet import UNet2D, require_diffusers
 
@@ -72,7 +72,7 @@ def from_pretrained(
         FileNotFoundError: no such folder, no such name in the cache (or on the hub), or files are
             missing.
         CheckpointError: another kind of pipeline, network or scheduler; settings that fewstep does
-            not honour; weights that are pickled, truncated or do not fit.
+            not honour; weights that are pickled, truncated, not finite or do not fit.
         ImportError: diffusers is not installed.
     """
     require_diffusers("Denoiser.from_pretrained")
@@ -288,7 +288,7 @@ def _read_body(folder: Path, time_range: list[float] | None) -> UNet2D:
         body = UNet2D.from_model(model.float(), time_range)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} and the config.json beside it give no UNet2DModel: {error}"
+            f"{path} and the config.json beside it give no UNet2DModel: {_first(error)}"
         ) from None
     strangers = [*found["missing_keys"], *found["unexpected_keys"]]
     if strangers:
@@ -296,4 +296,11 @@ def _read_body(folder: Path, time_range: list[float] | None) -> UNet2D:
             f"{path} does not fit the config.json beside it: {len(strangers)} of its weights are "
             f"missing or unknown, such as {strangers[0]}."
         )
+    check_finite(body.unet, path)
     return body
+
+
+def _first(error: Exception) -> str:
+    """Return the line that says what is wrong, of which torch and diffusers write several."""
+    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+    return next((line for line in lines if line.startswith("size mismatch")), lines[0])

@@ -10,7 +10,7 @@ log(sigma) / 4 from -1.6 to 1.1, to that.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -328,6 +328,36 @@ def make_body(
         return ResidualMLP(shape, time_range=time_range)
     levels = 3 if min(shape[1:]) >= 16 and not any(side % 4 for side in shape[1:]) else 2
     return SmallUNet(shape, time_range=time_range, levels=levels)
+
+
+def declared(body: nn.Module) -> Mapping[str, Any]:
+    """Return a body's `.config`, from which `body_from_config` rebuilds it; empty without one."""
+    config = getattr(body, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def check_times(body: nn.Module, low: float, high: float) -> None:
+    """Check that a body is made for these network times; one without a `.config` passes.
+
+    Raises:
+        ValueError: it has too few levels, or its `time_range` leaves some out.
+    """
+    config = declared(body)
+    if config.get("time_range") is not None:
+        first, last = config["time_range"]
+        slack = 0.01 * (high - low)  # for ranges that were rounded
+    elif config.get("kind") == "mlp":
+        first, last, slack = 0.0, config["levels"] - 1.0, 0.0
+    else:
+        return
+    if first - slack <= low and high <= last + slack:
+        return
+    levels = config.get("time_range") is None and low >= 0
+    need = f"levels={math.ceil(high) + 1}" if levels else f"time_range=({low:.4g}, {high:.4g})"
+    raise ValueError(
+        f"The {type(body).__name__} is made for network times {first:.4g} to {last:.4g}, this "
+        f"denoiser asks it at {low:.4g} to {high:.4g}: make it with {need}."
+    )
 
 
 def body_from_config(config: dict[str, Any]) -> nn.Module:

@@ -44,6 +44,7 @@ class DiffusionMDP:
 
     Raises:
         ValueError: The schedule belongs to another process.
+        TypeError: The reward is not callable.
     """
 
     target: Target
@@ -59,6 +60,7 @@ class DiffusionMDP:
             )
         if self.reward is None:
             self.reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
+        check_reward(self.reward)
         self._times: list[float] = self.schedule.times.tolist()
 
     @property
@@ -136,6 +138,14 @@ class DiffusionMDP:
         """Validate a start ``(n, *shape)`` that a user gives; returns a float32 copy."""
         _check_batch(sample, "sample", torch.Size((n, *self.shape)), self.device)
         return sample.detach().to(torch.float32, copy=True)
+
+
+def check_reward(reward: Reward) -> None:
+    """Raise TypeError for a reward that cannot be called."""
+    if not callable(reward):
+        raise TypeError(
+            f"reward must be callable, (N, *shape) -> (N,); got {type(reward).__name__}"
+        )
 
 
 def no_reward(sample: Tensor) -> Tensor:

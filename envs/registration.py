@@ -103,6 +103,7 @@ def make_mdp(
         ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, the process
             contradicts it, it takes no such options, the target takes no ``image_size``, or a data
             file is damaged.
+        TypeError: The reward is not callable.
         FileNotFoundError: ``data_dir`` is given and is not a folder, data files are missing, or no
             such schedule file.
         ConnectionError: The download failed.

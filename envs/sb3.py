@@ -12,7 +12,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
@@ -67,8 +66,7 @@ class SB3VecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Take the step: observations, rewards ``(N,)`` float32, dones ``(N,)``, infos."""
-        actions = torch.as_tensor(self.actions).to(self.env.device)
-        observation, reward, terminated, _, info = self.env.step(actions)
+        observation, reward, terminated, _, info = self.env.step(self.actions)
         dones = terminated.cpu().numpy()
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones[0]:  # the batch ends together

@@ -282,7 +282,8 @@ def make_target(
         raise ValueError(f"image_size is for ImageFolder; the size of {name} is fixed")
     # A download makes its own folder.
     if data_dir is not None and not download and not Path(data_dir).expanduser().is_dir():
-        raise FileNotFoundError(f"data folder {str(data_dir)!r} does not exist")
+        found = "is a file" if Path(data_dir).expanduser().exists() else "does not exist"
+        raise FileNotFoundError(f"data folder {str(data_dir)!r} {found}")
     if name in TARGETS:
         return TARGETS[name]().to(device)
     images = load_images(name, data_dir, download=download, image_size=image_size)

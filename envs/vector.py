@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from .mdp import DiffusionMDP, Observation, Reward
+from .mdp import DiffusionMDP, Observation, Reward, check_reward
 from .names import unknown_name
 from .process import NoiseProcess
 from .registration import make_mdp
@@ -111,8 +111,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     @reward.setter
     def reward(self, reward: Reward) -> None:
-        if not callable(reward):
-            raise TypeError(f"reward must be callable; got {type(reward).__name__}")
+        check_reward(reward)
         self.mdp.reward = reward
 
     def reset(
@@ -137,18 +136,22 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return self._begin(options or {}), {}
 
     @torch.no_grad()
-    def step(self, actions: Tensor) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(
+        self, actions: Tensor | np.ndarray
+    ) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Move every sample to the state that its action names.
 
         Args:
-            actions: The next samples: floating tensor ``(num_envs, *shape)`` on ``device``, finite.
+            actions: The next samples: floating tensor ``(num_envs, *shape)`` on ``device``, finite;
+                or such a NumPy array, as ``action_space`` samples it, which is copied there.
 
         Returns:
             Observation, reward ``(num_envs,)`` float32, terminated and truncated ``(num_envs,)``
             bool (truncated is never True), info.
 
         Raises:
-            TypeError: The actions, or the rewards, are not a floating torch tensor.
+            TypeError: The actions are not a floating tensor or array, or the rewards not a floating
+                torch tensor.
             ValueError: They have the wrong shape or device, or hold NaN or infinity.
             ResetNeeded: Before the first ``reset``, or after the end in mode ``DISABLED``.
         """
@@ -160,6 +163,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
                 raise ResetNeeded(f"the episode ended after {episode.steps} steps; call reset()")
             return self._begin({}), self._zeros(), self._flags(False), self._flags(False), {}
 
+        if isinstance(actions, np.ndarray):
+            actions = _to_tensor(actions, self.device)
         # A copy, so that a caller who reuses its action buffer does not change our state.
         sample = episode.transition(self._sample, actions).clone()
         done = self._step + 1 == episode.steps
@@ -232,6 +237,12 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     def _flags(self, value: bool) -> Tensor:
         return torch.full((self.num_envs,), value, dtype=torch.bool, device=self.device)
+
+
+def _to_tensor(actions: np.ndarray, device: torch.device) -> Tensor:
+    if not np.issubdtype(actions.dtype, np.floating):
+        raise TypeError(f"action must hold floating numbers; got an array of {actions.dtype}")
+    return torch.from_numpy(actions.astype(np.float32)).to(device)
 
 
 def resolve_mdp(mdp: DiffusionMDP | str, settings: dict[str, Any]) -> DiffusionMDP:

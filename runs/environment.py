@@ -63,10 +63,11 @@ def build_environment(
 
 
 def check_fits(denoiser: Denoiser, mdp: DiffusionMDP, origin: Path | str | None) -> None:
-    """Raise CheckpointError if a denoiser is for samples of another shape."""
-    shape = getattr(denoiser.body, "config", {}).get("shape")
-    if shape is not None and tuple(shape) != tuple(mdp.shape):
-        raise CheckpointError(
-            f"{origin} was trained on another environment: its samples have shape "
-            f"{tuple(shape)}, here they have {tuple(mdp.shape)}."
-        )
+    """Raise CheckpointError, which names a denoiser's file, if its samples have another shape."""
+    try:
+        denoiser.check_shape(mdp.shape, str(origin))
+    except ValueError as error:
+        message, shape = str(error), denoiser.shape or (0,)
+        if mdp.target.name == "ImageFolder" and shape == (3, shape[-1], shape[-1]):
+            message = f"{message.removesuffix('.')}; give --image-size {shape[-1]}."
+        raise CheckpointError(message) from None

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from ..envs.files import write_atomically
+
+# Curves of no more points than this show each: a single point is invisible as a line.
+FEW = 30
 
 # Samples in a scatter: enough to show a density, few enough to draw; and images in a grid.
 PICTURED, GRID = 4000, 64
@@ -80,7 +85,7 @@ def curve_figure(
     figure, axes = new_figure(1, 1, size=4.5)
     axis = axes[0, 0]
     for label, (steps, values) in curves.items():
-        axis.plot(steps, values, label=label, linewidth=1.5)
+        axis.plot(steps, values, label=label, linewidth=1.5, marker=marker(values), markersize=4)
     if floor is not None:
         axis.axhline(floor, color=REAL, linestyle="--", linewidth=1, label="floor")
     axis.set_yscale("log")
@@ -96,14 +101,15 @@ def lambdas_figure(times: Sequence[float], lambdas: Sequence[np.ndarray]) -> Fig
 
     Args:
         times: the K + 1 times of the tableau.
-        lambdas: (n_j,) for each of the K calls.
+        lambdas: (n_j,) for each of the K calls, in the order of its `directions`: those along the
+            most recent output first.
     """
     figure, axes = new_figure(1, 1, size=4.5)
     axis = axes[0, 0]
     most = max((len(values) for values in lambdas), default=0)
     for k in range(most):
         calls = [j for j, values in enumerate(lambdas) if len(values) > k]
-        axis.plot(calls, [lambdas[j][k] for j in calls], marker="o", markersize=4)
+        axis.plot(calls, [lambdas[j][k] for j in calls], marker="o", markersize=4, label=f"{k + 1}")
     axis.axhline(0, color=REAL, linestyle="--", linewidth=1)
     if max((float(np.abs(values).max()) for values in lambdas if len(values)), default=0.0) > 5:
         # A misaligned or ill-determined step can have a lambda of hundreds.
@@ -112,6 +118,8 @@ def lambdas_figure(times: Sequence[float], lambdas: Sequence[np.ndarray]) -> Fig
     axis.set_xlabel("time of the network call")
     axis.set_ylabel("lambda")
     axis.grid(alpha=0.3)
+    if most > 1:
+        figure.legend(title="direction", fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -126,30 +134,43 @@ def schedule_figure(
         levels: name -> (T,) noise levels, the noisiest first.
         weights: name -> (T - 1,) weights lambda of the network's outputs.
         history: name -> updates and values, of the losses and the "variance ratio"; it may be
-            empty.
+            empty, and then has no panel.
     """
-    figure, axes = new_figure(1, 3, size=4.2)
+    figure, axes = new_figure(1, 3 if history else 2, size=4.2)
     for name, values in levels.items():
         axes[0, 0].plot(range(len(values)), values, marker="o", markersize=4, label=name)
     for name, values in weights.items():
         axes[0, 1].plot(range(len(values)), values, marker="o", markersize=4, label=name)
-    ratio = axes[0, 2].twinx()
-    for name, (updates, course) in history.items():
-        if name == "variance ratio":
-            ratio.plot(updates, course, color=REAL, linestyle="--")
-        else:
-            axes[0, 2].plot(updates, course, label=name)
-    ratio.set_ylim(bottom=0)
-    ratio.set_ylabel("variance of samples / of targets (dashed)", color=REAL)
-    titles = ("noise level of each call", "weight lambda of each call", "stage one")
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("update" if axis is axes[0, 2] else "network call")
+    for axis, what in zip(axes[0], ("noise level", "weight lambda"), strict=False):
+        axis.set_title(f"{what} of each call")
+        axis.set_xlabel("network call")
+        axis.xaxis.set_major_locator(whole_numbers())
+    if history:
+        draw_history(axes[0, 2], history)
+    for axis in axes[0]:
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
     return figure
+
+
+def draw_history(
+    axis: Axes, history: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """Draw the losses of stage one, and the variance ratio on an axis of its own."""
+    ratio = axis.twinx()
+    for name, (updates, course) in history.items():
+        style: dict[str, Any] = {"marker": marker(course), "markersize": 4}
+        if name == "variance ratio":
+            ratio.plot(updates, course, color=REAL, linestyle="--", **style)
+        else:
+            axis.plot(updates, course, label=name, **style)
+    ratio.set_ylim(bottom=0)
+    ratio.set_ylabel("variance of samples / of targets (dashed)", color=REAL)
+    axis.set_title("stage one")
+    axis.set_xlabel("update")
+    axis.xaxis.set_major_locator(whole_numbers())
 
 
 def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) -> Figure:
@@ -240,6 +261,7 @@ def dots_figure(
             )
         axis.axvline(line, color=REAL, linestyle="--", linewidth=1)
         axis.set_xscale("log")
+        sparse_ticks(axis)
         axis.set_title(environment)
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
@@ -247,6 +269,29 @@ def dots_figure(
     axes[-1].legend(fontsize=8)
     figure.supxlabel(x, fontsize=10)
     return figure
+
+
+def whole_numbers() -> MaxNLocator:
+    """Return ticks at whole numbers only, be it one."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
+def sparse_ticks(axis: Axes) -> None:
+    """Label a logarithmic x axis with few plain numbers, which then do not overlap."""
+    low, high = axis.get_xlim()
+    narrow, wide = high < 4 * low, high > 100 * low
+    axis.xaxis.set_major_locator(
+        MaxNLocator(4)
+        if narrow
+        else LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=5)
+    )
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def marker(values: Sequence[float]) -> str | None:
+    """Return the marker of a curve: dots where it has few points."""
+    return "o" if len(values) <= FEW else None
 
 
 def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15) -> None:
@@ -267,7 +312,7 @@ def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15
 
 
 def image_grid(samples: Tensor, columns: int | None = None, most: int = GRID) -> np.ndarray:
-    """Tile images (N, C, H, W) in [-1, 1], grey lines between, to one (H', W'[, 3]) in [0, 1]."""
+    """Tile images (N, C, H, W) in [-1, 1], grey lines around, to one (H', W'[, 3]) in [0, 1]."""
     images = ((samples[:most].detach().cpu().clamp(-1, 1) + 1) / 2).numpy()
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     rows = -(-len(images) // columns)
@@ -276,4 +321,5 @@ def image_grid(samples: Tensor, columns: int | None = None, most: int = GRID) ->
     tiles[:n, :, :height, :width] = images
     tiles = tiles.reshape(rows, columns, channels, height + 1, width + 1)
     grid = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), -1)
+    grid = np.pad(grid, ((1, 0), (1, 0), (0, 0)), constant_values=0.5)
     return grid[..., 0] if channels == 1 else grid

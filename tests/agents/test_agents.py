@@ -22,7 +22,7 @@ from fewstep.agents import (
     TrainingDivergedError,
 )
 from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.agents.networks import make_body
+from fewstep.agents.networks import MLP, make_body
 from fewstep.agents.solvers import ancestral, ddim
 from fewstep.envs import (
     DiffusionEnv,
@@ -183,6 +183,11 @@ def test_checkpoints_of_something_else_are_refused(make_agent, make_mdp, process
     save_checkpoint(path, {"w": 1})
     with pytest.raises(CheckpointError, match="not by 'sft'"):
         SFT.load(path, make_mdp())
+
+
+def test_a_denoiser_of_other_samples_is_refused(mdp, process):
+    with pytest.raises(ValueError, match=r"samples have shape \(3,\), here they have \(2,\)"):
+        SFT(mdp, Denoiser(MLP((3,), 4), process))
 
 
 # -- watched by Stable-Baselines3 ------------------------------------------------------------------

@@ -12,7 +12,7 @@ from fewstep.agents import CheckpointError, Denoiser
 from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.agents.denoiser import edm_time_range
 from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet, body_from_config, make_body
-from fewstep.envs import VE
+from fewstep.envs import VE, DiscreteVP
 
 PREDICTIONS = ["epsilon", "sample", "v"]
 
@@ -278,6 +278,12 @@ def test_files_that_hold_no_fitting_denoiser_are_refused(make_denoiser, tmp_path
     make_denoiser().save(tmp_path / "denoiser")
     with pytest.raises(CheckpointError, match="do not fit"):
         Denoiser.load(tmp_path / "denoiser", body=MLP((2,), levels=4, hidden=8))
+    broken = make_denoiser()
+    with torch.no_grad():
+        broken.body.out.bias[1] = math.inf
+    broken.save(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match=r"broken is damaged: its weight body\.out\.bias"):
+        Denoiser.load(tmp_path / "broken")
     save_checkpoint(tmp_path / "other", {"kind": "else", "weights": torch.ones(1)})
     with pytest.raises(CheckpointError, match="holds no denoiser"):
         Denoiser.load(tmp_path / "other")
@@ -298,6 +304,30 @@ def test_arguments_that_make_no_sense_are_refused(process, make_denoiser):
         make_denoiser(prediction="v").epsilon(torch.ones(2, 2), 4.5)
     with pytest.raises(ValueError, match="divisible"):
         SmallUNet((1, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("body", "process", "prediction", "sentence"),
+    [
+        (MLP((2,), 3), DiscreteVP.sigmoid(5), "epsilon", "0 to 2, .* 0 to 4: .* levels=5"),
+        (MLP((2,), 64), VE(), "edm", r"-1\.554 to 1\.096: .* time_range=\(-1\.554, 1\.096\)"),
+        (SmallUNet((1, 8, 8), 8, (-1.2, 1.0)), VE(), "edm", r"time_range=\(-1\.554, 1\.096\)"),
+        (SmallUNet((1, 8, 8), 8, (0, 9)), DiscreteVP.linear(20), "v", r"time_range=\(0, 19\)"),
+    ],
+)
+def test_a_body_made_for_other_times_is_refused(body, process, prediction, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Denoiser(body, process, prediction)
+
+
+def test_bodies_that_declare_fitting_times_or_none_pass():
+    Denoiser(MLP((2,), 5), DiscreteVP.sigmoid(5))
+    Denoiser(MLP((2,), 8, time_range=(-1.554, 1.096)), VE(), "edm")
+    Denoiser(ResidualMLP((2,)), VE(), "edm")
+    Denoiser(nn.Identity(), DiscreteVP.sigmoid(5))
+    unlike = nn.Identity()
+    unlike.config = object()  # a stranger's, as Hugging Face's models have one
+    assert Denoiser(unlike, DiscreteVP.sigmoid(5)).shape is None
 
 
 def test_the_default_body_fits_the_kind_of_sample():

@@ -414,7 +414,12 @@ def test_broken_files_are_refused(folder):
     with pytest.raises(CheckpointError, match="missing or unknown, such as extra"):
         Denoiser.from_pretrained(path)
     save_file({**tensors, "conv_in.weight": conv[:, :1].contiguous()}, weights)
-    with pytest.raises(CheckpointError, match="give no UNet2DModel"):
+    mismatch = r"give no UNet2DModel: size mismatch for conv_in\.weight.* 1, 3, 3.* 2, 3, 3\]\)\.$"
+    with pytest.raises(CheckpointError, match=mismatch) as caught:
+        Denoiser.from_pretrained(path)
+    assert "\n" not in str(caught.value)
+    save_file({**tensors, "conv_in.weight": conv.clone().fill_(torch.nan)}, weights)
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is damaged: its weight conv_in\.weight"):
         Denoiser.from_pretrained(path)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=f"unet lacks the weights, {WEIGHTS}"):

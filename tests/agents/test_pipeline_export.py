@@ -25,7 +25,7 @@ def make(make_unet):
     """`make(process, prediction)`: a denoiser with a small U-Net."""
 
     def denoiser(process=VP, prediction="epsilon", clip=False):
-        time_range = edm_time_range(process) if isinstance(process, VE) else None
+        time_range = edm_time_range(process) if prediction == "edm" else None
         body = make_unet(time_range=time_range)
         return Denoiser(body, process, prediction, sigma_data=0.6, clip=clip)
 

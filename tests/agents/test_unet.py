@@ -5,7 +5,6 @@ import copy
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -13,13 +12,12 @@ import torch
 from torch import nn
 
 import fewstep.agents
-from fewstep.agents import CheckpointError, Denoiser
+from fewstep.agents import Denoiser
 from fewstep.agents.checkpoint import save_checkpoint
 from fewstep.agents.denoiser import edm_time_range
 from fewstep.agents.networks import body_from_config
 from fewstep.agents.unet import PRESETS, UNet2D
 from fewstep.envs import VE, DiscreteVP
-from fewstep.runs.environment import check_fits
 
 SHAPES = {
     "tiny": (1, 8, 8),
@@ -171,12 +169,12 @@ def test_gradients_reach_every_weight(make_unet, sample):
     assert all(parameter.grad is not None for parameter in body.parameters())
 
 
-def test_a_checkpoint_for_other_images_is_noticed(make_unet, tmp_path):
+def test_a_denoiser_for_other_images_is_noticed(make_unet):
     denoiser = Denoiser(make_unet(), DiscreteVP.linear(10))
-    check_fits(denoiser, SimpleNamespace(shape=(2, 8, 8)), tmp_path)
-    for other in ((3, 8, 8), (2, 16, 16)):
-        with pytest.raises(CheckpointError, match=r"shape \(2, 8, 8\), here they have"):
-            check_fits(denoiser, SimpleNamespace(shape=other), tmp_path)
+    denoiser.check_shape((2, 8, 8))
+    for other in ((3, 8, 8), (2, 16, 16), (2,)):
+        with pytest.raises(ValueError, match=r"shape \(2, 8, 8\), here they have"):
+            denoiser.check_shape(other)
 
 
 def test_networks_that_are_no_plain_bodies_are_refused(make_unet):

@@ -139,7 +139,12 @@ def test_the_recipe_is_remembered():
     ("process", "steps", "options", "message"),
     [
         (VE(), 10, {}, "chain of a DiscreteVP"),
-        (DiscreteVP.cosine(100), 10, {}, r"kind='var' needs betas that rise on a line"),
+        (
+            DiscreteVP.cosine(100),
+            10,
+            {},
+            r"on a line.*--schedule-options kind step.*--schedule unif",
+        ),
         (DiscreteVP([0.1, 0.1, 0.1]), 2, {}, "rise on a line"),
         (DDPM, 1, {}, "2 to 1000 steps"),
         (DDPM, 1001, {}, "2 to 1000 steps"),

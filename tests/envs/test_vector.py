@@ -240,10 +240,31 @@ def test_a_bad_reward_leaves_the_step_to_be_repeated(make_vec, reward):
     assert env.step(torch.zeros(4, 2))[2].all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_arrays_act_as_tensors_do(make_vec, dtype):
+    env, same = make_vec(), make_vec()
+    env.reset(seed=0)
+    same.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(STEPS):
+        # Reversed: no tensor can share the memory of an array with negative strides.
+        array = (env.action_space.sample()[::-1] / 100).astype(dtype)
+        result, expected = env.step(array), same.step(torch.tensor(array.copy()))
+        assert result[0]["sample"].dtype == torch.float32
+        assert_same(result[0], expected[0])
+        assert torch.equal(result[1], expected[1])
+    env.reset()
+    assert env.step(env.action_space.sample())[0]["sample"].shape == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("action", "error"),
     [
-        (np.zeros((4, 2), np.float32), TypeError),
+        (np.zeros((4, 2), np.int64), TypeError),
+        (np.zeros((4, 3)), ValueError),
+        (np.zeros(2, np.float32), ValueError),
+        (np.full((4, 2), math.nan, np.float32), ValueError),
+        ([[0.0, 0.0]] * 4, TypeError),
         (torch.zeros(4, 2, dtype=torch.int32), TypeError),
         (torch.zeros(4, 3), ValueError),
         (torch.zeros(2), ValueError),
@@ -273,6 +294,7 @@ def test_step_and_render_before_reset_are_refused(make_vec):
         ({"autoreset_mode": "next"}, ValueError, "did you mean 'NEXT_STEP'"),
         ({"render_mode": "human"}, ValueError, "unknown render mode 'human'"),
         ({"stps": 3}, TypeError, "stps"),
+        ({"reward": "mmd"}, TypeError, "reward must be callable.* got str"),
     ],
 )
 def test_bad_settings_are_refused(make_vec, settings, error, complaint):
