@@ -87,15 +87,17 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
     ("Digits", "variance", "default"): (2000, {}),
     # For a CPU: a small critic, and a last standard deviation of six grey levels of 255.
     ("MNIST", "sft-pg", "default"): (
-        120,
+        160,
         {
             **_DIGITS_SFT_PG,
             # Without rounds of its own the critic is raw, and the policy drifts away at first.
             "critic_rounds": 25,
             "coefficient": 0.1,
-            "learning_rate": 1e-5,
+            "learning_rate": 2e-5,
             "batch_size": 128,
             "n_critic": 3,
+            # More gain on this critic in pixels, and lose in a classifier's features.
+            "n_generator": 1,
             "minibatch_size": 256,
             "critic_width": 64,
             "channels_last": True,

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..agents import Denoiser
 from ..agents.networks import make_body
+from ..agents.training import seeded
 from ..envs import DiffusionMDP
 from ..envs.mdp import no_reward
 from ..envs.registration import make_mdp
@@ -19,5 +20,6 @@ def swiss_roll(steps: int, device: str) -> DiffusionMDP:
 
 def untrained(mdp: DiffusionMDP) -> Denoiser:
     """Build a denoiser with random weights: speed and memory do not depend on training."""
-    body: nn.Module = make_body(mdp.shape, int(mdp.process.t_max))
+    with seeded(0):
+        body: nn.Module = make_body(mdp.shape, int(mdp.process.t_max))
     return Denoiser(body, mdp.process).to(mdp.device)
