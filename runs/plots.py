@@ -89,6 +89,7 @@ def curve_figure(
     if floor is not None:
         axis.axhline(floor, color=REAL, linestyle="--", linewidth=1, label="floor")
     axis.set_yscale("log")
+    axis.ticklabel_format(axis="x", scilimits=(-3, 4))
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.3, which="both")
