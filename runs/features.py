@@ -79,7 +79,7 @@ def features_for(
             console.print(f"Features of {target.name}: {features.name}, {features.description}")
             return features
         reasons.append(features)
-    console.print(f"No feature distances for {target.name}: {', '.join(filter(None, reasons))}.")
+    console.print(f"No feature distances for {target.name}: {'; '.join(filter(None, reasons))}.")
     return None
 
 
