@@ -31,6 +31,9 @@ from .settings import resolve_device
 from .subjects import swiss_roll, untrained
 from .tables import table
 
+# Of each kind, by turns.
+EPISODES = 60
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -86,7 +89,7 @@ def episode_times(
         for t in times:
             observation, *_ = env.step(denoiser.epsilon(observation["sample"], t))
 
-    return interleaved(bare, stepped, repeats=60)
+    return interleaved(bare, stepped, EPISODES)
 
 
 def interleaved(

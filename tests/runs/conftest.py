@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep.critics import classifier
 from fewstep.runs.cli import main
 
 
@@ -21,6 +22,14 @@ def own_cache(tmp_path_factory):
     """Keep trained feature extractors out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_classifiers():
+    """Train feature extractors for a second: their features need not be good here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "_IMAGES", 500)
         yield
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.runs import measurements
 from fewstep.runs.cli import COMMANDS
 from fewstep.runs.console import console, print_report
 from fewstep.runs.settings import parse
@@ -114,7 +115,8 @@ def test_a_report_s_columns_keep_their_names(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("measurement", ["overhead", "profile", "fitting"])
-def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep):
+def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep, monkeypatch):
+    monkeypatch.setattr(measurements, "EPISODES", 2)
     assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
     folder = tmp_path / "benchmark" / measurement
     figures = json.loads((folder / "results.json").read_text())
