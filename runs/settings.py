@@ -204,6 +204,12 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
     chosen, _ = first.parse_known_args(list(argv))
     if chosen.config is not None:
         base = Settings.from_json(Path(chosen.config))
+        wanted = agent or chosen.agent or base.run.agent
+        if wanted != base.run.agent:
+            raise ValueError(
+                f"{chosen.config} holds the settings of agent '{base.run.agent}', not of "
+                f"'{wanted}': start that from its own defaults, without --config."
+            )
         return dataclasses.replace(
             base, run=dataclasses.replace(base.run, config=Path(chosen.config))
         )

@@ -254,3 +254,9 @@ def test_a_pretrained_denoiser_is_where_the_agent_starts(finished, tmp_path, few
         for path in (finished, folder)
     ]
     assert before[0] == before[1]
+
+
+@pytest.mark.parametrize(("flags", "agent"), [(["--agent=sft"], None), ([], "behavior-cloning")])
+def test_a_config_is_not_taken_for_another_agent(flags, agent, finished):
+    with pytest.raises(ValueError, match="the settings of agent 'sft-pg', not of"):
+        parse([f"--config={finished / 'config.json'}", *flags], agent)
