@@ -187,7 +187,8 @@ class SFTPG(ShortcutAgent):
         if n_generator * self.minibatch_size > transitions:
             raise ValueError(
                 f"The buffer holds n_critic * batch_size * steps = {transitions} transitions, "
-                f"fewer than n_generator * minibatch_size = {n_generator * self.minibatch_size}."
+                f"fewer than n_generator * minibatch_size = {n_generator * self.minibatch_size}: "
+                f"take a minibatch_size of at most {transitions // n_generator}, or larger batches."
             )
 
     def train_round(self) -> dict[str, Tensor]:
