@@ -6,6 +6,7 @@ from ..agents import DODE, BehaviorCloning, ScheduleLearning
 from ..agents.base import Agent
 from ..agents.scheduling.levels import noise_levels
 from ..agents.scheduling.weights import step_weights
+from ..agents.shortcut import ShortcutAgent
 from ..envs import Schedule
 from .console import print_fit, print_levels
 from .folder import SCHEDULE, TABLEAU, RunFolder
@@ -28,7 +29,11 @@ def save_sampler(agent: Agent, folder: RunFolder) -> None:
     """
     if isinstance(agent, ScheduleLearning):
         agent.schedule.save(folder.path / SCHEDULE)
-    if not isinstance(agent, BehaviorCloning | DODE):
+    if isinstance(agent, BehaviorCloning | DODE):
+        return
+    # One of a thousand steps takes 5 MB: written at every checkpoint only if it is learned.
+    fixed = isinstance(agent, ShortcutAgent) and not agent.learn_std
+    if not (fixed and (folder.path / TABLEAU).is_file()):
         agent.tableau.save(folder.path / TABLEAU)
 
 
