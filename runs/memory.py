@@ -33,7 +33,7 @@ def memory(device: str) -> tuple[dict[str, Any], str]:
     figures: dict[str, Any] = {}
     rows = []
     for label, agent, options in cases:
-        peaks = [_apart(peak_of_round, agent, steps, options, device) for steps in STEPS]
+        peaks = peaks_of_round(agent, options, device)
         figures[label] = {"K=10": peaks[0], "K=100": peaks[1], "trajectory_K=100": trajectory}
         rows.append([label, *_row(peaks)])
     head = ["peak of a round, batch 2048, 2 critic steps (MiB)", "K = 10", "K = 100", "growth"]
@@ -46,12 +46,22 @@ def gradient_memory(device: str) -> tuple[dict[str, Any], str]:
     figures: dict[str, Any] = {}
     rows = []
     for label in ("exact (adjoint)", "eq14", "autograd through the unrolled chain"):
-        peaks = [_apart(peak_of_gradient, label, steps, device) for steps in STEPS]
+        peaks = peaks_of_gradient(label, device)
         figures[label] = {"K=10": peaks[0], "K=100": peaks[1]}
         rows.append([label, *_row(peaks)])
     head = ["gradient, 1024 images of 64 numbers (MiB)", "K = 10", "K = 100", "growth"]
     stored = 4 * 64 * 1024 * 101 / MIB
     return figures, f"{table(head, rows)}\n\nThe states are {stored:.1f} MiB at K = 100."
+
+
+def peaks_of_round(agent: type[Agent], options: dict[str, Any], device: str) -> list[float]:
+    """Return `peak_of_round` for each of `STEPS`, each in a fresh process."""
+    return [_apart(peak_of_round, agent, steps, options, device) for steps in STEPS]
+
+
+def peaks_of_gradient(kind: str, device: str) -> list[float]:
+    """Return `peak_of_gradient` for each of `STEPS`, each in a fresh process."""
+    return [_apart(peak_of_gradient, kind, steps, device) for steps in STEPS]
 
 
 def _apart(function: Callable[..., float], *arguments: Any) -> float:

@@ -21,6 +21,8 @@ FEW = 30
 # Samples in a scatter: enough to show a density, few enough to draw; and images in a grid.
 PICTURED, GRID = 4000, 64
 
+DPI = 110
+
 REAL, FAKE, PATH = "#9aa0a6", "#1a73e8", "#d93025"
 
 
@@ -31,7 +33,7 @@ def pictured(shape: Sequence[int]) -> int:
 
 def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:
     """Return a figure and its (rows, columns) array of axes."""
-    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", dpi=110)
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -246,7 +248,7 @@ def dots_figure(
         dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
     )
     figure = Figure(
-        figsize=(2 + 3 * len(panels), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=110
+        figsize=(2 + 3 * len(panels), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=DPI
     )
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -44,7 +44,7 @@ class Calls:
         module.register_forward_hook(self._note)
 
     def _note(self, _module, arguments, _output):
-        self.times.append(float(arguments[1].flatten()[0]))
+        self.times.append(float(arguments[1].detach().flatten()[0]))
         self.samples += len(arguments[0])
 
     def __len__(self):

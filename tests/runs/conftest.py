@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fewstep.critics import classifier
+from fewstep.runs import plots
 from fewstep.runs.cli import main
 
 
@@ -30,6 +31,15 @@ def quick_classifiers():
     """Train feature extractors for a second: their features need not be good here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "_IMAGES", 500)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_pictures():
+    """Draw small pictures of few samples: what they show is looked at by hand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "PICTURED", 200)
+        patch.setattr(plots, "DPI", 30)
         yield
 
 

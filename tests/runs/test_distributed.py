@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from fewstep.agents.checkpoint import load_checkpoint
 
 
@@ -19,12 +21,17 @@ def torchrun(*flags: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_one_run(tmp_path, tiny):
+def test_two_processes_train_one_run(tmp_path, tiny, fewstep):
     finished = torchrun("train", "--device=cpu", f"--log-dir={tmp_path}", *tiny)
     assert finished.returncode == 0, finished.stderr
     (folder,) = tmp_path.iterdir()
     results = json.loads((folder / "results.json").read_text())
-    assert results["metrics"]["sliced_wasserstein"]["after"] > 0
+    # One process evaluated, and what it evaluated is what the checkpoint holds.
+    scores = tmp_path / "scores.json"
+    assert fewstep("evaluate", folder, "--samples=500", f"--output={scores}") == 0
+    assert json.loads(scores.read_text())["metrics"]["mmd"]["after"] == pytest.approx(
+        results["metrics"]["mmd"]["after"], rel=1e-5
+    )
     tree = load_checkpoint(folder / "checkpoint.safetensors")
     # Rounds, critic batches, batch size, steps, processes.
     assert tree["num_timesteps"] == 4 * 5 * 16 * 10 * 2

@@ -202,10 +202,3 @@ def test_a_study_of_schedules_runs_and_resumes(tmp_path, fewstep, monkeypatch):
     for old, new in zip(records, again, strict=True):
         for label, score in old["scores"].items():
             assert score["error"] == new["scores"][label]["error"]
-
-
-def test_the_memory_of_a_gradient_can_be_measured():
-    from fewstep.runs.memory import peak_of_gradient
-
-    for kind in ("exact (adjoint)", "eq14", "autograd through the unrolled chain"):
-        assert peak_of_gradient(kind, 5, "cpu", batch_size=8) >= 0

@@ -215,6 +215,7 @@ def test_cloning_does_not_start_from_a_denoiser(distilled, tmp_path, fewstep, ca
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("default:the teacher is no better")
 def test_a_warning_is_one_line(tmp_path, distilled, fewstep, monkeypatch, capsys):
     train_round = DODE.train_round
 
