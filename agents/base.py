@@ -9,7 +9,6 @@ One timestep is one denoiser call on one sample.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -331,7 +330,7 @@ class Agent(ABC):
         tableau = self.tableau
         if deterministic:
             nothing = np.zeros(tableau.steps)
-            tableau = dataclasses.replace(tableau, noise=nothing, covariance=None)
+            tableau = tableau.replace(noise=nothing, covariance=None)
         output, std = tableau.evaluate_with_std(self.sampling_denoiser, sample, step)
         action = tableau.advance(step, {step: sample}, {step: output}, self.acting_generator, std)
         action = action[0] if single else action

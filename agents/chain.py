@@ -9,7 +9,6 @@ the log-density, so the importance ratio is 1 before any update.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -82,12 +81,12 @@ class GaussianChain(nn.Module):
         self.steps = tableau.steps
         # As Python numbers too: asking a device for one would wait for it.
         self._times: list[float] = tableau.times[:-1].tolist()
-        times = torch.from_numpy(tableau.times[:-1])
+        times = torch.tensor(tableau.times[:-1])
         if (times == times.round()).all():
             times = times.long()
         self.register_buffer("times", times, persistent=False)
         self.register_buffer("scale", _float32(tableau.scale), persistent=False)
-        self.register_buffer("weight", _float32(np.diag(tableau.weights)), persistent=False)
+        self.register_buffer("weight", _float32(tableau.sparse_weights.diagonal), persistent=False)
         self.register_buffer("clipped", _float32_or_none(tableau.clipped), persistent=False)
         self.register_buffer("covariance", _float32_or_none(tableau.covariance), persistent=False)
         log_std = np.log(tableau.base_std)
@@ -188,10 +187,9 @@ class GaussianChain(nn.Module):
         """Return the tableau with the standard deviations as they are now."""
         learned = self.log_std.detach().exp().double().cpu().numpy()
         if self.covariance is None:
-            return dataclasses.replace(self.tableau, noise=learned, cap=None)
+            return self.tableau.replace(noise=learned, cap=None)
         assert self.tableau.covariance is not None and self.tableau.cap is not None
-        return dataclasses.replace(
-            self.tableau,
+        return self.tableau.replace(
             noise=self.tableau.noise * learned,
             covariance=self.tableau.covariance * learned**2,
             cap=self.tableau.cap * learned,

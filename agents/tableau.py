@@ -19,6 +19,7 @@ with Cov0 the variance of the clean sample as the denoiser's second head predict
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from torch import Tensor
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from ..envs.process import NoiseProcess
+from .sparse import NOT_LOWER, SparseRows, read_only
 from .tableau_json import read_table, write_table
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Row(NamedTuple):
     anchor: int
     scale: float
     current: float
-    weights: list[tuple[int, float]]
+    weights: tuple[tuple[int, float], ...]
     noise: float
     clipped: float = 0.0
     covariance: float = 0.0
@@ -60,6 +62,11 @@ class Row(NamedTuple):
 class Tableau:
     """A sampler of K network evaluations.
 
+    A tableau never changes. Its arrays are its own, copied from what it was given, and read-only:
+    `replace` makes another one. Of the weights only those that are not 0 are kept
+    (`sparse_weights`), so a sampler of 100,000 steps takes some tens of megabytes; `weights` lays
+    all K x K out when it is first read. `dataclasses.replace` reads it, `replace` does not.
+
     Attributes:
         name: what the solver is called.
         process: the noise process whose times these are.
@@ -67,7 +74,8 @@ class Tableau:
             last entry is the time of the finished sample. Times may repeat or rise (Heun), never
             below 0.
         scale: (K,) float64, p: the factor on the anchor state.
-        weights: (K, K) float64, W: lower-triangular weights on the denoiser's outputs.
+        weights: (K, K) float64, W: lower-triangular weights on the denoiser's outputs. The
+            constructor takes `SparseRows` as well.
         noise: (K,) float64, s >= 0: standard deviation of the fresh noise of each step.
         anchors: (K,) int64, a(j) <= j: which state a step starts from; j itself by default.
         output: what O is: the predicted noise ("epsilon") or the predicted clean sample ("sample").
@@ -89,7 +97,7 @@ class Tableau:
     process: NoiseProcess
     times: np.ndarray
     scale: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray = field(repr=False)
     noise: np.ndarray
     anchors: np.ndarray | None = None
     output: Output = "epsilon"
@@ -98,48 +106,80 @@ class Tableau:
     covariance: np.ndarray | None = None
     cap: np.ndarray | None = None
 
-    _rows: list[Row] = field(init=False, repr=False, default_factory=list)
+    sparse_weights: SparseRows = field(init=False, repr=False)
+    _rows: tuple[Row, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         steps = len(self.scale)
+        if steps < 1:
+            raise ValueError("A tableau needs at least one step.")
         anchors = np.arange(steps) if self.anchors is None else np.asarray(self.anchors)
         if not np.issubdtype(anchors.dtype, np.integer):
             raise ValueError("Tableau.anchors must be whole numbers, the indices of states.")
-        object.__setattr__(self, "anchors", anchors)
+        self._keep("anchors", read_only(anchors, np.int64))
         for name, default in _DEFAULTS.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, np.full(steps, default))
-        for name in ("times", "scale", "weights", "noise", *_DEFAULTS):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+                self._keep(name, np.full(steps, default))
+        for name in ("times", "scale", "noise", *_DEFAULTS):
+            self._keep(name, read_only(getattr(self, name), np.float64))
+        # `__getattr__` lays the matrix out again for whoever asks for it.
+        self._keep("sparse_weights", _sparse(self.__dict__.pop("weights"), steps))
         self._validate(steps)
-        object.__setattr__(self, "_rows", [self._row(j) for j in range(steps)])
+        self._keep("_rows", tuple(self._make_rows()))
 
-    def _row(self, j: int) -> Row:
-        """Return row j as plain numbers, which the loop reads faster than arrays."""
-        weights = [(k, float(self.weights[j, k])) for k in np.flatnonzero(self.weights[j]).tolist()]
-        return Row(
-            time=float(self.times[j]),
-            anchor=self.anchor(j),
-            scale=float(self.scale[j]),
-            current=float(self._optional("current")[j]),
-            weights=weights,
-            noise=float(self.noise[j] if self._optional("covariance")[j] else self.base_std[j]),
-            clipped=float(self._optional("clipped")[j]),
-            covariance=float(self._optional("covariance")[j]),
-            cap=float(self._optional("cap")[j]),
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:  # for a type checker `weights` is an attribute, and no other is made up
+
+        def __getattr__(self, name: str) -> np.ndarray:
+            """Lay `weights` out, which is not stored until then."""
+            if name != "weights" or "sparse_weights" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self._keep("weights", self.sparse_weights.matrix())
+            return self.__dict__["weights"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tableau:
+        """Return itself: NumPy's copies of read-only arrays could be written to."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild it from its fields when it is unpickled, for the same reason."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return _rebuild, ({**fields, "weights": self.sparse_weights.pairs()},)
+
+    def is_default(self, name: str) -> bool:
+        """Tell whether an optional field holds what it does when it is not given."""
+        default = np.arange(self.steps) if name == "anchors" else _DEFAULTS[name]
+        return bool((self._optional(name) == default).all())
+
+    def replace(self, **changes: Any) -> Tableau:
+        """Return the table with other values in some of its fields, as `dataclasses.replace`."""
+        return dataclasses.replace(self, **{"weights": self.sparse_weights, **changes})
+
+    def _make_rows(self) -> Iterator[Row]:
+        """Yield the rows as plain numbers, which the loop reads faster than arrays."""
+        noise = np.where(self._optional("covariance") != 0, self.noise, self.base_std)
+        columns = (
+            self.times[:-1],
+            self._optional("anchors"),
+            self.scale,
+            self._optional("current"),
+            noise,
+            *(self._optional(name) for name in ("clipped", "covariance", "cap")),
         )
+        plain = zip(self.sparse_weights.pairs(), *(c.tolist() for c in columns), strict=True)
+        for weights, time, anchor, scale, current, std, *others in plain:
+            yield Row(time, anchor, scale, current, weights, std, *others)
 
     def _validate(self, steps: int) -> None:
         shapes = {
             "times": (steps + 1,),
             "scale": (steps,),
-            "weights": (steps, steps),
             "noise": (steps,),
             "anchors": (steps,),
             **dict.fromkeys(_DEFAULTS, (steps,)),
         }
-        if steps < 1:
-            raise ValueError("A tableau needs at least one step.")
         for name, shape in shapes.items():
             value = getattr(self, name)
             if value.shape != shape:
@@ -147,10 +187,11 @@ class Tableau:
             # An infinite cap is none.
             if not np.isfinite(value[value != np.inf] if name == "cap" else value).all():
                 raise ValueError(f"Tableau.{name} holds NaN or infinite numbers.")
-        if np.triu(self.weights, 1).any():
-            raise ValueError(
-                "Tableau.weights must be lower-triangular: a step uses outputs already computed."
-            )
+        weights = self.sparse_weights
+        if not np.isfinite(weights.values).all():
+            raise ValueError("Tableau.weights holds NaN or infinite numbers.")
+        if (weights.columns > weights.rows).any() or (weights.columns < 0).any():
+            raise ValueError(NOT_LOWER)
         if (self.noise < 0).any():
             raise ValueError("Tableau.noise holds negative standard deviations.")
         for name in ("covariance", "cap"):
@@ -161,9 +202,10 @@ class Tableau:
                 "Tableau.clipped weighs predicted clean samples: it needs output 'sample', not "
                 f"{self.output!r}."
             )
-        if any(not 0 <= self.anchor(j) <= j for j in range(steps)):
+        anchors = self._optional("anchors")
+        if ((anchors < 0) | (anchors > np.arange(steps))).any():
             raise ValueError("Tableau.anchors must point to states that exist: 0 <= a(j) <= j.")
-        if any(q and self.anchor(j) == j for j, q in enumerate(self._optional("current"))):
+        if self._optional("current")[anchors == np.arange(steps)].any():
             raise ValueError(
                 "Tableau.current must be 0 where the anchor is the current state: use scale there."
             )
@@ -309,13 +351,14 @@ class Tableau:
 
     def anchor(self, j: int) -> int:
         """Return a(j), the state that step j starts from."""
-        return j if self.anchors is None else int(self.anchors[j])
+        return int(self._optional("anchors")[j])
 
     @property
     def one_step(self) -> bool:
         """Whether every step reads its own state and output only: a sampler without memory."""
-        anchored = any(self.anchor(j) != j for j in range(self.steps))
-        return not anchored and not np.tril(self.weights, -1).any()
+        anchored = (self._optional("anchors") != np.arange(self.steps)).any()
+        weights = self.sparse_weights
+        return not anchored and bool((weights.columns == weights.rows).all())
 
     @property
     def linear(self) -> bool:
@@ -329,7 +372,7 @@ class Tableau:
         return np.minimum(self.noise, self._optional("cap"))
 
     def _optional(self, name: str) -> np.ndarray:
-        """Return a field of `_DEFAULTS`."""
+        """Return a field that the constructor may be given as None."""
         value = getattr(self, name)
         assert value is not None  # __post_init__ saw to it
         return value
@@ -342,8 +385,9 @@ class Tableau:
         """
         steps = np.arange(self.steps)
         last_state = steps.copy()
-        np.maximum.at(last_state, [row.anchor for row in self._rows], steps)
-        last_output = np.where(self.weights != 0, steps[:, None], steps).max(axis=0)
+        np.maximum.at(last_state, self._optional("anchors"), steps)
+        last_output = steps.copy()
+        np.maximum.at(last_output, self.sparse_weights.columns, self.sparse_weights.rows)
         unread: tuple[list[list[int]], list[list[int]]] = ([[] for _ in steps], [[] for _ in steps])
         for lists, last in zip(unread, (last_state, last_output), strict=True):
             for index, j in enumerate(last.tolist()):
@@ -386,6 +430,23 @@ _DEFAULTS = {"current": 0.0, "clipped": 0.0, "covariance": 0.0, "cap": math.inf}
 _LEAST_VARIANCE = 1e-30
 
 
+def _sparse(weights: Any, steps: int) -> SparseRows:
+    """Return the weights that the constructor was given as sparse rows."""
+    if not isinstance(weights, SparseRows):
+        matrix = np.asarray(weights, dtype=np.float64)
+        if matrix.shape == (steps, steps):
+            return SparseRows.from_matrix(matrix)
+        weights = matrix
+    if weights.shape != (steps, steps):
+        raise ValueError(f"Tableau.weights has shape {weights.shape}, expected {(steps, steps)}.")
+    return weights
+
+
+def _rebuild(fields: dict[str, Any]) -> Tableau:
+    """Build the tableau that `__reduce__` took apart."""
+    return Tableau(**{**fields, "weights": SparseRows.from_pairs(fields["weights"])})
+
+
 def std_of(
     covariance: Tensor, noise: float | Tensor, weight: float | Tensor, cap: float | Tensor
 ) -> Tensor:
@@ -417,7 +478,7 @@ def one_step_tableau(
         process,
         np.asarray(times),
         scale,
-        np.diag(weight),
+        SparseRows.from_diagonal(weight),
         noise,
         output=output,
         clipped=clipped,

@@ -8,23 +8,39 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..envs.process import NoiseProcess
+from .sparse import SparseRows
 
 if TYPE_CHECKING:
     from .tableau import Tableau
 
 FORMAT = "fewstep-tableau"
-VERSION = 3
+VERSION = 4
 
-_ARRAYS = ("times", "scale", "weights", "noise", "anchors")
-# Version 1 had none of these, version 2 the first.
-_LATER_ARRAYS = ("current", "clipped", "covariance", "cap")
+# What every version holds. Up to version 3 the weights were a matrix, with all its zeros.
+_ARRAYS = ("times", "scale", "weights", "noise")
+# What a table that says nothing of them does without. The anchors may be missing since version 4;
+# version 1 had none of the others, version 2 the first.
+_OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap")
 
 
 def write_table(tableau: Tableau, extra: Mapping[str, Any]) -> str:
-    """Return the JSON of a tableau, and further entries after its own."""
-    arrays = {name: getattr(tableau, name).tolist() for name in (*_ARRAYS, *_LATER_ARRAYS)}
-    # JSON knows no infinity.
-    arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
+    """Return the JSON of a tableau, and further entries after its own.
+
+    Its weights are K lists of pairs [k, W_jk], one list a row, without the zeros. What `Tableau`
+    has as the default of an optional array is left out.
+    """
+    arrays: dict[str, Any] = {
+        "times": tableau.times.tolist(),
+        "scale": tableau.scale.tolist(),
+        "weights": tableau.sparse_weights.pairs(),
+        "noise": tableau.noise.tolist(),
+    }
+    for name in _OPTIONAL:
+        if not tableau.is_default(name):
+            arrays[name] = getattr(tableau, name).tolist()
+    if "cap" in arrays:
+        # JSON knows no infinity.
+        arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
     table = {
         "format": FORMAT,
         "version": VERSION,
@@ -54,15 +70,18 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
         raise ValueError(
             f"This tableau has version {table.get('version')!r}; this fewstep reads 1 to {VERSION}."
         )
-    needed = ("name", *_ARRAYS, "output", "process")
+    dense = table["version"] < 4
+    needed = ("name", *_ARRAYS, *(["anchors"] if dense else []), "output", "process")
     missing = [name for name in needed if name not in table]
     if missing:
         raise ValueError(f"The tableau lacks {', '.join(missing)}.")
     values = {name: table[name] for name in needed}
-    values |= {name: table.get(name) for name in _LATER_ARRAYS}
+    values |= {name: table.get(name) for name in _OPTIONAL}
     if isinstance(values["cap"], list):
         values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
     try:
+        if not dense:
+            values["weights"] = SparseRows.from_pairs(values["weights"])
         values["process"] = NoiseProcess.from_config(values["process"])
         return build(**values)
     except TypeError as error:
@@ -71,6 +90,6 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
 
 def _lines(value: Any) -> str:
     """Write a JSON value on one line, but lists of lists or objects one a line."""
-    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+    if isinstance(value, list) and value and isinstance(value[0], list | tuple | dict):
         return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
     return json.dumps(value)

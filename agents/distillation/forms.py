@@ -9,7 +9,6 @@ MATH.md 2.4: D-DDIM, D-iPNDM, D-DEIS, D-DPM-Solver(++), D-EDM.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -80,7 +79,7 @@ def distilled(
         # z_0 is the state of step 0, the only row that reads it this way.
         scale[j] += move[-1]
     name = tableau.name if tableau.name.startswith("d-") else f"d-{tableau.name}"
-    return dataclasses.replace(tableau, name=name, weights=weights, scale=scale)
+    return tableau.replace(name=name, weights=weights, scale=scale)
 
 
 def _outputs(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +89,7 @@ def _outputs(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
     (MATH.md 2.1). A later stage of a block is one correction: O_j is the raw output of the stage.
     """
     outputs = np.eye(tableau.steps, tableau.steps + 1)
-    factors = np.diag(tableau.weights).copy()
+    factors = tableau.sparse_weights.diagonal.copy()
     for j in range(tableau.steps):
         if tableau.anchor(j) == j:
             factors[j] = tableau.weights[j].sum()

@@ -7,7 +7,6 @@ chain with respect to every weight W_jk, from the greedy fit on (MATH.md 2.7, la
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +40,7 @@ class Refinement(nn.Module):
     def __init__(self, tableau: Tableau, unit: np.ndarray, device: torch.device) -> None:
         super().__init__()
         self.tableau = tableau
-        self.register_buffer("base", torch.from_numpy(tableau.weights).to(device))
+        self.register_buffer("base", torch.tensor(tableau.weights, device=device))
         largest = np.abs(unit).max(axis=1, keepdims=True) * np.tri(tableau.steps)
         self.register_buffer("unit", torch.from_numpy(largest).to(device))
         self.change = nn.Parameter(torch.zeros_like(self.base))
@@ -59,7 +58,7 @@ class Refinement(nn.Module):
     def export(self) -> Tableau:
         """Return the table with the weights as they are now."""
         weights = (self.base + self.unit * self.change).detach().cpu().numpy()
-        return dataclasses.replace(self.tableau, weights=np.tril(weights))
+        return self.tableau.replace(weights=np.tril(weights))
 
 
 class Refiner:

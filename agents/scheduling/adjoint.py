@@ -62,7 +62,7 @@ class Sensitivity:
 
 def _log_levels(tableau: Tableau) -> np.ndarray:
     """Return the logarithms of the noise levels (K,) at which the calls are made."""
-    return -tableau.process.log_snr(torch.from_numpy(tableau.times[:-1])).numpy()
+    return -tableau.process.log_snr(torch.tensor(tableau.times[:-1])).numpy()
 
 
 def backpropagate(
@@ -117,8 +117,9 @@ def _descend(
     steps = len(states) - 1
     cotangents: dict[int, Tensor] = {steps - 1: cotangent}
     by_state: list[Tensor | None] = [None] * (steps + 1)
-    logs, weights = torch.from_numpy(_log_levels(tableau)), tableau.weights
-    first_output = [int(np.flatnonzero(row).min(initial=j)) for j, row in enumerate(weights)]
+    logs = torch.from_numpy(_log_levels(tableau))
+    rows = [dict(tableau.row(j).weights) for j in range(tableau.steps)]
+    first_output = [min(row, default=j) for j, row in enumerate(rows)]
     for j in reversed(range(steps)):
         if j < steps - 1:
             arrived = by_state[j + 1]
@@ -142,7 +143,7 @@ def _descend(
         pull = torch.zeros_like(value)
         for i in readers:
             total.weights[i, j] += _dot(cotangents[i], value)
-            pull.add_(cotangents[i], alpha=float(weights[i, j]))
+            pull.add_(cotangents[i], alpha=rows[i].get(j, 0.0))
         torch.autograd.backward(output, pull, inputs=[state, level, *parameters])
         assert state.grad is not None
         total.levels[j] += 0.0 if level.grad is None else float(level.grad)

@@ -49,7 +49,7 @@ class Path:
 
 def path_of(tableau: Tableau, denoiser: Denoiser, noise: Tensor) -> Path:
     """Roll a one-call-a-step tableau out, down to its smallest positive level."""
-    times = torch.from_numpy(tableau.times)
+    times = torch.tensor(tableau.times)
     times = times[times > 0]
     levels = level_of_time(tableau.process, times)
     states, outputs = rollout(tableau, denoiser, noise, len(times) - 1)

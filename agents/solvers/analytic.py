@@ -13,7 +13,6 @@ covariance"). `VarianceLearning` estimates and trains them. MATH.md 1.11 and 1.1
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -75,7 +74,7 @@ def analytic_dpm(
     table = _optimal(schedule, "analytic-dpm", eta, clip, late_clip)
     assert table.covariance is not None and table.cap is not None
     std = np.minimum(np.sqrt(table.noise**2 + table.covariance * covariance), table.cap)
-    table = dataclasses.replace(table, noise=std, covariance=None, cap=None)
+    table = table.replace(noise=std, covariance=None, cap=None)
     return with_last_std(table, last_std)
 
 
@@ -125,4 +124,4 @@ def _optimal(
         covariance[-1] = 0.0
     choices = [f"eta {eta:g}"] * (eta != 1) + ["unclipped"] * (not clip)
     name = f"{name} ({', '.join(choices)})" if choices else name
-    return dataclasses.replace(base, name=name, covariance=covariance, cap=cap)
+    return base.replace(name=name, covariance=covariance, cap=cap)

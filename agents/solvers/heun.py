@@ -5,7 +5,6 @@ Both integrate d xbar / d rho = epsilon with xbar = x / alpha and rho = sigma / 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import get_args
 
@@ -22,7 +21,7 @@ def euler(schedule: Schedule) -> Tableau:
     Args:
         schedule: the times; EDM's end at 0.
     """
-    return dataclasses.replace(ddim(schedule, output="sample"), name="euler")
+    return ddim(schedule, output="sample").replace(name="euler")
 
 
 def heun(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ...envs.process import NoiseProcess
 from ...envs.schedule import Schedule
+from ..sparse import SparseRows
 from ..tableau import Output, Tableau
 
 
@@ -63,7 +63,7 @@ class Rows:
     def __init__(self) -> None:
         self._times: list[float] = []
         self._scale: list[float] = []
-        self._weights: list[Mapping[int, float]] = []
+        self._weights: list[tuple[tuple[int, float], ...]] = []
         self._noise: list[float] = []
         self._anchors: list[int] = []
         self._current: list[float] = []
@@ -84,7 +84,7 @@ class Rows:
         """Append a row: the fields of `Tableau`, the weights by the index of their output."""
         self._times.append(time)
         self._scale.append(scale)
-        self._weights.append(weights)
+        self._weights.append(tuple(weights.items()))
         self._noise.append(noise)
         self._anchors.append(len(self) - 1 if anchor is None else anchor)
         self._current.append(current)
@@ -93,16 +93,12 @@ class Rows:
         self, name: str, process: NoiseProcess, final_time: float, output: Output
     ) -> Tableau:
         """Finish the table; its samples have time `final_time`."""
-        weights = np.zeros((len(self), len(self)))
-        for row, entries in zip(weights, self._weights, strict=True):
-            for k, weight in entries.items():
-                row[k] = weight
         return Tableau(
             name,
             process,
             np.array([*self._times, final_time]),
             np.array(self._scale),
-            weights,
+            SparseRows.from_pairs(self._weights),
             np.array(self._noise),
             np.array(self._anchors),
             output,
@@ -138,7 +134,7 @@ def with_last_std(tableau: Tableau, last_std: float | None) -> Tableau:
     for name, value in (("noise", last_std), ("covariance", 0.0), ("cap", np.inf)):
         changes[name] = getattr(tableau, name).copy()
         changes[name][-1] = value
-    return dataclasses.replace(tableau, **changes)
+    return tableau.replace(**changes)
 
 
 def check_order(order: int, allowed: Iterable[int], solver: str) -> None:

@@ -269,7 +269,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(make_table):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"version": 4}, "version 4; this fewstep reads 1 to 3"),
+        ({"version": 5}, "version 5; this fewstep reads 1 to 4"),
         ({"version": None}, "version"),
         ({"format": "butcher"}, "format"),
         ({"weights": ...}, "lacks weights"),
@@ -280,6 +280,17 @@ def test_a_truncated_file_is_refused_wherever_it_ends(make_table):
         ({"noise": "none"}, "could not convert"),
         ({"cap": "none"}, "could not convert"),
         ({"cap": {"0": 1}}, "malformed"),
+        ({"weights": 3}, "malformed"),
+        ({"weights": [[[0, 1.0]]]}, r"weights has shape \(1, 1\), expected \(5, 5\)"),
+        ({"weights": [[1.0] * 5] * 5}, "Row 0 of Tableau.weights must hold pairs"),
+        ({"weights": [[[0.0, 1.0]]] * 5}, "Row 0 of Tableau.weights must hold pairs"),
+        ({"weights": [[[0, True]]] * 5}, "Row 0 of Tableau.weights must hold pairs"),
+        ({"weights": [[[0, 1.0], [0, 2.0]]] * 5}, "names output 0 twice in row 0"),
+        ({"weights": [[[1, 1.0]]] * 5}, "lower-triangular"),
+        ({"weights": [[[-1, 1.0]]] * 5}, "lower-triangular"),
+        ({"weights": [[[0, 10**400]]] * 5}, "Row 0 of Tableau.weights holds a number beyond"),
+        ({"weights": [[[10**400, 1.0]]] * 5}, "lower-triangular"),
+        ({"weights": [[[0, NAN]]] * 5}, "weights holds NaN"),
         ({"process": {"kind": "Brownian"}}, "noise process"),
         ({"process": 3}, "malformed"),
     ],
@@ -293,8 +304,8 @@ def test_bad_json_is_refused(changes, complaint, make_table):
 
 def test_older_versions_are_read_which_had_fewer_fields(make_table):
     table = json.loads(make_table().to_json())
-    for field in ("clipped", "covariance", "cap"):
-        del table[field]
+    table["weights"] = make_table().weights.tolist()
+    assert not {"clipped", "covariance", "cap"} & table.keys()
     again = Tableau.from_json(json.dumps({**table, "version": 2}))
     assert again.to_json() == make_table().to_json()
     del table["current"]
