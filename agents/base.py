@@ -49,7 +49,8 @@ class Agent(ABC):
 
     Args:
         env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id.
-        denoiser: the network to train, in place.
+        denoiser: the network, moved to the environment's device. Building an agent changes nothing
+            else of it, and nothing of the environment.
         solver: name of the solver that samples with it.
         solver_options: the solver's options; None takes the default for the kind of data (see
             `default_solver_options`).
@@ -59,7 +60,8 @@ class Agent(ABC):
 
     Attributes:
         num_timesteps: denoiser calls on single samples so far.
-        mdp: the decision process.
+        mdp: the decision process; an agent with a critic has one of its own, which pays what the
+            critic says.
         generator: the source of the training's randomness.
         processes: those that train together, under `torchrun`; else this one alone.
         data_parallel: whether several processes can train it together.
@@ -198,6 +200,9 @@ class Agent(ABC):
         progress_bar: bool = False,
     ) -> AnyAgent:
         """Train for `total_timesteps` denoiser calls (rounded up to whole rounds).
+
+        The denoiser is trained in place. Precision and compilation are those that the caller set
+        again when a round ends; `channels_last` leaves its weights in that memory format.
 
         Args:
             total_timesteps: how many; added to those done when `reset_num_timesteps` is False.

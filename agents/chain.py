@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .denoiser import Denoiser
 from .tableau import Tableau, std_of
+from .training import frozen
 
 Reduction = Literal["sum", "mean"]
 
@@ -95,8 +97,7 @@ class GaussianChain(nn.Module):
             self.register_buffer("noise", _float32(tableau.noise), persistent=False)
             self.register_buffer("cap", _float32(tableau.cap), persistent=False)
         self.log_std = nn.Parameter(_float32(log_std), requires_grad=learn_std)
-        if denoiser.head is not None:
-            denoiser.head.requires_grad_(learn_std and self.covariance is not None)
+        self._trains_head = learn_std and self.covariance is not None
 
     times: Tensor
     scale: Tensor
@@ -105,6 +106,12 @@ class GaussianChain(nn.Module):
     covariance: Tensor | None
     noise: Tensor
     cap: Tensor
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that training changes: the second head's only with `learn_std`."""
+        head = None if self._trains_head else self.denoiser.head
+        left_out = set() if head is None else set(head.parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in left_out]
 
     def distribution(self, sample: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return mean (N, *shape) and standard deviation (broadcastable) of p(x_s | x_t).
@@ -122,9 +129,10 @@ class GaussianChain(nn.Module):
         if self.covariance is None:
             output = self.tableau.output_at(self.denoiser, sample, t)
         else:
-            output, covariance = self.denoiser.outputs_with_covariance(
-                sample, t, self.tableau.output
-            )
+            with nullcontext() if self._trains_head else frozen(self.denoiser.head):
+                output, covariance = self.denoiser.outputs_with_covariance(
+                    sample, t, self.tableau.output
+                )
             weight = self.covariance[step]
             std = std * std_of(covariance, self.noise[step], weight, self.cap[step])
         mean = torch.addcmul(self.scale[step] * sample, self.weight[step], output)

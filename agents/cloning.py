@@ -21,6 +21,7 @@ from ..critics.precision import Precision
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
+from .execution import Execution, as_executed
 from .solvers import Options
 from .training import (
     Averaged,
@@ -110,7 +111,7 @@ class BehaviorCloning(Agent):
         self.optimizer = adam(self.denoiser.parameters())
         self.averaged = Averaged(self.denoiser, ema)
         self.precision, self.channels_last, self.compile = precision, channels_last, compile
-        self.denoiser.run_with(precision, channels_last, compile)
+        self.execution = Execution(self.denoiser, precision, channels_last, compile)
 
     @property
     def sampling_denoiser(self) -> Denoiser:
@@ -134,6 +135,7 @@ class BehaviorCloning(Agent):
             "or --pretrain.micro-batch-size where cloning is the first stage of another agent."
         )
 
+    @as_executed
     def train_round(self) -> dict[str, Tensor]:
         """Take one gradient step on one batch."""
         # What all processes need, the same on each, of which each takes its share.

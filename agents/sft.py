@@ -18,6 +18,7 @@ from ..critics.precision import Precision
 from ..envs.mdp import Reward
 from .base import Environment
 from .denoiser import Denoiser
+from .execution import as_executed
 from .shortcut import Buffer, Critic, ShortcutAgent
 from .solvers import Options
 
@@ -112,6 +113,7 @@ class SFT(ShortcutAgent):
         rollouts = self.n_critic + self.n_generator
         return rollouts * self.batch_size * self.policy.steps * self.processes.count
 
+    @as_executed
     def train_round(self) -> dict[str, Tensor]:
         """Do one round."""
         self.anneal()

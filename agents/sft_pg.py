@@ -20,6 +20,7 @@ from .base import Environment
 from .chain import Reduction
 from .checks import at_least, fraction, not_negative, positive
 from .denoiser import Denoiser
+from .execution import as_executed
 from .shortcut import Buffer, Critic, ShortcutAgent
 from .solvers import Options
 
@@ -191,6 +192,7 @@ class SFTPG(ShortcutAgent):
                 f"take a minibatch_size of at most {transitions // n_generator}, or larger batches."
             )
 
+    @as_executed
     def train_round(self) -> dict[str, Tensor]:
         """Do one round of S.7."""
         self.anneal()

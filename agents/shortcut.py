@@ -22,6 +22,7 @@ from .base import Agent, Environment
 from .chain import GaussianChain
 from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
+from .execution import Execution, as_executed
 from .solvers import Options
 from .tableau import Tableau
 from .training import (
@@ -168,17 +169,17 @@ class ShortcutAgent(Agent):
         self._factor = learning_rate_schedule(lr_schedule)
         self._critic_factor = learning_rate_schedule(critic_lr_schedule)
         self.policy = GaussianChain(self.denoiser, self._tableau, learn_std).to(self.device)
-        self.optimizer = adam((p for p in self.policy.parameters() if p.requires_grad), self.betas)
+        self.optimizer = adam(self.policy.trained(), self.betas)
         self.averaged = Averaged(self.policy, ema)
         # Only what trains: the averaged network samples as any user of its file will.
         self.precision, self.channels_last, self.compile = precision, channels_last, compile
-        self.denoiser.run_with(precision, channels_last, compile)
+        self.execution = Execution(self.denoiser, precision, channels_last, compile)
         self.critic = self._default_critic() if critic is None else self._with_face(critic)
         # A critic of one's own comes with rates of its own.
         optimizer = getattr(self.critic, "optimizer", None)
         self._critic_rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
-        # From now on the environment pays what the critic says.
-        self.mdp.reward = self.critic
+        # The agent's own decision process pays what the critic says; the caller's stays as it is.
+        self.mdp = self.mdp.with_reward(self.critic)
 
     def _with_face(self, critic: Critic | Reward) -> Critic:
         """Give a plain reward function the face of a critic."""
@@ -225,6 +226,7 @@ class ShortcutAgent(Agent):
         """The sampler, with the learned standard deviations when they are learned."""
         return self.averaged.module.export() if self.learn_std else self._tableau
 
+    @as_executed
     def train_critic(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Roll out and take n_critic critic steps, each on its own batch of trajectories.
 

@@ -109,9 +109,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module | None) -> Iterator[None]:
     """Keep a module's parameters out of the gradient for a while."""
-    training = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = () if module is None else module.parameters()
+    training = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in training:
         parameter.requires_grad_(False)
     try:

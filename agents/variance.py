@@ -13,6 +13,7 @@ The network itself stays as it is; "sn" and "npr" train a second head on its las
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal, get_args
 
@@ -109,6 +110,8 @@ class VarianceLearning(Agent):
             verbose=verbose,
             tensorboard_log=tensorboard_log,
         )
+        # What is learned is the caller's from the first round on, not before.
+        self._given, self.denoiser = self.denoiser, _light_copy(self.denoiser)
         self.kind: Kind = kind
         self.batch_size = batch_size
         self.samples_per_time = samples_per_time
@@ -159,7 +162,12 @@ class VarianceLearning(Agent):
         noise = torch.empty_like(clean).normal_(generator=self.generator)
         metrics = self._add(clean, noise) if self.kind == "gamma" else self._descend(clean, noise)
         self.num_timesteps += self.timesteps_per_round
+        self._hand_over()
         return metrics
+
+    def _hand_over(self) -> None:
+        """Give the caller's denoiser what has been learned."""
+        self._given.gamma, self._given.head = self.denoiser.gamma, self.denoiser.head
 
     # -- Gamma ---------------------------------------------------------------------------------
 
@@ -223,7 +231,8 @@ class VarianceLearning(Agent):
         self._head = head.to(self.device)
         self._averaged = Averaged(self._head, self.ema)
         self._optimizer = adam(self._head.parameters())
-        self.denoiser.head = self._averaged.module
+        # The averaged head is the result: whoever goes on to train it finds it trainable.
+        self.denoiser.head = self._averaged.module.requires_grad_(True)
 
     def _descend(self, clean: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Take a gradient step of the head on a batch."""
@@ -275,7 +284,16 @@ class VarianceLearning(Agent):
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
             self._counts.copy_(torch.tensor(state["counts"], dtype=torch.float64))
             self._know_gamma()
+            self._hand_over()
             return
         self._head.load_state_dict(state["head"])
         self._averaged.module.load_state_dict(state["averaged"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._hand_over()
+
+
+def _light_copy(denoiser: Denoiser) -> Denoiser:
+    """Return a denoiser with the same body, with a `gamma` and a `head` of its own."""
+    light = copy.copy(denoiser)
+    light._modules = dict(denoiser._modules)
+    return light

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ Reward = Callable[[Tensor], Tensor]
 DEFAULT_REWARD_SAMPLES = 512
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class DiffusionMDP:
     """What a sampler acts in.
 
@@ -40,7 +41,9 @@ class DiffusionMDP:
         process: The noise process.
         schedule: The times to visit, on the same process.
         reward: ``(N, *shape) -> (N,)``, high on data; an ``MMDCritic`` of some training samples if
-            None. May be replaced at any time, or learn in place.
+            None. It may learn in place.
+
+    A decision process never changes: ``with_schedule`` and ``with_reward`` make another one.
 
     Raises:
         ValueError: The schedule belongs to another process.
@@ -59,9 +62,13 @@ class DiffusionMDP:
                 f"the environment has {self.process!r}; build it on that one"
             )
         if self.reward is None:
-            self.reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
+            reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
+            object.__setattr__(self, "reward", reward)
         check_reward(self.reward)
-        self._times: list[float] = self.schedule.times.tolist()
+
+    @cached_property
+    def _times(self) -> list[float]:
+        return self.schedule.times.tolist()
 
     @property
     def steps(self) -> int:
@@ -81,6 +88,10 @@ class DiffusionMDP:
     def with_schedule(self, schedule: Schedule) -> DiffusionMDP:
         """The same decision process on other times."""
         return replace(self, schedule=schedule)
+
+    def with_reward(self, reward: Reward) -> DiffusionMDP:
+        """The same decision process with another reward."""
+        return replace(self, reward=reward)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``x_T``, ``(n, *shape)`` float32, from the prior of the process."""
@@ -140,7 +151,7 @@ class DiffusionMDP:
         return sample.detach().to(torch.float32, copy=True)
 
 
-def check_reward(reward: Reward) -> None:
+def check_reward(reward: object) -> None:
     """Raise TypeError for a reward that cannot be called."""
     if not callable(reward):
         raise TypeError(

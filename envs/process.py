@@ -181,26 +181,37 @@ class DiscreteVP(NoiseProcess):
         betas: Noise added by each noising, ``(T,)``, each in (0, 1).
 
     Attributes:
-        betas: The same, float64 on the CPU.
-        abar: Cumulative products of ``1 - betas``, ``(T + 1,)``, with ``abar[0] = 1``.
+        betas: The same, float64 on the CPU; a copy at each access, for a process never changes.
+        abar: Cumulative products of ``1 - betas``, ``(T + 1,)``, with ``abar[0] = 1``; likewise.
 
     Raises:
         ValueError: ``betas`` is not a non-empty vector of numbers inside (0, 1).
     """
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
-        self.betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
-        if self.betas.ndim != 1 or not len(self.betas):
-            raise ValueError(f"betas must be a non-empty vector; got {tuple(self.betas.shape)}")
-        if not bool(((self.betas > 0) & (self.betas < 1)).all()):
+        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        if betas.ndim != 1 or not len(betas):
+            raise ValueError(f"betas must be a non-empty vector; got {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError("every beta must lie strictly between 0 and 1")
-        self.t_max = float(len(self.betas))
+        self._betas = betas
+        self.t_max = float(len(betas))
         self.t_min = 1.0
         zero = torch.zeros(1, dtype=torch.float64)
-        log_abar = torch.cat([zero, torch.log1p(-self.betas).cumsum(0)])
-        self.abar = log_abar.exp()
+        log_abar = torch.cat([zero, torch.log1p(-betas).cumsum(0)])
+        self._abar = log_abar.exp()
         # -log alpha(n), strictly increasing; one copy a device, so that lookups do not copy.
         self._decay = {torch.device("cpu"): -0.5 * log_abar}
+
+    @property
+    def betas(self) -> Tensor:
+        """A copy of the betas, ``(T,)`` float64 on the CPU."""
+        return self._betas.clone()
+
+    @property
+    def abar(self) -> Tensor:
+        """A copy of ``abar``, ``(T + 1,)`` float64 on the CPU."""
+        return self._abar.clone()
 
     @classmethod
     def linear(
@@ -245,12 +256,12 @@ class DiscreteVP(NoiseProcess):
             ValueError: ``steps`` is out of range, or so few that one noising would keep less of the
                 signal than float64 can tell from nothing.
         """
-        noisings = len(self.betas)
+        noisings = len(self._betas)
         if not 1 <= steps <= noisings:
             raise ValueError(f"a chain of {noisings} noisings has no {steps} to visit")
         times = (torch.arange(steps + 1, dtype=torch.float64) * noisings / steps).round().long()
         # Sums of the few, not differences of cumulative sums: small betas keep their digits.
-        groups = torch.log1p(-self.betas).split(times.diff().tolist())
+        groups = torch.log1p(-self._betas).split(times.diff().tolist())
         betas = -torch.expm1(torch.stack([group.sum() for group in groups]))
         if not bool((betas < 1).all()):
             raise ValueError(
@@ -286,15 +297,15 @@ class DiscreteVP(NoiseProcess):
 
     def kinks(self, low: float, high: float) -> Tensor:
         """The integers: between them ``log alpha`` is linear. See ``NoiseProcess.kinks``."""
-        first, end = max(math.floor(low) + 1, 1), min(math.ceil(high), len(self.betas))
+        first, end = max(math.floor(low) + 1, 1), min(math.ceil(high), len(self._betas))
         return torch.arange(first, max(first, end), dtype=torch.float64)
 
     def to_config(self) -> dict[str, Any]:
         """See ``NoiseProcess.to_config``."""
-        return {"kind": "DiscreteVP", "betas": self.betas.tolist()}
+        return {"kind": "DiscreteVP", "betas": self._betas.tolist()}
 
     def __repr__(self) -> str:
-        return f"DiscreteVP(T={len(self.betas)}, abar_T={float(self.abar[-1]):.3g})"
+        return f"DiscreteVP(T={len(self._betas)}, abar_T={float(self._abar[-1]):.3g})"
 
     def _log_alpha(self, t: float | Tensor) -> Tensor:
         time = self._check_time(t)

@@ -50,7 +50,8 @@ class Schedule:
 
     Attributes:
         process: The same.
-        times: The same, as a float64 tensor on the CPU. Treat it as read-only.
+        times: The same, as a float64 tensor on the CPU; a copy at each access, for tensors cannot
+            be read-only, and a schedule never changes.
         recipe: Key of ``SCHEDULES`` and the keyword options that made the times; None for a list of
             times. It takes no part in equality.
 
@@ -65,32 +66,48 @@ class Schedule:
         *,
         recipe: Recipe | None = None,
     ) -> None:
-        self.process = process
-        self.recipe = recipe
-        self.times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
-        if self.times.ndim != 1 or len(self.times) < 2:
+        self._process = process
+        self._recipe = None if recipe is None else (recipe[0], dict(recipe[1]))
+        times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
+        self._times = times
+        if times.ndim != 1 or len(times) < 2:
             raise ValueError(
-                f"a schedule needs a vector of at least two times; got {tuple(self.times.shape)}"
+                f"a schedule needs a vector of at least two times; got {tuple(times.shape)}"
             )
-        if not bool(self.times.isfinite().all()):
+        if not bool(times.isfinite().all()):
             raise ValueError("the times of a schedule must be finite")
-        rises = (self.times.diff() >= 0).nonzero()
+        rises = (times.diff() >= 0).nonzero()
         if len(rises):
             j = int(rises[0])
             raise ValueError(
                 "the times of a schedule must strictly decrease; "
-                f"times[{j}:{j + 2}] = {self.times[j : j + 2].tolist()}"
+                f"times[{j}:{j + 2}] = {times[j : j + 2].tolist()}"
             )
-        if self.times[-1] < 0 or self.times[0] > process.t_max:
+        if times[-1] < 0 or times[0] > process.t_max:
             raise ValueError(
                 f"the times of a schedule must lie in [0, {process.t_max:g}]; "
-                f"got {float(self.times[-1]):g} to {float(self.times[0]):g}"
+                f"got {float(times[-1]):g} to {float(times[0]):g}"
             )
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process."""
+        return self._process
+
+    @property
+    def times(self) -> Tensor:
+        """A copy of the times, ``(K + 1,)`` float64 on the CPU."""
+        return self._times.clone()
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """A copy of the name and the options that made the times, or None."""
+        return None if self._recipe is None else (self._recipe[0], dict(self._recipe[1]))
 
     @property
     def steps(self) -> int:
         """``K``, the number of transitions."""
-        return len(self.times) - 1
+        return len(self._times) - 1
 
     @property
     def spacing(self) -> Spacing:
@@ -104,7 +121,7 @@ class Schedule:
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """``alpha`` and ``sigma`` at the times, ``(K + 1,)`` float64 each, for the solvers."""
-        return self.process.alpha(self.times).numpy(), self.process.sigma(self.times).numpy()
+        return self.process.alpha(self._times).numpy(), self.process.sigma(self._times).numpy()
 
     def step_of(self, timestep: float) -> int:
         """The step whose state has this time, up to float32 rounding.
@@ -112,7 +129,7 @@ class Schedule:
         Raises:
             ValueError: No step starts at that time.
         """
-        distance = (self.times[:-1] - timestep).abs()
+        distance = (self._times[:-1] - timestep).abs()
         step = int(distance.argmin())
         if float(distance[step]) > 1e-5 * max(1.0, self.process.t_max):
             raise ValueError(f"no step of {self!r} starts at time {timestep:g}")
@@ -343,12 +360,12 @@ class Schedule:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
             return NotImplemented
-        return torch.equal(self.times, other.times) and self.process == other.process
+        return torch.equal(self._times, other._times) and self.process == other.process
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        first, last = float(self.times[0]), float(self.times[-1])
+        first, last = float(self._times[0]), float(self._times[-1])
         return f"Schedule({self.process!r}, steps={self.steps}, {first:g} to {last:g})"
 
 

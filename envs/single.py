@@ -39,10 +39,14 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         self._vector = DiffusionVectorEnv(
             mdp, 1, render_mode=render_mode, autoreset_mode=AutoresetMode.DISABLED, **settings
         )
-        self.mdp = self._vector.mdp
         self.render_mode = render_mode
         self.observation_space = observation_space(self.mdp, (1,))
         self.action_space = self._vector.single_action_space
+
+    @property
+    def mdp(self) -> DiffusionMDP:
+        """The decision process."""
+        return self._vector.mdp
 
     @property
     def target(self) -> Target:
@@ -61,7 +65,7 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
 
     @property
     def reward(self) -> Reward | None:
-        """The critic of the finished sample, ``(N, *shape) -> (N,)``; replace it at any time."""
+        """The critic of the finished sample; see ``DiffusionVectorEnv.reward``."""
         return self._vector.reward
 
     @reward.setter

@@ -106,13 +106,18 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     @property
     def reward(self) -> Reward | None:
-        """The critic of the finished sample, ``(N, *shape) -> (N,)``; replace it at any time."""
+        """The critic of the finished sample, ``(N, *shape) -> (N,)``.
+
+        Another one may be assigned at any time, and counts from the next reward on: the environment
+        then has another ``mdp``, the old one stays as it is.
+        """
         return self.mdp.reward
 
     @reward.setter
     def reward(self, reward: Reward) -> None:
-        check_reward(reward)
-        self.mdp.reward = reward
+        check_reward(reward)  # None would mean the default
+        self.mdp = self.mdp.with_reward(reward)
+        self._episode = self._episode.with_reward(reward)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

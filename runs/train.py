@@ -24,7 +24,6 @@ from ..agents.tableau import Tableau
 from ..agents.training import seeded
 from ..critics.processes import Processes
 from ..envs import VE, DiffusionMDP
-from ..envs.mdp import no_reward
 from ..envs.process import NoiseProcess, make_process
 from .bodies import named_body
 from .console import console, print_results
@@ -319,7 +318,6 @@ def check(settings: Settings) -> DiffusionMDP:
             f"Agent '{run.agent}' has its own number of rounds, {agent.planned_rounds} with these "
             "settings: leave out --rounds, whose help names what sets them."
         )
-    mdp.reward = no_reward  # that of the agent just thrown away would keep its critic alive
     return mdp
 
 

@@ -57,7 +57,7 @@ def test_noise_power_weights_the_gradient_of_each_step(make_pg):
         parameters = list(agent.denoiser.parameters())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
-    std = torch.from_numpy(make_pg()._tableau.noise)
+    std = torch.tensor(make_pg()._tableau.noise)
     for power in (1.0, 2.0):
         weights = std**power / (std**power).mean()
         for step, weight in enumerate(weights.tolist()):

@@ -138,7 +138,7 @@ def test_heads_learn_the_closed_forms(kind, generator):
 
     def error():
         with torch.no_grad():
-            return float((denoiser.head(*read) - expected).square().mean())
+            return float((agent.denoiser.head(*read) - expected).square().mean())
 
     before = error()
     agent.learn(agent.timesteps_until(400))
@@ -360,10 +360,15 @@ def test_a_learned_factor_multiplies_the_deviation_of_each_pixel(mdp, prepared, 
     z = ((after - mean) / std).detach()
     expected = torch.tensor([0, float((z.square() - 1).sum()), 0, 0])
     torch.testing.assert_close(chain.log_std.grad, expected)
-    # A head of its own that the chain reads but may not train.
-    assert all(p.requires_grad for p in denoiser.head.parameters())
-    GaussianChain(denoiser, table)
-    assert not any(p.requires_grad for p in denoiser.head.parameters())
+    # A head that the chain reads but may not train; it changes no flag of the caller's denoiser.
+    assert all(p.grad is not None for p in denoiser.head.parameters())
+    assert set(denoiser.head.parameters()) <= set(chain.trained())
+    denoiser.zero_grad()
+    fixed = GaussianChain(denoiser, table)
+    fixed.log_density(after, x, 1).sum().backward()
+    assert all(p.requires_grad and p.grad is None for p in denoiser.head.parameters())
+    assert all(p.grad is not None for p in denoiser.body.parameters())
+    assert set(fixed.trained()) == set(denoiser.body.parameters())
 
 
 def test_steps_without_noise_of_their_own_have_no_density(mdp, prepared):

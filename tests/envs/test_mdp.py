@@ -78,7 +78,7 @@ def test_actions_on_another_device_are_refused(mdp):
     ],
 )
 def test_bad_rewards_are_refused(mdp, reward, error, complaint):
-    mdp.reward = reward
+    mdp = mdp.with_reward(reward)
     with pytest.raises(error, match=complaint):
         mdp.terminal_reward(torch.ones(3, 2))
 
