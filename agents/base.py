@@ -462,12 +462,19 @@ class Agent(ABC):
             CheckpointError: the tree comes from another environment.
         """
         here, there = environment_identity(self.mdp), tree["environment"]
+        here.pop("data")
         for key, value in here.items():
             if there.get(key) != value:
                 raise CheckpointError(
                     f"{origin} was trained on another environment: {key} is {there.get(key)!r}, "
                     f"here it is {value!r}."
                 )
+        # Older files say nothing of the data.
+        if "data" in there and not self.mdp.target.matches(there["data"]):
+            raise CheckpointError(
+                f"{origin} was trained on another environment: the training samples of its target "
+                f"{self.mdp.target.name!r} were not those that there are here."
+            )
         self.num_timesteps, self.rounds = tree["num_timesteps"], tree["rounds"]
         self.generator.set_state(tree["generator"].cpu())
         self.acting_generator.set_state(tree["acting_generator"].cpu())
@@ -481,4 +488,9 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
     """Return what two environments must share for a checkpoint of one to fit the other."""
     schedule = mdp.schedule.to_config()
     schedule.pop("recipe", None)  # the same times by another name are the same schedule
-    return {"target": mdp.target.name, "shape": list(mdp.shape), "schedule": schedule}
+    return {
+        "target": mdp.target.name,
+        "shape": list(mdp.shape),
+        "schedule": schedule,
+        "data": mdp.target.fingerprint,
+    }

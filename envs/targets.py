@@ -10,6 +10,7 @@ for your own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +29,18 @@ Sampler = Callable[[int, int], Any]
 TOY_SAMPLES = 10_000
 TRAINING_SEED = 0
 
-# Bytes counted at once for the standard deviation of a set of images.
+# Bytes counted at once for the standard deviation of a set of images, or hashed at once.
 _CHUNK = 2**24
+# Numbers of a generated set that its fingerprint holds, evenly spread, and how closely they agree.
+_REMEMBERED, _TOLERANCE = 64, 1e-4
 
 
 class Target:
     """A real distribution: training samples and a source of fresh ones.
 
     Samples are float32, or images as bytes: arrays ``(N, C, H, W)`` of dtype uint8 are kept as they
-    are, and whatever hands samples out gives ``byte / 127.5 - 1``, float32 in [-1, 1].
+    are, and whatever hands samples out gives ``byte / 127.5 - 1``, float32 in [-1, 1]. Floats are
+    copied, so that nobody else can change them; bytes are not, for there may be gigabytes.
 
     Args:
         name: What to call it in logs.
@@ -71,10 +75,10 @@ class Target:
         flip: bool = False,
     ) -> None:
         self.name = name
-        self._training = _to_stored(samples, f"samples of {name}")
+        self._training = _to_stored(samples, f"samples of {name}", own=True)
         self._held_out = None
         if held_out is not None:
-            self._held_out = _to_stored(held_out, f"held-out samples of {name}")
+            self._held_out = _to_stored(held_out, f"held-out samples of {name}", own=True)
             if self._held_out.shape[1:] != self.shape:
                 raise ValueError(
                     f"held-out samples of {name} have shape {tuple(self._held_out.shape[1:])}, "
@@ -110,10 +114,10 @@ class Target:
     def samples(self) -> Tensor:
         """The whole training set, ``(N, *shape)`` float32 on ``device``.
 
-        A set of bytes is converted anew at each access, into four times its memory: of a large one
-        use ``take``, ``subset`` or ``sample``.
+        A copy at each access, for a target never changes: of a large set use ``take``, ``subset``
+        or ``sample``.
         """
-        return _to_float(self._training)
+        return self.take(len(self))
 
     @property
     def shape(self) -> torch.Size:
@@ -146,6 +150,38 @@ class Target:
         variance = share @ (level - share @ level).square()
         return float((variance * flat.numel() / max(flat.numel() - 1, 1)).sqrt())
 
+    @cached_property
+    def fingerprint(self) -> str | list[float]:
+        """What tells its training samples from another target's: a hash, or some of the numbers.
+
+        The samples of a generator (``from_sampler``) may differ in their last bits from one
+        processor to the next: of them it is 64 numbers, evenly spread; else the SHA-256 of samples
+        and labels. It is computed when it is first asked for, at some 0.5 GB a second.
+        """
+        if self._sampler is not None:
+            flat = self._training.flatten()
+            return flat[:: max(len(flat) // _REMEMBERED, 1)][:_REMEMBERED].tolist()
+        digest = hashlib.sha256()
+        for part in (self._training, self.labels):
+            if part is None:
+                continue
+            digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            rows = max(_CHUNK // (part[0].numel() * part.element_size()), 1)
+            for piece in part.split(rows):
+                digest.update(piece.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def matches(self, fingerprint: str | list[float]) -> bool:
+        """Whether its training samples are those that a ``fingerprint`` was taken of."""
+        own = self.fingerprint
+        if isinstance(own, str) or not isinstance(fingerprint, list):
+            return own == fingerprint
+        close = _TOLERANCE * max(self.max_abs, 1.0)
+        return len(own) == len(fingerprint) and all(
+            isinstance(b, float) and abs(a - b) <= close
+            for a, b in zip(own, fingerprint, strict=True)
+        )
+
     @property
     def max_abs(self) -> float:
         """The largest absolute value in the training samples; for bytes 1, their bound."""
@@ -161,7 +197,7 @@ class Target:
         """
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
-        return _to_float(self._training[:n])
+        return _to_float(self._training[:n]).clone()
 
     def subset(self, n: int, seed: int = 0) -> Tensor:
         """A seeded choice of ``n`` training samples without replacement; all if there are no more.
@@ -345,8 +381,11 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-def _to_stored(values: Any, what: str) -> Tensor:
-    """Check samples and bring them to what is kept: images as bytes, or else float32."""
+def _to_stored(values: Any, what: str, own: bool = False) -> Tensor:
+    """Check samples and bring them to what is kept: images as bytes, or else float32.
+
+    With ``own`` the floats are a copy.
+    """
     samples = torch.as_tensor(values).detach()
     if samples.ndim < 2 or not samples.numel():
         raise ValueError(
@@ -354,7 +393,7 @@ def _to_stored(values: Any, what: str) -> Tensor:
         )
     if samples.dtype == torch.uint8 and samples.ndim == 4:
         return samples
-    samples = samples.to(torch.float32)
+    samples = samples.to(torch.float32, copy=own)
     if not bool(samples.isfinite().all()):
         raise ValueError(f"{what} hold NaN or infinity")
     return samples
@@ -375,7 +414,7 @@ def _to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
     count = 0 if samples is None else len(samples)
     if samples is None or labels.shape != (count,):
         raise ValueError(f"{what} must have shape ({count},); got {tuple(labels.shape)}")
-    return labels.to(samples.device, torch.int64)
+    return labels.to(samples.device, torch.int64, copy=True)
 
 
 def _check_seed(seed: int) -> None:

@@ -333,3 +333,45 @@ def test_bytes_move_to_a_gpu_as_bytes():
     assert moved.std == target.std
     draws = [t.sample(99, torch.Generator().manual_seed(0)).cpu() for t in (target, moved)]
     assert torch.equal(*draws)
+
+
+def test_a_target_keeps_samples_of_its_own():
+    given = np.ones((4, 2), dtype=np.float32)
+    labels = torch.arange(4)
+    target = Target("mine", given, held_out=given, labels=labels)
+    given[:] = 7
+    labels[:] = 0
+    target.samples.mul_(3)
+    target.take(2).mul_(3)
+    target.subset(4).mul_(3)
+    assert target.samples.unique().tolist() == target.sample_fresh(4).unique().tolist() == [1.0]
+    assert target.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_a_fingerprint_tells_contents_apart():
+    rng = np.random.default_rng(0)
+    bytes_ = torch.from_numpy(rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8))
+    points = rng.normal(size=(5000, 2))
+    other = points.copy()
+    other[4321, 1] += 1e-3
+    samplers = [
+        lambda n, seed, shift=shift: np.random.default_rng(seed).normal(size=(n, 2)) * (1 + shift)
+        for shift in (0, 1e-6, 1e-2)
+    ]
+    targets = [
+        Target("mine", bytes_),
+        Target("mine", bytes_, labels=torch.arange(30)),
+        Target("mine", bytes_[:, :, ::2].contiguous()),
+        Target("mine", points),
+        Target("mine", other),
+        Target("mine", points[::-1].copy()),
+        Target.from_sampler(samplers[0], "mine", 5000),
+        Target.from_sampler(samplers[2], "mine", 5000),
+    ]
+    for i, one in enumerate(targets):
+        assert [one.matches(two.fingerprint) for two in targets] == [
+            i == j for j in range(len(targets))
+        ]
+        assert one.to("cpu").fingerprint == one.fingerprint
+    # The last bits of a generator are its machine's.
+    assert Target.from_sampler(samplers[1], n=5000).matches(targets[6].fingerprint)
