@@ -326,7 +326,7 @@ class Agent(ABC):
         `evaluate_policy` passes True unless told otherwise.
         """
         if not self.tableau.one_step:
-            policy = SolverPolicy(self.tableau, self.sampling_denoiser)
+            policy = SolverPolicy(self.tableau, self.sampling_denoiser, shape=self.mdp.shape)
             return policy.predict(observation, state, episode_start, True, self.acting_generator)
         sample = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = sample.ndim == len(self.mdp.shape)

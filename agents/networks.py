@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..critics.precision import in_full_precision
+from ..critics.shapes import is_image
 
 
 def _shared(time: Tensor) -> Tensor:
@@ -314,7 +315,9 @@ BODIES: dict[str, type[nn.Module]] = {
 def make_body(
     shape: Sequence[int], levels: int, time_range: Sequence[float] | None = None
 ) -> nn.Module:
-    """Choose a body: an MLP for vectors, a residual MLP for tiny images, else a small U-Net.
+    """Choose a body: a residual MLP for tiny images, a small U-Net for others, else an MLP.
+
+    The MLP reads all numbers of a sample as one vector, that of a sequence (L, C) too.
 
     Args:
         shape: shape of one sample.
@@ -322,7 +325,7 @@ def make_body(
         time_range: (low, high) of the network times where they are not 0 .. levels - 1; see
             `edm_time_range`.
     """
-    if len(shape) != 3:
+    if not is_image(shape):
         return MLP(shape, levels, time_range=time_range)
     if math.prod(shape) <= 256:
         return ResidualMLP(shape, time_range=time_range)

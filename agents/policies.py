@@ -6,7 +6,7 @@ step in a Gymnasium loop, its history being the recurrent state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,20 @@ class SolverPolicy:
     Args:
         tableau: the sampler; the environment must have as many steps.
         denoiser: the network.
+        shape: of one sample, `env.single_observation_space["sample"].shape`, to tell a sample from
+            a batch; None where the network says it (`Denoiser.shape`).
 
     Raises:
-        ValueError: a denoiser of another noise process than the tableau's.
+        ValueError: a denoiser of another noise process than the tableau's, or of another shape.
     """
 
-    def __init__(self, tableau: Tableau, denoiser: Denoiser) -> None:
+    def __init__(
+        self, tableau: Tableau, denoiser: Denoiser, shape: Sequence[int] | None = None
+    ) -> None:
         tableau.check_process(denoiser)
+        if shape is not None:
+            denoiser.check_shape(shape)
+        self.shape = denoiser.shape if shape is None else tuple(shape)
         self.tableau = tableau
         self.denoiser = denoiser
 
@@ -185,10 +192,11 @@ class SolverPolicy:
             generator: source of that noise.
 
         Raises:
-            ValueError: more calls in an episode than the tableau has steps.
+            ValueError: more calls in an episode than the tableau has steps, samples of another
+                shape, or nothing tells whether they are one sample or a batch.
         """
         now = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
-        single = now.ndim in (1, 3)  # a sample is a vector or an image
+        single = self._is_single(tuple(now.shape), np.shape(observation["timestep"]))
         now = now.unsqueeze(0) if single else now
         fresh = state is None or (episode_start is not None and bool(np.any(episode_start)))
         history = (
@@ -208,6 +216,27 @@ class SolverPolicy:
         memory = tuple(torch.stack(part).cpu().numpy() for part in (states, outputs))
         return (action[0] if single else action).cpu().numpy(), memory
 
+    def _is_single(self, sample: tuple[int, ...], timestep: tuple[int, ...]) -> bool:
+        """Tell one sample from a batch: by the shape of a sample, or by the shape of the times.
+
+        A batch of one has a time of shape (1,), as a sample of `DiffusionEnv` has.
+        """
+        if self.shape is not None:
+            if sample != self.shape and sample[1:] != self.shape:
+                raise ValueError(
+                    f"The samples have shape {self.shape}, the observation's {sample}: that is "
+                    "neither one sample nor a batch."
+                )
+            return sample == self.shape
+        if len(sample) == 1 or len(timestep) != 1:
+            return len(sample) == 1 or timestep == ()
+        if timestep == sample[:1] == (1,):
+            raise ValueError(
+                f"An observation of shape {sample} may be one sample or a batch of one: give "
+                "SolverPolicy the shape of a sample, shape=..."
+            )
+        return timestep != sample[:1]
+
     @torch.no_grad()
     def sample(
         self,
@@ -225,6 +254,7 @@ class SolverPolicy:
         Raises:
             ValueError: neither noise nor shape.
         """
+        shape = self.shape if shape is None else shape
         if noise is None and shape is None:
             raise ValueError("Give noise=(n, *shape) to start from, or the shape of one sample.")
         return sample(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..critics.shapes import is_image
 from .denoiser import Denoiser
 from .solvers import SOLVERS, Options
 from .tableau import Tableau
@@ -62,7 +63,7 @@ def default_solver_options(solver: str, shape: tuple[int, ...], clip: bool = Fal
     """
     if solver not in SOLVERS:
         return {}
-    image, known = len(shape) == 3, SOLVERS[solver].options
+    image, known = is_image(shape), SOLVERS[solver].options
     options: Options = {}
     if solver == "ancestral":
         options["variance"] = "small" if image else "beta"

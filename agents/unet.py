@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..critics.shapes import is_image
 from ..envs.names import unknown_name
 from .networks import BODIES, check_range, stretched
 
@@ -99,7 +100,7 @@ class UNet2D(nn.Module):
         for option in diffusers_options:
             if option not in known:
                 raise unknown_name("option of UNet2DModel", option, known)
-        if len(shape) != 3:
+        if not is_image(shape):
             raise ValueError(
                 f"UNet2D is for images, (channels, height, width); got shape {tuple(shape)}."
             )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_samples
 from .features import NetworkFeatures
+from .shapes import is_image
 
 # Goes up with every change of the network or of its training: files of another one are not ours.
 RECIPE = 1
@@ -52,7 +53,7 @@ class ClassifierFeatures(NetworkFeatures):
     DIMENSION = 64
 
     def __init__(self, name: str, shape: Sequence[int], classes: int) -> None:
-        if len(shape) != 3 or min(shape[1:]) < 4:
+        if not is_image(shape) or min(shape[1:]) < 4:
             raise ValueError(
                 f"A classifier needs images (C, H, W), H and W at least 4, got {tuple(shape)}."
             )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import in_full_precision
+from .shapes import is_image
 
 
 class FourierFeatures(nn.Module):
@@ -93,7 +94,7 @@ class ConvCritic(nn.Module):
 
     def __init__(self, shape: Sequence[int], width: int | None = None) -> None:
         super().__init__()
-        if len(shape) != 3 or min(shape[1:]) < 8:
+        if not is_image(shape) or min(shape[1:]) < 8:
             raise ValueError(f"ConvCritic needs images (C, H, W), H, W >= 8, got {tuple(shape)}.")
         side = min(shape[1:])
         stages = int(math.log2(side // 4))
@@ -199,19 +200,22 @@ FREQUENCIES = 32
 def make_critic(shape: Sequence[int], width: int | None = None) -> nn.Module:
     """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`.
 
+    Images, H and W at least 8, get the `ConvCritic`. The `MLPCritic` reads all numbers of any other
+    sample as one vector.
+
     Args:
         shape: shape of one sample.
         width: hidden width of the one, channels after the first stage of the other; the classes'
             defaults if None.
     """
-    if len(shape) == 3:
+    if is_image(shape):
         return ConvCritic(shape, width)
     return MLPCritic(shape, hidden=width or 128, frequencies=FREQUENCIES)
 
 
 def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:
     """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps."""
-    if len(shape) != 3:
+    if not is_image(shape):
         return MLPBaseline(shape, steps, frequencies=FREQUENCIES)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)
     return MLPBaseline(shape, steps, hidden=widths)

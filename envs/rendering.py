@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from ..critics.shapes import is_image, is_vector
+
 BACKGROUND, REAL, GENERATED = (255, 255, 255), (205, 210, 220), (214, 69, 65)
 MAX_REAL = 5_000
 VIEW_MARGIN = 1.5
@@ -36,11 +38,14 @@ def frame(
         ValueError: Samples of this shape have no picture.
     """
     batch = _to_array(samples, shape)
-    if len(shape) == 1:
+    if is_vector(shape):
         return _scatter(batch, batch if real is None else _to_array(real[:MAX_REAL], shape), size)
-    if len(shape) == 3 and shape[0] in (1, 3):
+    if is_image(shape) and shape[0] in (1, 3):
         return _grid(batch, size)
-    raise ValueError(f"samples of shape {tuple(shape)} are neither vectors nor images")
+    raise ValueError(
+        f"samples of shape {tuple(shape)} have no picture: vectors (D,) have, and images (C, H, W) "
+        "of 1 or 3 channels"
+    )
 
 
 def _to_array(samples: Tensor, shape: Sequence[int]) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.shapes import is_image
 from .images import IMAGE_SETS, load_images
 from .names import unknown_name
 
@@ -94,7 +95,7 @@ class Target:
         self.held_out_labels = _to_labels(
             held_out_labels, self._held_out, f"held-out labels of {name}"
         )
-        if flip and len(self.shape) != 3:
+        if flip and not is_image(self.shape):
             raise ValueError(
                 f"flip is for images (C, H, W); samples of {name} have shape {tuple(self.shape)}"
             )
@@ -121,7 +122,7 @@ class Target:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of one sample, ``(D,)`` or ``(C, H, W)``."""
+        """Shape of one sample: ``(D,)``, ``(C, H, W)``, or any other."""
         return self._training.shape[1:]
 
     @property
@@ -391,7 +392,7 @@ def _to_stored(values: Any, what: str, own: bool = False) -> Tensor:
         raise ValueError(
             f"{what} must be a non-empty (N, *shape) array; got {tuple(samples.shape)}"
         )
-    if samples.dtype == torch.uint8 and samples.ndim == 4:
+    if samples.dtype == torch.uint8 and is_image(samples.shape[1:]):
         return samples
     samples = samples.to(torch.float32, copy=own)
     if not bool(samples.isfinite().all()):

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from ..critics.shapes import is_vector
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
 from .names import unknown_name
 from .process import NoiseProcess
@@ -198,7 +199,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if self._sample is None:
             raise ResetNeeded("call reset() before render()")
         # Images are drawn without real ones behind them.
-        real = self.target.take(MAX_REAL) if len(self.mdp.shape) == 1 else None
+        real = self.target.take(MAX_REAL) if is_vector(self.mdp.shape) else None
         return tuple(frame(one[None], self.mdp.shape, real=real) for one in self._sample)
 
     def _begin(self, options: dict[str, Any]) -> Observation:

@@ -9,6 +9,7 @@ from torch import nn
 from ..agents.networks import MLP, ResidualMLP, SmallUNet, make_body
 from ..agents.solvers import Options
 from ..agents.unet import PRESETS, UNet2D
+from ..critics.shapes import is_image
 from ..envs.names import unknown_name
 
 UNET = "unet-"
@@ -47,7 +48,7 @@ def named_body(
         if name.startswith(UNET):
             preset = name.removeprefix(UNET)
             return UNet2D(shape, preset=preset, time_range=time_range, **options)
-        if name == "small-unet" and len(shape) != 3:
+        if name == "small-unet" and not is_image(shape):
             raise ValueError(f"Body 'small-unet' is for images; samples here are {tuple(shape)}.")
         if name == "mlp":
             return MLP(shape, levels, time_range=time_range, **options)  # type: ignore[arg-type]

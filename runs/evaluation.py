@@ -26,6 +26,7 @@ from torch import Tensor
 from ..agents import TrainingDivergedError
 from ..critics.features import INCEPTION, FeatureExtractor
 from ..critics.metrics import SlicedWasserstein, mmd
+from ..critics.shapes import is_image
 from ..envs.targets import Target
 from .features import real_distances
 
@@ -100,7 +101,7 @@ class Evaluation:
     ) -> None:
         if fresh_samples < 2:
             raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
-        self._images = len(target.shape) == 3
+        self._images = is_image(target.shape)
         if features is not None and not self._images:
             raise ValueError(
                 f"Feature metrics are for images; {target.name} has samples {tuple(target.shape)}."

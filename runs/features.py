@@ -19,6 +19,7 @@ from torch import Tensor
 from ..critics.classifier import RECIPE, ClassifierFeatures, train_classifier
 from ..critics.features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
 from ..critics.fidelity import FeatureDistances, extract
+from ..critics.shapes import is_image
 from ..envs.files import write_atomically
 from ..envs.images import DATA_DIR
 from ..envs.targets import Target
@@ -63,7 +64,7 @@ def features_for(
     """
     if inception_weights is not None and not Path(inception_weights).is_file():
         raise FileNotFoundError(f"No Inception weights at {inception_weights}.")
-    if len(target.shape) != 3:
+    if not is_image(target.shape):
         return None
     if target.fresh_limit == 0:
         console.print(f"No feature distances for {target.name}: it has no held-out images.")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from ..critics.shapes import is_image
 from ..envs.files import write_atomically
 
 # Curves of no more points than this show each: a single point is invisible as a line.
@@ -28,7 +29,7 @@ REAL, FAKE, PATH = "#9aa0a6", "#1a73e8", "#d93025"
 
 def pictured(shape: Sequence[int]) -> int:
     """Return how many samples of this shape a picture shows."""
-    return GRID if len(shape) == 3 else PICTURED
+    return GRID if is_image(shape) else PICTURED
 
 
 def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:
@@ -62,7 +63,7 @@ def trajectories_figure(rows: Mapping[str, tuple[Tensor, Sequence[float]]], real
     """
     last = min(len(times) for _, times in rows.values()) - 1
     steps = sorted({round(last * i / 5) for i in range(6)})
-    image = real.ndim == 4
+    image = is_image(real.shape[1:])
     figure, axes = new_figure(len(rows), len(steps), size=2.2)
     for axes_row, (title, (trajectory, times)) in zip(axes, rows.items(), strict=True):
         for axis, step in zip(axes_row, steps, strict=True):
@@ -301,7 +302,7 @@ def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15
     """Draw 2-D samples as a scatter over the real ones, images as a grid."""
     axis.set_xticks([])
     axis.set_yticks([])
-    if samples.ndim == 4:
+    if is_image(samples.shape[1:]):
         axis.imshow(image_grid(samples), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         return
     centre = real.mean(0).tolist()

@@ -13,6 +13,7 @@ from ..agents.no_data import no_data
 from ..agents.pipelines import pipeline_tableau
 from ..agents.sampling import default_solver_options
 from ..agents.solvers import Options, make_solver
+from ..critics.shapes import is_image
 from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
 from .environment import build_environment, check_fits
@@ -78,7 +79,7 @@ def load(
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER
     shape = getattr(denoiser.body, "config", {}).get("shape", ())
-    without = not needs_data and len(shape) == 3
+    without = not needs_data and is_image(shape)
     run = run_of(settings.denoiser)
     name = settings.env or (run.env if run else None)
     if name is None and without:

@@ -23,6 +23,7 @@ from ..agents.solvers import Options
 from ..agents.tableau import Tableau
 from ..agents.training import seeded
 from ..critics.processes import Processes
+from ..critics.shapes import is_image, is_vector
 from ..envs import VE, DiffusionMDP
 from ..envs.process import NoiseProcess, make_process
 from .bodies import named_body
@@ -102,7 +103,7 @@ class Run:
             )
             mdp = build_mdp(settings, own)
         self.mdp = mdp
-        threads = settings.run.threads or (1 if len(self.mdp.shape) == 1 else None)
+        threads = settings.run.threads or (1 if is_vector(self.mdp.shape) else None)
         if threads is not None:
             torch.set_num_threads(threads)
         self._began = time.monotonic()
@@ -380,7 +381,7 @@ def new_denoiser(
     if prediction is None:
         # From pure noise an image's epsilon says little of it: a few-step sampler's first step
         # would magnify the errors of a network that predicts it.
-        prediction = "sample" if len(mdp.shape) == 3 else "epsilon"
+        prediction = "sample" if is_image(mdp.shape) else "epsilon"
     with seeded(seed):
         body = named_body(body_name, mdp.shape, levels, time_range, body_options)
     sigma_data = mdp.target.std

@@ -7,7 +7,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
 
-from fewstep.agents import DenoiserPolicy, SolverPolicy, Tableau
+from fewstep.agents import Denoiser, DenoiserPolicy, SolverPolicy, Tableau
 from fewstep.agents.solvers import ancestral, ddim
 from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, DiscreteVP, SB3VecEnv, Schedule
 
@@ -198,8 +198,11 @@ def test_a_stochastic_table_draws_from_the_generator(mdp, make_denoiser, generat
     draws = [policy.sample(5, shape=(2,), generator=generator(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+    # The body says its shape; a foreign one does not.
+    assert torch.equal(policy.sample(5, generator=generator(0)), draws[0])
+    foreign = Denoiser(torch.nn.Identity(), mdp.process)
     with pytest.raises(ValueError, match=r"noise=.*shape"):
-        policy.sample(5)
+        SolverPolicy(ancestral(mdp.schedule, "beta"), foreign).sample(5)
 
 
 def test_too_long_an_episode_is_refused(tables, make_denoiser):

@@ -47,5 +47,5 @@ def test_color_images_keep_their_channels():
 
 
 def test_shapes_without_a_picture_are_refused():
-    with pytest.raises(ValueError, match="neither vectors nor images"):
+    with pytest.raises(ValueError, match="have no picture"):
         frame(torch.zeros(1, 2, 4, 4), (2, 4, 4))
