@@ -478,7 +478,7 @@ def one_step_tableau(
         process,
         np.asarray(times),
         scale,
-        SparseRows.from_diagonal(weight),
+        SparseRows.from_diagonal(weight),  # type: ignore[arg-type]  # kept sparse
         noise,
         output=output,
         clipped=clipped,

@@ -98,7 +98,7 @@ class Rows:
             process,
             np.array([*self._times, final_time]),
             np.array(self._scale),
-            SparseRows.from_pairs(self._weights),
+            SparseRows.from_pairs(self._weights),  # type: ignore[arg-type]  # kept sparse
             np.array(self._noise),
             np.array(self._anchors),
             output,
