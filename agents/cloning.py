@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from ..critics.precision import Precision
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
@@ -62,6 +63,7 @@ class BehaviorCloning(Agent):
     name = "behavior-cloning"
     data_parallel = True
 
+    @checked
     def __init__(
         self,
         env: Environment,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..envs import Schedule
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
@@ -90,6 +91,7 @@ class DODE(Agent):
     name = "dode"
     checkpoint_name = "tableau.json"
 
+    @checked
     def __init__(
         self,
         env: Environment,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from ..critics.precision import in_full_precision
 
 
@@ -61,6 +62,7 @@ class MLP(nn.Module):
         ValueError: `time_range` is not finite and increasing.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -161,6 +163,7 @@ class ResidualMLP(nn.Module):
         time_range: see `SinusoidalTime`.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -247,6 +250,7 @@ class SmallUNet(nn.Module):
         levels: number of resolutions.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],

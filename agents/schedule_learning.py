@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..envs import Schedule
 from .base import Agent, Environment
 from .denoiser import Denoiser
@@ -116,6 +117,7 @@ class ScheduleLearning(Agent):
 
     name = "schedule"
 
+    @checked
     def __init__(
         self,
         env: Environment,

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..critics import IPMCritic, MLPBaseline, RewardCritic, make_baseline, make_critic
 from ..critics.precision import Precision
 from ..envs.mdp import Reward
-from ..envs.names import unknown_name
 from .base import Agent, Environment
 from .chain import GaussianChain
 from .checks import at_least, not_negative, positive
@@ -144,8 +143,6 @@ class ShortcutAgent(Agent):
             baseline_learning_rate=baseline_learning_rate,
         )
         positive(max_grad_norm=max_grad_norm)
-        if buffer not in BUFFERS:
-            raise unknown_name("buffer", buffer, BUFFERS)
         self.micro_batch_size = micro_batch_size
         self.buffer = buffer
         self.regularizer = regularizer

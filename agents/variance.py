@@ -14,13 +14,13 @@ The network itself stays as it is; "sn" and "npr" train a second head on its las
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..envs import DiscreteVP
-from ..envs.names import unknown_name
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
@@ -71,6 +71,7 @@ class VarianceLearning(Agent):
 
     name = "variance"
 
+    @checked
     def __init__(
         self,
         env: Environment,
@@ -91,8 +92,6 @@ class VarianceLearning(Agent):
         verbose: int = 0,
         tensorboard_log: str | None = None,
     ) -> None:
-        if kind not in get_args(Kind):
-            raise unknown_name("kind of variance", kind, get_args(Kind))
         if solver not in (None, SOLVER_OF[kind]):
             raise ValueError(
                 f"kind '{kind}' is learned for solver '{SOLVER_OF[kind]}', not '{solver}'."

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from .images import IMAGE_SETS, load_images
 from .names import unknown_name
 
@@ -247,6 +248,7 @@ class Target:
         return f"Target({self.name!r}, {len(self)} samples of {tuple(self.shape)})"
 
 
+@checked
 def make_target(
     name: str,
     *,

@@ -19,6 +19,7 @@ import math
 import numpy as np
 from torch import Tensor
 
+from ...critics.arguments import checked
 from ...envs.process import DiscreteVP
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
@@ -30,6 +31,7 @@ from .rows import with_last_std
 GREY_LEVEL = 2 / 255
 
 
+@checked
 def analytic_dpm(
     schedule: Schedule,
     gamma: np.ndarray | Tensor,
@@ -79,6 +81,7 @@ def analytic_dpm(
     return with_last_std(table, last_std)
 
 
+@checked
 def per_pixel_dpm(
     schedule: Schedule,
     head: str = "sn",

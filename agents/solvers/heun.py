@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import get_args
 
+from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau
@@ -25,6 +26,7 @@ def euler(schedule: Schedule) -> Tableau:
     return dataclasses.replace(ddim(schedule, output="sample"), name="euler")
 
 
+@checked
 def heun(
     schedule: Schedule,
     output: Output = "sample",
