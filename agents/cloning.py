@@ -27,6 +27,7 @@ from .training import (
     Averaged,
     adam,
     draw_times,
+    learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
@@ -108,7 +109,7 @@ class BehaviorCloning(Agent):
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.p_mean, self.p_std = p_mean, p_std
-        self._factor = learning_rate_schedule(lr_schedule)
+        learning_rate_schedule(lr_schedule)  # refuses one that does not exist
         self.optimizer = adam(self.denoiser.parameters())
         self.averaged = Averaged(self.denoiser, ema)
         self.precision, self.channels_last, self.compile = precision, channels_last, compile
@@ -155,7 +156,8 @@ class BehaviorCloning(Agent):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.denoiser.parameters(), self.max_grad_norm or math.inf
         )
-        set_learning_rate(self.optimizer, self.learning_rate * self._factor(self.progress))
+        rate = learning_rate(self.learning_rate, self.lr_schedule, self.progress)
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.averaged.update()
         self.num_timesteps += self.timesteps_per_round
@@ -170,11 +172,13 @@ class BehaviorCloning(Agent):
         if not any(module.p > 0 for module in dropouts):
             yield
             return
-        self.denoiser.train()
         key = (self.seed, self.rounds, self.processes.rank)
-        with seeded(int(np.random.SeedSequence(key).generate_state(1)[0])):
-            yield
-        self.denoiser.eval()
+        self.denoiser.train()
+        try:
+            with seeded(int(np.random.SeedSequence(key).generate_state(1)[0])):
+                yield
+        finally:
+            self.denoiser.eval()
 
     def _loss(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         noisy = self.mdp.process.add_noise(clean, t, noise)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..critics.arguments import checked
 from ..critics.precision import Precision, check_precision, lower_precision
 from ..envs.process import VE, DiscreteVP, NoiseProcess
-from .checkpoint import CheckpointError, check_finite, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .networks import body_from_config, check_times, declared
 from .variance_head import HeadInputs, VarianceHead
 
@@ -310,7 +310,6 @@ class Denoiser(nn.Module):
         if tree.get("gamma") is not None:
             denoiser.gamma = torch.tensor(tree["gamma"], dtype=torch.float64)
         denoiser.head = None if head is None else head.to(device)
-        check_finite(denoiser, path)
         return denoiser
 
     @classmethod

@@ -27,6 +27,7 @@ from .training import (
     Averaged,
     TrainingDivergedError,
     adam,
+    learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
@@ -162,8 +163,8 @@ class ShortcutAgent(Agent):
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.learn_std = learn_std
-        self._factor = learning_rate_schedule(lr_schedule)
-        self._critic_factor = learning_rate_schedule(critic_lr_schedule)
+        for schedule in (lr_schedule, critic_lr_schedule):
+            learning_rate_schedule(schedule)  # refuses one that does not exist
         self.policy = GaussianChain(self.denoiser, self._tableau, learn_std).to(self.device)
         self.optimizer = adam((p for p in self.policy.parameters() if p.requires_grad), self.betas)
         self.averaged = Averaged(self.policy, ema)
@@ -305,13 +306,14 @@ class ShortcutAgent(Agent):
 
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
-        warmup = min(1.0, (self.rounds - self.critic_rounds + 1) / WARMUP_ROUNDS)
-        factor = self._factor(self.progress) * warmup
-        set_learning_rate(self.optimizer, self.learning_rate * factor)
+        done, update = self.progress, self.rounds - self.critic_rounds
+        rate = learning_rate(self.learning_rate, self.lr_schedule, done, update, WARMUP_ROUNDS)
+        set_learning_rate(self.optimizer, rate)
         if self._critic_rates:
-            factor = self._critic_factor(self.progress)
             optimizer: torch.optim.Optimizer = self.critic.optimizer  # type: ignore[union-attr]
-            set_learning_rate(optimizer, *(rate * factor for rate in self._critic_rates))
+            schedule = self.critic_lr_schedule
+            rates = (learning_rate(peak, schedule, done) for peak in self._critic_rates)
+            set_learning_rate(optimizer, *rates)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments."""

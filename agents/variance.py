@@ -30,6 +30,7 @@ from .training import (
     Averaged,
     adam,
     draw_times,
+    learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
@@ -117,7 +118,7 @@ class VarianceLearning(Agent):
         self.hidden = hidden
         self.per_pixel = per_pixel
         self.ema = ema
-        self._factor = learning_rate_schedule(lr_schedule)
+        learning_rate_schedule(lr_schedule)  # refuses one that does not exist
         if kind == "gamma":
             self._begin_sums()
         else:
@@ -237,7 +238,8 @@ class VarianceLearning(Agent):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._head.parameters(), self.max_grad_norm or math.inf
         )
-        set_learning_rate(self._optimizer, self.learning_rate * self._factor(self.progress))
+        rate = learning_rate(self.learning_rate, self.lr_schedule, self.progress)
+        set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         self._averaged.update()
         return {"train/loss": loss.detach(), "train/grad_norm": grad_norm}

@@ -180,6 +180,14 @@ class IPMCritic(nn.Module):
         """
         self._check(real, fake, states)
         self.train()
+        try:
+            return self._step(real, fake, states, steps)
+        finally:
+            self.eval()
+
+    def _step(
+        self, real: Tensor, fake: Tensor, states: Tensor | None, steps: Tensor | None
+    ) -> dict[str, Tensor]:
         f_real, f_fake = self(torch.cat([real, fake])).split([len(real), len(fake)])
         gap = f_real.mean() - f_fake.mean()
         regularization = baseline_loss = torch.zeros_like(gap)
@@ -206,7 +214,6 @@ class IPMCritic(nn.Module):
             with torch.no_grad():
                 for parameter in self.network.parameters():
                     parameter.clamp_(-self.coefficient, self.coefficient)
-        self.eval()
         metrics = {
             "critic_loss": critic_loss,
             "critic_real": f_real.mean(),

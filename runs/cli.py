@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             error = OutOfMemoryError(advice, f"in fewstep {name}")
         if isinstance(error, OutOfMemoryError):
             _fail(error, code=2)
-        if not isinstance(error, TrainingDivergedError):
+        if not isinstance(error, TrainingDivergedError) and not _lost_peer(error):
             raise
         _fail(error, code=1)
     except KeyboardInterrupt:
@@ -97,6 +97,12 @@ def _warn(
 ) -> None:
     """Show a warning as one sentence, without the place in the code that Python adds."""
     print(f"fewstep: warning: {message}", file=sys.stderr)
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    from .distributed import LostPeerError
+
+    return isinstance(error, LostPeerError)
 
 
 def _fail(error: Exception, code: int) -> None:
