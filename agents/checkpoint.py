@@ -104,7 +104,7 @@ def not_finite(tree: Any) -> str | None:
 def check_finite(module: nn.Module, path: Path | str) -> None:
     """Raise CheckpointError if the weights that were read from a file are not finite."""
     if (name := not_finite(module.state_dict())) is not None:
-        raise CheckpointError(f"{path} is damaged: {name} holds NaN or infinity.")
+        raise CheckpointError(f"{path} is damaged: its weight {name} holds NaN or infinity.")
 
 
 def counter(tree: dict[str, Any], name: str, origin: str) -> int:

@@ -39,7 +39,9 @@ def write_tensors(
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"Cannot write {path}: {error}.") from None
+        failure = OSError(f"Cannot write {path}: {error}.")
+        failure.strerror = str(error)  # for who knows the file by another name
+        raise failure from None
     path.chmod(mode)
 
 

@@ -60,17 +60,10 @@ class LostPeerError(RuntimeError):
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Tell whether an error means that another process is gone, and not a fault of this one."""
-    signs = (
-        "closed by peer",
-        "reset by peer",
-        "Broken pipe",
-        "Connection refused",
-        "remote process",
-    )
-    return isinstance(error, dist.DistError) or (
-        any(kind in str(error) for kind in ("gloo", "NCCL", "TCPStore"))
-        and any(sign in str(error) for sign in signs)
-    )
+    libraries = ("gloo", "NCCL", "TCPStore")
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "remote process")
+    of_library = isinstance(error, dist.DistError) or any(name in str(error) for name in libraries)
+    return of_library and any(sign in str(error) for sign in signs)
 
 
 def local_rank() -> int:
