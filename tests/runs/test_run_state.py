@@ -19,31 +19,38 @@ import torch
 from fewstep.agents import SFTPG, BehaviorCloning
 from fewstep.agents.checkpoint import load_checkpoint
 from fewstep.agents.training import TrainingDivergedError
+from fewstep.envs.files import write_atomically
+from fewstep.runs.cli import quiet_writers
 from fewstep.runs.distributed import is_lost_peer
 from fewstep.runs.folder import RunFolder, new_folder
 from fewstep.runs.interrupts import Interrupts
 from fewstep.runs.logs import ResumableTensorBoard
 from fewstep.runs.settings import parse
 
+MAKE = """
+import sys
+from pathlib import Path
+from fewstep.runs.folder import new_folder
+print(flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    print(new_folder(Path(sys.argv[1]) / "run"), flush=True)
+"""
 
-def make_folders(path, start, made):
-    start.wait()
-    made.put([str(new_folder(path)) for _ in range(20)])
 
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.slow
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     """Three processes make twenty folders each, of one name, at the same moment."""
-    context = multiprocessing.get_context("fork")
-    start, made = context.Barrier(3), context.Queue()
-    arguments = (tmp_path / "run", start, made)
-    processes = [context.Process(target=make_folders, args=arguments) for _ in range(3)]
+    command = [sys.executable, "-c", MAKE, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
     for process in processes:
-        process.start()
-    folders = [folder for _ in processes for folder in made.get(timeout=60)]
+        process.stdout.readline()  # it has imported everything
     for process in processes:
-        process.join()
-    assert len(folders) == len(set(folders)) == 60
+        process.stdin.write("\n")
+        process.stdin.flush()
+    made = [line for process in processes for line in process.communicate(timeout=60)[0].split()]
+    assert len(made) == len(set(made)) == 60
     assert len(list(tmp_path.iterdir())) == 60
 
 
@@ -205,16 +212,19 @@ def test_a_log_that_cannot_be_written_is_a_sentence_too(tmp_path, capfd):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_resumed_run_removes_what_a_killed_one_left(tmp_path, fewstep, tiny, monkeypatch):
-    assert fewstep("train", f"--log-dir={tmp_path}", *tiny) == 0
-    (folder,) = tmp_path.iterdir()
+def test_a_resumed_run_removes_what_a_killed_one_left(tmp_path, fewstep):
+    folder = RunFolder.create(parse([f"--log-dir={tmp_path}"])).path
     child = os.fork()
     if child == 0:
-        path = folder / "checkpoint.safetensors"
-        write_atomically(path, lambda temporary: os.kill(os.getpid(), signal.SIGKILL))
+        path = folder / "denoiser.safetensors"
+        try:
+            write_atomically(path, lambda temporary: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert len(list(folder.glob(".*.tmp"))) == 1
-    assert fewstep("train", "--resume", folder) == 0
+    (folder / "denoiser.safetensors").write_text("no checkpoint, which is found out later")
+    assert fewstep("train", "--resume", folder) == 2
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -258,14 +268,7 @@ def test_rank_0_says_in_a_sentence_that_its_peer_is_gone(tmp_path, tiny):
         port = str(29000 + os.getpid() % 2000)
         processes = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    script,
-                    "train",
-                    "--device=cpu",
-                    f"--log-dir={tmp_path}/logs",
-                    *tiny,
-                ],
+                [sys.executable, script, *flags],
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
