@@ -241,7 +241,7 @@ class Run:
         """Say how to go on after divergence: a resumed run would repeat it, step by step."""
         first_stage = agent.name != self.settings.run.agent
         prefix = "--pretrain." if first_stage else "--"
-        rates = [name for name in agent.settings() if name.endswith("learning_rate")]
+        rates = sorted((n for n in agent.settings() if n.endswith("learning_rate")), key=len)
         flags = " or ".join(prefix + name.replace("_", "-") for name in rates)
         config = shlex.quote(str(self.folder.path / "config.json"))
         start = f"fewstep train --config {config}"
