@@ -9,6 +9,8 @@ One timestep is one denoiser call on one sample.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -29,9 +31,18 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
+from ..critics.arguments import check_arguments
 from ..critics.processes import Processes
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
-from .checkpoint import CheckpointError, load_checkpoint, not_finite, save_checkpoint
+from ..envs.names import unknown_name
+from .checkpoint import (
+    CheckpointError,
+    NotFiniteError,
+    counter,
+    load_checkpoint,
+    not_finite,
+    save_checkpoint,
+)
 from .denoiser import Denoiser
 from .policies import SolverPolicy
 from .sampling import default_solver_options, sample
@@ -245,7 +256,7 @@ class Agent(ABC):
             if self.processes.any(stop, self.device):
                 break
             callbacks.on_rollout_end()
-        self._check_weights()
+        self._check_state()
         callbacks.on_training_end()
         return self
 
@@ -292,10 +303,10 @@ class Agent(ABC):
             bad = [key for key, ok in zip(metrics, values.isfinite(), strict=True) if not ok]
             raise TrainingDivergedError(", ".join(bad), self.num_timesteps)
 
-    def _check_weights(self) -> None:
+    def _check_state(self) -> None:
         # A round's metrics are those from before its last step, which may be the one that diverged.
-        if (name := not_finite(self.denoiser)) is not None:
-            raise TrainingDivergedError(f"the denoiser's {name}", self.num_timesteps)
+        if (name := not_finite(self.tree())) is not None:
+            raise TrainingDivergedError(name, self.num_timesteps)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         for key, value in metrics.items():
@@ -384,31 +395,40 @@ class Agent(ABC):
         """Write everything that resuming needs to one safetensors file, atomically.
 
         Raises:
-            TrainingDivergedError: the weights are not finite; an older file stays as it is.
+            TrainingDivergedError: something in it is not finite, be it weights, their average, a
+                critic, a head or an optimizer's moments; an older file stays as it is.
+            OSError: the file cannot be written; an older file stays as it is.
         """
-        self._check_weights()
+        try:
+            save_checkpoint(path, self.tree())
+        except NotFiniteError as error:
+            raise TrainingDivergedError(error.name, self.num_timesteps) from None
+
+    def tree(self) -> dict[str, Any]:
+        """Return everything that resuming needs, as `save` writes it and `restore` reads it."""
         denoiser = self.sampling_denoiser
-        save_checkpoint(
-            path,
-            {
-                "kind": "agent",
-                "agent": self.name,
-                "settings": {
-                    "solver": self.solver,
-                    "solver_options": self.solver_options,
-                    "seed": self.seed,
-                    **self.settings(),
-                },
-                "environment": environment_identity(self.mdp),
-                "num_timesteps": self.num_timesteps,
-                "rounds": self.rounds,
-                "generator": self.generator.get_state(),
-                "acting_generator": self.acting_generator.get_state(),
-                "denoiser": denoiser.to_tree(),
-                "live": self.denoiser.body.state_dict() if denoiser is not self.denoiser else None,
-                "state": self.state(),
-            },
-        )
+        return {
+            "kind": "agent",
+            "agent": self.name,
+            "settings": self.all_settings(),
+            "environment": environment_identity(self.mdp),
+            "num_timesteps": self.num_timesteps,
+            "rounds": self.rounds,
+            "generator": self.generator.get_state(),
+            "acting_generator": self.acting_generator.get_state(),
+            "denoiser": denoiser.to_tree(),
+            "live": self.denoiser.body.state_dict() if denoiser is not self.denoiser else None,
+            "state": self.state(),
+        }
+
+    def all_settings(self) -> dict[str, Any]:
+        """Return `settings` and the keyword arguments that all agents share, as JSON values."""
+        return {
+            "solver": self.solver,
+            "solver_options": self.solver_options,
+            "seed": self.seed,
+            **self.settings(),
+        }
 
     @classmethod
     def load(
@@ -438,7 +458,8 @@ class Agent(ABC):
                 f"not by {cls.name!r}."
             )
         denoiser = Denoiser.load(path, body=overrides.pop("body", None))
-        agent = cls(env, denoiser, **{**tree["settings"], **overrides})
+        settings = checked_settings(cls, tree["settings"], path)
+        agent = cls(env, denoiser, **{**settings, **overrides})
         agent.check_device(device)
         agent.restore(tree, str(path))
         return agent
@@ -452,8 +473,17 @@ class Agent(ABC):
             raise CheckpointError(f"The environment is on {self.device}: build it on {device}.")
 
     def resume(self, path: str | Path) -> None:
-        """Take over the training state of a file that `save` wrote; see `restore`."""
-        self.restore(load_checkpoint(path), str(path))
+        """Take over the training state of a file that `save` wrote; see `restore`.
+
+        A file that is refused changes nothing.
+        """
+        tree = load_checkpoint(path)
+        before = copy.deepcopy(self.tree())
+        try:
+            self.restore(tree, str(path))
+        except Exception:
+            self.restore(before)
+            raise
 
     def restore(self, tree: dict[str, Any], origin: str = "checkpoint") -> None:
         """Take over the training state of a tree that `save` wrote.
@@ -475,13 +505,39 @@ class Agent(ABC):
                 f"{origin} was trained on another environment: the training samples of its target "
                 f"{self.mdp.target.name!r} were not those that there are here."
             )
-        self.num_timesteps, self.rounds = tree["num_timesteps"], tree["rounds"]
+        if tree["live"] is None and self._averages and tree["settings"] == self.all_settings():
+            raise CheckpointError(f"{origin} is damaged: it lacks the weights in training, live.")
+        self.num_timesteps = counter(tree, "num_timesteps", origin)
+        self.rounds = counter(tree, "rounds", origin)
         self.generator.set_state(tree["generator"].cpu())
         self.acting_generator.set_state(tree["acting_generator"].cpu())
         self.sampling_denoiser.body.load_state_dict(tree["denoiser"]["weights"])
-        if tree["live"] is not None:
-            self.denoiser.body.load_state_dict(tree["live"])
+        # None: saved by an agent that does not average; then both begin with the same weights.
+        live = tree["denoiser"]["weights"] if tree["live"] is None else tree["live"]
+        self.denoiser.body.load_state_dict(live)
         self.load_state(tree["state"])
+
+    @property
+    def _averages(self) -> bool:
+        return self.sampling_denoiser is not self.denoiser
+
+
+def checked_settings(agent: type[Agent], settings: Any, origin: str | Path) -> dict[str, Any]:
+    """Return the settings in a file as strictly checked as a constructor's arguments.
+
+    Raises:
+        CheckpointError: one that the constructor does not know, or that has a wrong type.
+    """
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{origin} is damaged: its settings are {settings!r}.")
+    known = inspect.signature(agent).parameters
+    try:
+        for name in settings:
+            if name not in known:
+                raise unknown_name("setting", name, known)
+        return check_arguments(agent.__init__, settings)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{origin} is damaged: {error}") from None
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

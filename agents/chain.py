@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from .denoiser import Denoiser
 from .tableau import Tableau, std_of
 from .training import frozen
@@ -63,6 +64,7 @@ class GaussianChain(nn.Module):
             has no density: build it with `ancestral(schedule, last_std=...)`, for example.
     """
 
+    @checked
     def __init__(self, denoiser: Denoiser, tableau: Tableau, learn_std: bool = False) -> None:
         super().__init__()
         if not tableau.one_step:

@@ -7,71 +7,114 @@ skeleton in the file's header. Nothing is unpickled on loading. Files are writte
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..critics.tensor_files import read_tensors, write_tensors
 from ..envs.files import write_atomically
 
 FORMAT = "fewstep-checkpoint-1"
 _TENSOR = "$tensor"
+_INSTEAD = (
+    "use an earlier one, or in a run folder delete it: --resume then goes on from the stage before."
+)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, truncated, foreign, or made for something else."""
 
 
+class NotFiniteError(ValueError):
+    """A tree with NaN or infinity in one of its tensors; `.name` says in which."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} holds NaN or infinity.")
+        self.name = name
+
+
 def save_checkpoint(path: str | Path, tree: dict[str, Any]) -> None:
-    """Write a tree of tensors, dicts, lists, strings, numbers, booleans and None to `path`."""
+    """Write a tree of tensors, dicts, lists, strings, numbers, booleans and None to `path`.
+
+    Raises:
+        NotFiniteError: a tensor, or a list of numbers, holds NaN or infinity; an older file stays
+            as it is.
+        OSError: the file cannot be written; an older file stays as it is.
+    """
+    if (name := not_finite(tree)) is not None:
+        raise NotFiniteError(name)
     tensors: dict[str, Tensor] = {}
     skeleton = _split(tree, "", tensors)
     metadata = {"format": FORMAT, "tree": json.dumps(skeleton)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read the tree that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: no such file, a truncated or corrupt file, one that carries a pickle, or a
-            file that fewstep did not write.
+        CheckpointError: no such file, a truncated or corrupt file, one that carries a pickle, one
+            with NaN or infinity, or a file that fewstep did not write.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"No checkpoint at {path}.")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors, metadata = read_tensors(path)
+    except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {_INSTEAD}") from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a fewstep checkpoint: its format is {metadata.get('format')!r}, "
             f"expected {FORMAT!r}."
         )
     try:
-        return _join(json.loads(metadata["tree"]), tensors)
+        tree = _join(json.loads(metadata["tree"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is corrupt: its tree does not fit ({error!r}).") from None
+    if (name := not_finite(tree)) is not None:
+        raise CheckpointError(f"{path} is damaged: {name} holds NaN or infinity; {_INSTEAD}")
+    return tree
 
 
-def not_finite(module: nn.Module) -> str | None:
-    """Return the name of a module's first weight that holds NaN or infinity, if one does."""
-    named = module.named_parameters()
-    return next((name for name, weight in named if not weight.isfinite().all()), None)
+def not_finite(tree: Any) -> str | None:
+    """Return where in a tree the first tensor, or list of numbers, is with NaN or infinity.
+
+    A single number may be infinite: a measured error, for instance.
+    """
+    # One wait for each device, not for each tensor. A finite sum proves all terms finite in a
+    # fast pass; only an overflow needs the closer look.
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in _numbers(tree, ""):
+        by_device.setdefault(tensor.device, []).append((name, tensor))
+    for named in by_device.values():
+        sums = torch.stack([tensor.detach().sum().float() for _, tensor in named])
+        for finite, (name, tensor) in zip(sums.isfinite().tolist(), named, strict=True):
+            if not finite and not tensor.isfinite().all():
+                return name
+    return None
 
 
 def check_finite(module: nn.Module, path: Path | str) -> None:
     """Raise CheckpointError if the weights that were read from a file are not finite."""
-    if (name := not_finite(module)) is not None:
+    if (name := not_finite(module.state_dict())) is not None:
+        raise CheckpointError(f"{path} is damaged: its weight {name} holds NaN or infinity.")
+
+
+def counter(tree: dict[str, Any], name: str, origin: str) -> int:
+    """Return a count from a file's tree. Raises CheckpointError if it is no whole number >= 0."""
+    value = tree.get(name)
+    if type(value) is not int or value < 0:
         raise CheckpointError(
-            f"{path} is damaged: its weight {name} holds NaN or infinity; use an earlier file."
+            f"{origin} is damaged: {name} must be a whole number >= 0, and it is {value!r}."
         )
+    return value
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -81,10 +124,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         magic = file.read(2)
     if magic == b"PK" or magic[:1] == b"\x80":
         return carries_pickle(path)
-    return CheckpointError(
-        f"{path} is truncated or not a safetensors file ({error}); use an earlier one, or in a run "
-        "folder delete it: --resume then goes on from the stage before."
-    )
+    return CheckpointError(f"{path} is truncated or not a safetensors file ({error}); {_INSTEAD}")
 
 
 def carries_pickle(path: Path) -> CheckpointError:
@@ -114,6 +154,21 @@ def _split(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(
         f"A checkpoint holds tensors and JSON values; {name} is a {type(node).__name__}."
     )
+
+
+def _numbers(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors and the lists of numbers of a tree, under their names."""
+    if isinstance(node, Tensor):
+        if node.is_floating_point():
+            yield name, node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _numbers(value, f"{name}/{key}" if name else str(key))
+    elif isinstance(node, list | tuple):
+        yield name, torch.tensor([v for v in node if isinstance(v, float)], dtype=torch.float64)
+        for i, value in enumerate(node):
+            if isinstance(value, Tensor | Mapping | list | tuple):
+                yield from _numbers(value, f"{name}/{i}")
 
 
 def _join(node: Any, tensors: dict[str, Tensor]) -> Any:

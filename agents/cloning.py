@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from ..critics.precision import Precision
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
@@ -27,6 +28,7 @@ from .training import (
     Averaged,
     adam,
     draw_times,
+    learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
@@ -63,6 +65,7 @@ class BehaviorCloning(Agent):
     name = "behavior-cloning"
     data_parallel = True
 
+    @checked
     def __init__(
         self,
         env: Environment,
@@ -107,7 +110,7 @@ class BehaviorCloning(Agent):
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.p_mean, self.p_std = p_mean, p_std
-        self._factor = learning_rate_schedule(lr_schedule)
+        learning_rate_schedule(lr_schedule)  # refuses one that does not exist
         self.optimizer = adam(self.denoiser.parameters())
         self.averaged = Averaged(self.denoiser, ema)
         self.precision, self.channels_last, self.compile = precision, channels_last, compile
@@ -155,7 +158,8 @@ class BehaviorCloning(Agent):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.denoiser.parameters(), self.max_grad_norm or math.inf
         )
-        set_learning_rate(self.optimizer, self.learning_rate * self._factor(self.progress))
+        rate = learning_rate(self.learning_rate, self.lr_schedule, self.progress)
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.averaged.update()
         self.num_timesteps += self.timesteps_per_round
@@ -170,11 +174,13 @@ class BehaviorCloning(Agent):
         if not any(module.p > 0 for module in dropouts):
             yield
             return
-        self.denoiser.train()
         key = (self.seed, self.rounds, self.processes.rank)
-        with seeded(int(np.random.SeedSequence(key).generate_state(1)[0])):
-            yield
-        self.denoiser.eval()
+        self.denoiser.train()
+        try:
+            with seeded(int(np.random.SeedSequence(key).generate_state(1)[0])):
+                yield
+        finally:
+            self.denoiser.eval()
 
     def _loss(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         noisy = self.mdp.process.add_noise(clean, t, noise)

@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from ..critics.precision import Precision, check_precision, lower_precision
-from ..envs.names import unknown_name
 from ..envs.process import VE, DiscreteVP, NoiseProcess
-from .checkpoint import CheckpointError, check_finite, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .networks import body_from_config, check_times, declared
 from .variance_head import HeadInputs, VarianceHead
 
@@ -59,6 +59,7 @@ class Denoiser(nn.Module):
             other network times than the process has.
     """
 
+    @checked
     def __init__(
         self,
         body: nn.Module,
@@ -68,8 +69,6 @@ class Denoiser(nn.Module):
         clip: bool = False,
     ) -> None:
         super().__init__()
-        if prediction not in get_args(Prediction):
-            raise unknown_name("prediction", prediction, get_args(Prediction))
         if prediction == "v" and not isinstance(process, DiscreteVP):
             raise ValueError("prediction='v' needs a variance-preserving process (DiscreteVP).")
         if prediction == "edm" and not isinstance(process, VE):
@@ -311,7 +310,6 @@ class Denoiser(nn.Module):
         if tree.get("gamma") is not None:
             denoiser.gamma = torch.tensor(tree["gamma"], dtype=torch.float64)
         denoiser.head = None if head is None else head.to(device)
-        check_finite(denoiser, path)
         return denoiser
 
     @classmethod

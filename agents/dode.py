@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..envs import Schedule
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
-from .base import Agent, AnyAgent, Environment
-from .checkpoint import CheckpointError
+from .base import Agent, AnyAgent, Environment, checked_settings
+from .checkpoint import CheckpointError, counter
 from .checks import at_least, not_negative
 from .denoiser import Denoiser
 from .distillation.files import read_distilled
@@ -90,6 +91,7 @@ class DODE(Agent):
     name = "dode"
     checkpoint_name = "tableau.json"
 
+    @checked
     def __init__(
         self,
         env: Environment,
@@ -371,12 +373,7 @@ class DODE(Agent):
         """
         training = {
             "agent": self.name,
-            "settings": {
-                "solver": self.solver,
-                "solver_options": self.solver_options,
-                "seed": self.seed,
-                **self.settings(),
-            },
+            "settings": self.all_settings(),
             "environment": {"target": self.mdp.target.name, "shape": list(self.mdp.shape)},
             "num_timesteps": self.num_timesteps,
             "rounds": self.rounds,
@@ -409,7 +406,8 @@ class DODE(Agent):
         _, tree = read_distilled(path, cls.name)
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
-        agent = cls(env, overrides.pop("denoiser"), **{**tree["training"]["settings"], **overrides})
+        settings = checked_settings(cls, tree["training"]["settings"], path)
+        agent = cls(env, overrides.pop("denoiser"), **{**settings, **overrides})
         agent.check_device(device)
         agent.resume(path)
         return agent
@@ -440,6 +438,8 @@ class DODE(Agent):
             tableau.times, self.base.times
         ):
             raise CheckpointError(f"{path} was distilled on another schedule or solver.")
-        self.num_timesteps, self.rounds = training["num_timesteps"], training["rounds"]
+        num_timesteps = counter(training, "num_timesteps", str(path))
+        rounds = counter(training, "rounds", str(path))
         self.load_state(tree)
+        self.num_timesteps, self.rounds = num_timesteps, rounds
         self._tableau = tableau

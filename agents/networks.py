@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from ..critics.precision import in_full_precision
 from ..critics.shapes import is_image
 
@@ -62,6 +63,7 @@ class MLP(nn.Module):
         ValueError: `time_range` is not finite and increasing.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -162,6 +164,7 @@ class ResidualMLP(nn.Module):
         time_range: see `SinusoidalTime`.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -248,6 +251,7 @@ class SmallUNet(nn.Module):
         levels: number of resolutions.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ..envs.files import remove_leftovers, temporary_suffix, unwritable, write_atomically
 from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
@@ -124,13 +126,16 @@ def _write(folder: str | Path, body: UNet2D, scheduler: Any) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=folder) as temporary:
+    remove_leftovers(folder)
+    with TemporaryDirectory(prefix=".", suffix=temporary_suffix(), dir=folder) as temporary:
         pipeline: Any = DDPMPipeline(body.unet, scheduler)
-        pipeline.save_pretrained(temporary, max_shard_size="100GB")
+        try:
+            pipeline.save_pretrained(temporary, max_shard_size="100GB")
+        except (OSError, SafetensorError) as error:
+            raise unwritable(folder, error) from None
         files = [path for path in Path(temporary).rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            path.replace(target)
+            # diffusers leaves weights that their owner alone may read.
+            write_atomically(target, path.replace)

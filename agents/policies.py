@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
 from ..critics import make_baseline
+from ..critics.arguments import checked
 from .chain import GaussianChain, Reduction, gaussian_log_density
 from .denoiser import Denoiser
 from .sampling import sample
@@ -55,6 +56,7 @@ class DenoiserPolicy(ActorCriticPolicy):
         **kwargs: Stable-Baselines3's remaining arguments (optimizer_class, ...).
     """
 
+    @checked
     def __init__(
         self,
         observation_space: gym.spaces.Dict,

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..envs import Schedule
 from .base import Agent, Environment
+from .checkpoint import counter
 from .denoiser import Denoiser
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .no_data import NO_DATA, mdp_without_data
@@ -116,6 +118,7 @@ class ScheduleLearning(Agent):
 
     name = "schedule"
 
+    @checked
     def __init__(
         self,
         env: Environment,
@@ -448,12 +451,14 @@ class ScheduleLearning(Agent):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+        counts = dict(zip(Position._fields, state["position"], strict=True))
+        position = [counter(counts, name, "the checkpoint") for name in Position._fields]
         # None: saved by an agent without stage two.
         if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self._original.body.load_state_dict(state["original"])
         self._pool.forget()
         self._descent.load_state(state)
-        self._alternation, self._descent.updates, self._tuning.updates = state["position"]
+        self._alternation, self._descent.updates, self._tuning.updates = position
         self.converged = state["converged"]
         self.errors = state["errors"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..critics.arguments import checked
 from ..critics.precision import Precision
 from ..envs.mdp import Reward
 from .base import Environment
@@ -39,6 +40,7 @@ class SFT(ShortcutAgent):
     name = "sft"
     uses_baseline = False
 
+    @checked
     def __init__(
         self,
         env: Environment,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..critics.precision import Precision
 from ..envs.mdp import Reward
 from .base import Environment
@@ -95,6 +96,7 @@ class SFTPG(ShortcutAgent):
     name = "sft-pg"
     uses_baseline = True
 
+    @checked
     def __init__(
         self,
         env: Environment,

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..critics import IPMCritic, MLPBaseline, RewardCritic, make_baseline, make_critic
 from ..critics.precision import Precision
 from ..envs.mdp import Reward
-from ..envs.names import unknown_name
 from .base import Agent, Environment
 from .chain import GaussianChain
 from .checks import at_least, not_negative, positive
@@ -29,6 +28,7 @@ from .training import (
     Averaged,
     TrainingDivergedError,
     adam,
+    learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
@@ -145,8 +145,6 @@ class ShortcutAgent(Agent):
             baseline_learning_rate=baseline_learning_rate,
         )
         positive(max_grad_norm=max_grad_norm)
-        if buffer not in BUFFERS:
-            raise unknown_name("buffer", buffer, BUFFERS)
         self.micro_batch_size = micro_batch_size
         self.buffer = buffer
         self.regularizer = regularizer
@@ -166,8 +164,8 @@ class ShortcutAgent(Agent):
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.learn_std = learn_std
-        self._factor = learning_rate_schedule(lr_schedule)
-        self._critic_factor = learning_rate_schedule(critic_lr_schedule)
+        for schedule in (lr_schedule, critic_lr_schedule):
+            learning_rate_schedule(schedule)  # refuses one that does not exist
         self.policy = GaussianChain(self.denoiser, self._tableau, learn_std).to(self.device)
         self.optimizer = adam(self.policy.trained(), self.betas)
         self.averaged = Averaged(self.policy, ema)
@@ -310,13 +308,14 @@ class ShortcutAgent(Agent):
 
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
-        warmup = min(1.0, (self.rounds - self.critic_rounds + 1) / WARMUP_ROUNDS)
-        factor = self._factor(self.progress) * warmup
-        set_learning_rate(self.optimizer, self.learning_rate * factor)
+        done, update = self.progress, self.rounds - self.critic_rounds
+        rate = learning_rate(self.learning_rate, self.lr_schedule, done, update, WARMUP_ROUNDS)
+        set_learning_rate(self.optimizer, rate)
         if self._critic_rates:
-            factor = self._critic_factor(self.progress)
             optimizer: torch.optim.Optimizer = self.critic.optimizer  # type: ignore[union-attr]
-            set_learning_rate(optimizer, *(rate * factor for rate in self._critic_rates))
+            schedule = self.critic_lr_schedule
+            rates = (learning_rate(peak, schedule, done) for peak in self._critic_rates)
+            set_learning_rate(optimizer, *rates)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments."""

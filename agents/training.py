@@ -61,6 +61,27 @@ def learning_rate_schedule(name: str) -> Callable[[float], float]:
     return LEARNING_RATE_SCHEDULES[name]
 
 
+def learning_rate(
+    peak: float, schedule: str, done: float, update: int = 0, warm_up: int = 0
+) -> float:
+    """Return the learning rate of an update, which is never negative.
+
+    Args:
+        peak: the rate that the schedule's factor and the warm-up, both 0 to 1, multiply.
+        schedule: "constant", "linear" or "cosine".
+        done: fraction of the training done; taken for 0 below and for 1 above.
+        update: which update, from 0; below 0 it is one before the warm-up, whose rate is 0.
+        warm_up: over so many updates the rate rises evenly; 0 has none.
+
+    Raises:
+        ValueError: a schedule that does not exist.
+    """
+    factor = learning_rate_schedule(schedule)(min(max(done, 0.0), 1.0))
+    if warm_up > 0:
+        factor *= min(max((update + 1) / warm_up, 0.0), 1.0)
+    return peak * factor
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, *rates: float) -> None:
     """Set the rate of each parameter group; one rate alone serves every group."""
     groups = optimizer.param_groups

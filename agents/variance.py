@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..envs import DiscreteVP
-from ..envs.names import unknown_name
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
@@ -31,6 +31,7 @@ from .training import (
     Averaged,
     adam,
     draw_times,
+    learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
@@ -72,6 +73,7 @@ class VarianceLearning(Agent):
 
     name = "variance"
 
+    @checked
     def __init__(
         self,
         env: Environment,
@@ -92,8 +94,6 @@ class VarianceLearning(Agent):
         verbose: int = 0,
         tensorboard_log: str | None = None,
     ) -> None:
-        if kind not in get_args(Kind):
-            raise unknown_name("kind of variance", kind, get_args(Kind))
         if solver not in (None, SOLVER_OF[kind]):
             raise ValueError(
                 f"kind '{kind}' is learned for solver '{SOLVER_OF[kind]}', not '{solver}'."
@@ -121,7 +121,7 @@ class VarianceLearning(Agent):
         self.hidden = hidden
         self.per_pixel = per_pixel
         self.ema = ema
-        self._factor = learning_rate_schedule(lr_schedule)
+        learning_rate_schedule(lr_schedule)  # refuses one that does not exist
         if kind == "gamma":
             self._begin_sums()
         else:
@@ -247,7 +247,8 @@ class VarianceLearning(Agent):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._head.parameters(), self.max_grad_norm or math.inf
         )
-        set_learning_rate(self._optimizer, self.learning_rate * self._factor(self.progress))
+        rate = learning_rate(self.learning_rate, self.lr_schedule, self.progress)
+        set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         self._averaged.update()
         return {"train/loss": loss.detach(), "train/grad_norm": grad_norm}

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..critics.arguments import checked
 from ..envs.names import unknown_name
 
 HeadKind = Literal["sn", "npr"]
@@ -68,6 +69,7 @@ class VarianceHead(nn.Module):
         ValueError: unknown kind, or a `data_std` that is not positive and finite.
     """
 
+    @checked
     def __init__(
         self,
         kind: str,

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .checks import check_finite, check_samples
 from .features import NetworkFeatures
 from .shapes import is_image
+from .tensor_files import read_tensors, write_tensors
 
 # Goes up with every change of the network or of its training: files of another one are not ours.
 RECIPE = 1
@@ -105,7 +105,7 @@ class ClassifierFeatures(NetworkFeatures):
             "recipe": RECIPE,
         }
         weights = {key: value.contiguous() for key, value in self.state_dict().items()}
-        save_file(weights, path, metadata={"classifier": json.dumps(about)})
+        write_tensors(path, weights, {"classifier": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> ClassifierFeatures:
@@ -118,9 +118,8 @@ class ClassifierFeatures(NetworkFeatures):
         if not Path(path).is_file():
             raise FileNotFoundError(f"No classifier at {path}.")
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["classifier"])
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            weights, metadata = read_tensors(path)
+            about = json.loads(metadata["classifier"])
             if about["recipe"] != RECIPE:
                 raise ValueError(f"its recipe is {about['recipe']}, ours {RECIPE}")
             classifier = cls(about["name"], about["shape"], about["classes"])

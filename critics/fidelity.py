@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checks import check_finite, check_samples
 from .features import FeatureExtractor
+from .tensor_files import read_tensors, write_tensors
 
 Samples = Tensor | NDArray
 Statistics = dict[str, NDArray[np.float64]]
@@ -88,7 +88,7 @@ class FeatureDistances:
         tensors = {key: torch.from_numpy(value) for key, value in self.statistics.items()}
         tensors["features"] = self.features
         metadata = {"format": _FORMAT, "about": json.dumps(about)}
-        save_file(tensors, path, metadata=metadata)
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(
@@ -109,13 +109,12 @@ class FeatureDistances:
         if not Path(path).is_file():
             raise FileNotFoundError(f"No real features at {path}.")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                about = json.loads(metadata["about"])
-                features = file.get_tensor("features")
-                statistics = {key: file.get_tensor(key).numpy() for key in ("mu", "sigma")}
+            tensors, metadata = read_tensors(path)
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            about = json.loads(metadata["about"])
+            features = tensors["features"]
+            statistics = {key: tensors[key].numpy() for key in ("mu", "sigma")}
             extractor, count, shape = about["extractor"], about["samples"], tuple(about["shape"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no real features of ours: {error}.") from None

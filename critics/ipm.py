@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .arguments import checked
 from .checks import check_finite, check_samples
+from .names import unknown_name
 from .precision import Precision, check_precision, lower_precision
 from .processes import Processes
 
@@ -72,6 +74,7 @@ class IPMCritic(nn.Module):
 
     offset: Tensor
 
+    @checked
     def __init__(
         self,
         network: nn.Module,
@@ -177,6 +180,14 @@ class IPMCritic(nn.Module):
         """
         self._check(real, fake, states)
         self.train()
+        try:
+            return self._step(real, fake, states, steps)
+        finally:
+            self.eval()
+
+    def _step(
+        self, real: Tensor, fake: Tensor, states: Tensor | None, steps: Tensor | None
+    ) -> dict[str, Tensor]:
         f_real, f_fake = self(torch.cat([real, fake])).split([len(real), len(fake)])
         gap = f_real.mean() - f_fake.mean()
         regularization = baseline_loss = torch.zeros_like(gap)
@@ -203,7 +214,6 @@ class IPMCritic(nn.Module):
             with torch.no_grad():
                 for parameter in self.network.parameters():
                     parameter.clamp_(-self.coefficient, self.coefficient)
-        self.eval()
         metrics = {
             "critic_loss": critic_loss,
             "critic_real": f_real.mean(),
@@ -258,7 +268,7 @@ class IPMCritic(nn.Module):
 def _resolve_coefficient(regularizer: str, coefficient: float | None) -> float:
     """Check a regulariser's coefficient, or fill in the default; 0 where there is none."""
     if regularizer not in REGULARIZERS:
-        raise ValueError(f"unknown regularizer {regularizer!r}. Known: {', '.join(REGULARIZERS)}.")
+        raise unknown_name("regularizer", regularizer, REGULARIZERS)
     default = REGULARIZERS[regularizer]
     if coefficient is None:
         return default or 0.0

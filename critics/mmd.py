@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import checked
 from .checks import check_finite, check_samples
+from .names import unknown_name
 
 KERNELS = ("energy", "gaussian")
 
@@ -45,6 +47,7 @@ class MMDCritic:
         ValueError: bad samples, an unknown kernel, or a bandwidth that makes no sense.
     """
 
+    @checked
     def __init__(
         self,
         real: Tensor,
@@ -144,7 +147,7 @@ def resolve_bandwidth(kernel: str, bandwidth: float | None, real: Tensor) -> flo
             (fewer than two, or mostly equal) whose median distance is 0.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}. Known: {', '.join(KERNELS)}.")
+        raise unknown_name("kernel", kernel, KERNELS)
     if kernel == "energy":
         if bandwidth is not None:
             raise ValueError("The energy kernel has no bandwidth; use kernel='gaussian'.")

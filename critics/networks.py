@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import checked
 from .precision import in_full_precision
 from .shapes import is_image
 
@@ -59,6 +60,7 @@ class MLPCritic(nn.Module):
         frequencies: number of Fourier features of the input; 0, as published, has none.
     """
 
+    @checked
     def __init__(
         self, shape: Sequence[int], hidden: int = 128, layers: int = 3, frequencies: int = 0
     ) -> None:
@@ -128,6 +130,7 @@ class MLPBaseline(nn.Module):
         ValueError: no steps.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],

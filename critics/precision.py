@@ -8,14 +8,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .names import unknown_name
+
 Precision = Literal["float32", "bf16"]
 
 
 def check_precision(precision: str) -> None:
     """Raise ValueError for a precision that does not exist."""
     if precision not in get_args(Precision):
-        known = ", ".join(get_args(Precision))
-        raise ValueError(f"unknown precision {precision!r}. Known: {known}.")
+        raise unknown_name("precision", precision, get_args(Precision))
 
 
 def lower_precision(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -23,8 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DATA_DIR = Path("~/.cache/fewstep/data")
-"""Where data files are looked for unless ``data_dir`` says otherwise."""
+from .files import cache_root
+
+
+def default_data_dir() -> Path:
+    """Where data files are looked for unless ``data_dir`` says otherwise: see ``cache_root``."""
+    return cache_root() / "data"
+
 
 IMAGE_SUFFIXES = (
     ".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -82,7 +87,7 @@ def load_images(
 
     Args:
         name: A key of ``IMAGE_SETS``.
-        data_dir: Folder of the data files, torchvision's root, ``DATA_DIR`` by default; for
+        data_dir: Folder of the data files, torchvision's root, ``default_data_dir()`` if None; for
             ``ImageFolder`` the folder of images itself, which has no default.
         download: Fetch missing files through torchvision; ``ImageFolder`` has no source to fetch.
         image_size: Side in pixels of the images of ``ImageFolder``, at least 1.
@@ -100,7 +105,7 @@ def load_images(
     size = FOLDER_SIZE if image_size is None else image_size
     if size < 1:
         raise ValueError(f"image_size must be at least 1; got {size}")
-    root = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
+    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     return IMAGE_SETS[name].load(root, download, size)
 
 

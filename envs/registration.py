@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 
+from ..critics.arguments import checked
 from .images import IMAGE_SETS
 from .mdp import DiffusionMDP, Reward
 from .names import unknown_name
@@ -68,6 +69,7 @@ def resolve_environment(name: str) -> str:
     return by_lower[short.lower()]
 
 
+@checked
 def make_mdp(
     name: str,
     *,

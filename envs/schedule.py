@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from .fast_dpm import fast_times
 from .files import write_atomically
 from .names import unknown_name
@@ -166,6 +167,7 @@ class Schedule:
         return Schedule(self.process, times)
 
     @classmethod
+    @checked
     def uniform(cls, process: NoiseProcess, steps: int, *, end: float = 0.0) -> Schedule:
         """Times on a line from ``t_max`` to ``end`` (0 or ``process.t_min``, say).
 
@@ -177,11 +179,13 @@ class Schedule:
         return cls(process, times, recipe=("uniform", {"end": end}))
 
     @classmethod
+    @checked
     def quadratic(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
         """Square roots of the times on a line from ``t_max`` to ``t_min``, then 0."""
         return cls._between(process, steps, ("quadratic", {"append_zero": append_zero}))
 
     @classmethod
+    @checked
     def karras(
         cls, process: NoiseProcess, steps: int, *, rho: float = 7.0, append_zero: bool = True
     ) -> Schedule:
@@ -197,11 +201,13 @@ class Schedule:
         return cls._between(process, steps, ("karras", options), rho)
 
     @classmethod
+    @checked
     def log_snr(cls, process: NoiseProcess, steps: int, *, append_zero: bool = False) -> Schedule:
         """Log-SNRs on a line from ``t_max`` to ``t_min``; the grid of DPM-Solver."""
         return cls._between(process, steps, ("log_snr", {"append_zero": append_zero}))
 
     @classmethod
+    @checked
     def leading(
         cls,
         process: NoiseProcess,
@@ -225,6 +231,7 @@ class Schedule:
         return cls._subset("leading", process, steps, append_zero, steps_offset=steps_offset)
 
     @classmethod
+    @checked
     def uniform_torch(
         cls, process: NoiseProcess, steps: int, *, append_zero: bool = True
     ) -> Schedule:
@@ -232,21 +239,25 @@ class Schedule:
         return cls._subset("uniform_torch", process, steps, append_zero)
 
     @classmethod
+    @checked
     def quad(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
         """Floored squares of a line from 0 to ``sqrt(0.8 N)``, DDIM's "quad"; see ``leading``."""
         return cls._subset("quad", process, steps, append_zero)
 
     @classmethod
+    @checked
     def linspace(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
         """A rounded line from the last noising to the first, both included; see ``leading``."""
         return cls._subset("linspace", process, steps, append_zero)
 
     @classmethod
+    @checked
     def trailing(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
         """Every ``N / steps``-th noising from the last on, rounded; see ``leading``."""
         return cls._subset("trailing", process, steps, append_zero)
 
     @classmethod
+    @checked
     def fast_dpm(
         cls,
         process: NoiseProcess,

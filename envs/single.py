@@ -10,6 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from ..critics.arguments import checked
 from .mdp import DiffusionMDP, Observation, Reward
 from .process import NoiseProcess
 from .schedule import Schedule
@@ -33,6 +34,7 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
 
     metadata: dict[str, Any] = DiffusionVectorEnv.metadata
 
+    @checked
     def __init__(
         self, mdp: DiffusionMDP | str, *, render_mode: str | None = None, **settings: Any
     ) -> None:

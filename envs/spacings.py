@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from .names import unknown_name
 from .process import NoiseProcess
 
@@ -54,6 +55,7 @@ def variable(process: NoiseProcess, spacing: str, rho: float = 7.0) -> tuple[Map
     )
 
 
+@checked
 def refine_times(
     process: NoiseProcess,
     times: Tensor | Sequence[float],

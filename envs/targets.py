@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..critics.shapes import is_image
 from .images import IMAGE_SETS, load_images
 from .names import unknown_name
@@ -284,6 +285,7 @@ class Target:
         return f"Target({self.name!r}, {len(self)} samples of {tuple(self.shape)})"
 
 
+@checked
 def make_target(
     name: str,
     *,
@@ -301,7 +303,7 @@ def make_target(
         name: Which one.
         device: Where its samples shall live.
         data_dir: Folder of the data files, for targets that need one: torchvision's root, by
-            default ``images.DATA_DIR``; for ``ImageFolder`` the folder of images itself.
+            default ``images.default_data_dir()``; for ``ImageFolder`` the folder of images itself.
         download: Fetch missing files of ``MNIST``, ``CIFAR10`` or ``CelebA64`` into ``data_dir``,
             through torchvision.
         image_size: Side in pixels, at least 1, that ``ImageFolder`` resizes to; 64 by default.

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from ..critics.arguments import checked
 from ..critics.shapes import is_vector
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
 from .names import unknown_name
@@ -58,6 +59,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012
 
+    @checked
     def __init__(
         self,
         mdp: DiffusionMDP | str,

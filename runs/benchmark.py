@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import tyro
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from .solver_studies import SOLVER_STUDIES, SolverStudy
 from .solver_study import run_solver_study
 from .studies import STUDIES, Contender, Study
 from .tables import spread, table
+from .threads import threads
 from .train import Run, build_mdp
 
 BudgetStudy = TypeVar("BudgetStudy", SolverStudy, ScheduleStudy, SamplerStudy)
@@ -99,8 +99,15 @@ def main(argv: Sequence[str]) -> None:
         raise unknown_name("study", settings.study, titles)
     _check_numbers(settings)
     folder = settings.log_dir / "benchmark" / settings.study
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    with threads(settings.threads):
+        text = _measured(settings, folder)
+    write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
+    print_report(text)
+    console.out(f"Results: {folder}")
+
+
+def _measured(settings: BenchmarkSettings, folder: Path) -> str:
+    """Run a study, or go on with it; return its table."""
     if settings.study in MEASUREMENTS:
         results, text = MEASUREMENTS[settings.study].measure(settings.device)
         write_json(folder / "results.json", results)
@@ -126,9 +133,7 @@ def main(argv: Sequence[str]) -> None:
             study, seeds=settings.seeds or study.seeds, steps=settings.steps or study.steps
         )
         text = run_study(study, settings, folder)
-    write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
-    print_report(text)
-    console.out(f"Results: {folder}")
+    return text
 
 
 def _check_numbers(settings: BenchmarkSettings) -> None:

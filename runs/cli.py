@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from typing import TextIO
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     name, *rest = arguments
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_writers():
             warnings.showwarning = _warn
             _command(name)(rest)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             error = OutOfMemoryError(advice, f"in fewstep {name}")
         if isinstance(error, OutOfMemoryError):
             _fail(error, code=2)
-        if not isinstance(error, TrainingDivergedError):
+        if not isinstance(error, TrainingDivergedError) and not _lost_peer(error):
             raise
         _fail(error, code=1)
     except KeyboardInterrupt:
@@ -97,6 +99,32 @@ def _warn(
 ) -> None:
     """Show a warning as one sentence, without the place in the code that Python adds."""
     print(f"fewstep: warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Inside, TensorBoard's thread prints no traceback when it cannot write.
+
+    The next log entry, or the end of the log, raises the same error where the run can say it.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (writer and issubclass(arguments.exc_type, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    from .distributed import LostPeerError
+
+    return isinstance(error, LostPeerError)
 
 
 def _fail(error: Exception, code: int) -> None:

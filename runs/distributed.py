@@ -39,9 +39,31 @@ def joined_processes() -> Iterator[Processes]:
     console.quiet = not processes.first
     try:
         yield processes
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise LostPeerError from None
     finally:
         console.quiet = False
         dist.destroy_process_group()
+
+
+class LostPeerError(RuntimeError):
+    """Another process of the run has ended, so this one cannot go on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Another process of this run has ended, and what ended it is said where that one "
+            "writes. What was saved is good: go on with --resume and the run's folder."
+        )
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Tell whether an error means that another process is gone, and not a fault of this one."""
+    libraries = ("gloo", "NCCL", "TCPStore")
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "remote process")
+    of_library = isinstance(error, dist.DistError) or any(name in str(error) for name in libraries)
+    return of_library and any(sign in str(error) for sign in signs)
 
 
 def local_rank() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from ..critics.classifier import RECIPE, ClassifierFeatures, train_classifier
 from ..critics.features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
 from ..critics.fidelity import FeatureDistances, extract
 from ..critics.shapes import is_image
-from ..envs.files import write_atomically
-from ..envs.images import DATA_DIR
+from ..envs.files import cache_root, remove_leftovers, write_atomically
+from ..envs.images import default_data_dir
 from ..envs.targets import Target
 from .console import console
 
@@ -69,6 +68,7 @@ def features_for(
     if target.fresh_limit == 0:
         console.print(f"No feature distances for {target.name}: it has no held-out images.")
         return None
+    remove_leftovers(cache_folder())
     weights = None if inception_weights is None else Path(inception_weights)
     folder = None if data_dir is None else Path(data_dir)
     reasons: list[str] = []
@@ -85,8 +85,8 @@ def features_for(
 
 
 def cache_folder() -> Path:
-    """Return the folder of trained extractors: ~/.cache/fewstep/features, or in $FEWSTEP_CACHE."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser() / "features"
+    """Return the folder of trained extractors: see `cache_root`."""
+    return cache_root() / "features"
 
 
 def real_distances(real: Tensor, features: FeatureExtractor) -> FeatureDistances:
@@ -130,7 +130,7 @@ def _resnet(
 ) -> FeatureExtractor | str:
     if target.name != "CIFAR10":
         return ""
-    folder = (data_dir or DATA_DIR).expanduser() / RESNET_FOLDER
+    folder = (data_dir or default_data_dir()).expanduser() / RESNET_FOLDER
     return Cifar10ResNet(folder) if folder.is_dir() else f"there is no {folder}"
 
 

@@ -1,6 +1,6 @@
 """RunFolder: where a run keeps its settings, checkpoints, logs, results and pictures.
 
-logs/SwissRoll__sft-pg__seed0__20260101-120000/
+logs/SwissRoll__sft-pg__seed0__learning_rate=0.001__20260101-120000/
     config.json              resolved settings; `--config` reads them back
     denoiser.safetensors     the cloned denoiser's training, where every agent starts
     checkpoint.safetensors   the agent's training; `--resume` goes on from it (D-ODE: tableau.json)
@@ -11,9 +11,12 @@ logs/SwissRoll__sft-pg__seed0__20260101-120000/
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from ..agents import AGENTS, DODE
 from ..agents.base import Agent
 from ..agents.checkpoint import CheckpointError
 from ..envs.files import write_atomically
-from .settings import Settings
+from .settings import Settings, defaults
 
 CLONING, CHECKPOINT = "denoiser.safetensors", Agent.checkpoint_name
 TABLEAU, SCHEDULE = DODE.checkpoint_name, "schedule.json"
@@ -46,8 +49,9 @@ class RunFolder:
             parts.append(run.preset)
         if run.steps is not None:
             parts.append(f"K{run.steps}")
-        parts += [f"seed{run.seed}", time.strftime("%Y%m%d-%H%M%S")]
-        return cls.at(unused(run.log_dir / "__".join(parts)), settings)
+        parts += [f"seed{run.seed}", *described_changes(settings)]
+        parts.append(time.strftime("%Y%m%d-%H%M%S"))
+        return cls.at(new_folder(run.log_dir / "__".join(parts)), settings)
 
     @classmethod
     def at(cls, path: Path, settings: Settings) -> RunFolder:
@@ -61,10 +65,7 @@ class RunFolder:
             try:
                 write_atomically(config, lambda file: file.write_text(settings.to_json()))
             except OSError as error:
-                raise PermissionError(
-                    f"Cannot write the log folder {path} ({error.strerror}); choose another with "
-                    "--log-dir."
-                ) from None
+                raise unwritable_folder(path, error) from None
         return cls(path)
 
     @classmethod
@@ -78,14 +79,19 @@ class RunFolder:
         if not path.is_dir():
             raise FileNotFoundError(f"No run folder at {path}.")
         folder = cls(path)
-        files = [CLONING, *(agent.checkpoint_name for agent in AGENTS.values())]
-        if not any((path / name).is_file() for name in files):
+        if not folder.can_resume:
             raise CheckpointError(
                 f"{path} holds no checkpoint to resume; start anew: --config {path}/config.json."
                 if (path / "config.json").is_file()
                 else f"{path} holds no checkpoint to resume and is not a run folder."
             )
         return folder
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        files = [CLONING, *(agent.checkpoint_name for agent in AGENTS.values())]
+        return any((self.path / name).is_file() for name in files)
 
     @property
     def cloning(self) -> Path:
@@ -133,13 +139,78 @@ def check_output(path: Path) -> None:
         raise PermissionError(f"Cannot write --output {path}: {there} is no writable folder.")
 
 
-def unused(path: Path) -> Path:
-    """Return `path`, or `path`-2, -3, ... if something is there already."""
+def new_folder(path: Path) -> Path:
+    """Make a folder that nobody else has, `path` or `path`-2, -3, ..., and return it.
+
+    Two runs that start together get two folders: making one is a single act of the file system.
+
+    Raises:
+        PermissionError: it cannot be made.
+    """
     candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            candidate.mkdir()
+            return candidate
+        except FileExistsError as error:
+            if not candidate.exists():  # it is `path.parent`, or one above, that is a file
+                raise unwritable_folder(path, error) from None
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+        except OSError as error:
+            raise unwritable_folder(path, error) from None
+
+
+def unwritable_folder(path: Path, error: OSError) -> PermissionError:
+    """Build the error for a log folder that cannot be written."""
+    return PermissionError(
+        f"Cannot write the log folder {path} ({error.strerror or error}); choose another with "
+        "--log-dir."
+    )
+
+
+# What is not told apart: where and how a run computes, is watched and is written.
+_UNTOLD = {"env", "agent", "preset", "steps", "seed", "config", "resume", "log_dir", "data_dir"} | {
+    "device", "threads", "download", "checkpoint_seconds", "log_interval", "evaluations",
+    "evaluation_samples", "inception_weights",
+}  # fmt: skip
+_LONGEST = 100
+
+
+def described_changes(settings: Settings) -> list[str]:
+    """Name the settings that differ from the preset's, for the name of a run's folder.
+
+    So the runs of a sweep tell themselves apart, in a listing and in TensorBoard. What does not fit
+    into 100 characters is shortened to a hash.
+    """
+    run = settings.run
+    usual = defaults(run.env, run.agent, run.preset)
+    changes = []
+    for prefix, mine, theirs in (
+        ("", dataclasses.asdict(run), dataclasses.asdict(usual.run)),
+        ("", settings.agent, usual.agent),
+        ("pretrain.", settings.cloning, usual.cloning),
+    ):
+        for key, value in mine.items():
+            if (prefix or key not in _UNTOLD) and value != theirs.get(key):
+                changes.append(f"{prefix}{key}={_short(value)}")
+    text = "__".join(changes)
+    if len(text) <= _LONGEST:
+        return changes
+    kept = [change for i, change in enumerate(changes) if len("__".join(changes[: i + 1])) <= 80]
+    return [*kept, f"{zlib.crc32(text.encode()):08x}"]
+
+
+def _short(value: Any) -> str:
+    """Write a value so that it can stand in a file's name."""
+    if isinstance(value, dict):
+        value = ",".join(f"{key}-{part}" for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    elif isinstance(value, Path):
+        value = value.name
+    return re.sub(r"[^\w.,+-]+", "-", str(value))
 
 
 def denoiser_file(path: Path) -> Path:

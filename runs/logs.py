@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from ..envs.files import write_atomically
+from ..envs.files import unwritable, write_atomically
 
 STEP, LIVE_METRIC = "time/total_timesteps", "eval/sliced_wasserstein"
 # Pictures and hyper-parameters go to TensorBoard alone.
@@ -63,8 +63,11 @@ class ProgressFile(KVWriter):
         row[STEP] = str(step)
         self.rows.append(row)
         if row.keys() <= set(self.columns):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            try:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(row)
+            except OSError as error:
+                raise unwritable(self.path, error) from None
         else:
             self._rewrite()
 
@@ -109,5 +112,26 @@ class ResumableTensorBoard(TensorBoardOutputFormat):
     """TensorBoard events; those of an earlier process beyond `timesteps` are purged from view."""
 
     def __init__(self, folder: Path, timesteps: int = 0) -> None:
+        self.folder = folder
         self.writer = SummaryWriter(str(folder), purge_step=timesteps + 1 if timesteps else None)
         self._is_closed = False
+
+    def write(
+        self,
+        key_values: dict[str, Any],
+        key_excluded: dict[str, tuple[str, ...]],
+        step: int = 0,
+    ) -> None:
+        """Write one log entry; on a full disk the error names the folder."""
+        try:
+            super().write(key_values, key_excluded, step)
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+
+    def close(self) -> None:
+        """Close the file; on a full disk the error names the folder."""
+        try:
+            super().close()
+        except OSError as error:
+            self._is_closed = True  # whatever is left to write cannot be
+            raise unwritable(self.folder, error) from None

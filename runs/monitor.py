@@ -2,15 +2,15 @@
 
 Progress bar with the live metric, checkpoints by the clock, evaluations with pictures in
 TensorBoard, and Ctrl-C: the round is finished, the checkpoint written, and the run can be resumed.
+A context manager: what it changes while training runs is as before however training ends.
 """
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..agents.base import Agent
 from .evaluation import NOISE_SEED, Evaluation, finite
+from .interrupts import Interrupts
 from .logs import LIVE_METRIC, NOT_TENSORBOARD
 from .plots import pictured, samples_figure
 
@@ -60,8 +61,28 @@ class Monitor(BaseCallback):
         self.picture_interval = self.interval * max(evaluations // PICTURES, 1)
         self.hyperparameters = hyperparameters or {}
         self.on_save = on_save
-        self.interrupted = False
+        self.interrupts = Interrupts()
+        self.bar: tqdm[Any] | None = None
         self._saved = time.monotonic()
+
+    def __enter__(self) -> Monitor:
+        self.interrupts.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.interrupts.__exit__(kind, error, traceback)
+        if self.bar is not None:
+            self.bar.close()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C asked for an end."""
+        return self.interrupts.requested
 
     def _on_training_start(self) -> None:
         flat = {
@@ -77,15 +98,9 @@ class Monitor(BaseCallback):
             unit="round",
             dynamic_ncols=True,
         )
-        self._previous_handler = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._interrupt)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        # The first Ctrl-C waits for the end of the round, a second one does not.
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _on_step(self) -> bool:
+        assert self.bar is not None  # made when training starts
         self.bar.update()
         rounds = self.model.rounds
         if self.evaluation is not None and self.interval and rounds % self.interval == 0:
@@ -96,8 +111,6 @@ class Monitor(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._save()
-        self.bar.close()
-        signal.signal(signal.SIGINT, self._previous_handler)
 
     def _save(self) -> None:
         self.model.save(self.checkpoint)
@@ -106,6 +119,7 @@ class Monitor(BaseCallback):
 
     def _evaluate(self, rounds: int) -> None:
         assert self.evaluation is not None
+        assert self.bar is not None
         score = self.evaluation.quick(
             finite(
                 lambda n, generator: self.model.sample(n, generator=generator),
@@ -124,16 +138,3 @@ class Monitor(BaseCallback):
                 "samples/sampler", Figure(figure, close=True), exclude=NOT_TENSORBOARD
             )
         self.logger.dump(self.model.num_timesteps)
-
-
-class Follower(BaseCallback):
-    """What the other processes of a run do: leave Ctrl-C to the first, which tells them to stop."""
-
-    def _on_training_start(self) -> None:
-        self._previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_training_end(self) -> None:
-        signal.signal(signal.SIGINT, self._previous_handler)

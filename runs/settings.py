@@ -24,6 +24,7 @@ from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
 from ..agents.checks import at_least, not_negative
 from ..agents.solvers import Options
+from ..critics.arguments import check_value
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
@@ -86,7 +87,8 @@ class TrainSettings:
     log_dir: Path = Path("logs")
     """Folder under which the run folder is made."""
     data_dir: Path | None = None
-    """Folder of environments whose data are files; ~/.cache/fewstep/data if omitted."""
+    """Folder of environments whose data are files; if omitted $FEWSTEP_CACHE/data, without that
+    variable ~/.cache/fewstep/data."""
     download: bool = False
     """Fetch missing data files into that folder."""
     image_size: int | None = None
@@ -131,22 +133,51 @@ class Settings:
             raise FileNotFoundError(f"No settings file at {path}.")
         try:
             tree = json.loads(path.read_text())
-            run = dict(tree["run"])
-            # JSON has no tuples.
-            agent, cloning = (
-                {k: tuple(v) if isinstance(v, list) else v for k, v in tree[part].items()}
-                for part in ("agent", "cloning")
-            )
+            parts = [tree[part] for part in ("run", "agent", "cloning")]
+            if not all(isinstance(part, dict) for part in parts):
+                raise TypeError("run, agent and cloning must be objects")
+            env, agent = parts[0]["env"], parts[0]["agent"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a fewstep config.json ({error!r}).") from None
-        known = {field.name for field in dataclasses.fields(TrainSettings)}
-        for key in run:
-            if key not in known:
-                raise unknown_name(f"setting in {path}", key, known)
-        for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
-            if run.get(key) is not None:
-                run[key] = Path(run[key])
-        return cls(TrainSettings(**run), agent, cloning)
+        try:
+            resolve_environment(str(env))
+            if agent not in AGENTS:
+                raise unknown_name("agent", agent, AGENTS)
+            kinds = (
+                TrainSettings,
+                hyperparameters(AGENTS[agent]),
+                hyperparameters(BehaviorCloning, ROUNDS),
+            )
+            # What an older version did not know takes its default.
+            run, of_agent, cloning = (
+                _typed(part, kind) for part, kind in zip(parts, kinds, strict=True)
+            )
+            for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
+                if run.get(key) is not None:
+                    run[key] = Path(run[key])
+            settings = cls(TrainSettings(**run), of_agent, cloning)
+            check_numbers(settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return settings
+
+
+# What the command line asks of behaviour cloning beside its constructor's arguments.
+ROUNDS = (("rounds", int, dataclasses.field(default=1)),)
+
+
+def _typed(values: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return settings from a file, checked against the fields of a dataclass; lists as tuples.
+
+    Raises:
+        TypeError: a value of another type than the field's.
+        ValueError: a field that there is not.
+    """
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            raise unknown_name("setting", name, hints)
+    return {name: check_value(name, value, hints[name]) for name, value in values.items()}
 
 
 def hyperparameters(agent: type[Agent], extra: Sequence[tuple[str, Any, Any]] = ()) -> type[Any]:
@@ -175,7 +206,7 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
     kind = AGENTS[base.run.agent]
     run_type = TrainSettings
     agent_type = hyperparameters(kind)
-    cloning_type = hyperparameters(BehaviorCloning, [("rounds", int, dataclasses.field(default=1))])
+    cloning_type = hyperparameters(BehaviorCloning, ROUNDS)
     everything = dataclasses.make_dataclass(
         "Flags",
         [
@@ -268,6 +299,7 @@ def check_numbers(settings: Settings) -> None:
             "--rounds": run.rounds,
             "--pretrain.rounds": settings.cloning.get("rounds"),
             "--log-interval": run.log_interval,
+            "--steps": run.steps,
         },
     )
     at_least(2, **{"--evaluation-samples": run.evaluation_samples})

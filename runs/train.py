@@ -21,20 +21,22 @@ from ..agents.denoiser import edm_time_range
 from ..agents.sampling import sample, sampler_of
 from ..agents.solvers import Options
 from ..agents.tableau import Tableau
-from ..agents.training import seeded
+from ..agents.training import TrainingDivergedError, seeded
 from ..critics.processes import Processes
-from ..critics.shapes import is_image, is_vector
+from ..critics.shapes import is_image
 from ..envs import VE, DiffusionMDP
+from ..envs.files import remove_leftovers
 from ..envs.process import NoiseProcess, make_process
 from .bodies import named_body
 from .console import console, print_results
-from .distributed import agreed_path, joined_processes
+from .distributed import agreed_path, is_lost_peer, joined_processes
 from .environment import build_environment, check_fits
 from .evaluation import NOISE_SEED, Evaluation, combine, finite
 from .features import features_for
 from .folder import RunFolder
+from .interrupts import Interrupts
 from .logs import make_logger, read_live_metric
-from .monitor import Follower, Monitor
+from .monitor import Monitor
 from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
 from .reports import report_agent, save_sampler
 from .settings import (
@@ -47,9 +49,12 @@ from .settings import (
     resumed_folder,
 )
 from .sources import starting_denoiser
+from .threads import threads
 
 # Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
 EDM_LEVELS = 64
+# Settings of a denoiser that the run clones itself.
+CLONED = ("body", "body_options", "prediction")
 
 
 class InterruptedRun(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -63,6 +68,8 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
         if resume is not None:
             folder = RunFolder.reopen(resume)
             settings = Settings.from_json(folder.path / "config.json")
+            if processes.first:
+                remove_leftovers(folder.path)
         else:
             settings = parse(argv, agent)
             mdp = check(settings)
@@ -74,9 +81,16 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
             path = shlex.quote(str(folder.path))
             console.out(f"\nSaved. Go on with:  fewstep train --resume {path}")
             raise SystemExit(130) from None
+        except KeyboardInterrupt:
+            if folder.can_resume and processes.first:
+                path = shlex.quote(str(folder.path))
+                console.out(f"\nGo on from the last checkpoint:  fewstep train --resume {path}")
+            raise
         except Exception as error:
             # Bad settings all processes refuse alike; what happens now may be this one's alone.
-            if not processes.first:
+            if not processes.first and not (
+                isinstance(error, RuntimeError) and is_lost_peer(error)
+            ):
                 print(f"fewstep: process {processes.rank}: {error}", file=sys.stderr)
             raise
 
@@ -103,9 +117,6 @@ class Run:
             )
             mdp = build_mdp(settings, own)
         self.mdp = mdp
-        threads = settings.run.threads or (1 if is_vector(self.mdp.shape) else None)
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._began = time.monotonic()
         self._seconds_before = float(folder.results().get("seconds", 0.0))
 
@@ -124,6 +135,11 @@ class Run:
 
         Of several processes only the first writes, evaluates, and has results to return.
         """
+        few = 1 if len(self.mdp.shape) == 1 else None
+        with threads(self.settings.run.threads or few):
+            return self._carry_through()
+
+    def _carry_through(self) -> dict[str, Any]:
         run = self.settings.run
         console.print(f"{run.agent} on {self.mdp.target.name}, {self.mdp.steps} steps")
         console.out(f"Logs: {self.folder.path}")
@@ -202,17 +218,41 @@ class Run:
             {"env": run.env, "agent": agent.name, "steps": self.mdp.steps, **agent.settings()},
             on_save=lambda: self._saved(agent),
         )
-        agent.learn(
-            remaining,
-            callback=monitor if first else Follower(),
-            log_interval=run.log_interval,
-            reset_num_timesteps=False,
-        )
-        agent.logger.close()
+        try:
+            # The other processes leave Ctrl-C to the first, which tells them to stop.
+            with monitor if first else Interrupts(ignore=True):
+                agent.learn(
+                    remaining,
+                    callback=monitor if first else None,
+                    log_interval=run.log_interval,
+                    reset_num_timesteps=False,
+                )
+        except TrainingDivergedError as error:
+            error.args = (f"{error} {self._way_out(agent)}",)
+            raise
+        finally:
+            agent.logger.close()
         # Also: the others wait here until the first has written what they read next.
         if self.processes.any(monitor.interrupted, self.mdp.device):
             raise InterruptedRun
         return agent
+
+    def _way_out(self, agent: Agent) -> str:
+        """Say how to go on after divergence: a resumed run would repeat it, step by step."""
+        first_stage = agent.name != self.settings.run.agent
+        prefix = "--pretrain." if first_stage else "--"
+        rates = sorted((n for n in agent.settings() if n.endswith("learning_rate")), key=len)
+        flags = " or ".join(prefix + name.replace("_", "-") for name in rates)
+        config = shlex.quote(str(self.folder.path / "config.json"))
+        start = f"fewstep train --config {config}"
+        run = self.settings.run
+        preset = defaults(run.env, run.agent, run.preset).run
+        # A body of one's own would be cloned, which does not go with a denoiser that is given.
+        plain = all(getattr(run, name) == getattr(preset, name) for name in CLONED)
+        if agent.name != BehaviorCloning.name and plain and not self._adopts:
+            start += f" --denoiser {shlex.quote(str(self.folder.cloning))}"
+        smaller = f"and a smaller {flags}" if flags else "and other settings"
+        return f"--resume would come to the same end; start anew with:  {start}  {smaller}."
 
     def _saved(self, agent: Agent) -> None:
         """Write what goes with a checkpoint."""
@@ -299,7 +339,7 @@ def check(settings: Settings) -> DiffusionMDP:
     else:
         check_fits(denoiser, mdp, run.denoiser or run.pretrained)
         of_preset = defaults(run.env, run.agent, run.preset).run
-        for flag in ("body", "body_options", "prediction"):
+        for flag in CLONED:
             if getattr(run, flag) != getattr(of_preset, flag):
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...envs import Schedule
 from ..denoiser import Denoiser
-from ..training import frozen, learning_rate_schedule, set_learning_rate
+from ..training import frozen, learning_rate, set_learning_rate
 from .levels import LevelMap, Space, noise_levels, schedule_at
 from .objective import Objective, Slope
 from .pool import Batch, Pool
@@ -68,7 +68,6 @@ class Descent:
         self._map = LevelMap(float(levels[-1]), float(levels[0]), space)
         self._parameters = torch.nn.Parameter(self._map.parameters(levels))
         self._adam = torch.optim.Adam([self._parameters])
-        self._cosine = learning_rate_schedule("cosine")
         self._watch: Watch | None = None
         self.updates = 0
         self.collapsed = False
@@ -145,8 +144,9 @@ class Descent:
         slope = self.slope(denoiser, batch, generator)
         self._adam.zero_grad()
         self._map.levels(self._parameters).backward(slope.gradient)
-        rate = self.learning_rate * self._cosine(self.updates / self.rounds)
-        set_learning_rate(self._adam, rate * min((self.updates + 1) / WARM_UP, 1.0))
+        done = self.updates / self.rounds
+        rate = learning_rate(self.learning_rate, "cosine", done, self.updates, WARM_UP)
+        set_learning_rate(self._adam, rate)
         self._adam.step()
         self._move_to(self._parameters)
         metrics = {"disc_loss": slope.disc_loss}

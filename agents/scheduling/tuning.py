@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..tableau import Tableau
-from ..training import Averaged, adam, learning_rate_schedule, set_learning_rate
+from ..training import Averaged, adam, learning_rate, set_learning_rate
 from .adjoint import backpropagate
 from .levels import time_of_level
 from .pool import Pool
@@ -63,7 +63,6 @@ class Tuning:
         self.averaged = Averaged(denoiser, ema if rounds else 0.0)
         self.optimizer = adam(denoiser.parameters()) if rounds else None
         self.updates = 0
-        self._cosine = learning_rate_schedule("cosine")
 
     @property
     def done(self) -> bool:
@@ -96,7 +95,7 @@ class Tuning:
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.denoiser.parameters(), self.max_grad_norm or math.inf
         )
-        rate = self.learning_rate * self._cosine(self.updates / self.rounds)
+        rate = learning_rate(self.learning_rate, "cosine", self.updates / self.rounds)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.averaged.update()

@@ -18,6 +18,7 @@ import math
 import numpy as np
 from torch import Tensor
 
+from ...critics.arguments import checked
 from ...envs.process import DiscreteVP
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
@@ -29,6 +30,7 @@ from .rows import with_last_std
 GREY_LEVEL = 2 / 255
 
 
+@checked
 def analytic_dpm(
     schedule: Schedule,
     gamma: np.ndarray | Tensor,
@@ -78,6 +80,7 @@ def analytic_dpm(
     return with_last_std(table, last_std)
 
 
+@checked
 def per_pixel_dpm(
     schedule: Schedule,
     head: str = "sn",

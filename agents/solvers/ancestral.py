@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Tableau, one_step_tableau
@@ -14,6 +15,7 @@ from .rows import with_last_std
 Variance = Literal["small", "large", "beta"]
 
 
+@checked
 def ancestral(
     schedule: Schedule,
     variance: Variance = "small",

@@ -6,11 +6,13 @@ from typing import get_args
 
 import numpy as np
 
+from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau, one_step_tableau
 
 
+@checked
 def ddim(
     schedule: Schedule, eta: float = 0.0, output: Output = "epsilon", clip: bool = False
 ) -> Tableau:

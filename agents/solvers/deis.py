@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.process import NoiseProcess
 from ...envs.schedule import Schedule
@@ -30,6 +31,7 @@ Basis = Literal["time", "rho"]
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
+@checked
 def deis(schedule: Schedule, order: int = 3, basis: Basis = "time") -> Tableau:
     """Build DEIS (Zhang & Chen 2023), a linear multistep solver in noise prediction.
 

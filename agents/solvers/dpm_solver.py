@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
@@ -17,6 +18,7 @@ from .singlestep import SolverType, singlestep
 Method = Literal["multistep", "singlestep"]
 
 
+@checked
 def dpm_solver(
     schedule: Schedule,
     order: int = 2,
@@ -43,6 +45,7 @@ def dpm_solver(
     return singlestep(f"dpm-solver-{order}", schedule, order, solver_type, orders, "epsilon")
 
 
+@checked
 def dpm_solver_pp(
     schedule: Schedule,
     order: int = 2,
@@ -78,6 +81,7 @@ def dpm_solver_pp(
     return multistep(name, schedule, order, solver_type, compat, lower_order_final, "sample")
 
 
+@checked
 def dpm_solver_multistep(
     schedule: Schedule,
     order: int = 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...critics.arguments import checked
 from ...envs.fast_dpm import fast_levels
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
@@ -9,6 +10,7 @@ from .ddim import first_order
 from .rows import with_last_std
 
 
+@checked
 def fast_dpm(schedule: Schedule, kappa: float = 1.0, last_std: float | None = None) -> Tableau:
     """Build FastDPM's sampler, the chain that SFT-PG starts from on images.
 

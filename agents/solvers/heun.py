@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau
@@ -24,6 +25,7 @@ def euler(schedule: Schedule) -> Tableau:
     return ddim(schedule, output="sample").replace(name="euler")
 
 
+@checked
 def heun(
     schedule: Schedule,
     output: Output = "sample",

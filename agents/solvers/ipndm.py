@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...critics.arguments import checked
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
 from .exponential import coefficient, scale
@@ -16,6 +17,7 @@ ADAMS_BASHFORTH = (
 )
 
 
+@checked
 def ipndm(schedule: Schedule, order: int = 4) -> Tableau:
     """Build iPNDM: linear multistep in noise prediction, without PNDM's costly warm-up.
 

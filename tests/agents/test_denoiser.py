@@ -278,12 +278,6 @@ def test_files_that_hold_no_fitting_denoiser_are_refused(make_denoiser, tmp_path
     make_denoiser().save(tmp_path / "denoiser")
     with pytest.raises(CheckpointError, match="do not fit"):
         Denoiser.load(tmp_path / "denoiser", body=MLP((2,), levels=4, hidden=8))
-    broken = make_denoiser()
-    with torch.no_grad():
-        broken.body.out.bias[1] = math.inf
-    broken.save(tmp_path / "broken")
-    with pytest.raises(CheckpointError, match=r"broken is damaged: its weight body\.out\.bias"):
-        Denoiser.load(tmp_path / "broken")
     save_checkpoint(tmp_path / "other", {"kind": "else", "weights": torch.ones(1)})
     with pytest.raises(CheckpointError, match="holds no denoiser"):
         Denoiser.load(tmp_path / "other")

@@ -200,7 +200,7 @@ def test_images_and_two_learning_rates():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"regularizer": "dropout"}, "Known: " + ", ".join(REGULARIZERS)),
+        ({"regularizer": "dropout"}, "Known: " + ", ".join(sorted(REGULARIZERS))),
         ({"regularizer": "baseline", "baseline": None}, "needs a baseline network"),
         ({"regularizer": "baseline", "coefficient": -0.1}, "positive and finite, got -0.1"),
         ({"regularizer": "gradient-penalty", "coefficient": math.nan}, "positive and finite"),

@@ -228,7 +228,7 @@ def test_studies_are_listed(fewstep, capsys):
         (["train", "--agent=dode", "--solver-options", "eta", "abc"], "wrong type"),
         (
             ["train", "--agent=dode", "--solver=ipndm", "--solver-options", "order", "True"],
-            "orders",
+            "order must be a whole number",
         ),
         (["train", "--evaluation-samples=1"], "--evaluation-samples must be at least 2"),
         (["train", "--threads=-2"], "--threads must be at least 1"),

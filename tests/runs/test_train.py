@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewstep.agents import SFTPG
 from fewstep.agents.checkpoint import load_checkpoint
 from fewstep.envs import make_mdp
+from fewstep.runs.folder import described_changes
 from fewstep.runs.logs import read_live_metric
 from fewstep.runs.settings import defaults, parse
 from fewstep.runs.train import check
@@ -79,8 +80,10 @@ def test_results_json_has_the_promised_shape(finished):
         assert all(value >= 0 for value in results["metrics"][metric].values())
 
 
-def test_the_plain_run_has_the_plain_name(finished):
-    assert re.fullmatch(r"SwissRoll__sft-pg__seed0__\d{8}-\d{6}", finished.name)
+def test_a_run_is_named_by_what_it_does_not_share_with_the_plain_one(finished):
+    assert described_changes(parse([])) == []
+    changes = "rounds=4__batch_size=16__pretrain.rounds=6__pretrain.batch_size=32"
+    assert re.fullmatch(rf"SwissRoll__sft-pg__seed0__{changes}__\d{{8}}-\d{{6}}", finished.name)
 
 
 def test_tensorboard_holds_scalars_pictures_and_hyperparameters(finished):

@@ -1,0 +1,166 @@
+"""Arguments of constructors, checked against their type hints.
+
+A string where a flag is meant is true, an unknown name falls through to the last `else`, and a
+number that is no whole one is rounded somewhere: all without an error. `checked` refuses them when
+the object is built, from what the signature says, so that a new argument is checked as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from .names import unknown_name
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_NOT = object()  # what `_converted` returns for a value that does not fit
+
+
+def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Check a function's arguments whenever it is called: see `check_arguments`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own message names the function
+        bound.arguments.update(check_arguments(function, bound.arguments))
+        return function(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as Python's own numbers, or refuse what the type hints exclude.
+
+    Checked are hints of `bool`, `int`, `float`, `str`, `Literal`, `Path`, `None`, tuples of these,
+    dictionaries, and unions of them. A whole number passes for a `float`, a NumPy scalar for a
+    Python one and a list for a tuple; nothing but a flag passes for a `bool`. Hints of other kinds
+    accept everything.
+
+    Args:
+        function: whose hints they are.
+        arguments: by name; those without a hint pass.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a string that is none of the known ones.
+    """
+    hints = _hints(inspect.unwrap(function))
+    return {
+        name: check_value(name, value, hints[name]) if name in hints else value
+        for name, value in arguments.items()
+    }
+
+
+def check_value(name: str, value: Any, hint: Any) -> Any:
+    """Check one value against a type hint: see `check_arguments`."""
+    found = _converted(value, hint)
+    if found is not _NOT:
+        return found
+    choices = [choice for part in _parts(hint) for choice in _choices(part)]
+    if choices and isinstance(value, str):
+        raise unknown_name(name, value, choices)
+    wanted = " or ".join(_described(part) for part in _parts(hint))
+    raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(function)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a union, a single one of any other hint."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Return the value as the hint says, or `_NOT`."""
+    parts = _parts(hint)
+    if len(parts) > 1:
+        fitting = (_converted(value, part) for part in parts)
+        return next((found for found in fitting if found is not _NOT), _NOT)
+    if get_origin(hint) is Literal:
+        same = (choice for choice in get_args(hint) if type(choice) is type(value))
+        return value if value in same else _NOT
+    if get_origin(hint) is tuple:
+        return _converted_tuple(value, get_args(hint))
+    check = _CHECKS.get(get_origin(hint) or hint)
+    return value if check is None else check(value)
+
+
+def _converted_tuple(value: Any, hints: tuple[Any, ...]) -> Any:
+    if not isinstance(value, tuple | list):
+        return _NOT
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    if len(hints) != len(value):
+        return _NOT
+    found = tuple(_converted(part, hint) for part, hint in zip(value, hints, strict=True))
+    return _NOT if any(part is _NOT for part in found) else found
+
+
+def _flag(value: Any) -> Any:
+    return bool(value) if isinstance(value, bool | np.bool_) else _NOT
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else _NOT
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return _NOT
+    return value if isinstance(value, int | float) else float(value)
+
+
+def _only(*kinds: type) -> Callable[[Any], Any]:
+    return lambda value: value if isinstance(value, kinds) else _NOT
+
+
+_CHECKS: dict[Any, Callable[[Any], Any]] = {
+    bool: _flag,
+    int: _whole,
+    float: _number,
+    str: _only(str),
+    Path: _only(str, Path),
+    dict: _only(Mapping),
+    NoneType: _only(NoneType),
+}
+
+_NAMES: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a path",
+    dict: "a dictionary",
+    NoneType: "None",
+}
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        if parts[-1] is Ellipsis:
+            return f"a sequence of which each is {_described(parts[0])}"
+        return f"({', '.join(map(_described, parts))})"
+    return _NAMES.get(get_origin(hint) or hint, str(hint))

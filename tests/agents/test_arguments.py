@@ -1,0 +1,198 @@
+"""No argument of a constructor takes what its type hint excludes, whichever way it comes."""
+
+import inspect
+import json
+import typing
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.agents import AGENTS, SFTPG, CheckpointError, Denoiser, DenoiserPolicy
+from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.solvers import SOLVERS
+from fewstep.agents.variance_head import VarianceHead
+from fewstep.critics import IPMCritic, MMDCritic
+from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, Schedule
+from fewstep.envs.registration import make_mdp
+from fewstep.envs.schedule import SCHEDULES
+from fewstep.envs.targets import make_target
+from fewstep.runs.settings import Settings, parse
+
+# The first arguments need not make sense: types are checked before anything is done with them.
+PLACES = {
+    **AGENTS,
+    "Denoiser": Denoiser,
+    "MLP": MLP,
+    "ResidualMLP": ResidualMLP,
+    "SmallUNet": SmallUNet,
+    "VarianceHead": VarianceHead,
+    "DenoiserPolicy": DenoiserPolicy,
+    "IPMCritic": IPMCritic,
+    "MMDCritic": MMDCritic,
+    "DiffusionEnv": DiffusionEnv,
+    "DiffusionVectorEnv": DiffusionVectorEnv,
+    "make_mdp": make_mdp,
+    "make_target": make_target,
+    **{f"solver {name}": solver.build for name, solver in SOLVERS.items()},
+    **{f"schedule {name}": build for name, build in SCHEDULES.items()},
+}
+
+
+def parts(hint):
+    return get_args(hint) if get_origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def wrong_value(hint):
+    """Return a value of another kind than the hint's, None for hints that say too little."""
+    kinds = {get_origin(part) or part for part in parts(hint)} - {NoneType}
+    if kinds <= {bool, Literal}:
+        return "bogus"
+    if kinds == {int}:
+        return 2.5
+    if kinds == {float} or kinds == {tuple}:
+        return "bogus"
+    return 3 if kinds == {str} else None
+
+
+def typed_arguments():
+    for place, build in PLACES.items():
+        function = build.__init__ if inspect.isclass(build) else build
+        hints = typing.get_type_hints(inspect.unwrap(function))
+        for name in inspect.signature(build).parameters:
+            if name in hints and wrong_value(hints[name]) is not None:
+                yield pytest.param(build, name, wrong_value(hints[name]), id=f"{place}-{name}")
+
+
+def filled(build, given):
+    """Return keyword arguments in which all that have no default are something."""
+    parameters = inspect.signature(build).parameters.values()
+    needed = {
+        p.name: None
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+    return {**needed, **given}
+
+
+@pytest.mark.parametrize(("build", "name", "value"), list(typed_arguments()))
+def test_a_value_of_another_kind_is_refused(build, name, value):
+    function = inspect.unwrap(build.__init__ if inspect.isclass(build) else build)
+    hints = typing.get_type_hints(function)
+    # What is missing gets a value that its hint allows, so that only `name` can be at fault.
+    samples = {int: 1, float: 1.0, str: "", bool: True, tuple: (1.0, 1.0), NoneType: None}
+    arguments = {
+        key: samples.get(get_origin(parts(hints.get(key))[0]) or parts(hints.get(key))[0])
+        for key in filled(build, {})
+    }
+    with pytest.raises((TypeError, ValueError), match=rf"{name} (must be|'?bogus)|unknown {name}"):
+        build(**{**arguments, name: value})
+
+
+def named_arguments():
+    """Strings that are names of something, in the agents' constructors."""
+    free = {"tensorboard_log", "env"}
+    for agent, build in AGENTS.items():
+        hints = typing.get_type_hints(build.__init__)
+        for name in inspect.signature(build).parameters:
+            if str in parts(hints[name]) and name not in free:
+                yield pytest.param(build, name, id=f"{agent}-{name}")
+
+
+@pytest.mark.parametrize(("build", "name"), list(named_arguments()))
+def test_an_unknown_name_is_refused(build, name, make_mdp, make_denoiser):
+    with pytest.raises(ValueError, match="bogus"):
+        build(make_mdp(), make_denoiser(), **{name: "bogus"})
+
+
+def test_numpy_s_numbers_and_lists_are_taken_for_python_s(make_mdp, make_denoiser, tmp_path):
+    agent = SFTPG(
+        make_mdp(),
+        make_denoiser(),
+        batch_size=np.int64(8),
+        learning_rate=np.float32(0.5),
+        learn_std=np.bool_(True),
+        betas=[0.5, 0.9],
+        max_grad_norm=1,
+    )
+    settings = agent.settings()
+    assert settings["batch_size"] == 8
+    assert type(settings["batch_size"]) is int
+    assert settings["learn_std"] is True
+    agent.save(tmp_path / "agent")  # JSON knows no NumPy
+    assert load_checkpoint(tmp_path / "agent")["settings"]["learning_rate"] == 0.5
+
+
+BAD = [
+    ("log_density", "bogus", "unknown log_density 'bogus'"),
+    ("normalize_advantage", "no", "normalize_advantage must be True or False, got 'no'"),
+    ("batch_size", 8.5, "batch_size must be a whole number, got 8.5"),
+    ("learning_rate", "fast", "learning_rate must be a number"),
+    ("learning_rat", 1.0, "did you mean 'learning_rate'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "complaint"), BAD)
+def test_settings_of_a_checkpoint_are_as_strictly_checked(
+    name, value, complaint, make_mdp, make_denoiser, tmp_path
+):
+    path = tmp_path / "agent"
+    SFTPG(make_mdp(), make_denoiser(), batch_size=8).save(path)
+    tree = load_checkpoint(path)
+    tree["settings"][name] = value
+    save_checkpoint(path, tree)
+    with pytest.raises(CheckpointError, match=f"{path}.*{complaint}"):
+        SFTPG.load(path, make_mdp())
+
+
+def config(tmp_path, change) -> Path:
+    tree = json.loads(parse([]).to_json())
+    change(tree)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.mark.parametrize(("name", "value", "complaint"), BAD)
+def test_settings_of_a_config_are_as_strictly_checked(name, value, complaint, tmp_path):
+    path = config(tmp_path, lambda tree: tree["agent"].update({name: value}))
+    with pytest.raises(ValueError, match=f"{path}.*{complaint}"):
+        Settings.from_json(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda tree: tree.update(run=[]), "run, agent and cloning must be objects"),
+        (lambda tree: tree.update(run={}), "env"),
+        (lambda tree: tree["run"].update(rounds=7.0007), "rounds must be a whole number"),
+        (lambda tree: tree["run"].update(rounds=-5), "rounds must be at least 1, got -5"),
+        (lambda tree: tree["run"].update(seed=True), "seed must be a whole number, got True"),
+        (lambda tree: tree["run"].update(download="no"), "download must be True or False"),
+        (lambda tree: tree["run"].update(log_dir=3), "log_dir must be a path"),
+        (lambda tree: tree["run"].update(agent="sft-pq"), "did you mean 'sft-pg'"),
+        (lambda tree: tree["cloning"].update(rounds=1e9), "rounds must be a whole number"),
+    ],
+)
+def test_a_config_that_a_flag_could_not_say_is_refused(change, complaint, tmp_path):
+    path = config(tmp_path, change)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        Settings.from_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_says_what_the_flags_said(tmp_path):
+    settings = parse(["--betas", "0.4", "0.9", "--steps=3", "--log-dir=x", "--clip-range=0.2"])
+    path = tmp_path / "config.json"
+    path.write_text(settings.to_json())
+    assert Settings.from_json(path) == settings
+
+
+def test_a_schedule_without_a_flag_is_no_schedule_with_the_flag_no(process):
+    with pytest.raises(TypeError, match="append_zero must be True or False, got 'no'"):
+        Schedule.karras(process, 3, append_zero="no")
+    assert torch.equal(Schedule.karras(process, 3).times, Schedule.karras(process, 3, rho=7).times)
