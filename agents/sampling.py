@@ -25,10 +25,13 @@ def sample(
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
 ) -> Tensor:
-    """Run a tableau on `start` fresh prior samples, or from given states (N, *shape), in chunks."""
+    """Run a tableau from `start` fresh samples of its prior, or from states (N, *shape), in chunks.
+
+    The prior is that of the table's first time, see `Tableau.prior_sample`.
+    """
     if isinstance(start, int):
         device = next(denoiser.parameters()).device
-        start = denoiser.process.prior_sample((start, *shape), generator, device=device)
+        start = tableau.prior_sample((start, *shape), generator, device=device)
     size = max(1, min(CHUNK, NUMBERS // math.prod(shape)))
     chunks = [
         tableau.sample(denoiser, chunk, generator=generator, return_trajectory=return_trajectory)
