@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .solvers import SOLVERS, Options
 from .tableau import Tableau
 
 # Chunks of this many samples, or numbers, stay in the processor's caches and bound the memory.
@@ -50,30 +49,3 @@ def sampler_of(
         return sample(tableau, denoiser, n, shape=shape, generator=generator)
 
     return draw
-
-
-def default_solver_options(solver: str, shape: tuple[int, ...], clip: bool = False) -> Options:
-    """Return paper A's: variance beta for vectors; small, with a last std of 0.001, for images.
-
-    With noise in every step a sampler is a policy with densities, which SFT-PG can start from.
-
-    Args:
-        solver: its name.
-        shape: of one sample.
-        clip: clamp the predicted clean sample where the solver can, as a pretrained pipeline may
-            ask (`Denoiser.clip`). Fine-tuning does not: paper A's chain is Gaussian in its mean.
-    """
-    if solver not in SOLVERS:
-        return {}
-    image, known = len(shape) == 3, SOLVERS[solver].options
-    options: Options = {}
-    if solver == "ancestral":
-        options["variance"] = "small" if image else "beta"
-    if image and "last_std" in known:
-        options["last_std"] = 0.001
-    if SOLVERS[solver].needs is not None and not image:
-        # These clamp to an image's [-1, 1] and count in grey levels.
-        options |= {"clip": False, "late_clip": math.inf}
-    if clip and "clip" in known:
-        options["clip"] = True
-    return options

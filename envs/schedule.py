@@ -452,11 +452,16 @@ def make_schedule(name: str, process: NoiseProcess, steps: int, **options: Any) 
         return Schedule(process, times)
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
-    known = list(signature(SCHEDULES[name]).parameters)[2:]
+    known = schedule_options(name)
     for option in options:
         if option not in known:
             raise unknown_name(f"option of schedule {name}", option, known)
     return SCHEDULES[name](process, steps, **options)
+
+
+def schedule_options(name: str) -> list[str]:
+    """Names of the options of a named schedule."""
+    return list(signature(SCHEDULES[name]).parameters)[2:]
 
 
 def listed_times(name: str) -> list[float] | None:
