@@ -31,12 +31,12 @@ from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
 from ..critics.processes import Processes
-from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
+from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
 from .checkpoint import CheckpointError, load_checkpoint, not_finite, save_checkpoint
 from .denoiser import Denoiser
 from .policies import SolverPolicy
-from .sampling import default_solver_options, sample
-from .solvers import Options, make_solver
+from .sampling import sample
+from .solvers import Options, build_solver, default_schedule, default_solver_options
 from .tableau import Tableau
 from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
@@ -49,7 +49,8 @@ class Agent(ABC):
     """Base of the agents.
 
     Args:
-        env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id.
+        env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id, which stands for the
+            environment with the denoiser's process and the solver's `default_schedule`.
         denoiser: the network to train, in place.
         solver: name of the solver that samples with it.
         solver_options: the solver's options; None takes the default for the kind of data (see
@@ -84,7 +85,7 @@ class Agent(ABC):
         tensorboard_log: str | None = None,
     ) -> None:
         if isinstance(env, str):
-            made = gym.make_vec(env).unwrapped
+            made = gym.make_vec(env, **_default_settings(env, solver, denoiser)).unwrapped
             assert isinstance(made, DiffusionVectorEnv)
             env = made
         self.env = env
@@ -99,7 +100,7 @@ class Agent(ABC):
         self.denoiser = denoiser.to(self.device)
         self.solver = solver
         if solver_options is None:
-            solver_options = default_solver_options(solver, self.mdp.shape)
+            solver_options = default_solver_options(solver, shape=self.mdp.shape)
         self.solver_options = dict(solver_options)
         self.seed = seed
         self.processes = Processes.current()
@@ -181,11 +182,11 @@ class Agent(ABC):
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the sampler on another schedule."""
-        return make_solver(self.solver, schedule, self.sampling_denoiser, **self.solver_options)
+        return build_solver(self.solver, schedule, self.sampling_denoiser, **self.solver_options)
 
     def starting_tableau(self, denoiser: Denoiser) -> Tableau:
         """Return the sampler before any training, for the denoiser as it was then."""
-        return make_solver(self.solver, self.mdp.schedule, denoiser, **self.solver_options)
+        return build_solver(self.solver, self.mdp.schedule, denoiser, **self.solver_options)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -478,3 +479,14 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
     schedule = mdp.schedule.to_config()
     schedule.pop("recipe", None)  # the same times by another name are the same schedule
     return {"target": mdp.target.name, "shape": list(mdp.shape), "schedule": schedule}
+
+
+def _default_settings(env: str, solver: str, denoiser: Denoiser) -> dict[str, Schedule]:
+    """Return what an environment of ours is made with where only its id is given."""
+    name = env.removeprefix("fewstep/").removesuffix("-v0")
+    if name not in ENVIRONMENTS:
+        return {}
+    known = ENVIRONMENTS[name]
+    return {
+        "schedule": default_schedule(solver, denoiser.process, known.steps, known.schedule)
+    }

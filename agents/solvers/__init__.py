@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def make_solver(
     name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
 ) -> Tableau:
-    """Build the named solver's tableau on a schedule.
+    """Build the named solver's tableau on a schedule, as `fewstep sample` does.
 
     Args:
         name: a key of `SOLVERS`.
@@ -44,13 +44,35 @@ def make_solver(
         ValueError: a solver or an option that does not exist, the message lists those that do; or
             the denoiser lacks what the solver needs.
     """
+    return build_solver(
+        name,
+        schedule,
+        denoiser,
+        **(default_solver_options(name, denoiser, given=options) | options),
+    )
+
+
+def build_solver(
+    name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
+) -> Tableau:
+    """Build the named solver with these options and its own defaults for the others.
+
+    What the denoiser says of how to sample from it has no say, as for a sampler that is trained:
+    SFT-PG's chain is Gaussian around a mean that is linear in the network's output, and
+    distillation needs solvers that are linear in it.
+
+    Args:
+        name: see `make_solver`, which has the same arguments and errors.
+        schedule: the times.
+        denoiser: only solvers that `need` something of it look.
+        options: of the solver.
+    """
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
     solver = SOLVERS[name]
     for option in options:
         if option not in solver.options:
             raise unknown_name(f"option of solver '{name}'", option, solver.options)
-    options = default_solver_options(name, denoiser, given=options) | options
     try:
         return solver(schedule, denoiser, **options)
     except TypeError as error:
@@ -105,6 +127,7 @@ __all__ = [
     "Solver",
     "analytic_dpm",
     "ancestral",
+    "build_solver",
     "ddim",
     "default_schedule",
     "default_solver_options",

@@ -63,19 +63,6 @@ def default_solver_options(
     }
 
 
-def policy_solver_options(solver: str, shape: Sequence[int]) -> Options:
-    """Return the default options of a sampler that is trained: noise in every step, no clamp.
-
-    The chain of SFT-PG's paper is Gaussian around a mean that is linear in the network's output,
-    and distillation needs solvers that are linear in it, whatever the denoiser's `clip`.
-
-    Args:
-        solver: its name.
-        shape: of one sample.
-    """
-    return default_solver_options(solver, shape=shape)
-
-
 def default_schedule(
     solver: str, process: NoiseProcess, steps: int, grid: str | None = None, **options: Any
 ) -> Schedule:
@@ -108,11 +95,19 @@ def default_schedule(
         if first != process.t_max:
             ends["start"] = first
     if solver in SOLVERS and SOLVERS[solver].to_t_min:
-        clean = is_clean(process, process.t_min)
-        # A single step can only go to 0 at once.
-        ends["append_zero"] = not clean
+        ends["append_zero"] = not is_clean(process, process.t_min)
         if grid == "uniform":
             ends["end"] = process.t_min
     known = schedule_options(grid)
     ends = {name: value for name, value in ends.items() if name in known}
     return make_schedule(grid, process, steps, **(ends | options))
+
+
+def _noise_of_a_policy(solver: str, image: bool) -> Options:
+    """Return the options that add noise in every step."""
+    options: Options = {}
+    if solver == "ancestral":
+        options["variance"] = "small" if image else "beta"
+    if image:
+        options["last_std"] = 0.001
+    return options
