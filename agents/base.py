@@ -487,6 +487,4 @@ def _default_settings(env: str, solver: str, denoiser: Denoiser) -> dict[str, Sc
     if name not in ENVIRONMENTS:
         return {}
     known = ENVIRONMENTS[name]
-    return {
-        "schedule": default_schedule(solver, denoiser.process, known.steps, known.schedule)
-    }
+    return {"schedule": default_schedule(solver, denoiser.process, known.steps, known.schedule)}

@@ -92,8 +92,7 @@ def warn_of_ends(process: NoiseProcess, first: float, last: float) -> None:
         warnings.warn(
             f"Sampling starts from pure noise at time {first:g} of {process!r}, where a true state "
             f"still holds {share:.2f} of the clean sample: the samples will be biased towards 0 "
-            "and too wide or too narrow. Start at a later time, or at one nearer to t_max = "
-            f"{process.t_max:g}.",
+            f"and too wide or too narrow. Start nearer to t_max = {process.t_max:g}.",
             LateStartWarning,
             stacklevel=3,
         )

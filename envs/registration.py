@@ -89,7 +89,7 @@ def make_mdp(
         steps: Number of steps, at least 1; that of a given ``Schedule`` or list of times, else the
             default.
         schedule: The times to visit, or a name for ``make_schedule``, or the ``.json`` file of a
-            ``Schedule``; ``process.grid`` from ``t_max`` to 0 if None. A given ``Schedule`` brings its process with it.
+            ``Schedule``; ``process.grid`` if None. A given ``Schedule`` brings its process.
         reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
         device: Where tensors live.
         data_dir: Folder of the data files, for targets that need one; see ``make_target``.

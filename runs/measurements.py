@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from ..agents import DODE, SFTPG
-from ..agents.solvers import SOLVERS
-from ..envs import Schedule
 from ..envs.mdp import no_reward
 from ..envs.process import make_process
 from ..envs.registration import make_mdp

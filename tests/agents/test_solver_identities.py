@@ -291,7 +291,7 @@ def test_constant_predictions_are_integrated_exactly(schedule):
     process = schedule.process
     alpha, sigma = schedule.levels()
     rho = sigma / alpha
-    start = torch.tensor([[2.0, -0.5]], dtype=torch.float64) * process.prior_std
+    start = torch.tensor([[2.0, -0.5]], dtype=torch.float64) * process.prior_std(process.t_max)
     constant = Constant.value
     expected = {
         "epsilon": start / alpha[0] + (rho[-1] - rho[0]) * constant,
