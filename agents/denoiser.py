@@ -59,9 +59,9 @@ class Denoiser(nn.Module):
         head: the second head of SN-DDPM or NPR-DDPM (MATH.md 1.12), or None, trained by the same.
 
     Raises:
-        ValueError: unknown prediction or variance, "v" on a process with alpha^2 + sigma^2 != 1, "edm" on one
-            that is not VE, sigma_data is not positive and finite, or a body of ours is made for
-            other network times than the process has.
+        ValueError: unknown prediction or variance, "v" on a process with alpha^2 + sigma^2 != 1,
+            "edm" on one that is not VE, sigma_data is not positive and finite, or a body of ours is
+            made for other network times than the process has.
     """
 
     def __init__(

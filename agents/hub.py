@@ -1,8 +1,9 @@
 """Denoisers from diffusers: pipelines and models in a folder, or by their name on the hub.
 
 A pipeline of an unconditional `UNet2DModel`, such as google/ddpm-cifar10-32, holds a network and a
-scheduler; of the scheduler a denoiser needs the betas, the prediction type, the variance and whether samples
-are clipped. Weights are read from safetensors files only, and the internet is asked only on demand.
+scheduler; of the scheduler a denoiser needs the betas, the prediction type, the variance and
+whether samples are clipped. Weights are read from safetensors files only, and the internet is asked
+only on demand.
 `Denoiser.from_pretrained` is this function; `fewstep.agents.pipelines` writes such folders.
 """
 
@@ -74,8 +75,8 @@ def from_pretrained(
         download: fetch what the cache lacks from the hub.
 
     Returns:
-        A denoiser with a `UNet2D` body, `clip` and `variance` as the scheduler has them, so that
-        `make_solver("ancestral", Schedule.leading(...), denoiser)` draws what its DDPMPipeline does.
+        A denoiser with a `UNet2D` body, `clip` and `variance` as the scheduler has them: the
+        "ancestral" solver on `Schedule.leading` draws what the DDPMPipeline does.
 
     Raises:
         FileNotFoundError: no such folder, no such name in the cache (or on the hub), or files are

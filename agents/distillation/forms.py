@@ -41,7 +41,7 @@ def directions(tableau: Tableau, form: Form = "difference") -> list[np.ndarray]:
     Returns:
         K arrays (n_j, K + 1): n_j directions, as weights on the K outputs and, in the last column,
         on the initial noise z_0. In noise prediction the first step has no earlier output and takes
-        z_0 / prior_std(t_0), the noise itself, in its place; in data prediction it has no direction.
+        z_0 / prior_std(t_0), the noise itself, in its place; in data prediction it has none.
 
     Raises:
         ValueError: no such form, a stochastic tableau, or lookahead on anything but DDIM in data
