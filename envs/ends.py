@@ -68,7 +68,8 @@ def is_empty(process: NoiseProcess, t: float) -> bool:
     Never so on a variance-exploding process, whose alpha is 1.
     """
     alpha, _ = process.levels(t)
-    return alpha < math.exp(LEAST_LOG_SNR)
+    # A start at the bound itself, as the default grids have it, is none below it by rounding.
+    return alpha < 0.999 * math.exp(LEAST_LOG_SNR)
 
 
 def default_first_time(process: NoiseProcess) -> float:
