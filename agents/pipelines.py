@@ -32,8 +32,8 @@ def save_pretrained(folder: str | Path, denoiser: Denoiser) -> None:
 
     Args:
         folder: where to; files of an earlier pipeline are replaced one by one, the index last.
-        denoiser: one whose body is a `UNet2D`. Its weights, betas, prediction, `clip` and `variance` are
-            saved, what else it may have is not.
+        denoiser: one whose body is a `UNet2D`. Its weights, betas, prediction, `clip` and
+            `variance` are saved, what else it may have is not.
 
     Raises:
         ValueError: another body, or a process or a `time_range` that a DDPMScheduler cannot say.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..agents import DODE, SFTPG
+from ..agents.solvers import default_schedule
 from ..envs.mdp import no_reward
 from ..envs.process import make_process
 from ..envs.registration import make_mdp

@@ -392,6 +392,7 @@ def test_every_schedule_that_fits_is_a_start(process, name, to_zero):
     assert_sound(agent.schedule, expected)
 
 
+@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.UnfinishedWarning")
 def test_the_environment_s_schedule_is_a_start():
     for schedule in (
         Schedule(EDM, [60.0, 20.0, 3.0, 0.5, 0.01, 0.0]),
@@ -406,6 +407,7 @@ def test_the_environment_s_schedule_is_a_start():
         assert_sound(agent.schedule, schedule)
 
 
+@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.UnfinishedWarning")
 def test_the_environment_s_schedule_gives_the_ends():
     """As the argument `env` says, whatever the levels between them start from."""
     for schedule in (

@@ -1,8 +1,8 @@
 """Every solver on every process starts and ends right: exact Gaussian data tell.
 
 For data N(MEAN, STD^2) the exact denoiser is linear in the state, and the probability-flow ODE maps
-z at t_0 to alpha_1 MEAN + S_1 / S_0 (z - alpha_0 MEAN) at t_1, with S^2 = (alpha STD)^2 + sigma^2. So
-a deterministic sampler is an affine map, which two runs in float64 tell exactly.
+z at t_0 to alpha_1 MEAN + S_1 / S_0 (z - alpha_0 MEAN) at t_1, with S^2 = (alpha STD)^2 + sigma^2.
+So a deterministic sampler is an affine map, which two runs in float64 tell exactly.
 """
 
 import dataclasses
@@ -23,9 +23,8 @@ pytestmark = pytest.mark.numeric
 
 MEAN, STD = 0.3, 0.5
 PROCESSES = ["linear-1000", "linear-1000/10", "cosine-1000", "ve", "ve-1-80", "sigmoid-10"]
-DETERMINISTIC = [
-    n for n, s in SOLVERS.items() if s.needs is None and n not in ("ancestral", "fast-dpm")
-]
+STOCHASTIC = ("ancestral", "fast-dpm")
+DETERMINISTIC = [n for n, s in SOLVERS.items() if s.needs is None and n not in STOCHASTIC]
 LINEAR, COSINE, EDM = DiscreteVP.linear(1000), DiscreteVP.cosine(1000), VE()
 
 
@@ -78,8 +77,9 @@ def test_the_default_grid_gives_the_right_mean_and_std(solver, name):
     extrapolates = solver in ("ipndm", "deis", "rho-deis")
     if not (extrapolates and name == "ve-1-80"):
         right = flow(grids[1], to_zero=extrapolates)
-        # For a method of order 1 or more, halving the steps changes more than is left.
-        assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + 1e-4).all()
+        # For a method of order 1 or more, doubling the steps changes more than is left. A floor of
+        # a thousandth of STD: polynomials in the time are of lower order next to time 0.
+        assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + 5e-4).all()
         assert (np.abs(fine - right) < 0.02).all()
     if name in ("linear-1000", "cosine-1000", "ve"):
         np.testing.assert_allclose(fine, [MEAN, STD], atol=0.02)
@@ -103,13 +103,15 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", ["linear-1000", "cosine-1000", "ve"])
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    ("chain", "name"),
+    [(c, n) for c in CHAINS for n in ("linear-1000", "cosine-1000", "ve") if c != "fast-dpm"]
+    # FastDPM is for chains whose betas rise on a line.
+    + [("fast-dpm", "linear-1000")],
+)
 def test_stochastic_chains_give_the_right_mean_and_std(chain, name):
     """The variance follows z_{j+1} = a_j z_j + s_j noise."""
     process, (solver, options) = make_process(name), CHAINS[chain]
-    if solver == "fast-dpm" and name != "linear-1000":
-        pytest.skip("FastDPM is for chains whose betas rise on a line")
     found = []
     for steps in (50, 100):
         table = make_solver(solver, default_schedule(solver, process, steps), **options)
