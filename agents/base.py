@@ -50,7 +50,7 @@ class Agent(ABC):
 
     Args:
         env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id, which stands for the
-            environment with the denoiser's process and the solver's `default_schedule`.
+            environment on the solver's `default_schedule`.
         denoiser: the network to train, in place.
         solver: name of the solver that samples with it.
         solver_options: the solver's options; None takes the default for the kind of data (see
@@ -85,7 +85,7 @@ class Agent(ABC):
         tensorboard_log: str | None = None,
     ) -> None:
         if isinstance(env, str):
-            made = gym.make_vec(env, **_default_settings(env, solver, denoiser)).unwrapped
+            made = gym.make_vec(env, **_default_settings(env, solver)).unwrapped
             assert isinstance(made, DiffusionVectorEnv)
             env = made
         self.env = env
@@ -481,10 +481,11 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
     return {"target": mdp.target.name, "shape": list(mdp.shape), "schedule": schedule}
 
 
-def _default_settings(env: str, solver: str, denoiser: Denoiser) -> dict[str, Schedule]:
+def _default_settings(env: str, solver: str) -> dict[str, Schedule]:
     """Return what an environment of ours is made with where only its id is given."""
     name = env.removeprefix("fewstep/").removesuffix("-v0")
     if name not in ENVIRONMENTS:
         return {}
     known = ENVIRONMENTS[name]
-    return {"schedule": default_schedule(solver, denoiser.process, known.steps, known.schedule)}
+    process = known.process(known.steps)
+    return {"schedule": default_schedule(solver, process, known.steps, known.schedule)}

@@ -217,9 +217,10 @@ def test_cosine_betas_start_where_there_is_a_signal(solver, worst):
 
 
 def test_an_agent_on_an_id_takes_its_solver_s_default_grid():
+    process = DiscreteVP.sigmoid(10)
+    denoiser = Denoiser(MixtureBody(process, torch.zeros(1, 2), STD), process)
+    for solver, end in (("dpm-solver++-2m", 1.0), ("ddim", 0.0)):
+        agent = DODE("fewstep/SwissRoll-v0", denoiser, solver=solver, check_teacher=False)
+        assert agent.schedule == Schedule.uniform(process, 10, end=end)
     process = make_process("ve-1-80")
-    body = MixtureBody(process, torch.zeros(1, 2), STD)
-    denoiser = Denoiser(body, process)
-    agent = DODE("fewstep/SwissRoll-v0", denoiser, solver="dpm-solver++-2m", check_teacher=False)
-    assert agent.schedule == Schedule.karras(process, 10)
     assert make_mdp("SwissRoll", process=process).schedule == Schedule.karras(process, 10)
