@@ -481,7 +481,7 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
     return {"target": mdp.target.name, "shape": list(mdp.shape), "schedule": schedule}
 
 
-def _default_settings(env: str, solver: str) -> dict[str, Schedule]:
+def _default_settings(env: str, solver: str) -> dict[str, Any]:
     """Return what an environment of ours is made with where only its id is given."""
     name = env.removeprefix("fewstep/").removesuffix("-v0")
     if name not in ENVIRONMENTS:

@@ -16,7 +16,7 @@ from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
 from .hub import PREDICTIONS
-from .solvers import heun
+from .solvers.heun import heun
 from .tableau import Tableau
 from .unet import UNet2D, require_diffusers
 
