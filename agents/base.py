@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..critics.arguments import check_arguments
 from ..critics.processes import Processes
-from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
+from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
 from ..envs.names import unknown_name
 from .checkpoint import (
     CheckpointError,
@@ -45,8 +45,8 @@ from .checkpoint import (
 )
 from .denoiser import Denoiser
 from .policies import SolverPolicy
-from .sampling import default_solver_options, sample
-from .solvers import Options, make_solver
+from .sampling import sample
+from .solvers import Options, build_solver, default_schedule, default_solver_options
 from .tableau import Tableau
 from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
@@ -59,7 +59,8 @@ class Agent(ABC):
     """Base of the agents.
 
     Args:
-        env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id.
+        env: a `DiffusionVectorEnv`, its `DiffusionMDP`, or an environment id, which stands for the
+            environment on the solver's `default_schedule`.
         denoiser: the network, moved to the environment's device. Building an agent changes nothing
             else of it, and nothing of the environment.
         solver: name of the solver that samples with it.
@@ -96,7 +97,7 @@ class Agent(ABC):
         tensorboard_log: str | None = None,
     ) -> None:
         if isinstance(env, str):
-            made = gym.make_vec(env).unwrapped
+            made = gym.make_vec(env, **_default_settings(env, solver)).unwrapped
             assert isinstance(made, DiffusionVectorEnv)
             env = made
         self.env = env
@@ -111,7 +112,7 @@ class Agent(ABC):
         self.denoiser = denoiser.to(self.device)
         self.solver = solver
         if solver_options is None:
-            solver_options = default_solver_options(solver, self.mdp.shape)
+            solver_options = default_solver_options(solver, shape=self.mdp.shape)
         self.solver_options = dict(solver_options)
         self.seed = seed
         self.processes = Processes.current()
@@ -193,11 +194,11 @@ class Agent(ABC):
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the sampler on another schedule."""
-        return make_solver(self.solver, schedule, self.sampling_denoiser, **self.solver_options)
+        return build_solver(self.solver, schedule, self.sampling_denoiser, **self.solver_options)
 
     def starting_tableau(self, denoiser: Denoiser) -> Tableau:
         """Return the sampler before any training, for the denoiser as it was then."""
-        return make_solver(self.solver, self.mdp.schedule, denoiser, **self.solver_options)
+        return build_solver(self.solver, self.mdp.schedule, denoiser, **self.solver_options)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -550,3 +551,13 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
         "schedule": schedule,
         "data": mdp.target.fingerprint,
     }
+
+
+def _default_settings(env: str, solver: str) -> dict[str, Any]:
+    """Return what an environment of ours is made with where only its id is given."""
+    name = env.removeprefix("fewstep/").removesuffix("-v0")
+    if name not in ENVIRONMENTS:
+        return {}
+    known = ENVIRONMENTS[name]
+    process = known.process(known.steps)
+    return {"schedule": default_schedule(solver, process, known.steps, known.schedule)}

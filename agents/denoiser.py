@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Prediction = Literal["epsilon", "sample", "v", "edm"]
 
+# Of ancestral sampling's steps: the posterior's, that of the noising, or that in the last step too.
+Variance = Literal["small", "large", "beta"]
+
 # A coefficient: one number for all samples, or a tensor that broadcasts against them.
 Level = float | Tensor
 
@@ -46,7 +49,9 @@ class Denoiser(nn.Module):
         sigma_data: standard deviation of the data, > 0, in the coefficients of "edm"; the others
             ignore it.
         clip: whether its predicted clean samples are meant to be clamped to [-1, 1] when sampling.
-            The denoiser itself never does.
+            The denoiser itself never does; solvers made by name with it do by default.
+        variance: the one that its ancestral sampler is meant to have, "small", "large" or "beta",
+            see `solvers.ancestral`; None says nothing.
 
     Attributes:
         gamma: (T,) float64 on the CPU, the Gamma_n of Analytic-DPM for the T noisings of a
@@ -54,9 +59,9 @@ class Denoiser(nn.Module):
         head: the second head of SN-DDPM or NPR-DDPM (MATH.md 1.12), or None, trained by the same.
 
     Raises:
-        ValueError: unknown prediction, "v" on a process with alpha^2 + sigma^2 != 1, "edm" on one
-            that is not VE, sigma_data is not positive and finite, or a body of ours is made for
-            other network times than the process has.
+        ValueError: unknown prediction or variance, "v" on a process with alpha^2 + sigma^2 != 1,
+            "edm" on one that is not VE, sigma_data is not positive and finite, or a body of ours is
+            made for other network times than the process has.
     """
 
     @checked
@@ -67,6 +72,7 @@ class Denoiser(nn.Module):
         prediction: Prediction = "epsilon",
         sigma_data: float = 0.5,
         clip: bool = False,
+        variance: Variance | None = None,
     ) -> None:
         super().__init__()
         if prediction == "v" and not isinstance(process, DiscreteVP):
@@ -80,6 +86,7 @@ class Denoiser(nn.Module):
         self.prediction: Prediction = prediction
         self.sigma_data = float(sigma_data)
         self.clip = bool(clip)
+        self.variance: Variance | None = variance
         self.gamma: Tensor | None = None
         self.head: VarianceHead | None = None
         self.precision: Precision = "float32"
@@ -262,6 +269,7 @@ class Denoiser(nn.Module):
             "prediction": self.prediction,
             "sigma_data": self.sigma_data,
             "clip": self.clip,
+            "variance": self.variance,
             "process": self.process.to_config(),
             "body": getattr(self.body, "config", None),
             "weights": self.body.state_dict(),
@@ -303,8 +311,12 @@ class Denoiser(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"The weights in {path} do not fit the body: {error}") from None
         process = NoiseProcess.from_config(tree["process"])
-        # Older files say nothing of sigma_data and clip, and have no use for them.
-        settings = {"sigma_data": tree.get("sigma_data", 0.5), "clip": tree.get("clip", False)}
+        # Older files say nothing of these, and have no use for them.
+        settings = {
+            "sigma_data": tree.get("sigma_data", 0.5),
+            "clip": tree.get("clip", False),
+            "variance": tree.get("variance"),
+        }
         denoiser = cls(body.to(device), process, tree["prediction"], **settings)
         # Nor of these two.
         if tree.get("gamma") is not None:

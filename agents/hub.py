@@ -1,8 +1,9 @@
 """Denoisers from diffusers: pipelines and models in a folder, or by their name on the hub.
 
 A pipeline of an unconditional `UNet2DModel`, such as google/ddpm-cifar10-32, holds a network and a
-scheduler; of the scheduler a denoiser needs the betas, the prediction type and whether samples are
-clipped. Weights are read from safetensors files only, and the internet is asked only on demand.
+scheduler; of the scheduler a denoiser needs the betas, the prediction type, the variance and
+whether samples are clipped. Weights are read from safetensors files only, and the internet is asked
+only on demand.
 `Denoiser.from_pretrained` is this function; `fewstep.agents.pipelines` writes such folders.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..envs.process import DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
-from .denoiser import Denoiser, Prediction
+from .denoiser import Denoiser, Prediction, Variance
 from .unet import UNet2D, require_diffusers
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
     "sample": "sample",
     "v_prediction": "v",
+}
+# The "log" kinds are the same numbers, kept as logarithms.
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": "small",
+    "fixed_large": "large",
+    "fixed_small_log": "small",
+    "fixed_large_log": "large",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -49,6 +57,7 @@ class _Terms(NamedTuple):
     sigma_data: float = 0.5
     clip: bool = False
     time_range: list[float] | None = None
+    variance: Variance | None = None
 
 
 def from_pretrained(
@@ -66,7 +75,8 @@ def from_pretrained(
         download: fetch what the cache lacks from the hub.
 
     Returns:
-        A denoiser with a `UNet2D` body, `clip` as the scheduler has it.
+        A denoiser with a `UNet2D` body, `clip` and `variance` as the scheduler has them: the
+        "ancestral" solver on `Schedule.leading` draws what the DDPMPipeline does.
 
     Raises:
         FileNotFoundError: no such folder, no such name in the cache (or on the hub), or files are
@@ -86,7 +96,9 @@ def from_pretrained(
         # The weights only now: they may be large, and of a network that cannot be read.
         _snapshot(name, _SETTINGS + _WEIGHTS, download)
     body = _read_body(unet, terms.time_range)
-    denoiser = Denoiser(body, terms.process, terms.prediction, terms.sigma_data, clip=terms.clip)
+    denoiser = Denoiser(
+        body, terms.process, terms.prediction, terms.sigma_data, terms.clip, terms.variance
+    )
     return denoiser.to(device)
 
 
@@ -213,6 +225,7 @@ def _terms_of_ours(config: dict[str, Any]) -> _Terms:
         settings["sigma_data"],
         settings["clip"],
         settings["time_range"],
+        settings.get("variance"),
     )
 
 
@@ -234,6 +247,11 @@ def _terms_of_theirs(kind: str, config: dict[str, Any]) -> _Terms:
     for what, found in refused.items():
         if found:
             raise ValueError(f"the scheduler has {what}, which fewstep does not honour.")
+    if settings.get("variance_type") not in (None, *VARIANCES):
+        raise ValueError(
+            f"the scheduler has variance_type={settings['variance_type']!r}; fewstep reads "
+            f"{', '.join(VARIANCES)}."
+        )
     prediction = settings["prediction_type"]
     if prediction not in PREDICTIONS:
         raise ValueError(
@@ -241,7 +259,9 @@ def _terms_of_theirs(kind: str, config: dict[str, Any]) -> _Terms:
             f"{', '.join(PREDICTIONS)}."
         )
     process = _process(settings, scheduler.betas)
-    return _Terms(process, PREDICTIONS[prediction], clip=clip)
+    # Schedulers without the setting, such as DDIM's, are read by DDPMPipeline with its default.
+    variance = VARIANCES[settings.get("variance_type") or "fixed_small"]
+    return _Terms(process, PREDICTIONS[prediction], clip=clip, variance=variance)
 
 
 def _process(settings: Mapping[str, Any], betas: Tensor) -> DiscreteVP:

@@ -44,6 +44,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         sigma_data: see `Denoiser`; "edm" only.
         time_range: see `UNet2D`.
         clip: see `Denoiser`; kept for `Denoiser.from_pretrained`, the table says what is clipped.
+        variance: see `Denoiser`; kept likewise, the table says what noise is added.
 
     Attributes:
         timesteps: (K,) the network's times, one for each of the table's calls; int64 if all are
@@ -65,6 +66,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         sigma_data: float = 0.5,
         time_range: list[float] | None = None,
         clip: bool = False,
+        variance: str | None = None,
     ) -> None:
         self.tableau = Tableau.from_json(json.dumps(tableau))
         if any(self.tableau.row(j).covariance for j in range(self.tableau.steps)):

@@ -18,7 +18,7 @@ from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
 from .hub import PREDICTIONS
-from .solvers import heun
+from .solvers.heun import heun
 from .tableau import Tableau
 from .unet import UNet2D, require_diffusers
 
@@ -34,8 +34,8 @@ def save_pretrained(folder: str | Path, denoiser: Denoiser) -> None:
 
     Args:
         folder: where to; files of an earlier pipeline are replaced one by one, the index last.
-        denoiser: one whose body is a `UNet2D`. Its weights, betas, prediction and `clip` are saved,
-            what else it may have is not.
+        denoiser: one whose body is a `UNet2D`. Its weights, betas, prediction, `clip` and
+            `variance` are saved, what else it may have is not.
 
     Raises:
         ValueError: another body, or a process or a `time_range` that a DDPMScheduler cannot say.
@@ -54,11 +54,14 @@ def save_pretrained(folder: str | Path, denoiser: Denoiser) -> None:
     from diffusers import DDPMScheduler
 
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    # Ours with noise in the last step too, "beta", is diffusers' large one in all the others.
+    variance = "fixed_small" if denoiser.variance in (None, "small") else "fixed_large"
     scheduler = DDPMScheduler(
         num_train_timesteps=len(process.betas),
         trained_betas=process.betas.tolist(),
         prediction_type=names[denoiser.prediction],
         clip_sample=denoiser.clip,
+        variance_type=variance,
     )
     return _write(folder, body, scheduler)
 
@@ -92,6 +95,7 @@ def export_pipeline(folder: str | Path, denoiser: Denoiser, tableau: Tableau) ->
         sigma_data=denoiser.sigma_data,
         time_range=body.time_range,
         clip=denoiser.clip,
+        variance=denoiser.variance,
     )
     _write(folder, body, scheduler)
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..critics.shapes import is_image
 from .denoiser import Denoiser
-from .solvers import SOLVERS, Options
 from .tableau import Tableau
 
 # Chunks of this many samples, or numbers, stay in the processor's caches and bound the memory.
@@ -26,10 +24,13 @@ def sample(
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
 ) -> Tensor:
-    """Run a tableau on `start` fresh prior samples, or from given states (N, *shape), in chunks."""
+    """Run a tableau from `start` fresh samples of its prior, or from states (N, *shape), in chunks.
+
+    The prior is that of the table's first time, see `Tableau.prior_sample`.
+    """
     if isinstance(start, int):
         device = next(denoiser.parameters()).device
-        start = denoiser.process.prior_sample((start, *shape), generator, device=device)
+        start = tableau.prior_sample((start, *shape), generator, device=device)
     size = max(1, min(CHUNK, NUMBERS // math.prod(shape)))
     chunks = [
         tableau.sample(denoiser, chunk, generator=generator, return_trajectory=return_trajectory)
@@ -48,30 +49,3 @@ def sampler_of(
         return sample(tableau, denoiser, n, shape=shape, generator=generator)
 
     return draw
-
-
-def default_solver_options(solver: str, shape: tuple[int, ...], clip: bool = False) -> Options:
-    """Return paper A's: variance beta for vectors; small, with a last std of 0.001, for images.
-
-    With noise in every step a sampler is a policy with densities, which SFT-PG can start from.
-
-    Args:
-        solver: its name.
-        shape: of one sample.
-        clip: clamp the predicted clean sample where the solver can, as a pretrained pipeline may
-            ask (`Denoiser.clip`). Fine-tuning does not: paper A's chain is Gaussian in its mean.
-    """
-    if solver not in SOLVERS:
-        return {}
-    image, known = is_image(shape), SOLVERS[solver].options
-    options: Options = {}
-    if solver == "ancestral":
-        options["variance"] = "small" if image else "beta"
-    if image and "last_std" in known:
-        options["last_std"] = 0.001
-    if SOLVERS[solver].needs is not None and not image:
-        # These clamp to an image's [-1, 1] and count in grey levels.
-        options |= {"clip": False, "late_clip": math.inf}
-    if clip and "clip" in known:
-        options["clip"] = True
-    return options

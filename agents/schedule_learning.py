@@ -34,7 +34,7 @@ from .scheduling.starts import programme_for, starting_schedule
 from .scheduling.surrogate import Reading
 from .scheduling.tuning import Tuning, TuningWeights
 from .scheduling.weights import step_weights
-from .solvers import Options, make_solver
+from .solvers import Options, build_solver
 from .tableau import Tableau
 
 
@@ -273,7 +273,7 @@ class ScheduleLearning(Agent):
         return cls(mdp_without_data(denoiser, schedule, shape), denoiser, **settings)
 
     def _build(self, schedule: Schedule) -> Tableau:
-        return make_solver(self.solver, schedule, self.denoiser, **self.solver_options)
+        return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
 
     def _new_teacher(self) -> Teacher:
         """Build the teacher; of its states, those at the smallest level and the end are wanted."""

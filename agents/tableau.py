@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..envs.ends import warn_of_ends
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from ..envs.process import NoiseProcess
@@ -224,6 +225,23 @@ class Tableau:
         """Network evaluations a sample costs."""
         return self.steps
 
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw the noise (N, *shape) that sampling starts from, as at the table's first time.
+
+        Its standard deviation is 1 on a variance-preserving process, sigma(times[0]) on `VE`. Warns
+        of a first or a last time that makes the samples wrong (`envs.ends`).
+        """
+        first, last = float(self.times[0]), float(self.times[-1])
+        warn_of_ends(self.process, first, last)
+        return self.process.prior_sample(shape, generator, t=first, device=device, dtype=dtype)
+
     def sample(
         self,
         denoiser: Denoiser,
@@ -236,7 +254,7 @@ class Tableau:
 
         Args:
             denoiser: the network.
-            noise: (N, *shape), the initial states z_0 (e.g. `process.prior_sample`).
+            noise: (N, *shape), the initial states z_0, such as `prior_sample` draws.
             generator: source of the fresh noise of stochastic steps.
             return_trajectory: return every state.
 

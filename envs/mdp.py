@@ -94,8 +94,8 @@ class DiffusionMDP:
         return replace(self, reward=reward)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``x_T``, ``(n, *shape)`` float32, from the prior of the process."""
-        return self.process.prior_sample((n, *self.shape), generator, device=self.device)
+        """Draw the first state, ``(n, *shape)`` float32: noise as at the schedule's first time."""
+        return self.schedule.prior_sample((n, *self.shape), generator, device=self.device)
 
     def observe(self, sample: Tensor, step: int) -> Observation:
         """What the agent sees in state ``step``.

@@ -32,10 +32,12 @@ class NoiseProcess(ABC):
     Attributes:
         t_max: The noisiest time, where sampling starts.
         t_min: The smallest time at which the log-SNR is of practical use (it is infinite at 0).
+        grid: Key of ``SCHEDULES``: the grid of its times where none is named.
     """
 
     t_max: float
     t_min: float
+    grid: ClassVar[str] = "uniform"
     _kinds: ClassVar[dict[str, type[NoiseProcess]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -76,9 +78,11 @@ class NoiseProcess(ABC):
         """
         return torch.empty(0, dtype=torch.float64)
 
-    @property
-    def prior_std(self) -> float:
-        """Standard deviation of the noise that sampling starts from."""
+    def prior_std(self, t: float) -> float:
+        """Standard deviation of the noise that sampling starts from at time ``t``, its first.
+
+        1 at every time, the papers' convention for variance-preserving processes.
+        """
         return 1.0
 
     def prior_sample(
@@ -86,21 +90,26 @@ class NoiseProcess(ABC):
         shape: Sequence[int],
         generator: torch.Generator | None = None,
         *,
+        t: float,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Draw ``x_T`` from ``N(0, prior_std^2 I)``.
+        """Draw the first state from ``N(0, prior_std(t)^2 I)``.
+
+        ``Schedule.prior_sample`` and ``Tableau.prior_sample`` know the first time themselves.
 
         Args:
             shape: ``(N, *shape)``.
             generator: Source of randomness; the global one if None.
+            t: The time that sampling starts at, in ``(0, t_max]``.
             device: Where the sample lives; the generator's device if None.
             dtype: Floating type of the sample.
         """
         if device is None and generator is not None:
             device = generator.device
         noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
-        return noise if self.prior_std == 1.0 else noise.mul_(self.prior_std)
+        std = self.prior_std(t)
+        return noise if std == 1.0 else noise.mul_(std)
 
     def levels(self, t: float) -> tuple[float, float]:
         """``alpha`` and ``sigma`` at one time, as numbers.
@@ -332,15 +341,16 @@ class VE(NoiseProcess):
         ValueError: Not ``0 < sigma_min < sigma_max < inf``.
     """
 
+    grid: ClassVar[str] = "karras"
+
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"need 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}")
         self.t_min, self.t_max = float(sigma_min), float(sigma_max)
 
-    @property
-    def prior_std(self) -> float:
-        """``sigma_max``."""
-        return self.t_max
+    def prior_std(self, t: float) -> float:
+        """``sigma(t)``: EDM starts from noise at the level of the schedule's own first time."""
+        return self.levels(t)[1]
 
     def alpha(self, t: float | Tensor) -> Tensor:
         """See ``NoiseProcess.alpha``."""

@@ -33,13 +33,13 @@ class Environment:
         process: ``steps -> NoiseProcess``; the toys' process has one beta a step, as SFT-PG's, that
             of images is DDPM's whatever the steps.
         steps: Default number of steps.
-        schedule: Default schedule.
+        schedule: Default schedule; None is the process's own kind of grid.
     """
 
     target: str
     process: Callable[[int], NoiseProcess]
     steps: int = 10
-    schedule: str = "uniform"
+    schedule: str | None = None
 
 
 def _ddpm(steps: int) -> NoiseProcess:
@@ -91,7 +91,7 @@ def make_mdp(
         steps: Number of steps, at least 1; that of a given ``Schedule`` or list of times, else the
             default.
         schedule: The times to visit, or a name for ``make_schedule``, or the ``.json`` file of a
-            ``Schedule``. A given ``Schedule`` brings its process with it.
+            ``Schedule``; ``process.grid`` if None. A given ``Schedule`` brings its process.
         reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
         device: Where tensors live.
         data_dir: Folder of the data files, for targets that need one; see ``make_target``.
@@ -124,13 +124,14 @@ def make_mdp(
             )
         process = schedule.process if process is None else process
     else:
-        schedule = str(schedule or known.schedule)
+        schedule = schedule or known.schedule
         if steps is None:
-            times = listed_times(schedule)
+            times = listed_times(str(schedule))
             steps = known.steps if times is None else len(times) - 1
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
         process = known.process(steps) if process is None else process
+        schedule = str(schedule or process.grid)
         schedule = make_schedule(schedule, process, steps, **(schedule_options or {}))
     if not isinstance(target, Target):
         target = make_target(

@@ -5,8 +5,8 @@ noisiest to (nearly) clean: state ``j`` has time ``times[j]``, step ``j`` leads 
 The constructors are the usual grids (MATH.md 0.5). ``uniform`` spaces its times down to 0;
 ``quadratic``, ``karras`` and ``log_snr`` down to ``process.t_min``, for the log-SNR is infinite at
 0; the subsets (``leading``, ``quad``, ...) pick whole noisings of a ``DiscreteVP``. With
-``append_zero`` the last two kinds reach 0 by one last step. A schedule remembers its recipe, so it
-can be respaced. A plain list of times is a schedule too: ``Schedule(process, [10, 4, 1, 0])``.
+``append_zero`` they reach 0 by one last step. A schedule remembers its recipe, so it can be
+respaced. A plain list of times is a schedule too: ``Schedule(process, [10, 4, 1, 0])``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..critics.arguments import checked
+from .ends import warn_of_ends
 from .fast_dpm import fast_times
 from .files import write_atomically
 from .names import unknown_name
@@ -110,6 +111,24 @@ class Schedule:
         """``K``, the number of transitions."""
         return len(self._times) - 1
 
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw the noise ``(N, *shape)`` that sampling starts from at this schedule's first time.
+
+        Its standard deviation is 1 on a variance-preserving process and ``sigma(times[0])`` on a
+        ``VE``; see ``NoiseProcess.prior_sample``. Warns of a start or an end that makes the samples
+        wrong (``envs.ends``).
+        """
+        first, last = float(self._times[0]), float(self._times[-1])
+        warn_of_ends(self.process, first, last)
+        return self.process.prior_sample(shape, generator, t=first, device=device, dtype=dtype)
+
     @property
     def spacing(self) -> Spacing:
         """The variable that its times are even in, a ``spacing`` of ``refine_times``.
@@ -168,26 +187,60 @@ class Schedule:
 
     @classmethod
     @checked
-    def uniform(cls, process: NoiseProcess, steps: int, *, end: float = 0.0) -> Schedule:
-        """Times on a line from ``t_max`` to ``end`` (0 or ``process.t_min``, say).
+    def uniform(
+        cls,
+        process: NoiseProcess,
+        steps: int,
+        *,
+        end: float = 0.0,
+        start: float | None = None,
+        append_zero: bool = False,
+    ) -> Schedule:
+        """Times on a line from ``start`` to ``end`` (0 or ``process.t_min``, say).
 
         On a ``DiscreteVP`` of ``steps`` betas this visits each integer exactly.
+
+        Args:
+            process: Any process.
+            steps: Number of transitions, at least 1.
+            end: Where the line ends, in ``[0, start)``.
+            start: Where it starts; ``t_max`` if None.
+            append_zero: Spend the last step on going from ``end``, above 0, to 0.
         """
+        inner = _check_steps(steps) - bool(append_zero)
+        first = process.t_max if start is None else start
         # Multiply before dividing: an integer grid then has no rounding at all.
-        ramp = torch.arange(_check_steps(steps), -1, -1, dtype=torch.float64)
-        times = end + (process.t_max - end) * ramp / steps
-        return cls(process, times, recipe=("uniform", {"end": end}))
+        ramp = torch.arange(inner, -1, -1, dtype=torch.float64)
+        times = end + (first - end) * ramp / inner if inner else torch.tensor([first])
+        if append_zero:
+            times = torch.cat([times, times.new_zeros(1)])
+        options = {"end": end, **_given(start=start, append_zero=append_zero or None)}
+        return cls(process, times, recipe=("uniform", options))
 
     @classmethod
     @checked
-    def quadratic(cls, process: NoiseProcess, steps: int, *, append_zero: bool = True) -> Schedule:
-        """Square roots of the times on a line from ``t_max`` to ``t_min``, then 0."""
-        return cls._between(process, steps, ("quadratic", {"append_zero": append_zero}))
+    def quadratic(
+        cls,
+        process: NoiseProcess,
+        steps: int,
+        *,
+        append_zero: bool = True,
+        start: float | None = None,
+    ) -> Schedule:
+        """Square roots of the times on a line from ``start`` (``t_max``) to ``t_min``, then 0."""
+        options = {"append_zero": append_zero, **_given(start=start)}
+        return cls._between(process, steps, ("quadratic", options))
 
     @classmethod
     @checked
     def karras(
-        cls, process: NoiseProcess, steps: int, *, rho: float = 7.0, append_zero: bool = True
+        cls,
+        process: NoiseProcess,
+        steps: int,
+        *,
+        rho: float = 7.0,
+        append_zero: bool = True,
+        start: float | None = None,
     ) -> Schedule:
         """EDM's grid: ``(sigma / alpha)^(1/rho)`` on a line (Karras et al. 2022, Eq. 5), then 0.
 
@@ -196,15 +249,24 @@ class Schedule:
             steps: Number of transitions, at least 1.
             rho: How strongly the times crowd near the data, > 0.
             append_zero: End with a step from ``t_min`` to 0, as EDM does.
+            start: The first time; ``t_max`` if None.
         """
-        options = {"rho": rho, "append_zero": append_zero}
+        options = {"rho": rho, "append_zero": append_zero, **_given(start=start)}
         return cls._between(process, steps, ("karras", options), rho)
 
     @classmethod
     @checked
-    def log_snr(cls, process: NoiseProcess, steps: int, *, append_zero: bool = False) -> Schedule:
-        """Log-SNRs on a line from ``t_max`` to ``t_min``; the grid of DPM-Solver."""
-        return cls._between(process, steps, ("log_snr", {"append_zero": append_zero}))
+    def log_snr(
+        cls,
+        process: NoiseProcess,
+        steps: int,
+        *,
+        append_zero: bool = False,
+        start: float | None = None,
+    ) -> Schedule:
+        """Log-SNRs on a line from ``start`` (``t_max``) to ``t_min``; the grid of DPM-Solver."""
+        options = {"append_zero": append_zero, **_given(start=start)}
+        return cls._between(process, steps, ("log_snr", options))
 
     @classmethod
     @checked
@@ -291,16 +353,17 @@ class Schedule:
     def _between(
         cls, process: NoiseProcess, steps: int, recipe: Recipe, rho: float = 7.0
     ) -> Schedule:
-        """Space the recipe's variable evenly between its values at ``t_max`` and ``t_min``."""
+        """Space the recipe's variable evenly between its values at the start and ``t_min``."""
         name, options = recipe
+        start = options.get("start", process.t_max)
         levels = _check_steps(steps) + (0 if options["append_zero"] else 1)
         forth, back = variable(process, _SPACINGS[name], rho)
-        ends = forth(torch.tensor([process.t_max, process.t_min], dtype=torch.float64))
+        ends = forth(torch.tensor([start, process.t_min], dtype=torch.float64))
         ramp = torch.linspace(0, 1, levels, dtype=torch.float64)
         times = back(torch.lerp(ends[0], ends[1], ramp))
         # The ends are known without rounding.
         times[-1] = process.t_min
-        times[0] = process.t_max
+        times[0] = start
         if options["append_zero"]:
             times = torch.cat([times, times.new_zeros(1)])
         return cls(process, times, recipe=recipe)
@@ -417,11 +480,16 @@ def make_schedule(name: str, process: NoiseProcess, steps: int, **options: Any) 
         return Schedule(process, times)
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
-    known = list(signature(SCHEDULES[name]).parameters)[2:]
+    known = schedule_options(name)
     for option in options:
         if option not in known:
             raise unknown_name(f"option of schedule {name}", option, known)
     return SCHEDULES[name](process, steps, **options)
+
+
+def schedule_options(name: str) -> list[str]:
+    """Names of the options of a named schedule."""
+    return list(signature(SCHEDULES[name]).parameters)[2:]
 
 
 def listed_times(name: str) -> list[float] | None:
@@ -444,6 +512,11 @@ def _check_steps(steps: int) -> int:
     if index(steps) < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     return steps
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None; a recipe names no others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_recipe(recipe: Any) -> Recipe | None:

@@ -130,8 +130,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         Args:
             seed: Restarts the stream of noise; None continues it.
             options: For this episode only: ``"schedule"``, a ``Schedule`` on the same process or
-                the name of one, and ``"sample"``, the noise ``x_T`` to start from,
-                ``(num_envs, *shape)``. Gymnasium's ``"reset_mask"`` must be all True.
+                the name of one, at whose first time it then starts, and ``"sample"``, the noise to
+                start from, ``(num_envs, *shape)``. Gymnasium's ``"reset_mask"`` must be all True.
 
         Returns:
             The first observation and an empty info.
@@ -223,7 +223,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             sample = self.mdp.check_sample(sample, self.num_envs)
         else:
             self._generator.manual_seed(int(self.np_random.integers(2**63)))
-            sample = self.mdp.initial(self.num_envs, self._generator)
+            sample = episode.initial(self.num_envs, self._generator)
         self._episode, self._sample, self._step = episode, sample, 0
         return episode.observe(sample, 0)
 
@@ -279,7 +279,7 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
     the standard deviation of the prior and the largest training value, rounded up: 100 for
     normalised data on a ``DiscreteVP``, 8,000 on a ``VE`` with ``sigma_max = 80``.
     """
-    scale = max(1.0, mdp.process.prior_std, mdp.target.max_abs)
+    scale = max(1.0, mdp.process.prior_std(mdp.process.t_max), mdp.target.max_abs)
     bound = 100.0 * math.ceil(scale)
     return gym.spaces.Box(-bound, bound, tuple(mdp.shape), np.float32)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..agents import Denoiser
 from ..agents.checkpoint import CheckpointError
-from ..agents.solvers import SOLVERS, Options
-from ..envs import VE, DiffusionMDP, Target
+from ..agents.solvers import Options
+from ..agents.solvers import default_schedule as solver_schedule
+from ..envs import DiffusionMDP, Schedule, Target
 from ..envs.process import NoiseProcess
 from ..envs.registration import ENVIRONMENTS, make_mdp
 from ..envs.schedule import listed_times
@@ -31,27 +32,27 @@ def build_environment(
 ) -> DiffusionMDP:
     """Build the environment's decision process.
 
-    Without a named schedule it gets `default_schedule`, or else the environment's, on a VE process
-    Karras's; for a solver that works in log-SNR it ends at `process.t_min` instead of 0.
+    Without a named schedule it gets the solver's default one (`solvers.default_schedule`), on the
+    grid `default_schedule`, or else the environment's.
 
     Raises:
         ValueError: a name or an option that does not exist.
     """
-    to_t_min = solver in SOLVERS and SOLVERS[solver].to_t_min
+    times: str | Schedule | None = schedule
     if schedule is None and name in ENVIRONMENTS:
-        own = "karras" if isinstance(process, VE) else ENVIRONMENTS[name].schedule
-        schedule = default_schedule or own
-        if to_t_min and listed_times(schedule) is None:
-            end = (
-                {"end": 1.0 if process is None else process.t_min}
-                if schedule == "uniform"
-                else {"append_zero": False}
-            )
-            schedule_options = {**end, **(schedule_options or {})}
+        known = ENVIRONMENTS[name]
+        grid = default_schedule or known.schedule
+        count = known.steps if steps is None else steps
+        if count >= 1 and listed_times(grid or "") is None:
+            process = process or known.process(count)
+            times = solver_schedule(solver, process, count, grid, **(schedule_options or {}))
+            schedule_options = None
+        else:
+            times = grid
     return make_mdp(
         name,
         steps=steps,
-        schedule=schedule,
+        schedule=times,
         schedule_options=schedule_options,
         process=process,
         device=resolve_device(device),

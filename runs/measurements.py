@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..agents import DODE, SFTPG
-from ..agents.solvers import SOLVERS
-from ..envs import Schedule
+from ..agents.solvers import default_schedule
 from ..envs.mdp import no_reward
 from ..envs.process import make_process
 from ..envs.registration import make_mdp
@@ -161,11 +160,10 @@ def fitting(device: str) -> tuple[dict[str, Any], str]:
     """Time D-ODE fits of ten steps on the swiss roll, the teacher's network calls apart."""
     process = make_process("sigmoid-1000")
     mdp = make_mdp("SwissRoll", process=process, device=resolve_device(device), reward=no_reward)
-    to_t_min = mdp.with_schedule(Schedule.uniform(process, 10, end=process.t_min))
     figures: dict[str, Any] = {}
     rows = []
     for solver in ("ddim", "ipndm", "dpm-solver-3", "heun"):
-        where = to_t_min if SOLVERS[solver].to_t_min else mdp
+        where = mdp.with_schedule(default_schedule(solver, process, 10))
         agent = DODE(where, untrained(mdp), solver=solver, check_teacher=False)
         began = time.perf_counter()
         agent.make_batches()

@@ -11,8 +11,7 @@ import tyro
 from ..agents import Denoiser, Tableau
 from ..agents.no_data import no_data
 from ..agents.pipelines import pipeline_tableau
-from ..agents.sampling import default_solver_options
-from ..agents.solvers import Options, make_solver
+from ..agents.solvers import Options, default_solver_options, make_solver
 from ..critics.shapes import is_image
 from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
@@ -104,9 +103,8 @@ def load(
     check_fits(denoiser, mdp, settings.denoiser)
     if tableau is not None:
         return mdp, denoiser, tableau
-    options = settings.solver_options
-    if options is None:
-        options = default_solver_options(solver, mdp.shape, denoiser.clip)
+    given = settings.solver_options or {}
+    options = default_solver_options(solver, denoiser, mdp.shape, given) | given
     return mdp, denoiser, make_solver(solver, mdp.schedule, denoiser, **options)
 
 

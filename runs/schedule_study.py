@@ -17,7 +17,7 @@ import torch
 
 from ..agents import DODE, ScheduleLearning
 from ..agents.scheduling.levels import schedule_at
-from ..agents.solvers import SOLVERS, make_solver
+from ..agents.solvers import default_schedule, make_solver
 from ..envs import DiffusionMDP, Schedule
 from ..envs.mdp import no_reward
 from .console import console
@@ -62,7 +62,7 @@ def _cell(
     file = folder / f"{world.key}__{solver}__{steps}.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     scores = record.get("scores", {})
-    schedule = Schedule.karras(world.process, steps, append_zero=not SOLVERS[solver].to_t_min)
+    schedule = default_schedule(solver, world.process, steps, "karras")
     if BASE not in scores:
         scores[BASE] = world.score(make_solver(solver, schedule))
     for label, learner in study.learners.items():

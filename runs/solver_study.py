@@ -206,28 +206,31 @@ class World:
             denoiser: what it asks, if not this world's denoiser; the reference stays its.
         """
         denoiser = denoiser or self.denoiser
-        states = tableau.sample(denoiser, self._held_out())
-        reference = self._reference(float(tableau.times[0]), float(tableau.times[-1]))
+        start, end = float(tableau.times[0]), float(tableau.times[-1])
+        states = tableau.sample(denoiser, self._held_out(start))
+        reference = self._reference(start, end)
         error = float((states - reference).square().sum(dim=tuple(range(1, states.ndim))).mean())
         sampler = sampler_of(tableau, denoiser, tuple(self.target.shape))
         return {"error": error, **self.evaluation(sampler, self.seed)}
 
-    def _held_out(self) -> Tensor:
+    def _held_out(self, start: float) -> Tensor:
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
         shape = (HELD_OUT, *self.target.shape)
-        return self.process.prior_sample(shape, generator, device=self.target.device)
+        return self.process.prior_sample(shape, generator, t=start, device=self.target.device)
 
     def _reference(self, start: float, end: float) -> Tensor:
         """Return the held-out samples of Heun's method in many steps between two times."""
         key = (start, end)
         if key not in self._references:
             if isinstance(self.process, VE):
-                schedule = Schedule.karras(self.process, REFERENCE_STEPS, append_zero=end == 0)
+                schedule = Schedule.karras(
+                    self.process, REFERENCE_STEPS, append_zero=end == 0, start=start
+                )
             else:
                 ramp = torch.linspace(start, end, REFERENCE_STEPS + 1, dtype=torch.float64)
                 schedule = Schedule(self.process, ramp)
             self._references[key] = make_solver("heun", schedule).sample(
-                self.denoiser, self._held_out()
+                self.denoiser, self._held_out(start)
             )
         return self._references[key]
 

@@ -135,7 +135,7 @@ class Run:
 
         Of several processes only the first writes, evaluates, and has results to return.
         """
-        few = 1 if len(self.mdp.shape) == 1 else None
+        few = 1 if is_vector(self.mdp.shape) else None
         with threads(self.settings.run.threads or few):
             return self._carry_through()
 

@@ -40,7 +40,7 @@ def directions(tableau: Tableau, form: Form = "difference") -> list[np.ndarray]:
     Returns:
         K arrays (n_j, K + 1): n_j directions, as weights on the K outputs and, in the last column,
         on the initial noise z_0. In noise prediction the first step has no earlier output and takes
-        z_0 / prior_std, the noise itself, in its place; in data prediction it has no direction.
+        z_0 / prior_std(t_0), the noise itself, in its place; in data prediction it has none.
 
     Raises:
         ValueError: no such form, a stochastic tableau, or lookahead on anything but DDIM in data
@@ -58,7 +58,7 @@ def directions(tableau: Tableau, form: Form = "difference") -> list[np.ndarray]:
     outputs, factors = _outputs(tableau)
     first = np.zeros(tableau.steps + 1)
     if tableau.output == "epsilon":
-        first[-1] = 1 / tableau.process.prior_std
+        first[-1] = 1 / tableau.process.prior_std(float(tableau.times[0]))
     rows = []
     for j, factor in enumerate(factors):
         earlier = [first] if j == 0 else list(_earlier(tableau, outputs, j))

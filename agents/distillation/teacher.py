@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...envs.ends import EmptyStartWarning
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ...envs.spacings import SUBSETS, refine_times
@@ -129,9 +130,12 @@ def errors_against_finer(
         The mean squared errors of the finished samples of teacher and student.
     """
     checked = noise[: max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES)]
-    finer = make_teacher(
-        student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale, integer=integer
-    )
+    with warnings.catch_warnings():
+        # It has to start where the student does, and in very many steps it may.
+        warnings.simplefilter("ignore", EmptyStartWarning)
+        finer = make_teacher(
+            student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale, integer=integer
+        )
     truth = [Batch(checked, finer.states(denoiser, checked)[-1].unsqueeze(0))]
     return (
         final_error(teacher.tableau, denoiser, truth),

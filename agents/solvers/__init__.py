@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
@@ -13,149 +11,30 @@ from ..tableau import Tableau
 from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral
 from .ddim import ddim
+from .defaults import default_schedule, default_solver_options
 from .deis import deis
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
 from .fastdpm import fast_dpm
 from .heun import euler, heun
 from .ipndm import ipndm
 from .singlestep import singlestep_orders
+from .table import SOLVERS, Options, Solver
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
-
-# Options of a solver or a schedule by name, as they come from a command line or a JSON file.
-Options = dict[str, bool | int | float | str]
-
-# What a solver may need of the denoiser: its Gamma, or a second head of this kind.
-Need = Literal["gamma", "sn", "npr"]
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A builder under a name, with the options that the name fixes.
-
-    Attributes:
-        build: the builder.
-        summary: one line for listings.
-        fixed: options that the name stands for.
-        to_t_min: whether it is at its best on a schedule that ends at `process.t_min`: in log-SNR
-            a last step to clean data is infinitely long.
-        singlestep: whether it groups the schedule's times into blocks of several calls.
-        needs: what `VarianceLearning` must have given the denoiser first, if anything.
-    """
-
-    build: Callable[..., Tableau]
-    summary: str
-    fixed: dict[str, Any] = field(default_factory=dict)
-    to_t_min: bool = False
-    singlestep: bool = False
-    needs: Need | None = None
-
-    @property
-    def options(self) -> list[str]:
-        """Names of the options that are left to choose."""
-        names = list(inspect.signature(self.build).parameters)[1:]
-        # An argument called as what it needs comes from the denoiser.
-        return [name for name in names if name not in self.fixed and name != self.needs]
-
-    def __call__(
-        self, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
-    ) -> Tableau:
-        """Build the tableau.
-
-        Raises:
-            ValueError: the denoiser lacks what the solver needs.
-        """
-        if self.needs is not None:
-            options |= self._needed(denoiser)
-        return self.build(schedule, **self.fixed, **options)
-
-    def _needed(self, denoiser: Denoiser | None) -> dict[str, Any]:
-        """Return the builder's arguments that come from the denoiser."""
-        if self.needs == "gamma" and denoiser is not None and denoiser.gamma is not None:
-            return {"gamma": denoiser.gamma}
-        head = None if denoiser is None else denoiser.head
-        if head is not None and head.kind == self.needs:
-            return {}
-        lacking = "Gamma" if self.needs == "gamma" else f"a second head of kind '{self.needs}'"
-        raise ValueError(
-            f"This solver needs a denoiser with {lacking}: train one with "
-            f"`fewstep train --agent variance --kind {self.needs}`."
-        )
-
-
-def _singlestep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
-    return Solver(build, summary, fixed, to_t_min=True, singlestep=True)
-
-
-def _multistep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
-    return Solver(build, summary, fixed, to_t_min=True)
-
-
-# What the other method's options must be: they are not left to choose.
-_PP_SINGLESTEP = {"method": "singlestep", "compat": False, "lower_order_final": None}
-_PP_MULTISTEP = {"method": "multistep", "orders": None}
-
-
-SOLVERS: dict[str, Solver] = {
-    "ancestral": Solver(ancestral, "DDPM's stochastic sampler on any times"),
-    "fast-dpm": Solver(
-        fast_dpm, "FastDPM's chain, that of schedule fast_dpm (kappa 0 to 1: noise)"
-    ),
-    "analytic-dpm": Solver(
-        analytic_dpm, "Analytic-DPM: the best variance of each step, from Gamma", needs="gamma"
-    ),
-    "sn-ddpm": Solver(
-        per_pixel_dpm, "SN-DDPM: the best variance of each pixel", {"head": "sn"}, needs="sn"
-    ),
-    "npr-ddpm": Solver(
-        per_pixel_dpm,
-        "NPR-DDPM: that of an imperfect network, by its residuals",
-        {"head": "npr"},
-        needs="npr",
-    ),
-    "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
-    "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
-    "heun": Solver(heun, "EDM's sampler, second order, two calls a step"),
-    "ipndm": Solver(ipndm, "improved PNDM, orders 1 to 4"),
-    "deis": Solver(deis, "tAB-DEIS: polynomial in the time, degrees 0 to 3", {"basis": "time"}),
-    "rho-deis": Solver(deis, "rho-AB DEIS: polynomial in sigma / alpha", {"basis": "rho"}),
-    "dpm-solver-1": _singlestep(dpm_solver, "DPM-Solver, first order: DDIM", order=1),
-    "dpm-solver-2": _singlestep(dpm_solver, "DPM-Solver singlestep, second order", order=2),
-    "dpm-solver-3": _singlestep(dpm_solver, "DPM-Solver singlestep, third order", order=3),
-    "dpm-solver-2m": _multistep(
-        dpm_solver_multistep, "DPM-Solver multistep, second order", order=2
-    ),
-    "dpm-solver-3m": _multistep(
-        dpm_solver_multistep, "DPM-Solver multistep, third order (compat: as published)", order=3
-    ),
-    "dpm-solver++-2s": _singlestep(
-        dpm_solver_pp, "DPM-Solver++ singlestep, second order", order=2, **_PP_SINGLESTEP
-    ),
-    "dpm-solver++-3s": _singlestep(
-        dpm_solver_pp, "DPM-Solver++ singlestep, third order", order=3, **_PP_SINGLESTEP
-    ),
-    "dpm-solver++-2m": _multistep(
-        dpm_solver_pp, "DPM-Solver++ multistep, second order", order=2, **_PP_MULTISTEP
-    ),
-    "dpm-solver++-3m": _multistep(
-        dpm_solver_pp,
-        "DPM-Solver++ multistep, third order (compat: as published)",
-        order=3,
-        **_PP_MULTISTEP,
-    ),
-}
 
 
 def make_solver(
     name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
 ) -> Tableau:
-    """Build the named solver's tableau on a schedule.
+    """Build the named solver's tableau on a schedule, as `fewstep sample` does.
 
     Args:
         name: a key of `SOLVERS`.
         schedule: the times.
-        denoiser: the network that will be asked; only solvers that `need` something of it look.
+        denoiser: the network that will be asked. What it says of how to sample from it is the
+            default of the options (`default_solver_options`), and some solvers need its Gamma or
+            its second head.
         options: of the solver.
 
     The schedule's steps are the network calls a sample costs, except for "heun", which takes two a
@@ -164,6 +43,29 @@ def make_solver(
     Raises:
         ValueError: a solver or an option that does not exist, the message lists those that do; or
             the denoiser lacks what the solver needs.
+    """
+    return build_solver(
+        name,
+        schedule,
+        denoiser,
+        **(default_solver_options(name, denoiser, given=options) | options),
+    )
+
+
+def build_solver(
+    name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
+) -> Tableau:
+    """Build the named solver with these options and its own defaults for the others.
+
+    What the denoiser says of how to sample from it has no say, as for a sampler that is trained:
+    SFT-PG's chain is Gaussian around a mean that is linear in the network's output, and
+    distillation needs solvers that are linear in it.
+
+    Args:
+        name: see `make_solver`, which has the same arguments and errors.
+        schedule: the times.
+        denoiser: only solvers that `need` something of it look.
+        options: of the solver.
     """
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
@@ -182,7 +84,7 @@ def make_solver(
 def solver_within(
     name: str,
     nfe: int,
-    schedule_of: Callable[[int], Schedule],
+    schedule_of: Callable[[int], Schedule] | None = None,
     denoiser: Denoiser | None = None,
     **options: Any,
 ) -> Tableau:
@@ -191,13 +93,22 @@ def solver_within(
     Args:
         name: a key of `SOLVERS`.
         nfe: the budget.
-        schedule_of: steps -> schedule.
+        schedule_of: steps -> schedule; None takes `default_schedule` on the denoiser's process.
         denoiser: see `make_solver`.
         options: of the solver.
 
     Raises:
+        TypeError: neither schedules nor a denoiser.
         ValueError: as `make_solver`; or no number of steps costs exactly that.
     """
+    if schedule_of is None:
+        if denoiser is None:
+            raise TypeError("Give schedule_of, or the denoiser that the schedules are for.")
+        process = denoiser.process
+
+        def schedule_of(steps: int) -> Schedule:
+            return default_schedule(name, process, steps)
+
     costs = set()
     for steps in dict.fromkeys((nfe, (nfe + 1) // 2)):
         tableau = make_solver(name, schedule_of(steps), denoiser, **options)
@@ -216,7 +127,10 @@ __all__ = [
     "Solver",
     "analytic_dpm",
     "ancestral",
+    "build_solver",
     "ddim",
+    "default_schedule",
+    "default_solver_options",
     "deis",
     "dpm_solver",
     "dpm_solver_multistep",

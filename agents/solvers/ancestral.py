@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from ...critics.arguments import checked
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
+from ..denoiser import Variance
 from ..tableau import Tableau, one_step_tableau
 from .rows import with_last_std
-
-Variance = Literal["small", "large", "beta"]
 
 
 @checked

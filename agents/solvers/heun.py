@@ -9,6 +9,7 @@ import math
 from typing import get_args
 
 from ...critics.arguments import checked
+from ...envs.ends import warn_of_empty_start
 from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau
@@ -56,6 +57,7 @@ def heun(
         raise unknown_name("output", output, get_args(Output))
     if not (s_churn >= 0 and s_min >= 0 and s_max >= 0 and 0 <= s_noise < math.inf):
         raise ValueError("s_churn, s_min, s_max and s_noise must be numbers >= 0.")
+    warn_of_empty_start("heun", schedule.process, float(schedule.times[0]))
     churn = min(s_churn / schedule.steps, math.sqrt(2) - 1)
     nodes = nodes_of(schedule)
     # A step starts from its level, churned up; the noise is added where the step before ends.

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from operator import index
 from typing import Literal, get_args
 
+from ...envs.ends import warn_of_empty_start
 from ...envs.names import unknown_name
 from ...envs.process import NoiseProcess
 from ...envs.schedule import Schedule
@@ -61,6 +62,8 @@ def singlestep(
         blocks = _blocks_of_budget(nodes, order)
     else:
         blocks = _blocks_of_steps(schedule.process, nodes, orders, name)
+    if output == "epsilon" and len(blocks[0]) > 2:
+        warn_of_empty_start(name, schedule.process, nodes[0].time)
     rows = Rows()
     for block in blocks:
         _add_block(rows, block, solver_type, output)

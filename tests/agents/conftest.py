@@ -201,7 +201,9 @@ def grid():
 @pytest.fixture
 def prior(generator):
     """`prior(process)`: seven initial states (7, 2) in float64."""
-    return lambda process: process.prior_sample((7, 2), generator(), dtype=torch.float64)
+    return lambda process: process.prior_sample(
+        (7, 2), generator(), dtype=torch.float64, t=process.t_max
+    )
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def P2(a):
 def d_multistep(schedule, denoiser, x, choose, effective):
     """D-DDIM, D-iPNDM, D-DEIS: x' = A x + B [O + l (O - O_prev)] in noise prediction."""
     alpha, _, rho, _ = levels(schedule)
-    raw, O_prev = [], x / schedule.process.prior_std
+    raw, O_prev = [], x / schedule.process.prior_std(float(schedule.times[0]))
     for i in range(schedule.steps):
         raw.insert(0, denoiser.epsilon(x, float(schedule.times[i])))
         A, B = alpha[i + 1] / alpha[i], alpha[i + 1] * (rho[i + 1] - rho[i])
@@ -147,7 +147,7 @@ def blocks_of(steps, order):
 def d_dpm_solver(schedule, denoiser, x, choose, order):
     """D-DPM-Solver-2 and -3, with blocks of lower order where the budget asks for them."""
     alpha, sigma, _, lam = levels(schedule)
-    prev = x / schedule.process.prior_std
+    prev = x / schedule.process.prior_std(float(schedule.times[0]))
 
     def e(state, node):
         return denoiser.epsilon(state, float(schedule.times[node]))
@@ -381,7 +381,7 @@ def test_the_fit_is_least_squares_on_the_students_own_states(
     schedule = grid(name, process, steps)
     base, loop = variant_of(variant, schedule)
     denoiser, rows = mixture(process), directions(base)
-    noise = process.prior_sample((40, 2), generator(1), dtype=torch.float64)
+    noise = process.prior_sample((40, 2), generator(1), dtype=torch.float64, t=process.t_max)
     targets = make_teacher(base, schedule, "dpm-solver-3m", scale=3).states(denoiser, noise)
     fits = fit(base, rows, denoiser, [Batch(noise, targets)])
     choose = Fitted([len(row) for row in rows], targets)
@@ -428,7 +428,7 @@ def run_form(form, schedule, denoiser, x, choose, output, effective=newest):
         if i > 0:
             earlier = O_s
         elif output == "epsilon":
-            earlier = [x / schedule.process.prior_std]
+            earlier = [x / schedule.process.prior_std(float(schedule.times[0]))]
         else:
             # Nothing comes before the first: only "sep" and "all" can still scale it.
             earlier = [torch.zeros_like(x)] if form in ("sep", "all") else []
@@ -476,7 +476,7 @@ def test_the_other_forms(process, form, solver, effective, grid, mixture, genera
     later = {"two": [1, 2, 2, 2], "sep": [2] * 4, "all": [2, 3, 4, 5], "general": [1, 2, 3, 4]}
     counts = [first, *later.get(form, [1] * 4)]
     assert [len(row) for row in rows] == counts
-    noise = process.prior_sample((200, 2), generator(2), dtype=torch.float64)
+    noise = process.prior_sample((200, 2), generator(2), dtype=torch.float64, t=process.t_max)
 
     def run(choose):
         return run_form(form, schedule, denoiser, noise, choose, base.output, effective)
@@ -536,7 +536,7 @@ def test_many_batches_are_one_large_batch(solver, form, grid, mixture, generator
     schedule, denoiser = grid("log_snr", VP, 6), mixture(VP)
     base = make_solver(solver, schedule)
     rows, teacher = directions(base, form), make_teacher(base, schedule, "ipndm", scale=2)
-    noise = VP.prior_sample((60, 2), generator(), dtype=torch.float64)
+    noise = VP.prior_sample((60, 2), generator(), dtype=torch.float64, t=VP.t_max)
     sizes = [7, 30, 23]
     batches = [Batch(part, teacher.states(denoiser, part)) for part in noise.split(sizes)]
     whole = [Batch(noise, teacher.states(denoiser, noise))]
@@ -729,7 +729,9 @@ def test_time_alignment_beats_index_alignment_and_the_base(solver, steps):
     base = make_solver(solver, schedule)
     rows = directions(base)
     fitted, held_out = (
-        EDM.prior_sample((n, 16), torch.Generator().manual_seed(n), dtype=torch.float64)
+        EDM.prior_sample(
+            (n, 16), torch.Generator().manual_seed(n), dtype=torch.float64, t=EDM.t_max
+        )
         for n in (100, 400)
     )
     exact = make_solver("dpm-solver-3m", Schedule.karras(EDM, 600))
@@ -831,7 +833,7 @@ def test_a_distilled_table_survives_json(data):
     table = distilled(base, rows, lambdas)
     read = Tableau.from_json(table.to_json())
     denoiser, _ = exact_mixture(process, dimension=2, components=3)
-    noise = process.prior_sample((3, 2), torch.Generator().manual_seed(0))
+    noise = process.prior_sample((3, 2), torch.Generator().manual_seed(0), t=process.t_max)
     with torch.no_grad():
         assert torch.equal(read.sample(denoiser, noise), table.sample(denoiser, noise))
 

@@ -103,7 +103,7 @@ def test_learn_does_what_is_planned(solver, refine, generator):
     if solver == "heun":
         return  # six steps on this grid: the base is as good as what twenty noises can teach it
     # It helps, on other noise too, against the ODE itself.
-    noise = VP.prior_sample((500, 2), generator(9))
+    noise = VP.prior_sample((500, 2), generator(9), t=VP.t_max)
     exact = make_solver("dpm-solver-3m", Schedule.uniform(VP, 600)).sample(DENOISER, noise)
 
     def error(table):
@@ -410,7 +410,7 @@ def test_lambdas_carry_over_to_schedules_of_as_many_calls(solver, generator):
     table = agent.tableau_on(other)
     base = make_solver(solver, other)
     assert_same_tables(table, distilled(base, directions(base), agent.lambdas))
-    noise = VP.prior_sample((5, 2), generator())
+    noise = VP.prior_sample((5, 2), generator(), t=VP.t_max)
     samples = agent.sample(5, schedule=other, noise=noise)
     assert torch.equal(samples, table.sample(DENOISER, noise))
     for steps in (5, 7):

@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from fewstep.agents import CheckpointError, Denoiser
+from fewstep.agents import DODE, CheckpointError, Denoiser
 from fewstep.agents.networks import MLP
-from fewstep.agents.solvers import ancestral
+from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -467,3 +467,57 @@ def test_the_schedulers_we_name_are_those_diffusers_has():
 
     for name in NAMES:
         assert "prediction_type" in getattr(diffusers, name)().config
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_solvers_by_name_draw_what_diffusers_draws(kind, variance_type, folder):
+    """Clipped, and with the pipeline's own variance; without a word from the user.
+
+    In float64: diffusers' float32 betas alone move samples of this network by 5e-5.
+    """
+    scheduler = DDPMScheduler(clip_sample=True, variance_type=variance_type)
+    denoiser = Denoiser.from_pretrained(folder(scheduler)).double()
+    solver = {DDPMScheduler: "ancestral", DDIMScheduler: "ddim"}[kind]
+    tableau = make_solver(solver, Schedule.leading(denoiser.process, 10), denoiser)
+    judge = kind.from_config(scheduler.config)
+    judge.set_timesteps(10)
+    judge.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    sample = torch.randn(3, 2, 8, 8, generator=theirs, dtype=torch.float64)
+    start = torch.randn(3, 2, 8, 8, generator=ours, dtype=torch.float64)
+    with torch.no_grad():
+        for t in judge.timesteps:
+            output = denoiser.body.unet(sample, t).sample
+            sample = judge.step(output, t, sample, generator=theirs).prev_sample
+        drawn = tableau.sample(denoiser, start, generator=ours)
+    torch.testing.assert_close(drawn, sample, rtol=1e-7, atol=1e-7)
+
+
+def test_the_variance_stays_in_files_and_pipelines(folder, tmp_path):
+    denoiser = Denoiser.from_pretrained(folder(DDPMScheduler(variance_type="fixed_large")))
+    assert denoiser.variance == "large"
+    denoiser.save(tmp_path / "denoiser.safetensors")
+    denoiser.save_pretrained(tmp_path / "plain")
+    tableau = make_solver("ancestral", Schedule.leading(denoiser.process, 4), denoiser)
+    assert tableau.name == "ancestral (large, clipped)"
+    denoiser.export_pipeline(tmp_path / "exported", tableau)
+    again = [
+        Denoiser.load(tmp_path / "denoiser.safetensors"),
+        Denoiser.from_pretrained(tmp_path / "plain"),
+        Denoiser.from_pretrained(tmp_path / "exported"),
+    ]
+    assert [(each.variance, each.clip) for each in again] == [("large", True)] * 3
+    config = DDPMPipeline.from_pretrained(tmp_path / "plain").scheduler.config
+    assert config["variance_type"] == "fixed_large"
+
+
+def test_options_that_are_given_win_over_the_denoiser_s(folder):
+    denoiser = Denoiser.from_pretrained(folder(DDPMScheduler(variance_type="fixed_large")))
+    schedule = Schedule.leading(denoiser.process, 4)
+    table = make_solver("ancestral", schedule, denoiser, clip=False, variance="small")
+    assert table.name == "ancestral (small)"
+    assert make_solver("ddim", schedule, denoiser, clip=False).linear
+    # What is trained is not clamped, whatever the denoiser says of sampling.
+    agent = DODE.without_data(denoiser, schedule, (2, 8, 8), check_teacher=False)
+    assert agent.base.linear

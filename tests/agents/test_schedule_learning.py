@@ -129,7 +129,7 @@ def two_stages(**settings):
 
 def fresh_noise(process, dimension=2, n=1000):
     generator = torch.Generator().manual_seed(12345)
-    return process.prior_sample((n, dimension), generator).double()
+    return process.prior_sample((n, dimension), generator, t=process.t_max).double()
 
 
 def truth(denoiser, noise, like):
@@ -392,6 +392,7 @@ def test_every_schedule_that_fits_is_a_start(process, name, to_zero):
     assert_sound(agent.schedule, expected)
 
 
+@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.UnfinishedWarning")
 def test_the_environment_s_schedule_is_a_start():
     for schedule in (
         Schedule(EDM, [60.0, 20.0, 3.0, 0.5, 0.01, 0.0]),
@@ -406,6 +407,7 @@ def test_the_environment_s_schedule_is_a_start():
         assert_sound(agent.schedule, schedule)
 
 
+@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.UnfinishedWarning")
 def test_the_environment_s_schedule_gives_the_ends():
     """As the argument `env` says, whatever the levels between them start from."""
     for schedule in (
@@ -560,7 +562,7 @@ def test_stage_two_changes_the_denoiser_alone(tmp_path):
 def test_the_averaged_weights_sample():
     agent = two_stages()
     agent.learn(agent.total_timesteps)
-    noise = EDM.prior_sample((9, 2), torch.Generator().manual_seed(5))
+    noise = EDM.prior_sample((9, 2), torch.Generator().manual_seed(5), t=EDM.t_max)
     samples = agent.sample(9, noise=noise)
     with torch.no_grad():
         assert torch.equal(samples, agent.tableau.sample(agent.sampling_denoiser, noise))
@@ -1139,7 +1141,7 @@ def test_an_environment_by_its_name_takes_the_learned_schedule(tmp_path):
 
 def test_samples_on_other_schedules():
     agent = learned(Schedule.karras(EDM, 6))
-    noise = EDM.prior_sample((5, 2), torch.Generator().manual_seed(2))
+    noise = EDM.prior_sample((5, 2), torch.Generator().manual_seed(2), t=EDM.t_max)
     for other in (Schedule.karras(EDM, 6), Schedule.uniform(EDM, 11)):
         expected = make_solver("euler", other).sample(agent.denoiser, noise)
         assert torch.equal(agent.sample(5, schedule=other, noise=noise), expected)

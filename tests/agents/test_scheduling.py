@@ -469,7 +469,7 @@ CHAINS = ["euler", "ddim", "ipndm", "dpm-solver++-2m", "heun"]
 def test_the_gradient_is_that_of_the_unrolled_chain(solver, name, body, worlds, make, prior):
     process, schedule = worlds(name)
     denoiser, noise = make(body, process), prior(process)
-    target = prior(process).flip(0) / process.prior_std
+    target = prior(process).flip(0) / process.prior_std(process.t_max)
     logs = logs_of(process, schedule.times)
     error, gradient = exact_gradient(solver, schedule, denoiser, noise, target)
     expected, reference = autograd_error(solver, denoiser, logs, noise, target)
@@ -507,7 +507,7 @@ def test_a_last_step_to_clean_data_is_left_out(solver, worlds, make, prior):
 def test_the_gradient_is_the_difference_quotient(solver, name, worlds, prior):
     process, schedule = worlds(name, to_zero=not SOLVERS[solver].to_t_min)
     denoiser, noise = Denoiser(Smooth(), process), prior(process)
-    target = noise.flip(0) / process.prior_std
+    target = noise.flip(0) / process.prior_std(process.t_max)
     logs = logs_of(process, schedule.times[:7])
     ending = schedule.times[7:]
 

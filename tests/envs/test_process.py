@@ -138,11 +138,14 @@ def test_add_noise_refuses_what_does_not_fit():
 
 @processes
 def test_prior_sample_has_the_prior_s_spread_and_follows_the_generator(process):
-    draws = [process.prior_sample((4000, 2), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    draws = [
+        process.prior_sample((4000, 2), torch.Generator().manual_seed(s), t=process.t_max)
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    assert float(draws[0].std()) == pytest.approx(process.prior_std, rel=0.05)
-    assert process.prior_std == (80 if isinstance(process, VE) else 1)
+    assert float(draws[0].std()) == pytest.approx(process.prior_std(process.t_max), rel=0.05)
+    assert process.prior_std(process.t_max) == (80 if isinstance(process, VE) else 1)
 
 
 def test_network_time():

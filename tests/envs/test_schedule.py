@@ -174,7 +174,7 @@ def test_bad_options_are_refused():
     ("name", "options", "complaint"),
     [
         ("karras", {"rh": 5.0}, "unknown option of schedule karras 'rh'; did you mean 'rho'"),
-        ("uniform", {"append_zero": True}, "unknown option of schedule uniform 'append_zero'"),
+        ("uniform", {"rho": True}, "unknown option of schedule uniform 'rho'"),
         ("9, 5, 1", {}, "steps=3, but the list of times has 2"),
         ("9, five, 1, 0", {}, "needs numbers between its commas; got '9, five, 1, 0'"),
         ("9,, 1, 0", {}, "needs numbers between its commas"),

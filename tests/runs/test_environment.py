@@ -9,8 +9,9 @@ import torch
 
 from fewstep.agents import CheckpointError, Denoiser
 from fewstep.agents.networks import MLP, SmallUNet
-from fewstep.envs import DiscreteVP, Target
-from fewstep.runs.environment import check_fits
+from fewstep.agents.solvers import default_schedule
+from fewstep.envs import DiscreteVP, Target, make_process
+from fewstep.runs.environment import build_environment, check_fits
 
 PROCESS = DiscreteVP.linear(10)
 
@@ -34,3 +35,20 @@ def test_the_message_names_the_file_and_the_flag(name, body, sentence):
         check_fits(Denoiser(body, PROCESS), world(name, 3, 8, 8), "runs/mine")
     check_fits(Denoiser(body, PROCESS), world(name, *body.config["shape"]), "runs/mine")
     check_fits(Denoiser(torch.nn.Identity(), PROCESS), world(name, 3, 8, 8), "runs/mine")
+
+
+@pytest.mark.parametrize("process", ["cosine-1000", "linear-1000/10", "ve-1-80", "ve"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpm-solver-3", "dpm-solver++-2m"])
+def test_a_command_s_default_times_are_the_library_s(process, solver):
+    process = make_process(process)
+    mdp = build_environment(
+        "SwissRoll",
+        steps=7,
+        schedule=None,
+        schedule_options=None,
+        process=process,
+        solver=solver,
+        device="cpu",
+        data_dir=None,
+    )
+    assert mdp.schedule == default_schedule(solver, process, 7)

@@ -1,0 +1,153 @@
+"""The table of solvers: a new one is one line here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...envs.schedule import Schedule
+from ..tableau import Tableau
+from .analytic import analytic_dpm, per_pixel_dpm
+from .ancestral import ancestral
+from .ddim import ddim
+from .deis import deis
+from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
+from .fastdpm import fast_dpm
+from .heun import euler, heun
+from .ipndm import ipndm
+
+if TYPE_CHECKING:
+    from ..denoiser import Denoiser
+
+# Options of a solver or a schedule by name, as they come from a command line or a JSON file.
+Options = dict[str, bool | int | float | str]
+
+# What a solver may need of the denoiser: its Gamma, or a second head of this kind.
+Need = Literal["gamma", "sn", "npr"]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A builder under a name, with the options that the name fixes.
+
+    Attributes:
+        build: the builder.
+        summary: one line for listings.
+        fixed: options that the name stands for.
+        to_t_min: whether it is at its best on a schedule that ends at `process.t_min`: in log-SNR
+            a last step to clean data is infinitely long. Where that leaves visible noise, its
+            default grid has a last step to 0 all the same, of first order.
+        by_signal: whether its unknown is the log-SNR or sigma / alpha, so that its default grid
+            starts where some signal is left.
+        singlestep: whether it groups the schedule's times into blocks of several calls.
+        needs: what `VarianceLearning` must have given the denoiser first, if anything.
+    """
+
+    build: Callable[..., Tableau]
+    summary: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    to_t_min: bool = False
+    by_signal: bool = False
+    singlestep: bool = False
+    needs: Need | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options that are left to choose."""
+        names = list(inspect.signature(self.build).parameters)[1:]
+        # An argument called as what it needs comes from the denoiser.
+        return [name for name in names if name not in self.fixed and name != self.needs]
+
+    def __call__(
+        self, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
+    ) -> Tableau:
+        """Build the tableau.
+
+        Raises:
+            ValueError: the denoiser lacks what the solver needs.
+        """
+        if self.needs is not None:
+            options |= self._needed(denoiser)
+        return self.build(schedule, **self.fixed, **options)
+
+    def _needed(self, denoiser: Denoiser | None) -> dict[str, Any]:
+        """Return the builder's arguments that come from the denoiser."""
+        if self.needs == "gamma" and denoiser is not None and denoiser.gamma is not None:
+            return {"gamma": denoiser.gamma}
+        head = None if denoiser is None else denoiser.head
+        if head is not None and head.kind == self.needs:
+            return {}
+        lacking = "Gamma" if self.needs == "gamma" else f"a second head of kind '{self.needs}'"
+        raise ValueError(
+            f"This solver needs a denoiser with {lacking}: train one with "
+            f"`fewstep train --agent variance --kind {self.needs}`."
+        )
+
+
+def _singlestep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
+    return Solver(build, summary, fixed, to_t_min=True, by_signal=True, singlestep=True)
+
+
+def _multistep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
+    return Solver(build, summary, fixed, to_t_min=True, by_signal=True)
+
+
+# What the other method's options must be: they are not left to choose.
+_PP_SINGLESTEP = {"method": "singlestep", "compat": False, "lower_order_final": None}
+_PP_MULTISTEP = {"method": "multistep", "orders": None}
+
+
+SOLVERS: dict[str, Solver] = {
+    "ancestral": Solver(ancestral, "DDPM's stochastic sampler on any times"),
+    "fast-dpm": Solver(
+        fast_dpm, "FastDPM's chain, that of schedule fast_dpm (kappa 0 to 1: noise)"
+    ),
+    "analytic-dpm": Solver(
+        analytic_dpm, "Analytic-DPM: the best variance of each step, from Gamma", needs="gamma"
+    ),
+    "sn-ddpm": Solver(
+        per_pixel_dpm, "SN-DDPM: the best variance of each pixel", {"head": "sn"}, needs="sn"
+    ),
+    "npr-ddpm": Solver(
+        per_pixel_dpm,
+        "NPR-DDPM: that of an imperfect network, by its residuals",
+        {"head": "npr"},
+        needs="npr",
+    ),
+    "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
+    "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
+    "heun": Solver(heun, "EDM's sampler, second order, two calls a step", by_signal=True),
+    "ipndm": Solver(ipndm, "improved PNDM, orders 1 to 4"),
+    "deis": Solver(
+        deis, "tAB-DEIS: polynomial in the time, degrees 0 to 3", {"basis": "time"}, by_signal=True
+    ),
+    "rho-deis": Solver(
+        deis, "rho-AB DEIS: polynomial in sigma / alpha", {"basis": "rho"}, by_signal=True
+    ),
+    "dpm-solver-1": _singlestep(dpm_solver, "DPM-Solver, first order: DDIM", order=1),
+    "dpm-solver-2": _singlestep(dpm_solver, "DPM-Solver singlestep, second order", order=2),
+    "dpm-solver-3": _singlestep(dpm_solver, "DPM-Solver singlestep, third order", order=3),
+    "dpm-solver-2m": _multistep(
+        dpm_solver_multistep, "DPM-Solver multistep, second order", order=2
+    ),
+    "dpm-solver-3m": _multistep(
+        dpm_solver_multistep, "DPM-Solver multistep, third order (compat: as published)", order=3
+    ),
+    "dpm-solver++-2s": _singlestep(
+        dpm_solver_pp, "DPM-Solver++ singlestep, second order", order=2, **_PP_SINGLESTEP
+    ),
+    "dpm-solver++-3s": _singlestep(
+        dpm_solver_pp, "DPM-Solver++ singlestep, third order", order=3, **_PP_SINGLESTEP
+    ),
+    "dpm-solver++-2m": _multistep(
+        dpm_solver_pp, "DPM-Solver++ multistep, second order", order=2, **_PP_MULTISTEP
+    ),
+    "dpm-solver++-3m": _multistep(
+        dpm_solver_pp,
+        "DPM-Solver++ multistep, third order (compat: as published)",
+        order=3,
+        **_PP_MULTISTEP,
+    ),
+}

@@ -1,0 +1,226 @@
+"""Every solver on every process starts and ends right: exact Gaussian data tell.
+
+For data N(MEAN, STD^2) the exact denoiser is linear in the state, and the probability-flow ODE maps
+z at t_0 to alpha_1 MEAN + S_1 / S_0 (z - alpha_0 MEAN) at t_1, with S^2 = (alpha STD)^2 + sigma^2.
+So a deterministic sampler is an affine map, which two runs in float64 tell exactly.
+"""
+
+import dataclasses
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from fewstep.agents import DODE, Denoiser, SolverPolicy
+from fewstep.agents.exact import MixtureBody
+from fewstep.agents.solvers import SOLVERS, default_schedule, heun, make_solver, solver_within
+from fewstep.envs import VE, DiscreteVP, Schedule, make_mdp, make_process
+from fewstep.envs.ends import EmptyStartWarning, LateStartWarning, UnfinishedWarning
+
+pytestmark = pytest.mark.numeric
+
+MEAN, STD = 0.3, 0.5
+PROCESSES = ["linear-1000", "linear-1000/10", "cosine-1000", "ve", "ve-1-80", "sigmoid-10"]
+STOCHASTIC = ("ancestral", "fast-dpm")
+DETERMINISTIC = [n for n, s in SOLVERS.items() if s.needs is None and n not in STOCHASTIC]
+LINEAR, COSINE, EDM = DiscreteVP.linear(1000), DiscreteVP.cosine(1000), VE()
+
+
+def exact(process):
+    means = torch.tensor([[MEAN]], dtype=torch.float64)
+    return Denoiser(MixtureBody(process, means, STD), process)
+
+
+def affine(tableau):
+    """Return intercepts and slopes of the states as functions of z_0, (K + 1,) each."""
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    states = tableau.sample(exact(tableau.process), ends, return_trajectory=True)[..., 0].numpy()
+    return states[:, 0], states[:, 1] - states[:, 0]
+
+
+def moments(tableau):
+    """Return the mean and the standard deviation of a deterministic sampler's samples."""
+    intercepts, slopes = affine(tableau)
+    start = tableau.process.prior_std(float(tableau.times[0]))
+    return np.array([intercepts[-1], slopes[-1] * start])
+
+
+def flow(schedule, to_zero=False):
+    """Return the exact mean and standard deviation at the last time.
+
+    A last step to 0 is one call from the last positive time, the posterior mean there, unless
+    `to_zero` follows the flow all the way.
+    """
+    process, times = schedule.process, schedule.times.tolist()
+    one_call = times[-1] == 0 and not to_zero
+    (a0, s0), (a1, s1) = process.levels(times[0]), process.levels(times[-2 if one_call else -1])
+    spread = [math.hypot(a * STD, s) for a, s in ((a0, s0), (a1, s1))]
+    # sigma at the first time on VE, else 1: written out, not asked of prior_std.
+    prior = times[0] if isinstance(process, VE) else 1.0
+    mean, std = a1 * MEAN - spread[1] / spread[0] * a0 * MEAN, spread[1] / spread[0] * prior
+    if one_call:
+        gain = a1 * STD**2 / spread[1] ** 2
+        mean, std = MEAN + gain * (mean - a1 * MEAN), gain * std
+    return np.array([mean, std])
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_the_default_grid_gives_the_right_mean_and_std(solver, name):
+    process = make_process(name)
+    grids = [default_schedule(solver, process, steps) for steps in (50, 100)]
+    coarse, fine = (moments(make_solver(solver, grid)) for grid in grids)
+    # The linear multistep methods extrapolate over the last step; from the smallest level of
+    # ve-1-80 to 0 that is no limit of theirs.
+    extrapolates = solver in ("ipndm", "deis", "rho-deis")
+    if not (extrapolates and name == "ve-1-80"):
+        right = flow(grids[1], to_zero=extrapolates)
+        # For a method of order 1 or more, doubling the steps changes more than is left. A floor of
+        # a thousandth of STD: polynomials in the time are of lower order next to time 0.
+        assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + 5e-4).all()
+        assert (np.abs(fine - right) < 0.02).all()
+    if name in ("linear-1000", "cosine-1000", "ve"):
+        np.testing.assert_allclose(fine, [MEAN, STD], atol=0.02)
+
+
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_a_later_start_of_ve_starts_from_its_own_level(solver):
+    grids = [Schedule.karras(EDM, steps, start=10.0) for steps in (50, 100)]
+    coarse, fine = (moments(make_solver(solver, grid)) for grid in grids)
+    right = flow(grids[1], to_zero=True)
+    assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + 1e-3).all()
+    np.testing.assert_allclose(right, [MEAN, STD], atol=0.016)  # noise of 10 knows no mean
+
+
+CHAINS = {
+    "small": ("ancestral", {"variance": "small"}),
+    "large": ("ancestral", {"variance": "large"}),
+    "beta": ("ancestral", {"variance": "beta"}),
+    "eta": ("ddim", {"eta": 1.0}),
+    "fast-dpm": ("fast-dpm", {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("chain", "name"),
+    [(c, n) for c in CHAINS for n in ("linear-1000", "cosine-1000", "ve") if c != "fast-dpm"]
+    # FastDPM is for chains whose betas rise on a line.
+    + [("fast-dpm", "linear-1000")],
+)
+def test_stochastic_chains_give_the_right_mean_and_std(chain, name):
+    """The variance follows z_{j+1} = a_j z_j + s_j noise."""
+    process, (solver, options) = make_process(name), CHAINS[chain]
+    found = []
+    for steps in (50, 100):
+        table = make_solver(solver, default_schedule(solver, process, steps), **options)
+        still = dataclasses.replace(table, noise=np.zeros(steps))
+        intercepts, slopes = affine(still)
+        variance = process.prior_std(process.t_max) ** 2
+        for factor, noise in zip(slopes[1:] / slopes[:-1], table.noise, strict=True):
+            variance = factor**2 * variance + noise**2
+        found.append(np.array([intercepts[-1], math.sqrt(variance)]))
+    coarse, fine = found
+    right = np.array([MEAN, STD])
+    # Of first order; the start is wrong by what the prior lacks, alpha(t_max) MEAN at most.
+    missing = np.array([float(process.alpha(process.t_max)) / process.prior_std(process.t_max), 0])
+    assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + missing * MEAN + 1e-3).all()
+
+
+def test_everything_starts_from_the_schedule_s_first_time():
+    schedule = Schedule(EDM, [10, 5, 2, 1, 0.3, 0.05, 0])
+    denoiser = exact(EDM).float()
+    generator = torch.Generator().manual_seed(0)
+    policy = SolverPolicy(heun(schedule), denoiser)
+    trajectory = policy.sample(40_000, shape=(1,), generator=generator, return_trajectory=True)
+    # The standard deviation of n normal numbers is off by 1 / sqrt(2 n), relative: four of them.
+    tolerance = 4 / math.sqrt(2 * 40_000)
+    assert float(trajectory[0].std()) == pytest.approx(10, rel=tolerance)
+    assert float(trajectory[-1].std()) == pytest.approx(moments(heun(schedule))[1], rel=tolerance)
+    tolerance = 4 / math.sqrt(2 * 2 * 3000)
+    env = gym.make_vec("fewstep/SwissRoll-v0", 3000, schedule=schedule)
+    assert float(env.reset(seed=0)[0]["sample"].std()) == pytest.approx(10, rel=tolerance)
+    late = {"schedule": Schedule(EDM, [3.5, 1, 0])}
+    observation, _ = env.reset(seed=0, options=late)
+    assert float(observation["sample"].std()) == pytest.approx(3.5, rel=tolerance)
+    agent = DODE.without_data(denoiser, schedule, (1,), solver="euler", check_teacher=False)
+    batch = agent.make_batches()[0]
+    many = 4 / math.sqrt(2 * batch.noise.numel())
+    assert float(batch.noise.std()) == pytest.approx(10, rel=many)
+    drawn = agent.sample(3000, schedule=Schedule(EDM, [3.5, 1, 0]), return_trajectory=True)[0]
+    assert float(drawn.std()) == pytest.approx(3.5, rel=4 / math.sqrt(2 * 3000))
+
+
+def test_a_late_start_is_told_and_ordinary_grids_are_not(recwarn):
+    def start(schedule):
+        return schedule.prior_sample((2, 1), torch.Generator().manual_seed(0))
+
+    for process in (LINEAR, COSINE):
+        for name, steps in (("leading", 5), ("quad", 10), ("trailing", 4), ("linspace", 10)):
+            start(getattr(Schedule, name)(process, steps))
+    start(Schedule.fast_dpm(LINEAR, 10))
+    start(Schedule.uniform(DiscreteVP.sigmoid(10), 10))
+    start(Schedule(EDM, [10, 1, 0]))
+    assert not recwarn.list
+    # On a variance-preserving process the noise is N(0, 1) all the same.
+    with pytest.warns(LateStartWarning, match=r"at time 400 of .* still holds 0\.44"):
+        late = start(Schedule.uniform(LINEAR, 4, start=400))
+    assert torch.equal(late, start(Schedule.uniform(LINEAR, 4)))
+    with pytest.warns(LateStartWarning, match=r"at time 1 of"):
+        start(Schedule(EDM, [1, 0.1, 0]))
+    # What the warning says of the samples, in the closed form.
+    mean, std = flow(Schedule.uniform(LINEAR, 4, start=400), to_zero=True)
+    got = moments(make_solver("rho-deis", Schedule.uniform(LINEAR, 50, start=400)))
+    np.testing.assert_allclose(got, [mean, std], atol=1e-3)
+    assert mean == pytest.approx(0.23, abs=0.005)
+
+
+def test_unfinished_samples_are_told():
+    short = make_process("linear-1000/10")
+    denoiser = exact(short).float()
+    unfinished = SolverPolicy(make_solver("ddim", Schedule.uniform(short, 9, end=1.0)), denoiser)
+    with pytest.warns(UnfinishedWarning, match=r"noise of standard deviation 0\.34 left"):
+        unfinished.sample(3, shape=(1,))
+    for process in ("linear-1000", "cosine-1000", "ve", "sigmoid-10"):
+        process = make_process(process)
+        Schedule.log_snr(process, 4).prior_sample((1, 1))
+
+
+@pytest.mark.parametrize("name", ["linear-1000/10", "linear-1000/100", "ve-1-80"])
+@pytest.mark.parametrize("solver", [n for n, s in SOLVERS.items() if s.to_t_min])
+def test_default_grids_of_short_chains_end_with_a_first_order_step_to_0(solver, name):
+    process = make_process(name)
+    table = solver_within(solver, 10, denoiser=exact(process))
+    assert table.nfe == 10
+    assert table.times[-1] == 0
+    assert table.times[-2] == process.t_min
+    # The last state is the predicted clean sample: first order, in whichever output.
+    z = torch.tensor([[0.7]], dtype=torch.float64)
+    denoiser = exact(process)
+    states = table.sample(denoiser, z, return_trajectory=True)
+    torch.testing.assert_close(states[-1], denoiser.denoised(states[-2], process.t_min))
+
+
+@pytest.mark.parametrize(
+    ("solver", "worst"), [("heun", 0.3), ("dpm-solver-2", 0.4), ("dpm-solver-3", 0.7)]
+)
+def test_cosine_betas_start_where_there_is_a_signal(solver, worst):
+    """Ten calls from t_max have standard deviations of 37, 15 and 2583, where 0.5 is right."""
+    table = solver_within(solver, 10 - (solver == "heun"), denoiser=exact(COSINE))
+    assert float(COSINE.log_snr(table.times[0])) == pytest.approx(-5.1, abs=1e-9)
+    assert abs(moments(table)[1] - STD) < worst
+    with pytest.warns(EmptyStartWarning, match=rf"{solver} starts at time 1000 .* time 996\.077"):
+        table = make_solver(solver, Schedule.uniform(COSINE, 10, end=1.0))
+    assert table.times[0] == 1000
+    assert abs(moments(table)[1]) > 1.5  # what the user asked for
+
+
+def test_an_agent_on_an_id_takes_its_solver_s_default_grid():
+    process = DiscreteVP.sigmoid(10)
+    denoiser = Denoiser(MixtureBody(process, torch.zeros(1, 2), STD), process)
+    for solver, end in (("dpm-solver++-2m", 1.0), ("ddim", 0.0)):
+        agent = DODE("fewstep/SwissRoll-v0", denoiser, solver=solver, check_teacher=False)
+        assert agent.schedule == Schedule.uniform(process, 10, end=end)
+    process = make_process("ve-1-80")
+    assert make_mdp("SwissRoll", process=process).schedule == Schedule.karras(process, 10)
