@@ -2,8 +2,8 @@
 
 `time` is the network's own time (see `NoiseProcess.network_time`), one value a sample. When the
 whole batch shares one time the denoiser passes a tensor of stride 0 (an expanded scalar): both
-bodies then embed it once instead of N times. Integral times come as int64, fractional ones as
-floats. Bodies resolve times 0 .. 1000 or so; `time_range` stretches others, such as EDM's
+bodies then embed it once instead of N times. Whole indices of noisings come as int64, all other
+times as floats (see `Denoiser`). Bodies resolve times 0 .. 1000 or so; `time_range` stretches others, such as EDM's
 log(sigma) / 4 from -1.6 to 1.1, to that.
 """
 
@@ -334,6 +334,12 @@ def declared(body: nn.Module) -> Mapping[str, Any]:
     """Return a body's `.config`, from which `body_from_config` rebuilds it; empty without one."""
     config = getattr(body, "config", None)
     return config if isinstance(config, Mapping) else {}
+
+
+def own_config(body: nn.Module) -> dict[str, Any] | None:
+    """Return the `.config` of a body of `BODIES`; None for a foreign one, whatever it declares."""
+    config = declared(body)
+    return dict(config) if BODIES.get(str(config.get("kind"))) is type(body) else None
 
 
 def check_times(body: nn.Module, low: float, high: float) -> None:
