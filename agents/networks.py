@@ -3,8 +3,8 @@
 `time` is the network's own time (see `NoiseProcess.network_time`), one value a sample. When the
 whole batch shares one time the denoiser passes a tensor of stride 0 (an expanded scalar): both
 bodies then embed it once instead of N times. Whole indices of noisings come as int64, all other
-times as floats (see `Denoiser`). Bodies resolve times 0 .. 1000 or so; `time_range` stretches others, such as EDM's
-log(sigma) / 4 from -1.6 to 1.1, to that.
+times as floats (see `Denoiser`). Bodies resolve times 0 .. 1000 or so; `time_range` stretches
+others, such as EDM's log(sigma) / 4 from -1.6 to 1.1, to that.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class RescaledDenoiser(Denoiser):
     ) -> None:
         if not (math.isfinite(scale) and scale != 0 and math.isfinite(shift)):
             raise ValueError(
-                f"scale must be a finite number other than 0 and shift a finite number, got {scale} "
-                f"and {shift}."
+                "scale must be a finite number other than 0 and shift a finite number, got "
+                f"{scale} and {shift}."
             )
         if isinstance(denoiser, RescaledDenoiser):
             raise ValueError("This denoiser is rescaled already: rescale the one it is made of.")
