@@ -23,11 +23,11 @@ import tyro
 from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
 from ..agents.checks import at_least, not_negative
+from ..agents.presets import preset
 from ..agents.solvers import Options
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
-from .presets import preset
 
 # Generators take twice as many; runs add a little to theirs.
 LAST_SEED = 2**63 - 1

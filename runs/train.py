@@ -17,16 +17,13 @@ from stable_baselines3.common.logger import Logger
 
 from ..agents import AGENTS, BehaviorCloning, Denoiser, ScheduleLearning
 from ..agents.base import Agent
-from ..agents.denoiser import edm_time_range
+from ..agents.bodies import new_denoiser
 from ..agents.sampling import sample, sampler_of
-from ..agents.solvers import Options
 from ..agents.tableau import Tableau
-from ..agents.training import seeded
 from ..critics.processes import Processes
-from ..envs import VE, DiffusionMDP
+from ..envs import DiffusionMDP
 from ..envs.mdp import no_reward
 from ..envs.process import NoiseProcess, make_process
-from .bodies import named_body
 from .console import console, print_results
 from .distributed import agreed_path, joined_processes
 from .environment import build_environment, check_fits
@@ -47,9 +44,6 @@ from .settings import (
     resumed_folder,
 )
 from .sources import starting_denoiser
-
-# Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
-EDM_LEVELS = 64
 
 
 class InterruptedRun(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -361,29 +355,3 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
 def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:
     """Build the untrained denoiser that a run's settings name."""
     return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
-
-
-def new_denoiser(
-    mdp: DiffusionMDP,
-    seed: int,
-    prediction: str | None = None,
-    body_name: str | None = None,
-    body_options: Options | None = None,
-) -> Denoiser:
-    """Build an untrained denoiser for an environment; the same seed gives the same weights."""
-    process = mdp.process
-    time_range = None
-    if isinstance(process, VE):
-        if prediction not in (None, "edm"):
-            raise ValueError(f"A ve process is cloned with prediction 'edm', not {prediction!r}.")
-        prediction, levels, time_range = "edm", EDM_LEVELS, edm_time_range(process)
-    else:
-        levels = int(process.t_max)
-    if prediction is None:
-        # From pure noise an image's epsilon says little of it: a few-step sampler's first step
-        # would magnify the errors of a network that predicts it.
-        prediction = "sample" if len(mdp.shape) == 3 else "epsilon"
-    with seeded(seed):
-        body = named_body(body_name, mdp.shape, levels, time_range, body_options)
-    sigma_data = mdp.target.std
-    return Denoiser(body, process, prediction, sigma_data)  # type: ignore[arg-type]
