@@ -20,6 +20,7 @@ from ..agents.base import Agent
 from ..agents.bodies import new_denoiser
 from ..agents.sampling import sample, sampler_of
 from ..agents.tableau import Tableau
+from ..critics.evaluation import NOISE_SEED, Evaluation
 from ..critics.processes import Processes
 from ..envs import DiffusionMDP
 from ..envs.mdp import no_reward
@@ -27,13 +28,12 @@ from ..envs.process import NoiseProcess, make_process
 from .console import console, print_results
 from .distributed import agreed_path, joined_processes
 from .environment import build_environment, check_fits
-from .evaluation import NOISE_SEED, Evaluation, combine, finite
-from .features import features_for
+from .features import features_for, real_distances
 from .folder import RunFolder
 from .logs import make_logger, read_live_metric
-from .monitor import Follower, Monitor
+from .monitor import Follower, Monitor, finite
 from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
-from .reports import report_agent, save_sampler
+from .reports import combine, report_agent, save_sampler
 from .settings import (
     Settings,
     TrainSettings,
@@ -127,7 +127,9 @@ class Run:
             features = features_for(
                 self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
             )
-            self.evaluation = Evaluation(self.mdp.target, run.evaluation_samples, features)
+            self.evaluation = Evaluation(
+                self.mdp.target, run.evaluation_samples, features, real_distances
+            )
         if run.agent == BehaviorCloning.name:
             agent, before = self.clone(), None
         else:
