@@ -68,7 +68,7 @@ def new_denoiser(
     mdp: DiffusionMDP,
     seed: int = 0,
     prediction: str | None = None,
-    body_name: str | None = None,
+    body: str | nn.Module | None = None,
     body_options: Options | None = None,
 ) -> Denoiser:
     """Build an untrained denoiser for an environment, as `fewstep train` does.
@@ -78,7 +78,7 @@ def new_denoiser(
         seed: of the weights.
         prediction: see `Denoiser`. By default "edm" on a `VE` process, else "sample" for images
             and "epsilon" for vectors.
-        body_name: see `named_body`; by default chosen by the shape.
+        body: a name, see `named_body`, by default chosen by the shape; or a module of yours.
         body_options: see `named_body`.
 
     Raises:
@@ -96,7 +96,8 @@ def new_denoiser(
         # From pure noise an image's epsilon says little of it: a few-step sampler's first step
         # would magnify the errors of a network that predicts it.
         prediction = "sample" if len(mdp.shape) == 3 else "epsilon"
-    with seeded(seed):
-        body = named_body(body_name, mdp.shape, levels, time_range, body_options)
+    if not isinstance(body, nn.Module):
+        with seeded(seed):
+            body = named_body(body, mdp.shape, levels, time_range, body_options)
     sigma_data = mdp.target.std
     return Denoiser(body, process, prediction, sigma_data)  # type: ignore[arg-type]

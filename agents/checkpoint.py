@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, truncated, foreign, or made for something else."""
 
 
+class ForeignBodyError(CheckpointError):
+    """A checkpoint of a network that is not fewstep's: it must be given, with `body=...`."""
+
+
 def save_checkpoint(path: str | Path, tree: dict[str, Any]) -> None:
     """Write a tree of tensors, dicts, lists, strings, numbers, booleans and None to `path`."""
     tensors: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ preconditioned as in Karras et al. 2022, Table 1: it sees and returns numbers of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from ..critics.precision import Precision, check_precision, lower_precision
 from ..envs.names import unknown_name
 from ..envs.process import VE, DiscreteVP, NoiseProcess
-from .checkpoint import CheckpointError, check_finite, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    ForeignBodyError,
+    check_finite,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .networks import body_from_config, check_times, declared, own_config
 from .variance_head import HeadInputs, VarianceHead
 
@@ -38,14 +45,14 @@ class Denoiser(nn.Module):
 
     Args:
         body: any module `body(x, t)` with x (N, *shape), returning (N, *shape) of any floating
-            type, and t (N,) the network's own time: the 0-based index of the noising,
-            0 .. T - 1, on a `DiscreteVP` of T noisings, the noise level sigma on a `VE`, and
-            log(sigma) / 4 for "edm". An index is int64 where all times of the batch are whole, as
-            in diffusers, so that an embedding table may look it up; fractional times, between
-            noisings, come in x's floating type. Noise levels always do, and so does a time that
-            requires a gradient. Where one time serves the whole batch t has stride 0 (an expanded
-            number): such a body may embed `t[:1]` instead of N equal times, and must not write
-            into t.
+            type, and t (N,) the network's own time: the 0-based index of the noising, 0 .. T - 1,
+            on a `DiscreteVP` of T noisings, the noise level sigma on a `VE`, and log(sigma) / 4 for
+            "edm". An index is int64 where all times of the batch are whole, as in diffusers, so
+            that an embedding table may look it up; fractional times, between noisings, come in x's
+            floating type (a table is refused then, with ValueError). Noise levels always do, and so
+            does a time that requires a gradient. Where one time serves the whole batch t has stride
+            0 (an expanded number): such a body may embed `t[:1]` instead of N equal times, and must
+            not write into t.
         process: the forward process x_t = alpha(t) x_0 + sigma(t) eps.
         prediction: what the body returns: the noise ("epsilon"), the clean sample ("sample"), the
             velocity v = alpha eps - sigma x_0 ("v", variance-preserving processes only), or EDM's
@@ -293,7 +300,7 @@ class Denoiser(nn.Module):
 
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
-                body or are not finite.
+                body or are not finite; `ForeignBodyError` where `body` is needed.
         """
         tree = load_checkpoint(path)
         tree = tree.get("denoiser", tree)
@@ -301,7 +308,7 @@ class Denoiser(nn.Module):
             raise CheckpointError(f"{path} holds no denoiser.")
         if body is None:
             if tree["body"] is None:
-                raise CheckpointError(f"{path} holds a foreign body: pass it as body=...")
+                raise ForeignBodyError(f"{path} holds a foreign body: pass it as body=...")
             body = body_from_config(tree["body"])
         head = None if tree.get("head") is None else VarianceHead(**tree["head"]["config"])
         try:
@@ -309,7 +316,9 @@ class Denoiser(nn.Module):
             if head is not None:
                 head.load_state_dict(tree["head"]["weights"])
         except RuntimeError as error:
-            raise CheckpointError(f"The weights in {path} do not fit the body: {error}") from None
+            raise CheckpointError(
+                f"The weights in {path} do not fit the body: {str(error).splitlines()[-1].strip()}"
+            ) from None
         process = NoiseProcess.from_config(tree["process"])
         # Older files say nothing of sigma_data and clip, and have no use for them.
         settings = {"sigma_data": tree.get("sigma_data", 0.5), "clip": tree.get("clip", False)}
@@ -398,8 +407,18 @@ class Denoiser(nn.Module):
         return RescaledDenoiser(self, scale, shift, process, clip)
 
     def _ask(self, sample: Tensor, time: Tensor) -> Tensor:
-        with lower_precision(self.precision, sample.device):
-            return self.body(sample, time).to(sample.dtype)
+        try:
+            with lower_precision(self.precision, sample.device):
+                return self.body(sample, time).to(sample.dtype)
+        except (IndexError, RuntimeError) as error:
+            wants_index = re.search(r"\blong, int", str(error), re.IGNORECASE)
+            if not (wants_index and self.process.discrete and time.is_floating_point()):
+                raise
+            raise ValueError(
+                f"The network {type(self.body).__name__} takes whole noisings only, and is asked "
+                f"between two, at index {float(time[0]):g}: choose a schedule and a solver of "
+                "whole times (D-ODE: integer_times=True), or interpolate its time embedding."
+            ) from error
 
     def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
         if isinstance(t, Tensor) and (t.ndim == 1 or t.requires_grad):

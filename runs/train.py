@@ -20,6 +20,7 @@ from ..agents.base import Agent
 from ..agents.bodies import new_denoiser
 from ..agents.sampling import sample, sampler_of
 from ..agents.tableau import Tableau
+from ..agents.training import seeded
 from ..critics.evaluation import NOISE_SEED, Evaluation
 from ..critics.processes import Processes
 from ..envs import DiffusionMDP
@@ -30,6 +31,7 @@ from .distributed import agreed_path, joined_processes
 from .environment import build_environment, check_fits
 from .features import features_for, real_distances
 from .folder import RunFolder
+from .foreign import check_body, foreign_body, is_foreign
 from .logs import make_logger, read_live_metric
 from .monitor import Follower, Monitor, finite
 from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
@@ -42,6 +44,7 @@ from .settings import (
     defaults,
     parse,
     resumed_folder,
+    resumed_settings,
 )
 from .sources import starting_denoiser
 
@@ -55,8 +58,8 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
     with joined_processes() as processes:
         mdp, resume = None, resumed_folder(argv)
         if resume is not None:
-            folder = RunFolder.reopen(resume)
-            settings = Settings.from_json(folder.path / "config.json")
+            folder = RunFolder.reopen(resume[0])
+            settings = resumed_settings(*resume)
         else:
             settings = parse(argv, agent)
             mdp = check(settings)
@@ -92,9 +95,7 @@ class Run:
         self.processes = Processes.current()
         if mdp is None:
             # What the run started from may be gone by now.
-            own = (
-                Denoiser.load(folder.cloning) if self._adopts and folder.cloning.is_file() else None
-            )
+            own = self._cloned("cpu") if self._adopts and folder.cloning.is_file() else None
             mdp = build_mdp(settings, own)
         self.mdp = mdp
         threads = settings.run.threads or (1 if len(self.mdp.shape) == 1 else None)
@@ -138,7 +139,7 @@ class Run:
             else:
                 self.clone()
             agent = self.finetune()
-            before = Denoiser.load(self.folder.cloning, self.mdp.device)
+            before = self._cloned(self.mdp.device)
         return self.report(before, agent) if self.processes.first else {}
 
     # -- stages --------------------------------------------------------------------------------
@@ -153,6 +154,11 @@ class Run:
         denoiser = denoiser_of(self.mdp, run)
         agent = BehaviorCloning(self.mdp, denoiser, seed=run.seed, **options)
         return self._learn(agent, rounds, self.folder.cloning)
+
+    def _cloned(self, device: torch.device | str) -> Denoiser:
+        """Load the denoiser that the agent starts from."""
+        run = self.settings.run
+        return Denoiser.load(self.folder.cloning, device, foreign_body(run.body, run.body_options))
 
     def adopt_denoiser(self) -> None:
         """Copy the denoiser that the user names into the folder, once."""
@@ -170,7 +176,8 @@ class Run:
     def finetune(self) -> Agent:
         """Train the agent from the cloned denoiser, or go on with it."""
         run = self.settings.run
-        denoiser = Denoiser.load(self.folder.cloning, self.mdp.device)
+        denoiser = self._cloned(self.mdp.device)
+        check_body(denoiser, self.mdp.shape, run.body)
         agent = AGENTS[run.agent](self.mdp, denoiser, seed=run.seed + 1, **self.settings.agent)
         return self._learn(agent, agent.planned_rounds or run.rounds, self.folder.checkpoint(agent))
 
@@ -295,7 +302,9 @@ def check(settings: Settings) -> DiffusionMDP:
     else:
         check_fits(denoiser, mdp, run.denoiser or run.pretrained)
         of_preset = defaults(run.env, run.agent, run.preset).run
-        for flag in ("body", "body_options", "prediction"):
+        check_body(denoiser, mdp.shape, run.body)
+        cloned = ("prediction",) if is_foreign(run.body) else ("body", "body_options", "prediction")
+        for flag in cloned:
             if getattr(run, flag) != getattr(of_preset, flag):
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")
@@ -356,4 +365,10 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
 
 def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:
     """Build the untrained denoiser that a run's settings name."""
-    return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
+    with seeded(run.seed):
+        body = foreign_body(run.body, run.body_options)
+    if body is None:
+        return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
+    denoiser = new_denoiser(mdp, run.seed, run.prediction, body)
+    check_body(denoiser, mdp.shape, run.body)
+    return denoiser

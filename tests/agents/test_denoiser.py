@@ -380,3 +380,26 @@ def test_a_foreign_config_is_not_taken_for_one_of_ours(tmp_path, process):
         Denoiser(body, process).save(tmp_path / "foreign.safetensors")
         with pytest.raises(CheckpointError, match="foreign body"):
             Denoiser.load(tmp_path / "foreign.safetensors")
+
+
+class Lookup(nn.Module):
+    """A network that knows the noisings as rows of a table."""
+
+    def __init__(self, by_index=False):
+        super().__init__()
+        self.table, self.by_index = nn.Embedding(4, 2), by_index
+
+    def forward(self, sample, time):
+        rows = self.table.weight[time] if self.by_index else self.table(time)
+        return sample * rows
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_a_table_of_noisings_is_refused_times_between_them_in_one_sentence(by_index, process):
+    denoiser, sample = Denoiser(Lookup(by_index), process), torch.ones(2, 2)
+    torch.testing.assert_close(denoiser(sample, 4.0), denoiser.body.table.weight[[3, 3]])
+    for t in (2.5, torch.tensor([1.0, 2.5])):
+        with pytest.raises(ValueError, match="Lookup takes whole noisings only"):
+            denoiser(sample, t)
+    with pytest.raises((RuntimeError, IndexError)):  # its own errors stay what they are
+        denoiser(torch.ones(2, 3), 2.0)
