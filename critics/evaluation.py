@@ -337,7 +337,7 @@ def evaluate(
             vectors.
         TypeError: nothing that samples.
     """
-    real = _Halves(target) if _is_array(target) else target
+    real: Real = _Halves(target) if _is_array(target) else target  # type: ignore[arg-type,assignment]
     given = torch.as_tensor(sampler).to(real.device) if _is_array(sampler) else None
     evaluation = Evaluation(real, n if given is None else len(given), features, distances)
     if given is None:
@@ -384,7 +384,7 @@ class _Halves:
         if len(samples) < 4:
             raise ValueError(f"target must hold at least 4 real samples, got {len(samples)}.")
         self._training, self._fresh = samples[::2].float(), samples[1::2].float()
-        self.shape, self.device = samples.shape[1:], samples.device
+        self.shape, self.device = torch.Size(samples.shape[1:]), samples.device
         self.fresh_limit = len(self._fresh)
 
     def __len__(self) -> int:
