@@ -69,6 +69,13 @@ def test_an_environment_of_one_s_own_has_no_presets(make_mdp, make_denoiser):
         _ = BehaviorCloning(make_mdp(), make_denoiser()).total_timesteps
 
 
+@pytest.mark.parametrize("agent", [BehaviorCloning, SFTPG])
+def test_another_agent_s_average_has_nothing_to_train(agent, make_mdp, make_denoiser):
+    first = BehaviorCloning(make_mdp(), make_denoiser(), ema=0.9)
+    with pytest.raises(ValueError, match="load the denoiser from its file"):
+        agent(make_mdp(), first.sampling_denoiser)
+
+
 def test_an_id_names_an_environment_too():
     mdp = make_mdp("SwissRoll")
     agent = SFTPG.for_environment("fewstep/SwissRoll-v0", new_denoiser(mdp))
