@@ -6,12 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.agents import DODE, SFTPG, BehaviorCloning, CheckpointError, Denoiser, SolverPolicy
+from fewstep.agents import (
+    DODE,
+    SFTPG,
+    BehaviorCloning,
+    CheckpointError,
+    Denoiser,
+    ScheduleLearning,
+    SolverPolicy,
+    VarianceLearning,
+)
 from fewstep.agents.exact import MixtureBody
 from fewstep.agents.networks import MLP, SmallUNet
 from fewstep.agents.solvers import make_solver
 from fewstep.agents.unet import UNet2D
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
+from fewstep.envs.mdp import no_reward
 
 pytestmark = pytest.mark.numeric
 
@@ -255,3 +265,48 @@ def test_what_cannot_be_is_refused(tmp_path):
     Denoiser(Table(1000), VP).rescaled(2.0).save(tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="foreign"):
         Denoiser.load(tmp_path / "foreign.safetensors")
+
+
+def test_what_agents_learn_of_it_is_what_they_learn_of_the_exact_denoiser():
+    """Gamma counts noise, which has no units; a learned schedule lies on the data's own levels."""
+    rescaled = network_of(DiscreteVP.linear(20), "sample", 0.5, 0.5).rescaled(0.5, 0.5)
+    process = rescaled.process
+    body = MixtureBody(process, MEANS, STD, "sample")
+    exact = Denoiser(body, process, "sample", sigma_data=rescaled.sigma_data)
+    samples = (MEANS + 0.0).float().repeat(10, 1)
+    schedule = Schedule.uniform(process, 5)
+    found = []
+    for denoiser in (rescaled, exact):
+        mdp = DiffusionMDP(Target.from_samples(samples, "Mixture"), process, schedule, no_reward)
+        agent = VarianceLearning(mdp, denoiser, batch_size=20, samples_per_time=20)
+        agent.learn(agent.total_timesteps)
+        few = {"schedule_rounds": 3, "tuning_rounds": 0, "batch_size": 10, "start": "environment"}
+        learner = ScheduleLearning.without_data(
+            denoiser, Schedule.uniform(process, 4, end=1.0), (3,), solver="ddim", **few
+        )
+        learner.learn(learner.total_timesteps)
+        found.append((agent.denoiser.gamma, learner.schedule.times))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
+    assert found[0][1].unique().numel() == 5
+
+
+def test_a_second_head_of_it_survives_its_file(tmp_path, generator):
+    network = Denoiser(MLP((3,), 20), DiscreteVP.linear(20))
+    denoiser = network.rescaled(0.5, 0.5, clip=True)
+    mdp = DiffusionMDP(
+        Target.from_samples(MEANS.float()), denoiser.process, Schedule.uniform(denoiser.process, 5)
+    )
+    agent = VarianceLearning(mdp, denoiser, kind="sn", batch_size=8)
+    agent.learn(2 * agent.timesteps_per_round)
+    trained = agent.denoiser
+    trained.save(tmp_path / "head.safetensors")
+    loaded = Denoiser.load(tmp_path / "head.safetensors")
+    assert loaded.clip and loaded.process == denoiser.process
+    sample = torch.randn(4, 3, generator=generator())
+    with torch.no_grad():
+        ours, theirs = (d.outputs_with_covariance(sample, 7.0) for d in (trained, loaded))
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    with pytest.raises(ValueError, match="second head"):
+        network.head = trained.head
+        network.rescaled(2.0)

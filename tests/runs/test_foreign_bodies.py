@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.agents import SFTPG, Denoiser
+from fewstep.agents import SFTPG, Denoiser, SolverPolicy
+from fewstep.agents.solvers import make_solver
+from fewstep.envs import Schedule
 from fewstep.envs.registration import make_mdp
 
 NETWORKS = """
@@ -226,3 +228,17 @@ def test_options_and_weights_that_do_not_fit_are_refused(foreign_run, fewstep, c
 def test_a_run_of_ours_wants_no_flag(finished, fewstep, capsys):
     assert fewstep("train", f"--resume={finished}", f"--body={BODY}") == 2
     assert "leave out --body" in capsys.readouterr().err
+
+
+def test_a_rescaled_denoiser_is_a_file_like_any_other(finished, fewstep, tmp_path):
+    rescaled = Denoiser.load(finished / "checkpoint.safetensors").rescaled(0.1)
+    rescaled.save(tmp_path / "rescaled.safetensors")
+    flags = ["--env=SwissRoll", "--solver=ddim", "--schedule=10,8,6,3,0", "--n=20"]
+    output = tmp_path / "samples.npy"
+    source = tmp_path / "rescaled.safetensors"
+    assert fewstep("sample", source, *flags, "--device=cpu", f"--output={output}") == 0
+    tableau = make_solver("ddim", Schedule(rescaled.process, [10, 8, 6, 3, 0]))
+    expected = SolverPolicy(tableau, rescaled).sample(
+        20, shape=(2,), generator=torch.Generator().manual_seed(0)
+    )
+    np.testing.assert_allclose(np.load(output), expected.numpy(), rtol=1e-5, atol=1e-6)
