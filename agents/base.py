@@ -45,6 +45,7 @@ from .checkpoint import (
 )
 from .denoiser import Denoiser
 from .policies import SolverPolicy
+from .presets import preset as look_up_preset
 from .sampling import sample
 from .solvers import Options, build_solver, default_schedule, default_solver_options
 from .tableau import Tableau
@@ -78,6 +79,7 @@ class Agent(ABC):
         processes: those that train together, under `torchrun`; else this one alone.
         data_parallel: whether several processes can train it together.
         checkpoint_name: what a run calls the file that `save` writes.
+        preset_rounds: rounds of the preset that `for_environment` took; else None.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
 
@@ -96,12 +98,8 @@ class Agent(ABC):
         verbose: int = 0,
         tensorboard_log: str | None = None,
     ) -> None:
-        if isinstance(env, str):
-            made = gym.make_vec(env, **_default_settings(env, solver)).unwrapped
-            assert isinstance(made, DiffusionVectorEnv)
-            env = made
-        self.env = env
-        self.mdp = env if isinstance(env, DiffusionMDP) else env.unwrapped.mdp
+        self.env = env = made_environment(env, solver)
+        self.mdp = mdp_of(env)
         if denoiser.process != self.mdp.process:
             raise ValueError(
                 f"The denoiser was made for {denoiser.process!r}, the environment has "
@@ -129,11 +127,45 @@ class Agent(ABC):
         self.num_timesteps = 0
         self.rounds = 0
         self.will_log = False
+        self.preset_rounds: int | None = None
         self._total_timesteps = 0
         self._custom_logger: Logger | None = None
         self._started = 0.0
         self._timesteps_at_start = 0
         self._tableau = self.starting_tableau(self.denoiser)
+
+    @classmethod
+    def for_environment(
+        cls: type[AnyAgent],
+        env: Environment,
+        denoiser: Denoiser,
+        *,
+        preset: str = "default",
+        **settings: Any,
+    ) -> AnyAgent:
+        """Build the agent with the settings that `fewstep train` takes on this environment.
+
+        `agent.learn(agent.total_timesteps)` then trains it as long as that. The same table says
+        which process, schedule and network the command would take, where they are not the
+        environment's own: `fewstep.agents.presets.preset(name_of_environment, cls.name)`.
+
+        Args:
+            env: see the class; presets go by the name of its target. Without one, as with an
+                environment of yours, the agent's own defaults hold.
+            denoiser: see the class.
+            preset: "default", or "long" where there is one.
+            settings: the constructor's arguments, which win over the preset's. The preset's
+                `solver_options` go with its own solver only.
+
+        Raises:
+            ValueError: no preset of this name for this environment and agent.
+        """
+        default_solver = inspect.signature(cls).parameters["solver"].default
+        env = made_environment(env, settings.get("solver", default_solver))
+        budget = look_up_preset(mdp_of(env).target.name, cls.name, preset)
+        agent = cls(env, denoiser, **budget.settings(default_solver, settings))
+        agent.preset_rounds = budget.rounds
+        return agent
 
     # -- what a subclass implements ------------------------------------------------------------
 
@@ -172,6 +204,21 @@ class Agent(ABC):
     def done(self) -> bool:
         """Whether the algorithm has come to an end by itself; `learn` then stops."""
         return False
+
+    @property
+    def total_timesteps(self) -> int:
+        """Timesteps that `learn` needs for all rounds that the settings or the preset call for.
+
+        Raises:
+            ValueError: neither says how many: the agent was not built by `for_environment`.
+        """
+        rounds = self.planned_rounds or self.preset_rounds
+        if rounds is None:
+            raise ValueError(
+                f"How long '{self.name}' trains is yours to say: rounds * "
+                "agent.timesteps_per_round, or build it with for_environment."
+            )
+        return self.timesteps_until(rounds)
 
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done; 0 if they are."""
@@ -539,6 +586,20 @@ def checked_settings(agent: type[Agent], settings: Any, origin: str | Path) -> d
         return check_arguments(agent.__init__, settings)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{origin} is damaged: {error}") from None
+
+
+def made_environment(env: Environment, solver: str) -> DiffusionVectorEnv | DiffusionMDP:
+    """Make an environment that is given by its id, on the solver's `default_schedule`."""
+    if not isinstance(env, str):
+        return env
+    made = gym.make_vec(env, **_default_settings(env, solver)).unwrapped
+    assert isinstance(made, DiffusionVectorEnv)
+    return made
+
+
+def mdp_of(env: DiffusionVectorEnv | DiffusionMDP) -> DiffusionMDP:
+    """Return the decision process of an environment."""
+    return env if isinstance(env, DiffusionMDP) else env.unwrapped.mdp
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class NotFiniteError(ValueError):
         self.name = name
 
 
+class ForeignBodyError(CheckpointError):
+    """A checkpoint of a network that is not fewstep's: it must be given, with `body=...`."""
+
+
 def save_checkpoint(path: str | Path, tree: dict[str, Any]) -> None:
     """Write a tree of tensors, dicts, lists, strings, numbers, booleans and None to `path`.
 

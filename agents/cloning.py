@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..critics.arguments import checked
 from ..critics.precision import Precision
+from ..envs import VE
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
@@ -194,7 +195,7 @@ class BehaviorCloning(Agent):
         "edm" denoiser.
         """
         process, device = self.mdp.process, self.device
-        if self.denoiser.prediction != "edm":
+        if self.denoiser.prediction != "edm" or not isinstance(process, VE):
             return draw_times(process, self._size, self.generator, device)
         normal = torch.randn(
             self._size, generator=self.generator, device=device, dtype=torch.float64

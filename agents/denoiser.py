@@ -10,6 +10,7 @@ preconditioned as in Karras et al. 2022, Table 1: it sees and returns numbers of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from ..critics.arguments import checked
 from ..critics.precision import Precision, check_precision, lower_precision
 from ..envs.process import VE, DiscreteVP, NoiseProcess
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .networks import body_from_config, check_times, declared
+from .checkpoint import CheckpointError, ForeignBodyError, load_checkpoint, save_checkpoint
+from .networks import body_from_config, check_times, declared, own_config
 from .variance_head import HeadInputs, VarianceHead
 
 if TYPE_CHECKING:
@@ -40,8 +41,15 @@ class Denoiser(nn.Module):
     """A denoising network with the conversions between its parameterisations.
 
     Args:
-        body: any module `body(x, t)` with x (N, *shape) and t (N,) the network's own time
-            (`process.network_time`, or log(sigma) / 4 for "edm"), returning (N, *shape).
+        body: any module `body(x, t)` with x (N, *shape), returning (N, *shape) of any floating
+            type, and t (N,) the network's own time: the 0-based index of the noising, 0 .. T - 1,
+            on a `DiscreteVP` of T noisings, the noise level sigma on a `VE`, and log(sigma) / 4 for
+            "edm". An index is int64 where all times of the batch are whole, as in diffusers, so
+            that an embedding table may look it up; fractional times, between noisings, come in x's
+            floating type (a table is refused then, with ValueError). Noise levels always do, and so
+            does a time that requires a gradient. Where one time serves the whole batch t has stride
+            0 (an expanded number): such a body may embed `t[:1]` instead of N equal times, and must
+            not write into t.
         process: the forward process x_t = alpha(t) x_0 + sigma(t) eps.
         prediction: what the body returns: the noise ("epsilon"), the clean sample ("sample"), the
             velocity v = alpha eps - sigma x_0 ("v", variance-preserving processes only), or EDM's
@@ -271,7 +279,7 @@ class Denoiser(nn.Module):
             "clip": self.clip,
             "variance": self.variance,
             "process": self.process.to_config(),
-            "body": getattr(self.body, "config", None),
+            "body": own_config(self.body),
             "weights": self.body.state_dict(),
             # Numbers, not a tensor: it stays in float64 on the CPU whatever device it is read to.
             "gamma": None if self.gamma is None else self.gamma.tolist(),
@@ -293,7 +301,7 @@ class Denoiser(nn.Module):
 
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
-                body or are not finite.
+                body or are not finite; `ForeignBodyError` where `body` is needed.
         """
         tree = load_checkpoint(path)
         tree = tree.get("denoiser", tree)
@@ -301,7 +309,7 @@ class Denoiser(nn.Module):
             raise CheckpointError(f"{path} holds no denoiser.")
         if body is None:
             if tree["body"] is None:
-                raise CheckpointError(f"{path} holds a foreign body: pass it as body=...")
+                raise ForeignBodyError(f"{path} holds a foreign body: pass it as body=...")
             body = body_from_config(tree["body"])
         head = None if tree.get("head") is None else VarianceHead(**tree["head"]["config"])
         try:
@@ -309,7 +317,9 @@ class Denoiser(nn.Module):
             if head is not None:
                 head.load_state_dict(tree["head"]["weights"])
         except RuntimeError as error:
-            raise CheckpointError(f"The weights in {path} do not fit the body: {error}") from None
+            raise CheckpointError(
+                f"The weights in {path} do not fit the body: {str(error).splitlines()[-1].strip()}"
+            ) from None
         process = NoiseProcess.from_config(tree["process"])
         # Older files say nothing of these, and have no use for them.
         settings = {
@@ -317,7 +327,11 @@ class Denoiser(nn.Module):
             "clip": tree.get("clip", False),
             "variance": tree.get("variance"),
         }
-        denoiser = cls(body.to(device), process, tree["prediction"], **settings)
+        denoiser = Denoiser(body.to(device), process, tree["prediction"], **settings)
+        if tree.get("rescaled") is not None:
+            from .rescaled import RescaledDenoiser
+
+            denoiser = RescaledDenoiser.of_tree(denoiser, tree["rescaled"])
         # Nor of these two.
         if tree.get("gamma") is not None:
             denoiser.gamma = torch.tensor(tree["gamma"], dtype=torch.float64)
@@ -358,20 +372,70 @@ class Denoiser(nn.Module):
 
         return from_edm(module, sigma_min, sigma_max)
 
+    def rescaled(
+        self,
+        scale: float,
+        shift: float = 0.0,
+        *,
+        process: NoiseProcess | None = None,
+        clip: bool = False,
+    ) -> Denoiser:
+        """Return a denoiser of data x with this network, which was trained on y = scale x + shift.
+
+        A network of images in [0, 1], in an environment of images in [-1, 1], is
+        `denoiser.rescaled(0.5, 0.5)`. The mapping of samples, times and answers is exact; its
+        formula is in `fewstep.agents.rescaled`. The body is shared, not copied. Solvers, policies,
+        agents and D-ODE take the new denoiser as any other, it trains, and it is saved and loaded;
+        no diffusers pipeline can describe it.
+
+        Args:
+            scale: not 0; negative for data of the opposite sign.
+            shift: in the network's units.
+            process: of the new denoiser, and of the environment that it acts in. By default the one
+                on which every time t means the network's time t: a `DiscreteVP` of other betas,
+                whose whole noisings are the network's, or a `VE` of noise levels divided by
+                |scale|. Any other will do, of another kind too (a network of a `DiscreteVP` on a
+                `VE`, with scale 1, say), but its noisiest times may lie beyond the network's
+                training, which is refused when the network is asked there, and its cleanest times
+                may ask the network between its first noising and clean data, or below its least
+                noise level, where it extrapolates.
+            clip: whether predicted clean samples are meant to be clamped to [-1, 1] in the new
+                units.
+
+        Raises:
+            ValueError: scale 0 or a number that is not finite, a denoiser that is rescaled already
+                or has a second head, or has a Gamma while `process` is given.
+        """
+        from .rescaled import RescaledDenoiser
+
+        return RescaledDenoiser(self, scale, shift, process, clip)
+
     def _ask(self, sample: Tensor, time: Tensor) -> Tensor:
-        with lower_precision(self.precision, sample.device):
-            return self.body(sample, time).to(sample.dtype)
+        try:
+            with lower_precision(self.precision, sample.device):
+                return self.body(sample, time).to(sample.dtype)
+        except (IndexError, RuntimeError) as error:
+            wants_index = re.search(r"\blong, int", str(error), re.IGNORECASE)
+            if not (wants_index and self.process.discrete and time.is_floating_point()):
+                raise
+            raise ValueError(
+                f"The network {type(self.body).__name__} takes whole noisings only, and is asked "
+                f"between two, at index {float(time[0]):g}: choose a schedule and a solver of "
+                "whole times (D-ODE: integer_times=True), or interpolate its time embedding."
+            ) from error
 
     def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
         if isinstance(t, Tensor) and (t.ndim == 1 or t.requires_grad):
-            # A time that is learned has to stay a tensor.
             times = self.process.network_time(t)
-            times = times.to(sample.dtype) if times.is_floating_point() else times
+            # A time that is learned has to stay a floating tensor.
+            if self.process.discrete and not t.requires_grad and _whole(times):
+                return times.long()
+            times = times.to(sample.dtype)
             return times if times.ndim else times.expand(len(sample))
         value = self.process.network_time(float(t))
-        integral = value == int(value)
+        index = self.process.discrete and value == int(value)
         time = torch.full(
-            (1,), value, dtype=torch.int64 if integral else sample.dtype, device=sample.device
+            (1,), value, dtype=torch.int64 if index else sample.dtype, device=sample.device
         )
         # Stride 0 tells the body that the whole batch shares one time.
         return time.expand(len(sample))
@@ -385,7 +449,7 @@ class Denoiser(nn.Module):
         if not isinstance(t, Tensor):
             return self.process.levels(float(t))
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return _shaped(alpha, sample), _shaped(sigma, sample)
+        return shaped(alpha, sample), shaped(sigma, sample)
 
 
 def edm_time_range(process: VE) -> tuple[float, float]:
@@ -393,7 +457,11 @@ def edm_time_range(process: VE) -> tuple[float, float]:
     return math.log(process.t_min) / 4, math.log(process.t_max) / 4
 
 
-def _shaped(level: Tensor, sample: Tensor) -> Tensor:
+def _whole(times: Tensor) -> bool:
+    return not times.is_floating_point() or bool((times == times.round()).all())
+
+
+def shaped(level: Tensor, sample: Tensor) -> Tensor:
     """Cast a coefficient, one for all or (N,), so that it broadcasts against samples."""
     level = level.to(sample)
     return level.view(-1, *[1] * (sample.ndim - 1)) if level.ndim else level

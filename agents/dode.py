@@ -215,11 +215,6 @@ class DODE(Agent):
         taught = self.batch_count * self.teacher.tableau.nfe
         return self.batch_size * (taught + self._fitted_count * self.base.nfe)
 
-    @property
-    def total_timesteps(self) -> int:
-        """Timesteps that `learn` needs for all that the settings call for."""
-        return self.timesteps_until(self.planned_rounds)
-
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done; the first one is dearer."""
         left = max(rounds - self.rounds, 0)

@@ -47,5 +47,4 @@ class EDMBody(nn.Module):
 
     def forward(self, sample: Tensor, time: Tensor) -> Tensor:
         """Return the clean sample (N, *shape) behind samples (N, *shape) at noise levels (N,)."""
-        # Whole times come as integers, which noise levels are not.
-        return self.module(sample, time.to(sample.dtype))
+        return self.module(sample, time)

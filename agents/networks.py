@@ -2,9 +2,9 @@
 
 `time` is the network's own time (see `NoiseProcess.network_time`), one value a sample. When the
 whole batch shares one time the denoiser passes a tensor of stride 0 (an expanded scalar): both
-bodies then embed it once instead of N times. Integral times come as int64, fractional ones as
-floats. Bodies resolve times 0 .. 1000 or so; `time_range` stretches others, such as EDM's
-log(sigma) / 4 from -1.6 to 1.1, to that.
+bodies then embed it once instead of N times. Whole indices of noisings come as int64, all other
+times as floats (see `Denoiser`). Bodies resolve times 0 .. 1000 or so; `time_range` stretches
+others, such as EDM's log(sigma) / 4 from -1.6 to 1.1, to that.
 """
 
 from __future__ import annotations
@@ -343,13 +343,19 @@ def declared(body: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
+def own_config(body: nn.Module) -> dict[str, Any] | None:
+    """Return the `.config` of a body of `BODIES`; None for a foreign one, whatever it declares."""
+    config = declared(body)
+    return dict(config) if BODIES.get(str(config.get("kind"))) is type(body) else None
+
+
 def check_times(body: nn.Module, low: float, high: float) -> None:
-    """Check that a body is made for these network times; one without a `.config` passes.
+    """Check that a body of ours is made for these network times; a foreign one passes.
 
     Raises:
         ValueError: it has too few levels, or its `time_range` leaves some out.
     """
-    config = declared(body)
+    config = declared(body) if isinstance(body, tuple(BODIES.values())) else {}
     if config.get("time_range") is not None:
         first, last = config["time_range"]
         slack = 0.01 * (high - low)  # for ranges that were rounded

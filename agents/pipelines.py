@@ -18,6 +18,7 @@ from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
 from .hub import PREDICTIONS
+from .rescaled import RescaledDenoiser
 from .solvers.heun import heun
 from .tableau import Tableau
 from .unet import UNet2D, require_diffusers
@@ -115,6 +116,11 @@ def pipeline_tableau(folder: str | Path) -> Tableau | None:
 
 def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:
     require_diffusers(action)
+    if isinstance(denoiser, RescaledDenoiser):
+        raise ValueError(
+            f"{action} cannot say in a pipeline of diffusers that a denoiser is rescaled: "
+            "`denoiser.save` keeps such a denoiser."
+        )
     if not isinstance(denoiser.body, UNet2D):
         raise ValueError(
             f"{action} writes a diffusers UNet2DModel, and this denoiser's body is a "

@@ -342,11 +342,6 @@ class ScheduleLearning(Agent):
         return self._plan.calls(self._position, left, first=not self.num_timesteps)
 
     @property
-    def total_timesteps(self) -> int:
-        """Timesteps that `learn` needs for all that the settings call for."""
-        return self.timesteps_until(self.planned_rounds)
-
-    @property
     def _position(self) -> Position:
         return Position(self._alternation, self._descent.updates, self._tuning.updates)
 

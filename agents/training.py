@@ -50,8 +50,19 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def adam(parameters: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Build the fused Adam over parameters or groups; rates come from `set_learning_rate`."""
-    return torch.optim.Adam(parameters, lr=1e-3, betas=betas, fused=True)
+    """Build the fused Adam over parameters or groups; rates come from `set_learning_rate`.
+
+    Raises:
+        ValueError: none of the parameters is trainable.
+    """
+    given = list(parameters)
+    groups = (group["params"] if isinstance(group, dict) else [group] for group in given)
+    if not any(parameter.requires_grad for group in groups for parameter in group):
+        raise ValueError(
+            "There is nothing to train: no weight requires a gradient. The averaged denoiser of "
+            "another agent is such a one; save that agent, and load the denoiser from its file."
+        )
+    return torch.optim.Adam(given, lr=1e-3, betas=betas, fused=True)
 
 
 def learning_rate_schedule(name: str) -> Callable[[float], float]:

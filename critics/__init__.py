@@ -3,11 +3,12 @@
 A critic is a function ``f(sample (N, *shape)) -> (N,)``, high on data and low on fakes: the reward
 of the environments. `MMDCritic` is ready at once; `IPMCritic` learns, with networks from
 `make_critic` and `make_baseline`. `metrics` holds the distances between sets of samples that a run
-reports; those of images are taken in the space of a feature extractor.
+reports; those of images are taken in the space of a feature extractor. `evaluate` takes them all.
 """
 
 from . import metrics
 from .classifier import ClassifierFeatures, train_classifier
+from .evaluation import Evaluation, Report, evaluate
 from .features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
 from .fidelity import FeatureDistances
 from .ipm import IPMCritic
@@ -19,6 +20,7 @@ __all__ = [
     "Cifar10ResNet",
     "ClassifierFeatures",
     "ConvCritic",
+    "Evaluation",
     "FeatureDistances",
     "FeatureExtractor",
     "IPMCritic",
@@ -26,7 +28,9 @@ __all__ = [
     "MLPBaseline",
     "MLPCritic",
     "MMDCritic",
+    "Report",
     "RewardCritic",
+    "evaluate",
     "make_baseline",
     "make_critic",
     "metrics",

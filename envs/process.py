@@ -33,11 +33,13 @@ class NoiseProcess(ABC):
         t_max: The noisiest time, where sampling starts.
         t_min: The smallest time at which the log-SNR is of practical use (it is infinite at 0).
         grid: Key of ``SCHEDULES``: the grid of its times where none is named.
+        discrete: Whether whole times count noisings, so that a network knows them by an index.
     """
 
     t_max: float
     t_min: float
     grid: ClassVar[str] = "uniform"
+    discrete: ClassVar[bool] = False
     _kinds: ClassVar[dict[str, type[NoiseProcess]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -196,6 +198,8 @@ class DiscreteVP(NoiseProcess):
     Raises:
         ValueError: ``betas`` is not a non-empty vector of numbers inside (0, 1).
     """
+
+    discrete = True
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
         betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()

@@ -23,9 +23,10 @@ from ..agents.tableau import Tableau
 from ..envs import DiffusionMDP
 from .console import console, print_fit
 from .folder import tableau_file, write_json
+from .foreign import check_body, foreign_body
 from .plots import correlation_figure, lambdas_figure, paths_figure, save_figure
 from .pretrained import PretrainedSettings, load, run_of
-from .settings import Settings
+from .settings import resumed_settings
 from .train import build_mdp
 
 # Times at which outputs are compared and reference states are drawn.
@@ -115,9 +116,11 @@ def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, 
     made = run_of(settings.denoiser)
     distilled = made is not None and made.agent == DODE.name
     if table is not None and distilled and all(choice is None for choice in chosen):
-        run = Settings.from_json(table.parent / "config.json")
+        run = resumed_settings(table.parent, settings.body)
         mdp = build_mdp(run)
-        denoiser = Denoiser.load(table.parent / "denoiser.safetensors", mdp.device)
+        body = foreign_body(run.run.body, run.run.body_options)
+        denoiser = Denoiser.load(table.parent / "denoiser.safetensors", mdp.device, body)
+        check_body(denoiser, mdp.shape, settings.body)
         return mdp, denoiser, DODE.load(table, mdp, denoiser=denoiser)
     solver = settings.solver or "ddim"
     mdp, denoiser, _ = load(dataclasses.replace(settings, solver=solver))

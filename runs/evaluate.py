@@ -12,9 +12,9 @@ import tyro
 
 from ..agents.checks import at_least
 from ..agents.sampling import sampler_of
+from ..critics.evaluation import evaluate
 from .console import console, print_results
-from .evaluation import Evaluation, combine
-from .features import features_for
+from .features import features_for, real_distances
 from .folder import check_output, write_json
 from .pretrained import PretrainedSettings, load
 
@@ -43,15 +43,25 @@ def main(argv: Sequence[str]) -> None:
     features = features_for(
         mdp.target, inception_weights=settings.inception_weights, data_dir=settings.data_dir
     )
-    evaluation = Evaluation(mdp.target, settings.evaluation_samples, features)
-    scores = evaluation(sampler_of(tableau, denoiser, mdp.shape), settings.seed)
+    report = evaluate(
+        sampler_of(tableau, denoiser, mdp.shape),
+        mdp.target,
+        settings.evaluation_samples,
+        features=features,
+        seed=settings.seed,
+        nfe=tableau.nfe,
+        distances=real_distances,
+    )
     results = {
         "env": mdp.target.name,
         "agent": tableau.name,
-        "nfe": tableau.nfe,
+        "nfe": report.nfe,
         "seed": settings.seed,
         "seconds": time.monotonic() - began,
-        "metrics": combine(evaluation.floors, None, scores),
+        "metrics": {
+            name: {"before": None, "after": score.value, "floor": score.floor}
+            for name, score in report.items()
+        },
     }
     print_results(results)
     if settings.output is not None:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam
+from torch import Tensor
 from tqdm import tqdm
 
+from ..agents import TrainingDivergedError
 from ..agents.base import Agent
-from .evaluation import NOISE_SEED, Evaluation, finite
+from ..critics.evaluation import NOISE_SEED, Evaluation, Sampler
 from .interrupts import Interrupts
 from .logs import LIVE_METRIC, NOT_TENSORBOARD
 from .plots import pictured, samples_figure
@@ -138,3 +140,20 @@ class Monitor(BaseCallback):
                 "samples/sampler", Figure(figure, close=True), exclude=NOT_TENSORBOARD
             )
         self.logger.dump(self.model.num_timesteps)
+
+
+def finite(sample: Sampler, timesteps: int) -> Sampler:
+    """Return a sampler that raises TrainingDivergedError instead of giving NaN or infinity.
+
+    Args:
+        sample: of the agent in training.
+        timesteps: its denoiser calls so far.
+    """
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        samples = sample(n, generator)
+        if not samples.isfinite().all():
+            raise TrainingDivergedError("a sample", timesteps)
+        return samples
+
+    return draw

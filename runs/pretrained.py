@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from torch import nn
 
 from ..agents import Denoiser, Tableau
 from ..agents.no_data import no_data
@@ -17,6 +18,7 @@ from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
 from .environment import build_environment, check_fits
 from .folder import tableau_file
+from .foreign import check_body, foreign_body, is_foreign
 from .settings import Settings, TrainSettings, check_seed, resolve_device
 from .sources import find_denoiser
 
@@ -30,6 +32,11 @@ class PretrainedSettings:
     denoiser: Annotated[Path, tyro.conf.Positional]
     """A run folder, a .safetensors file, a diffusers DDPM folder, or a name on the hub such as
     google/ddpm-cifar10-32."""
+    body: str | None = None
+    """Network of your own that the denoiser holds, package.module:factory, as it was named when it
+    was trained."""
+    body_options: Options | None = None
+    """Options of that network, as KEY VALUE pairs; those of the run folder if omitted."""
     env: str | None = None
     """Environment; that of the run folder if omitted."""
     solver: str | None = None
@@ -74,12 +81,18 @@ def load(
     """
     check_seed(settings.seed)
     device = resolve_device(settings.device)
-    denoiser = find_denoiser(settings.denoiser, device, settings.download)
+    run = run_of(settings.denoiser)
+    denoiser = find_denoiser(
+        settings.denoiser,
+        device,
+        settings.download,
+        own_network(settings, run),
+        run.body if run and is_foreign(run.body) else None,
+    )
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER
-    shape = getattr(denoiser.body, "config", {}).get("shape", ())
+    shape = denoiser.shape or ()
     without = not needs_data and is_image(shape)
-    run = run_of(settings.denoiser)
     name = settings.env or (run.env if run else None)
     if name is None and without:
         name = "ImageFolder"  # has the defaults of all images
@@ -101,11 +114,29 @@ def load(
         image_size=settings.image_size or (run.image_size if run else None),
     )
     check_fits(denoiser, mdp, settings.denoiser)
+    check_body(denoiser, mdp.shape, settings.body)
     if tableau is not None:
         return mdp, denoiser, tableau
     given = settings.solver_options or {}
     options = default_solver_options(solver, denoiser, mdp.shape, given) | given
     return mdp, denoiser, make_solver(solver, mdp.schedule, denoiser, **options)
+
+
+def own_network(settings: PretrainedSettings, run: TrainSettings | None) -> nn.Module | None:
+    """Build the network that --body names; None without the flag.
+
+    Raises:
+        ValueError: the name of one of fewstep's own, or what `foreign_body` refuses.
+    """
+    if settings.body is None:
+        return None
+    if not is_foreign(settings.body):
+        raise ValueError(
+            "--body is for a network of your own, package.module:factory; those of fewstep are "
+            f"rebuilt from the file, got {settings.body!r}."
+        )
+    options = settings.body_options
+    return foreign_body(settings.body, run.body_options if run and options is None else options)
 
 
 def finished_table(settings: PretrainedSettings, denoiser: Denoiser) -> Tableau | None:

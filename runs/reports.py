@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..agents import DODE, BehaviorCloning, ScheduleLearning
 from ..agents.base import Agent
 from ..agents.scheduling.levels import noise_levels
@@ -78,3 +80,19 @@ def _report_levels(agent: ScheduleLearning, folder: RunFolder) -> None:
         converged=agent.converged,
         collapsed=agent.collapsed,
     )
+
+
+def combine(
+    floors: Mapping[str, float],
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
+) -> dict[str, dict[str, float | None]]:
+    """Arrange scores as results.json holds them: metric -> before, after, floor."""
+    return {
+        name: {
+            "before": before[name] if before else None,
+            "after": after[name] if after else None,
+            "floor": floor,
+        }
+        for name, floor in floors.items()
+    }

@@ -18,11 +18,11 @@ from ..agents import DODE, SFTPG, Denoiser, VarianceLearning
 from ..agents.sampling import sampler_of
 from ..agents.solvers import make_solver, solver_within
 from ..agents.tableau import Tableau
+from ..critics.evaluation import Evaluation
 from ..envs import DiffusionMDP, Schedule, Target, make_schedule, make_target
 from ..envs.mdp import no_reward
 from .console import console
-from .evaluation import Evaluation
-from .features import features_for
+from .features import features_for, real_distances
 from .folder import RunFolder, write_json
 from .plots import dots_figure, save_figure
 from .sampler_studies import FastSampler, SamplerStudy
@@ -128,7 +128,7 @@ class SamplerWorld:
             data_dir=self.data_dir,
             device=self.target.device,
         )
-        return Evaluation(self.target, features=features)
+        return Evaluation(self.target, features=features, distances=real_distances)
 
     @cached_property
     def denoiser(self) -> Denoiser:

@@ -23,12 +23,13 @@ import tyro
 from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
 from ..agents.checks import at_least, not_negative
+from ..agents.presets import preset
 from ..agents.solvers import Options
 from ..critics.arguments import check_value
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
-from .presets import preset
+from .foreign import Recorded, is_foreign, needs_flag
 
 # Generators take twice as many; runs add a little to theirs.
 LAST_SEED = 2**63 - 1
@@ -67,8 +68,10 @@ class TrainSettings:
     sample for images, edm on a ve process."""
     body: str | None = None
     """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-mnist,
-    unet-cifar10, unet-celeba64 (the last four through diffusers); if omitted by the sample's
-    shape."""
+    unet-cifar10, unet-celeba64 (the last four through diffusers), or a network of your own,
+    package.module:factory, a function or class that is imported and returns a torch module
+    body(x, t); if omitted by the sample's shape. With --denoiser, the network that it holds, if
+    that is your own."""
     body_options: Options | None = None
     """Options of that body, as KEY VALUE pairs: width 16 levels 3."""
     denoiser: Path | None = None
@@ -106,7 +109,8 @@ class TrainSettings:
     """torch-fidelity's file of Inception weights, for FID on images of 32 pixels or more; if
     omitted where torch-fidelity keeps it, else a feature extractor of ours, which results name."""
     resume: Path | None = None
-    """Go on with the run in this folder; no other flag goes with it, as its own settings hold."""
+    """Go on with the run in this folder; no other flag goes with it, as its own settings hold, but
+    --body where the network is your own."""
     config: Path | None = None
     """Take the settings of this config.json; flags beside it win."""
 
@@ -155,6 +159,8 @@ class Settings:
             for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
                 if run.get(key) is not None:
                     run[key] = Path(run[key])
+            if is_foreign(run.get("body")):
+                run["body"] = Recorded(run["body"])
             settings = cls(TrainSettings(**run), of_agent, cloning)
             check_numbers(settings)
         except (TypeError, ValueError) as error:
@@ -230,11 +236,13 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
     """Read the flags that decide what the defaults of all the others are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--env", "--agent", "--preset", "--config", "--solver"):
+    for name in ("--env", "--agent", "--preset", "--config", "--solver", "--body"):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
     if chosen.config is not None:
         base = Settings.from_json(Path(chosen.config))
+        if is_foreign(base.run.body) and chosen.body is None:
+            raise needs_flag(chosen.config, base.run.body)
         wanted = agent or chosen.agent or base.run.agent
         if wanted != base.run.agent:
             raise ValueError(
@@ -315,14 +323,17 @@ def check_seed(seed: int, flag: str = "--seed") -> None:
         raise ValueError(f"{flag} must lie between 0 and {LAST_SEED}, got {seed}.")
 
 
-def resumed_folder(argv: Sequence[str]) -> Path | None:
+def resumed_folder(argv: Sequence[str]) -> tuple[Path, str | None] | None:
     """Return the folder of `--resume`, if given, and not beside a question for help.
+
+    With it comes what --body names, the only flag that goes with --resume.
 
     Raises:
         ValueError: other flags beside it, which would have no say in a resumed run.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=Path(sys.argv[0]).name)
     first.add_argument("--resume", type=Path)
+    first.add_argument("--body")
     chosen, others = first.parse_known_args(list(argv))
     folder: Path | None = chosen.resume
     if folder is None or {"-h", "--help"} & set(others):
@@ -333,7 +344,27 @@ def resumed_folder(argv: Sequence[str]) -> Path | None:
             f"--resume goes on with the run's own settings, without {shlex.join(others)}; to start "
             f"anew with other settings give --config {config} in place of --resume."
         )
-    return folder
+    return folder, chosen.body
+
+
+def resumed_settings(folder: Path, body: str | None) -> Settings:
+    """Read the settings of a run that goes on.
+
+    Args:
+        folder: of the run.
+        body: what --body names; needed where the run's network is the user's own.
+
+    Raises:
+        ValueError: it is missing there, or given where the network is fewstep's.
+    """
+    settings = Settings.from_json(folder / "config.json")
+    if is_foreign(settings.run.body) and not is_foreign(body):
+        raise needs_flag(folder, settings.run.body)
+    if body is not None and not is_foreign(settings.run.body):
+        raise ValueError(f"The network of {folder} is fewstep's own: leave out --body.")
+    if body is None:
+        return settings
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, body=body))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -23,12 +23,12 @@ from ..agents.exact import mixture
 from ..agents.sampling import sampler_of
 from ..agents.solvers import make_solver, solver_within
 from ..agents.tableau import Tableau
+from ..critics.evaluation import Evaluation
 from ..envs import VE, DiffusionMDP, Schedule
 from ..envs.mdp import no_reward
 from ..envs.process import NoiseProcess, make_process
 from ..envs.registration import make_mdp
 from .console import console
-from .evaluation import Evaluation
 from .folder import RunFolder, write_json
 from .plots import factors_figure, save_figure
 from .settings import Settings, defaults, resolve_device

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..agents import Denoiser
+from ..agents.checkpoint import ForeignBodyError
 from .folder import denoiser_file
+from .foreign import foreign_body, needs_flag
 from .settings import TrainSettings
 
 
 def find_denoiser(
-    source: Path, device: torch.device | str = "cpu", download: bool = False
+    source: Path,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    body: nn.Module | None = None,
+    body_name: str | None = None,
 ) -> Denoiser:
     """Load a denoiser from wherever it is.
 
@@ -21,6 +28,8 @@ def find_denoiser(
             model on the hub, such as google/ddpm-cifar10-32.
         device: where its weights go.
         download: fetch it from the hub if it is not in the local cache.
+        body: the network, where it is the user's own.
+        body_name: what the user called it, for the sentence that asks for it.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -31,10 +40,14 @@ def find_denoiser(
         (source / "model_index.json").is_file() or "_class_name" in _text(source / "config.json")
     )
     try:
-        return Denoiser.load(denoiser_file(source), device)
+        return Denoiser.load(denoiser_file(source), device, body)
+    except ForeignBodyError:
+        raise needs_flag(source, body_name) from None
     except FileNotFoundError:
         if not diffusers and (source.exists() or len(source.parts) != 2):
             raise
+    if body is not None:
+        raise ValueError(f"{source} is of diffusers and brings its network: leave out --body.")
     return Denoiser.from_pretrained(str(source), device=device, download=download)
 
 
@@ -48,7 +61,10 @@ def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") ->
         raise ValueError("Give --denoiser or --pretrained, not both.")
     if run.pretrained is not None:
         return Denoiser.from_pretrained(run.pretrained, device=device, download=run.download)
-    return None if run.denoiser is None else find_denoiser(run.denoiser, device, run.download)
+    if run.denoiser is None:
+        return None
+    body = foreign_body(run.body, run.body_options)
+    return find_denoiser(run.denoiser, device, run.download, body)
 
 
 def _text(path: Path) -> str:

@@ -17,28 +17,27 @@ from stable_baselines3.common.logger import Logger
 
 from ..agents import AGENTS, BehaviorCloning, Denoiser, ScheduleLearning
 from ..agents.base import Agent
-from ..agents.denoiser import edm_time_range
+from ..agents.bodies import new_denoiser
 from ..agents.sampling import sample, sampler_of
-from ..agents.solvers import Options
 from ..agents.tableau import Tableau
 from ..agents.training import TrainingDivergedError, seeded
+from ..critics.evaluation import NOISE_SEED, Evaluation
 from ..critics.processes import Processes
-from ..critics.shapes import is_image
-from ..envs import VE, DiffusionMDP
+from ..critics.shapes import is_vector
+from ..envs import DiffusionMDP
 from ..envs.files import remove_leftovers
 from ..envs.process import NoiseProcess, make_process
-from .bodies import named_body
 from .console import console, print_results
 from .distributed import agreed_path, is_lost_peer, joined_processes
 from .environment import build_environment, check_fits
-from .evaluation import NOISE_SEED, Evaluation, combine, finite
-from .features import features_for
+from .features import features_for, real_distances
 from .folder import RunFolder
+from .foreign import check_body, foreign_body, is_foreign
 from .interrupts import Interrupts
 from .logs import make_logger, read_live_metric
-from .monitor import Monitor
+from .monitor import Monitor, finite
 from .plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
-from .reports import report_agent, save_sampler
+from .reports import combine, report_agent, save_sampler
 from .settings import (
     Settings,
     TrainSettings,
@@ -47,12 +46,11 @@ from .settings import (
     defaults,
     parse,
     resumed_folder,
+    resumed_settings,
 )
 from .sources import starting_denoiser
 from .threads import threads
 
-# Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
-EDM_LEVELS = 64
 # Settings of a denoiser that the run clones itself.
 CLONED = ("body", "body_options", "prediction")
 
@@ -66,8 +64,8 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
     with joined_processes() as processes:
         mdp, resume = None, resumed_folder(argv)
         if resume is not None:
-            folder = RunFolder.reopen(resume)
-            settings = Settings.from_json(folder.path / "config.json")
+            folder = RunFolder.reopen(resume[0])
+            settings = resumed_settings(*resume)
             if processes.first:
                 remove_leftovers(folder.path)
         else:
@@ -112,9 +110,7 @@ class Run:
         self.processes = Processes.current()
         if mdp is None:
             # What the run started from may be gone by now.
-            own = (
-                Denoiser.load(folder.cloning) if self._adopts and folder.cloning.is_file() else None
-            )
+            own = self._cloned("cpu") if self._adopts and folder.cloning.is_file() else None
             mdp = build_mdp(settings, own)
         self.mdp = mdp
         self._began = time.monotonic()
@@ -149,7 +145,9 @@ class Run:
             features = features_for(
                 self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
             )
-            self.evaluation = Evaluation(self.mdp.target, run.evaluation_samples, features)
+            self.evaluation = Evaluation(
+                self.mdp.target, run.evaluation_samples, features, real_distances
+            )
         if run.agent == BehaviorCloning.name:
             agent, before = self.clone(), None
         else:
@@ -158,7 +156,7 @@ class Run:
             else:
                 self.clone()
             agent = self.finetune()
-            before = Denoiser.load(self.folder.cloning, self.mdp.device)
+            before = self._cloned(self.mdp.device)
         return self.report(before, agent) if self.processes.first else {}
 
     # -- stages --------------------------------------------------------------------------------
@@ -173,6 +171,11 @@ class Run:
         denoiser = denoiser_of(self.mdp, run)
         agent = BehaviorCloning(self.mdp, denoiser, seed=run.seed, **options)
         return self._learn(agent, rounds, self.folder.cloning)
+
+    def _cloned(self, device: torch.device | str) -> Denoiser:
+        """Load the denoiser that the agent starts from."""
+        run = self.settings.run
+        return Denoiser.load(self.folder.cloning, device, foreign_body(run.body, run.body_options))
 
     def adopt_denoiser(self) -> None:
         """Copy the denoiser that the user names into the folder, once."""
@@ -190,7 +193,8 @@ class Run:
     def finetune(self) -> Agent:
         """Train the agent from the cloned denoiser, or go on with it."""
         run = self.settings.run
-        denoiser = Denoiser.load(self.folder.cloning, self.mdp.device)
+        denoiser = self._cloned(self.mdp.device)
+        check_body(denoiser, self.mdp.shape, run.body)
         agent = AGENTS[run.agent](self.mdp, denoiser, seed=run.seed + 1, **self.settings.agent)
         return self._learn(agent, agent.planned_rounds or run.rounds, self.folder.checkpoint(agent))
 
@@ -339,7 +343,9 @@ def check(settings: Settings) -> DiffusionMDP:
     else:
         check_fits(denoiser, mdp, run.denoiser or run.pretrained)
         of_preset = defaults(run.env, run.agent, run.preset).run
-        for flag in CLONED:
+        check_body(denoiser, mdp.shape, run.body)
+        cloned = ("prediction",) if is_foreign(run.body) else CLONED
+        for flag in cloned:
             if getattr(run, flag) != getattr(of_preset, flag):
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")
@@ -399,30 +405,10 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
 
 def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:
     """Build the untrained denoiser that a run's settings name."""
-    return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
-
-
-def new_denoiser(
-    mdp: DiffusionMDP,
-    seed: int,
-    prediction: str | None = None,
-    body_name: str | None = None,
-    body_options: Options | None = None,
-) -> Denoiser:
-    """Build an untrained denoiser for an environment; the same seed gives the same weights."""
-    process = mdp.process
-    time_range = None
-    if isinstance(process, VE):
-        if prediction not in (None, "edm"):
-            raise ValueError(f"A ve process is cloned with prediction 'edm', not {prediction!r}.")
-        prediction, levels, time_range = "edm", EDM_LEVELS, edm_time_range(process)
-    else:
-        levels = int(process.t_max)
-    if prediction is None:
-        # From pure noise an image's epsilon says little of it: a few-step sampler's first step
-        # would magnify the errors of a network that predicts it.
-        prediction = "sample" if is_image(mdp.shape) else "epsilon"
-    with seeded(seed):
-        body = named_body(body_name, mdp.shape, levels, time_range, body_options)
-    sigma_data = mdp.target.std
-    return Denoiser(body, process, prediction, sigma_data)  # type: ignore[arg-type]
+    with seeded(run.seed):
+        body = foreign_body(run.body, run.body_options)
+    if body is None:
+        return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
+    denoiser = new_denoiser(mdp, run.seed, run.prediction, body)
+    check_body(denoiser, mdp.shape, run.body)
+    return denoiser

@@ -328,3 +328,72 @@ def test_the_default_body_fits_the_kind_of_sample():
     assert isinstance(make_body((2,), 4), MLP)
     assert isinstance(make_body((1, 8, 8), 4), ResidualMLP)
     assert isinstance(make_body((3, 16, 16), 4), SmallUNet)
+
+
+class Recorder(nn.Module):
+    """Keeps the times it was asked at."""
+
+    def forward(self, sample, time):
+        self.time = time
+        return sample
+
+
+@pytest.mark.parametrize(
+    ("t", "dtype"),
+    [
+        (3.0, torch.int64),
+        (3, torch.int64),
+        (torch.tensor(3.0), torch.int64),
+        (2.5, torch.float32),
+        (torch.tensor([1, 2, 3]), torch.int64),
+        (torch.tensor([1, 2, 3], dtype=torch.int32), torch.int64),
+        # as an environment's observations have them
+        (torch.tensor([1.0, 2.0, 3.0]), torch.int64),
+        (torch.tensor([1.0, 2.5, 3.0], dtype=torch.float64), torch.float32),
+        (torch.tensor([1.0, 2.0, 3.0], requires_grad=True), torch.float32),
+        (torch.tensor(3.0, requires_grad=True), torch.float32),
+    ],
+)
+def test_whole_noisings_are_indices_and_noise_levels_are_numbers(t, dtype, process):
+    """An embedding table takes the first; a noise level of 80 is no index."""
+    sample = torch.zeros(3, 2)
+    for kind, expected in ((process, dtype), (VE(0.002, 80), torch.float32)):
+        denoiser = Denoiser(Recorder(), kind, "sample")
+        denoiser(sample, t)
+        assert denoiser.body.time.dtype == expected
+        assert denoiser.body.time.shape == (3,)
+        shared = not isinstance(t, torch.Tensor) or t.ndim == 0
+        assert (denoiser.body.time.stride(0) == 0) == shared
+
+
+def test_a_foreign_config_is_not_taken_for_one_of_ours(tmp_path, process):
+    """Networks of other libraries have a `.config`, too, from which we could not rebuild them."""
+    for config in ({"hidden_size": 3}, {"kind": "mlp", "shape": [2]}, {"kind": "theirs"}):
+        body = nn.Linear(2, 2)
+        body.config = config
+        Denoiser(body, process).save(tmp_path / "foreign.safetensors")
+        with pytest.raises(CheckpointError, match="foreign body"):
+            Denoiser.load(tmp_path / "foreign.safetensors")
+
+
+class Lookup(nn.Module):
+    """A network that knows the noisings as rows of a table."""
+
+    def __init__(self, by_index=False):
+        super().__init__()
+        self.table, self.by_index = nn.Embedding(4, 2), by_index
+
+    def forward(self, sample, time):
+        rows = self.table.weight[time] if self.by_index else self.table(time)
+        return sample * rows
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_a_table_of_noisings_is_refused_times_between_them_in_one_sentence(by_index, process):
+    denoiser, sample = Denoiser(Lookup(by_index), process), torch.ones(2, 2)
+    torch.testing.assert_close(denoiser(sample, 4.0), denoiser.body.table.weight[[3, 3]])
+    for t in (2.5, torch.tensor([1.0, 2.5])):
+        with pytest.raises(ValueError, match="Lookup takes whole noisings only"):
+            denoiser(sample, t)
+    with pytest.raises((RuntimeError, IndexError)):  # its own errors stay what they are
+        denoiser(torch.ones(2, 3), 2.0)

@@ -1,5 +1,8 @@
 """Evaluation: a sampler against the real distribution, each metric beside its sampling floor.
 
+`evaluate(agent, target)` scores whatever samples; `Evaluation` prepares the real side once, for
+several samplers. The command line's figures are these.
+
 `sliced_wasserstein` is paper A's metric: against the training set, 100 projections, up to 10,000
 samples. `sliced_wasserstein_fresh` is the honest one: 200 projections, up to 200,000 samples
 against as many fresh real points, so a sampler is not rewarded for reproducing the training set
@@ -16,19 +19,20 @@ from about 0.45 to 0.8); a sampler can then go below it. All samplers meet the s
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..agents import TrainingDivergedError
-from ..critics.features import INCEPTION, FeatureExtractor
-from ..critics.metrics import SlicedWasserstein, mmd
-from ..critics.shapes import is_image
-from ..envs.targets import Target
-from .features import real_distances
+from .checks import check_samples
+from .features import INCEPTION, FeatureExtractor
+from .fidelity import FeatureDistances
+from .metrics import Samples, SlicedWasserstein, mmd
+from .shapes import is_image
 
 # Evaluation draws from these seeds, whatever the training seed, so that runs compare like with
 # like.
@@ -51,6 +55,35 @@ _FEATURE_METRICS = {
 }
 
 Sampler = Callable[[int, torch.Generator], Tensor]
+Distances = Callable[[Tensor, FeatureExtractor], FeatureDistances]
+
+
+class Real(Protocol):
+    """The real distribution, as `fewstep.envs.Target` is one.
+
+    Attributes:
+        name: what messages call it.
+        shape: of one sample.
+        device: where samples are.
+        fresh_limit: how many fresh samples there are; None for any number.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def fresh_limit(self) -> int | None: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def take(self, n: int, /) -> Tensor:
+        """Return the first n training samples (min(n, len), *shape)."""
+
+    def sample_fresh(self, n: int, seed: int, /) -> Tensor:
+        """Return n real samples (n, *shape) that are no training samples."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +108,7 @@ class Evaluation:
     """All metrics of an environment, with the real side prepared once.
 
     Args:
-        target: the real distribution.
+        target: the real distribution, a `Target` for instance.
         fresh_samples: most samples for any metric, at least 2. Images: at most 10,000, and for
             `sliced_wasserstein_fresh` fewer of large ones, 2**25 numbers in all (2,730 RGB images
             of 64 x 64).
@@ -85,6 +118,8 @@ class Evaluation:
             Where that is below 2,000, the score is the mean over four such sets of samples, and the
             floor over as many sets of training images as there are, up to four: less noise, and the
             bias of either stays that of one set.
+        distances: makes the distances to real images (M, C, H, W) in an extractor's space; one of
+            your own may keep the features of the real images for the next time.
 
     Attributes:
         metrics: what is measured, in order.
@@ -95,9 +130,10 @@ class Evaluation:
 
     def __init__(
         self,
-        target: Target,
+        target: Real,
         fresh_samples: int = 200_000,
         features: FeatureExtractor | None = None,
+        distances: Distances = FeatureDistances,
     ) -> None:
         if fresh_samples < 2:
             raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
@@ -131,7 +167,7 @@ class Evaluation:
         floor = mmd(self._other_real(few), fresh)
         self._add("mmd", lambda samples: mmd(samples, fresh), few, floor)
         if features is not None:
-            self._add_features(features, min(fresh_limit, _IMAGES))
+            self._add_features(features, min(fresh_limit, _IMAGES), distances)
 
     def _affordable(self, most: int) -> int:
         """Cut a number of images to what fits in memory as float64."""
@@ -141,12 +177,14 @@ class Evaluation:
         self.metrics.append(Metric(name, samples, float(floor)))
         self._measurements.append(_Measurement(samples, lambda x: {name: float(score(x))}))
 
-    def _add_features(self, features: FeatureExtractor, count: int) -> None:
+    def _add_features(
+        self, features: FeatureExtractor, count: int, distances_to: Distances
+    ) -> None:
         """Add the metrics of a feature extractor against `count` fresh images, or fewer."""
         if self.target.fresh_limit is not None:
             count = min(count, len(self.target))
         sets = 1 if count >= _ENOUGH else _SETS
-        distances = real_distances(self.target.sample_fresh(count, FRESH_SEED), features)
+        distances = distances_to(self.target.sample_fresh(count, FRESH_SEED), features)
         official = features.name == INCEPTION
         names = {
             key: key if official else f"{ours}[{features.name}]"
@@ -186,7 +224,20 @@ class Evaluation:
         generator, about a million numbers at a time, so that a network's activations fit.
         """
         generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED + seed)
-        samples = self._draw(sample, max(m.samples for m in self._measurements), generator)
+        return self.score(self._draw(sample, self.samples, generator))
+
+    @property
+    def samples(self) -> int:
+        """How many samples all metrics together look at."""
+        return max(measurement.samples for measurement in self._measurements)
+
+    def score(self, samples: Tensor) -> dict[str, float]:
+        """Score finished samples (N, *shape) on every metric, each on as many as it takes.
+
+        Raises:
+            ValueError: samples of another shape, or that are not finite; too few for a metric.
+        """
+        check_samples("samples", samples, self.target.shape)
         scores: dict[str, float] = {}
         for measurement in self._measurements:
             scores |= measurement.score(samples[: measurement.samples])
@@ -208,34 +259,141 @@ class Evaluation:
         )
 
 
-def finite(sample: Sampler, timesteps: int) -> Sampler:
-    """Return a sampler that raises TrainingDivergedError instead of giving NaN or infinity.
+@dataclass(frozen=True)
+class Score(Metric):
+    """What a sampler scores on one metric, and what real samples do.
 
-    Args:
-        sample: of the agent in training.
-        timesteps: its denoiser calls so far.
+    Attributes:
+        name: of the metric.
+        samples: how many it was measured on.
+        floor: what as many real samples score.
+        higher_is_better: which way is up.
+        value: the sampler's score.
     """
 
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        samples = sample(n, generator)
-        if not samples.isfinite().all():
-            raise TrainingDivergedError("a sample", timesteps)
-        return samples
-
-    return draw
+    value: float = math.nan
 
 
-def combine(
-    floors: Mapping[str, float],
-    before: Mapping[str, float] | None,
-    after: Mapping[str, float] | None,
-) -> dict[str, dict[str, float | None]]:
-    """Arrange scores as results.json holds them: metric -> before, after, floor."""
-    return {
-        name: {
-            "before": before[name] if before else None,
-            "after": after[name] if after else None,
-            "floor": floor,
-        }
-        for name, floor in floors.items()
-    }
+@dataclass(frozen=True)
+class Report(Mapping[str, Score]):
+    """The scores of a sampler by the metric's name; printed, they are a table.
+
+    Attributes:
+        scores: name of the metric -> score.
+        nfe: network evaluations a sample costs; None if the sampler does not say.
+    """
+
+    scores: dict[str, Score]
+    nfe: int | None = None
+
+    def __getitem__(self, name: str) -> Score:
+        return self.scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.scores))
+        head = f"{'metric':<{width}}  {'score':>9}  {'floor':>9}  samples"
+        rows = [
+            f"{name:<{width}}  {score.value:>9.2e}  {score.floor:>9.2e}  {score.samples:>7}"
+            for name, score in self.scores.items()
+        ]
+        cost = [] if self.nfe is None else [f"network calls a sample: {self.nfe}"]
+        return "\n".join([head, *rows, *cost])
+
+
+def evaluate(
+    sampler: Any,
+    target: Real | Samples,
+    n: int = 10_000,
+    *,
+    features: FeatureExtractor | None = None,
+    seed: int = 0,
+    nfe: int | None = None,
+    distances: Distances = FeatureDistances,
+) -> Report:
+    """Score a sampler against real samples; each metric has its sampling floor beside it.
+
+        report = evaluate(agent, mdp.target)
+        print(report)
+        report["mmd"].value, report["mmd"].floor, report.nfe
+
+    Args:
+        sampler: what samples: an agent or policy, a function `(n, generator) -> (n, *shape)`, or
+            samples that are there already, (N, *shape) tensor or array.
+        target: the real distribution, a `Target`; or real samples (M, *shape), tensor or array, of
+            which one half is compared with, and the other says the floors: M >= 4.
+        n: most samples for any metric, at least 2; of given samples all. See `Evaluation`.
+        features: in whose space images are compared, too; see `Evaluation`.
+        seed: of the sampler's noise.
+        nfe: network evaluations a sample costs; by default what the sampler says, `sampler.nfe`.
+        distances: see `Evaluation`.
+
+    Raises:
+        ValueError: too few samples, samples of another shape or that are not finite, or features of
+            vectors.
+        TypeError: nothing that samples.
+    """
+    real: Real = _Halves(target) if _is_array(target) else target  # type: ignore[arg-type,assignment]
+    given = torch.as_tensor(sampler).to(real.device) if _is_array(sampler) else None
+    evaluation = Evaluation(real, n if given is None else len(given), features, distances)
+    if given is None:
+        with torch.no_grad():
+            values = evaluation(_drawing(sampler, real.shape), seed)
+    else:
+        values = evaluation.score(given)
+    scores = {}
+    for metric in evaluation.metrics:
+        fields = asdict(metric)
+        if given is not None:
+            fields["samples"] = min(metric.samples, len(given))
+        scores[metric.name] = Score(**fields, value=values[metric.name])
+    return Report(scores, getattr(sampler, "nfe", None) if nfe is None else nfe)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array__")
+
+
+def _drawing(sampler: Any, shape: torch.Size) -> Sampler:
+    """Return a function `(n, generator) -> (n, *shape)` of an agent, a policy or a function."""
+    method = getattr(sampler, "sample", None)
+    if not callable(method):
+        if not callable(sampler):
+            raise TypeError(
+                "A sampler is an agent or a policy with a method `sample`, a function (n, "
+                f"generator) -> (n, *shape), or samples; got {type(sampler).__name__}."
+            )
+        return sampler
+    # A policy of a solver does not know the shape of its samples.
+    also = {"shape": tuple(shape)} if "shape" in inspect.signature(method).parameters else {}
+    return lambda n, generator: method(n, generator=generator, **also)
+
+
+class _Halves:
+    """Real samples that are there already: every second one is compared with."""
+
+    name = "the real samples"
+
+    def __init__(self, real: Samples) -> None:
+        samples = torch.as_tensor(real)
+        check_samples("target", samples)
+        if len(samples) < 4:
+            raise ValueError(f"target must hold at least 4 real samples, got {len(samples)}.")
+        self._training, self._fresh = samples[::2].float(), samples[1::2].float()
+        self.shape, self.device = torch.Size(samples.shape[1:]), samples.device
+        self.fresh_limit = len(self._fresh)
+
+    def __len__(self) -> int:
+        return len(self._training)
+
+    def take(self, n: int) -> Tensor:
+        return self._training[:n]
+
+    def sample_fresh(self, n: int, seed: int) -> Tensor:
+        rows = torch.randperm(len(self._fresh), generator=torch.Generator().manual_seed(seed))
+        return self._fresh[rows[:n].to(self.device)]

@@ -1,6 +1,13 @@
 """Budgets and hyper-parameters by environment, agent and preset: the tuned numbers we ship.
 
-Each entry overrides the agent's own defaults. An environment without an entry gets plain ones.
+Each entry overrides the agent's own defaults. An environment without an entry gets plain ones. The
+command line takes its defaults from here, and so does `Agent.for_environment`:
+
+    mdp = make_mdp("SwissRoll", steps=10)
+    denoiser = new_denoiser(mdp)  # of fewstep.agents.bodies
+    for agent in (BehaviorCloning, SFTPG):
+        agent = agent.for_environment(mdp, denoiser)
+        agent.learn(agent.total_timesteps)
 """
 
 from __future__ import annotations
@@ -8,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents import DODE, BehaviorCloning, ScheduleLearning
 from ..envs.names import unknown_name
 
 Values = dict[str, Any]
@@ -16,10 +22,17 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Preset:
-    """A budget: rounds of the agent, its hyper-parameters, and those of behaviour cloning.
+    """A budget, and what goes with it.
 
-    `process` and `schedule` name those that are not the environment's own, `body` and `prediction`
-    the network to clone where it is not the one for the shape.
+    Attributes:
+        rounds: of the agent; those that have a number of their own (`Agent.planned_rounds`) ignore
+            it.
+        agent: hyper-parameters that differ from the defaults in the agent's constructor.
+        cloning: those of the behaviour cloning before it, with its "rounds".
+        process: name for `make_process`, where it is not the environment's own.
+        schedule: name for `make_schedule`, likewise.
+        body: network to clone, a name for `named_body`, where it is not the one for the shape.
+        prediction: what that predicts, where it is not the default of `new_denoiser`.
     """
 
     rounds: int
@@ -29,6 +42,21 @@ class Preset:
     schedule: str | None = None
     body: str | None = None
     prediction: str | None = None
+
+    def settings(self, default_solver: str, overrides: Values) -> Values:
+        """Return the agent's hyper-parameters with some replaced.
+
+        The preset's `solver_options` are for its own solver: with another they are left out.
+
+        Args:
+            default_solver: that of the agent's constructor.
+            overrides: hyper-parameters that win over the preset's.
+        """
+        values = {**self.agent, **overrides}
+        own = self.agent.get("solver", default_solver)
+        if values.get("solver", own) != own and "solver_options" not in overrides:
+            values.pop("solver_options", None)
+        return values
 
 
 # Behaviour cloning of each environment, with its rounds.
@@ -112,10 +140,10 @@ FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
 # An ODE solver needs a chain that ends in noise and has times between its steps; the toys' own
 # process, one noising a step, is neither.
 PROCESSES: dict[tuple[str, str], str] = {
-    (env, DODE.name): "sigmoid-1000" for env in ("SwissRoll", "Moons", "GaussianCluster")
+    (env, "dode"): "sigmoid-1000" for env in ("SwissRoll", "Moons", "GaussianCluster")
 } | {
     # Noise levels are EDM's idea, and its network is smooth in them.
-    (env, ScheduleLearning.name): "ve"
+    (env, "schedule"): "ve"
     for env in ("SwissRoll", "Moons", "GaussianCluster", "Digits")
 }
 
@@ -133,6 +161,11 @@ BODIES: dict[str, str] = {"CIFAR10": "unet-cifar10", "CelebA64": "unet-celeba64"
 def preset(env: str, agent: str, name: str = "default") -> Preset:
     """Look up a preset; the default of an untuned pair is a plain one.
 
+    Args:
+        env: name of the environment, such as "SwissRoll"; it may be one of yours, without presets.
+        agent: name of the agent, `SFTPG.name` for instance.
+        name: "default", or another that the pair has, such as "long".
+
     Raises:
         ValueError: a preset name that this environment and agent do not have.
     """
@@ -142,7 +175,7 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
         raise unknown_name(f"preset of {agent} on {env}", name, known)
     body = BODIES.get(env)
     prediction = "epsilon" if body else None
-    if agent == BehaviorCloning.name:
+    if agent == "behavior-cloning":
         hyperparameters = {key: value for key, value in cloning.items() if key != "rounds"}
         rounds = cloning["rounds"]
         return Preset(rounds, hyperparameters, cloning, body=body, prediction=prediction)
