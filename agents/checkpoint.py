@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..critics.reading import damage_named, parse_json
 from ..envs.files import write_atomically
 
 FORMAT = "fewstep-checkpoint-1"
@@ -54,10 +55,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path} is not a fewstep checkpoint: its format is {metadata.get('format')!r}, "
             f"expected {FORMAT!r}."
         )
-    try:
-        return _join(json.loads(metadata["tree"]), tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is corrupt: its tree does not fit ({error!r}).") from None
+    with damage_named(path, CheckpointError):
+        tree = _join(parse_json(metadata["tree"], constants=True), tensors)
+        if not isinstance(tree, dict):
+            raise TypeError("its tree is no dict")
+        return tree
 
 
 def not_finite(module: nn.Module) -> str | None:

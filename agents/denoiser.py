@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..critics.precision import Precision, check_precision, lower_precision
+from ..critics.reading import damage_named, reason
 from ..envs.names import unknown_name
 from ..envs.process import VE, DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, check_finite, load_checkpoint, save_checkpoint
-from .networks import body_from_config, check_times, declared
+from .networks import body_from_config, built_for, check_times, declared
 from .variance_head import HeadInputs, VarianceHead
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ class Denoiser(nn.Module):
         """Read a denoiser from a file of `save`, or out of an agent's checkpoint.
 
         Args:
-            path: the file.
+            path: the file, or the folder of a run, whose newest denoiser is read.
             device: where its weights go.
             body: needed only for a body that is not one of `fewstep.agents.networks`.
 
@@ -288,21 +289,36 @@ class Denoiser(nn.Module):
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
                 body or are not finite.
         """
+        path = _file_of(Path(path))
         tree = load_checkpoint(path)
-        tree = tree.get("denoiser", tree)
+        with damage_named(path, CheckpointError):
+            return cls._from_tree(tree.get("denoiser", tree), path, device, body)
+
+    @classmethod
+    def _from_tree(
+        cls,
+        tree: dict[str, Any],
+        path: Path,
+        device: str | torch.device,
+        body: nn.Module | None,
+    ) -> Denoiser:
         if "body" not in tree or "prediction" not in tree:
             raise CheckpointError(f"{path} holds no denoiser.")
         if body is None:
             if tree["body"] is None:
                 raise CheckpointError(f"{path} holds a foreign body: pass it as body=...")
-            body = body_from_config(tree["body"])
-        head = None if tree.get("head") is None else VarianceHead(**tree["head"]["config"])
+            body = body_from_config(tree["body"], tree["weights"])
+        head = None
+        if (saved := tree.get("head")) is not None:
+            head = built_for(saved["weights"], VarianceHead, saved["config"])
         try:
             body.load_state_dict(tree["weights"])
             if head is not None:
-                head.load_state_dict(tree["head"]["weights"])
+                head.load_state_dict(saved["weights"])
         except RuntimeError as error:
-            raise CheckpointError(f"The weights in {path} do not fit the body: {error}") from None
+            raise CheckpointError(
+                f"The weights in {path} do not fit the body: {reason(error)}"
+            ) from None
         process = NoiseProcess.from_config(tree["process"])
         # Older files say nothing of sigma_data and clip, and have no use for them.
         settings = {"sigma_data": tree.get("sigma_data", 0.5), "clip": tree.get("clip", False)}
@@ -381,6 +397,25 @@ class Denoiser(nn.Module):
 def edm_time_range(process: VE) -> tuple[float, float]:
     """Range of the network times log(sigma) / 4 of an "edm" denoiser, for a body's `time_range`."""
     return math.log(process.t_min) / 4, math.log(process.t_max) / 4
+
+
+# The files of a run folder that hold a denoiser, the newest stage first.
+STAGES = ("checkpoint.safetensors", "denoiser.safetensors")
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file of a run folder that holds its newest denoiser; any other path as it is."""
+    if not path.is_dir():
+        return path
+    for name in STAGES:
+        if (path / name).is_file():
+            return path / name
+    if (path / "model_index.json").is_file() or (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a folder without {' or '.join(STAGES)}; Denoiser.from_pretrained reads "
+            "those that diffusers writes."
+        )
+    raise CheckpointError(f"{path} is a folder without {' or '.join(STAGES)}.")
 
 
 def _shaped(level: Tensor, sample: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ clipped. Weights are read from safetensors files only, and the internet is asked
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..critics.reading import read_json
 from ..envs.process import DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from .denoiser import Denoiser, Prediction
@@ -178,11 +178,11 @@ def _component(folder: Path, name: str, file: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} is corrupt: not valid JSON ({error}).") from None
+        raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is corrupt: it holds no settings.")
+        raise CheckpointError(f"{path} is damaged: it holds no settings.")
     return value
 
 

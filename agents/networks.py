@@ -10,15 +10,18 @@ log(sigma) / 4 from -1.6 to 1.1, to that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..critics.precision import in_full_precision
+from ..envs.names import unknown_name
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def _shared(time: Tensor) -> Tensor:
@@ -234,6 +237,10 @@ class ResidualBlock(nn.Module):
         return self.skip(h) + self.conv2(F.silu(residual))
 
 
+# Each halves the image and doubles the width.
+_MOST_LEVELS = 8
+
+
 class SmallUNet(nn.Module):
     """A U-Net without attention for small images, of two resolutions or three.
 
@@ -244,7 +251,7 @@ class SmallUNet(nn.Module):
         shape: (channels, height, width); height and width are divisible by 2^(levels - 1).
         width: channels at full resolution (a multiple of 8); twice as many at each coarser one.
         time_range: see `SinusoidalTime`.
-        levels: number of resolutions.
+        levels: number of resolutions, 1 to 8.
     """
 
     def __init__(
@@ -256,6 +263,8 @@ class SmallUNet(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, breadth = shape
+        if not 1 <= levels <= _MOST_LEVELS:
+            raise ValueError(f"levels must be 1 to {_MOST_LEVELS}, got {levels}.")
         factor = 2 ** (levels - 1)
         if height % factor or breadth % factor:
             raise ValueError(
@@ -360,7 +369,53 @@ def check_times(body: nn.Module, low: float, high: float) -> None:
     )
 
 
-def body_from_config(config: dict[str, Any]) -> nn.Module:
-    """Rebuild a body from its `.config`."""
+def body_from_config(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Rebuild a body from its `.config`.
+
+    Args:
+        config: what the body said of itself.
+        weights: those that it is to take, see `built_for`; None builds whatever the config says.
+
+    Raises:
+        ValueError: an unknown kind of body, or weights of another.
+    """
     arguments = {key: value for key, value in config.items() if key != "kind"}
-    return BODIES[config["kind"]](**arguments)
+    if config.get("kind") not in BODIES:
+        raise unknown_name("kind of body", config.get("kind"), BODIES)
+    kind = BODIES[config["kind"]]
+    return kind(**arguments) if weights is None else built_for(weights, kind, arguments)
+
+
+# Arguments of networks that count layers.
+_DEPTHS = ("layers", "blocks", "layers_per_block")
+
+
+def built_for(
+    weights: Mapping[str, Tensor], kind: Callable[..., Module], arguments: Mapping[str, Any]
+) -> Module:
+    """Build a network after seeing that it is one of these weights, and so of their size.
+
+    A damaged file can name a network of any size: it is built without memory first.
+
+    Raises:
+        ValueError: the weights have other names or shapes than the network's.
+    """
+    for name in _DEPTHS:
+        count = arguments.get(name, 0)
+        if isinstance(count, int) and count > len(weights):
+            raise ValueError(f"its weights are {len(weights)} tensors, too few for {name}={count}")
+    with torch.device("meta"):
+        expected = kind(**arguments).state_dict()
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"its weights do not fit the body: they lack {missing[0]}")
+    for name, value in weights.items():
+        if name not in expected:
+            raise ValueError(f"its weights do not fit the body: it has no {name}")
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"its weights do not fit the body: {name} has shape {tuple(value.shape)}, in the "
+                f"body {tuple(expected[name].shape)}"
+            )
+    return kind(**arguments)

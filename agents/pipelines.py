@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..critics.reading import damage_named, read_json
 from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
@@ -98,13 +99,14 @@ def pipeline_tableau(folder: str | Path) -> Tableau | None:
     """Read the table of a folder that `export_pipeline` wrote; None for any other folder or file.
 
     Raises:
-        ValueError: a corrupt table.
+        ValueError: a corrupt table; the sentence names its file.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.get("_class_name") != "TableauScheduler":
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict) or config.get("_class_name") != "TableauScheduler":
         return None
-    return Tableau.from_json(json.dumps(config.get("tableau")))
+    with damage_named(path):
+        return Tableau.from_json(json.dumps(config.get("tableau")))
 
 
 def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:

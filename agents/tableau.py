@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.reading import damage_named, read_text
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
 from ..envs.process import NoiseProcess
@@ -373,10 +374,16 @@ class Tableau:
 
     @classmethod
     def load(cls, path: str | Path) -> Tableau:
-        """Read a table that `save` wrote. Raises ValueError or FileNotFoundError."""
+        """Read a table that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a tableau, a newer version, or an invalid table; it names the file.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"No tableau at {path}.")
-        return cls.from_json(Path(path).read_text())
+        with damage_named(path):
+            return cls.from_json(read_text(path))
 
 
 # What the optional fields hold where they say nothing.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .checks import check_finite, check_samples
 from .features import FeatureExtractor
+from .reading import parse_json
 
 Samples = Tensor | NDArray
 Statistics = dict[str, NDArray[np.float64]]
@@ -113,7 +114,7 @@ class FeatureDistances:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                about = json.loads(metadata["about"])
+                about = parse_json(metadata["about"])
                 features = file.get_tensor("features")
                 statistics = {key: file.get_tensor(key).numpy() for key in ("mu", "sigma")}
             extractor, count, shape = about["extractor"], about["samples"], tuple(about["shape"])

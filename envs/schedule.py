@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.reading import damage_named, read_json
 from .fast_dpm import fast_times
 from .files import write_atomically
 from .names import unknown_name
@@ -325,20 +326,13 @@ class Schedule:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"No schedule at {path}.")
-        try:
-            tree = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not a schedule: no valid JSON ({error}).") from None
+        tree = read_json(path)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ValueError(f"{path} is not a schedule: it has no 'format': '{FORMAT}'.")
         if tree.get("version") != 1:
             raise ValueError(f"{path} has version {tree.get('version')!r}; this fewstep reads 1.")
-        try:
+        with damage_named(path):
             return cls.from_config(tree)
-        except KeyError as error:
-            raise ValueError(f"{path} is damaged: it lacks {error}.") from None
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):

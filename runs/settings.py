@@ -24,6 +24,7 @@ from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
 from ..agents.checks import at_least, not_negative
 from ..agents.solvers import Options
+from ..critics.reading import damage_named, read_json
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
@@ -129,8 +130,8 @@ class Settings:
         """Read a config.json. Raises FileNotFoundError or ValueError with the reason."""
         if not path.is_file():
             raise FileNotFoundError(f"No settings file at {path}.")
+        tree = read_json(path, constants=True)
         try:
-            tree = json.loads(path.read_text())
             run = dict(tree["run"])
             # JSON has no tuples.
             agent, cloning = (
@@ -145,7 +146,8 @@ class Settings:
                 raise unknown_name(f"setting in {path}", key, known)
         for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
             if run.get(key) is not None:
-                run[key] = Path(run[key])
+                with damage_named(path):
+                    run[key] = Path(run[key])
         return cls(TrainSettings(**run), agent, cloning)
 
 

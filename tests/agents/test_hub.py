@@ -428,7 +428,7 @@ def test_broken_files_are_refused(folder):
         text = (path / name).read_text()
         for broken in (text[:-10], "[]"):
             (path / name).write_text(broken)
-            with pytest.raises(CheckpointError, match=f"{name} is corrupt"):
+            with pytest.raises(CheckpointError, match=f"{name} is damaged"):
                 Denoiser.from_pretrained(path)
         (path / name).write_text(text)
         if name != "model_index.json":

@@ -273,7 +273,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(make_table):
         ({"version": None}, "version"),
         ({"format": "butcher"}, "format"),
         ({"weights": ...}, "lacks weights"),
-        ({"scale": [1, NAN, 1, 1, 1]}, "scale holds NaN"),
+        ({"scale": [1, NAN, 1, 1, 1]}, "has NaN, which is no number"),
         ({"scale": None}, "malformed"),
         ({"scale": 1.0}, "malformed"),
         ({"noise": {"0": 1}}, "malformed"),
