@@ -31,6 +31,7 @@ from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
 from ..critics.processes import Processes
+from ..critics.reading import damage_named
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
 from .checkpoint import CheckpointError, load_checkpoint, not_finite, save_checkpoint
 from .denoiser import Denoiser
@@ -434,7 +435,9 @@ class Agent(ABC):
                 f"not by {cls.name!r}."
             )
         denoiser = Denoiser.load(path, body=overrides.pop("body", None))
-        agent = cls(env, denoiser, **{**tree["settings"], **overrides})
+        with damage_named(path, CheckpointError):
+            settings = dict(tree["settings"])
+        agent = cls(env, denoiser, **{**settings, **overrides})
         agent.check_device(device)
         agent.restore(tree, str(path))
         return agent
@@ -455,8 +458,12 @@ class Agent(ABC):
         """Take over the training state of a tree that `save` wrote.
 
         Raises:
-            CheckpointError: the tree comes from another environment.
+            CheckpointError: the tree comes from another environment, or is damaged.
         """
+        with damage_named(origin, CheckpointError):
+            self._restore(tree, origin)
+
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
         here, there = environment_identity(self.mdp), tree["environment"]
         for key, value in here.items():
             if there.get(key) != value:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.reading import damage_named
 from ..envs import Schedule
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
@@ -407,9 +408,11 @@ class DODE(Agent):
             TypeError: no denoiser given.
         """
         _, tree = read_distilled(path, cls.name)
+        with damage_named(path, CheckpointError):
+            settings = dict(tree["training"]["settings"])
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
-        agent = cls(env, overrides.pop("denoiser"), **{**tree["training"]["settings"], **overrides})
+        agent = cls(env, overrides.pop("denoiser"), **{**settings, **overrides})
         agent.check_device(device)
         agent.resume(path)
         return agent
@@ -420,6 +423,10 @@ class DODE(Agent):
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or another environment's.
         """
+        with damage_named(path, CheckpointError):
+            self._take_over(path)
+
+    def _take_over(self, path: str | Path) -> None:
         tableau, tree = read_distilled(path, self.name)
         training = tree["training"]
         here = {

@@ -11,12 +11,11 @@ from typing import Annotated
 import tyro
 
 from ..agents.checks import at_least
-from ..agents.sampling import sampler_of
 from .console import console, print_results
 from .evaluation import Evaluation, combine
 from .features import features_for
 from .folder import check_output, write_json
-from .pretrained import PretrainedSettings, load
+from .pretrained import PretrainedSettings, finite_sampler, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
         mdp.target, inception_weights=settings.inception_weights, data_dir=settings.data_dir
     )
     evaluation = Evaluation(mdp.target, settings.evaluation_samples, features)
-    scores = evaluation(sampler_of(tableau, denoiser, mdp.shape), settings.seed)
+    draw = finite_sampler(settings, mdp, denoiser, tableau)
+    scores = evaluation(draw, settings.seed)
     results = {
         "env": mdp.target.name,
         "agent": tableau.name,
