@@ -337,11 +337,12 @@ class Denoiser(nn.Module):
         *,
         device: str | torch.device = "cpu",
         download: bool = False,
+        variant: str | None = None,
     ) -> Denoiser:
         """Read a denoiser from a diffusers pipeline or model: see `fewstep.agents.hub`."""
         from .hub import from_pretrained
 
-        return from_pretrained(name_or_folder, device=device, download=download)
+        return from_pretrained(name_or_folder, device=device, download=download, variant=variant)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a pipeline that diffusers opens: see `fewstep.agents.pipelines`."""

@@ -16,10 +16,9 @@ from ..critics.reading import damage_named, read_json
 from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
-from .hub import PREDICTIONS
 from .solvers import heun
 from .tableau import Tableau
-from .unet import UNet2D, require_diffusers
+from .unet import PREDICTIONS, UNet2D, require_diffusers
 
 # EDM's choice for CIFAR-10: 18 steps, 35 calls.
 EDM_STEPS = 18

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_samples
 from .features import NetworkFeatures
-from .reading import parse_json
+from .reading import DAMAGE, parse_json, reason
 
 # Goes up with every change of the network or of its training: files of another one are not ours.
 RECIPE = 1
@@ -119,15 +119,22 @@ class ClassifierFeatures(NetworkFeatures):
             raise FileNotFoundError(f"No classifier at {path}.")
         try:
             with safe_open(path, framework="pt") as file:
-                about = parse_json((file.metadata() or {})["classifier"])
+                about = parse_json((file.metadata() or {})["classifier"], constants=True)
                 weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if about["recipe"] != RECIPE:
                 raise ValueError(f"its recipe is {about['recipe']}, ours {RECIPE}")
-            classifier = cls(about["name"], about["shape"], about["classes"])
+            # Before a head of any size is built.
+            if (classes := len(weights["head.bias"])) != about["classes"]:
+                raise ValueError(f"it has weights for {classes} classes, not {about['classes']}")
+            classifier = cls(about["name"], about["shape"], classes)
             classifier.load_state_dict(weights)
             classifier.set_accuracy(float(about["accuracy"]))
-        except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a feature classifier of ours: {error}") from None
+            for name, weight in classifier.named_parameters():
+                check_finite(name, weight)
+        except (SafetensorError, *DAMAGE) as error:
+            raise ValueError(
+                f"{path} is not a feature classifier of ours: {reason(error)}"
+            ) from None
         classifier.freeze()
         return classifier
 

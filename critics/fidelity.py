@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .checks import check_finite, check_samples
 from .features import FeatureExtractor
-from .reading import parse_json
+from .reading import DAMAGE, parse_json, reason
 
 Samples = Tensor | NDArray
 Statistics = dict[str, NDArray[np.float64]]
@@ -118,8 +118,13 @@ class FeatureDistances:
                 features = file.get_tensor("features")
                 statistics = {key: file.get_tensor(key).numpy() for key in ("mu", "sigma")}
             extractor, count, shape = about["extractor"], about["samples"], tuple(about["shape"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no real features of ours: {error}.") from None
+            width = features.shape[1]
+            if statistics["mu"].shape != (width,) or statistics["sigma"].shape != (width, width):
+                raise ValueError("its statistics are not of its features")
+            for name, values in {"features": features, **statistics}.items():
+                check_finite(name, torch.as_tensor(values))
+        except (SafetensorError, *DAMAGE) as error:
+            raise ValueError(f"{path} holds no real features of ours: {reason(error)}.") from None
         if extractor != feature_extractor.name:
             raise ValueError(
                 f"{path} holds features of {extractor!r}, the extractor is "

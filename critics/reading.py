@@ -27,8 +27,7 @@ MOST_PARTS = 2**21
 MOST_DIGITS = 40
 """Digits of a whole number; 128 bits have 39."""
 
-# What reading a file raises if its contents are not what its writer wrote.
-_DAMAGE = (
+DAMAGE = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -37,6 +36,7 @@ _DAMAGE = (
     TypeError,
     ValueError,
 )
+"""What reading a file raises if its contents are not what its writer wrote."""
 
 
 def read_json(path: str | Path, *, constants: bool = False) -> Any:
@@ -105,7 +105,7 @@ def damage_named(path: str | Path, kind: type[ValueError] = ValueError) -> Itera
     """
     try:
         yield
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if isinstance(error, torch.OutOfMemoryError) or (
             isinstance(error, kind) and str(path) in str(error)
         ):
