@@ -437,7 +437,11 @@ class Agent(ABC):
         denoiser = Denoiser.load(path, body=overrides.pop("body", None))
         with damage_named(path, CheckpointError):
             settings = dict(tree["settings"])
-        agent = cls(env, denoiser, **{**settings, **overrides})
+        if overrides:
+            agent = cls(env, denoiser, **{**settings, **overrides})
+        else:  # what is wrong then is the file's
+            with damage_named(path, CheckpointError, "cannot be loaded here"):
+                agent = cls(env, denoiser, **settings)
         agent.check_device(device)
         agent.restore(tree, str(path))
         return agent

@@ -97,7 +97,9 @@ def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
 
 
 @contextmanager
-def damage_named(path: str | Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
+def damage_named(
+    path: str | Path, kind: type[ValueError] = ValueError, what: str = "is damaged"
+) -> Iterator[None]:
     """Turn whatever fails inside into one sentence that names the file, of this type.
 
     Errors that name the file already pass, as do those of the machine: a full memory, no
@@ -110,7 +112,7 @@ def damage_named(path: str | Path, kind: type[ValueError] = ValueError) -> Itera
             isinstance(error, kind) and str(path) in str(error)
         ):
             raise
-        raise kind(f"{path} is damaged: {reason(error).removesuffix('.')}.") from None
+        raise kind(f"{path} {what}: {reason(error).removesuffix('.')}.") from None
 
 
 def reason(error: Exception) -> str:
