@@ -31,7 +31,7 @@ from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
 from ..critics.processes import Processes
-from ..critics.reading import damage_named
+from ..critics.reading import damage_named, shown
 from ..envs import DiffusionMDP, DiffusionVectorEnv, Schedule
 from .checkpoint import CheckpointError, load_checkpoint, not_finite, save_checkpoint
 from .denoiser import Denoiser
@@ -472,8 +472,8 @@ class Agent(ABC):
         for key, value in here.items():
             if there.get(key) != value:
                 raise CheckpointError(
-                    f"{origin} was trained on another environment: {key} is {there.get(key)!r}, "
-                    f"here it is {value!r}."
+                    f"{origin} was trained on another environment: {key} is {shown(there.get(key))}, "
+                    f"here it is {shown(value)}."
                 )
         self.num_timesteps, self.rounds = tree["num_timesteps"], tree["rounds"]
         self.generator.set_state(tree["generator"].cpu())

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..critics.reading import DAMAGE, damage_named, read_json, reason
+from ..critics.reading import DAMAGE, damage_named, read_json, reason, shown
 from ..envs.process import DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from .denoiser import Denoiser, Prediction
@@ -178,7 +178,9 @@ def _read_settings(folder: Path) -> tuple[Path, _Terms]:
     config = _read_json(unet / "config.json")
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
-        raise CheckpointError(f"{unet} holds a {kind}; fewstep reads an unconditional UNet2DModel.")
+        raise CheckpointError(
+            f"{unet} holds a {shown(kind)}; fewstep reads an unconditional UNet2DModel."
+        )
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
         raise CheckpointError(
             f"{unet} holds a class-conditional UNet2DModel: fewstep does not read conditional "
@@ -203,10 +205,10 @@ def _check_index(index: dict[str, Any], folder: Path) -> None:
     }
     if parts.keys() == {"unet", "scheduler"} and parts["unet"] == "UNet2DModel":
         return
-    found = ", ".join(f"{name} {kind}" for name, kind in parts.items())
+    found = ", ".join(f"{shown(name)} {shown(kind)}" for name, kind in parts.items())
     raise CheckpointError(
-        f"{folder} holds a {index.get('_class_name')} ({found}); fewstep reads pipelines of an "
-        "unconditional UNet2DModel and a scheduler alone, such as DDPMPipeline and DDIMPipeline."
+        f"{folder} holds a {shown(index.get('_class_name'))} ({found}); fewstep reads pipelines of "
+        "an unconditional UNet2DModel and a scheduler alone, such as DDPMPipeline and DDIMPipeline."
     )
 
 
@@ -240,7 +242,7 @@ def _read_scheduler(path: Path) -> _Terms:
     except DAMAGE as error:
         raise CheckpointError(f"{path}: {reason(error)}") from None
     raise CheckpointError(
-        f"{path} describes a {kind}; fewstep reads {', '.join(SCHEDULERS)} and its own "
+        f"{path} describes a {shown(kind)}; fewstep reads {', '.join(SCHEDULERS)} and its own "
         "TableauScheduler."
     )
 

@@ -170,6 +170,11 @@ class Tableau:
             )
         if self.times.min() < 0 or self.times.max() > self.process.t_max:
             raise ValueError(f"Tableau.times must lie in [0, {self.process.t_max}].")
+        if self.times[:-1].min() <= 0:
+            raise ValueError(
+                "Tableau.times must be above 0 but for the last: no network is asked about clean "
+                "samples."
+            )
         if self.output not in get_args(Output):
             raise unknown_name("tableau output", self.output, get_args(Output))
 

@@ -127,6 +127,11 @@ def reason(error: Exception) -> str:
     return _shortened((details or lines or [repr(error)])[0])
 
 
+def shown(value: object) -> str:
+    """Return what a file holds where a name should be, cut short."""
+    return _shortened(value if isinstance(value, str) else repr(value))
+
+
 def _decoded(data: bytes) -> str:
     try:
         return _bounded(data).decode("utf-8")

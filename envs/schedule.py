@@ -87,6 +87,9 @@ class Schedule:
                 f"the times of a schedule must lie in [0, {process.t_max:g}]; "
                 f"got {float(self.times[-1]):g} to {float(self.times[0]):g}"
             )
+        # A time of 1e-320 is above 0 and has no noise in float64, by which solvers divide.
+        if not bool((process.sigma(self.times[:-1]) > 0).all()):
+            raise ValueError("the times of a schedule must have noise, but for the last")
 
     @property
     def steps(self) -> int:

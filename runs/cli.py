@@ -15,6 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TextIO
 
+LONGEST_MESSAGE = 2000
+
 # Each command lives in a module of its own, imported only when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "clone a denoiser and train an agent (no flags: the main job)"),
@@ -96,7 +98,13 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """Show a warning as one sentence, without the place in the code that Python adds."""
-    print(f"fewstep: warning: {message}", file=sys.stderr)
+    print(f"fewstep: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    """Join the lines of a library's message; one that quotes a damaged file may be long."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
 def _fail(error: Exception, code: int) -> None:
@@ -104,7 +112,7 @@ def _fail(error: Exception, code: int) -> None:
         raise error
     # Under torchrun all processes meet the same error; one of them says so.
     if os.environ.get("RANK", "0") == "0":
-        print(f"fewstep: {error}", file=sys.stderr)
+        print(f"fewstep: {_one_line(error)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -110,8 +110,7 @@ class RunFolder:
         results = read_record(path)
         if not isinstance(results.get("seconds", 0.0), int | float):
             raise ValueError(
-                f"{path} is damaged: its seconds are {results['seconds']!r}. Delete it, and it is "
-                "written anew."
+                f"{path} is damaged: its seconds are no number. Delete it, and it is written anew."
             )
         return results
 

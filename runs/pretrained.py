@@ -130,7 +130,10 @@ def finite_sampler(
     draw = sampler_of(tableau, denoiser, mdp.shape)
 
     def checked(n: int, generator: torch.Generator) -> Tensor:
-        samples = draw(n, generator)
+        try:
+            samples = draw(n, generator)
+        except ValueError as error:
+            raise ValueError(f"{settings.solver or settings.denoiser}: {error}") from None
         check_samples(samples, settings, tableau)
         return samples
 

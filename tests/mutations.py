@@ -75,10 +75,10 @@ def mutated_tensor(old, rng):
     )()
 
 
-def mutated_text(text, rng):
-    """Return the text of a JSON file with its tree mutated, or pasted raw values."""
+def mutated_text(text, rng, raw=0.2):
+    """Return the text of a JSON file with its tree mutated or, this often, a raw value pasted."""
     tree = json.loads(text)
-    if rng.random() < 0.2:
+    if rng.random() < raw:
         *path, last = rng.choice(list(places(tree)))
         node = tree
         for key in path:

@@ -393,7 +393,7 @@ def test_commands_refuse_damaged_files(kind, tmp_path, command):
     codes = set()
     for case in range(8 * TIMES):
         if file.suffix == ".json":
-            text = mutated_text(data.decode(), rng)
+            text = mutated_text(data.decode(), rng, raw=1.0 if kind in ("config", "run") else 0.2)
             file.write_text(text, encoding="utf-8", errors="surrogatepass")
         else:
             file.write_bytes(mutated_bytes(data, rng))
