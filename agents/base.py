@@ -471,9 +471,10 @@ class Agent(ABC):
         here, there = environment_identity(self.mdp), tree["environment"]
         for key, value in here.items():
             if there.get(key) != value:
+                found, wanted = shown(there.get(key)), shown(value)
                 raise CheckpointError(
-                    f"{origin} was trained on another environment: {key} is {shown(there.get(key))}, "
-                    f"here it is {shown(value)}."
+                    f"{origin} was trained on another environment: {key} is {found}, here it is "
+                    f"{wanted}."
                 )
         self.num_timesteps, self.rounds = tree["num_timesteps"], tree["rounds"]
         self.generator.set_state(tree["generator"].cpu())

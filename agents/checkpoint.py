@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..critics.reading import damage_named, parse_json
+from ..critics.reading import CONSTANTS, damage_named, parse_json
 from ..envs.files import write_atomically
 
 FORMAT = "fewstep-checkpoint-1"
@@ -56,7 +56,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"expected {FORMAT!r}."
         )
     with damage_named(path, CheckpointError):
-        tree = _join(parse_json(metadata["tree"], constants=True), tensors)
+        tree = _join(parse_json(metadata["tree"], constants=CONSTANTS), tensors)
         if not isinstance(tree, dict):
             raise TypeError("its tree is no dict")
         return tree

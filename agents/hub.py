@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..critics.reading import DAMAGE, damage_named, read_json, reason, shown
+from ..critics.reading import DAMAGE, INFINITIES, damage_named, read_json, reason, shown
 from ..envs.process import DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from .denoiser import Denoiser, Prediction
@@ -223,7 +223,7 @@ def _component(folder: Path, name: str, file: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         # diffusers writes the infinite bounds of some schedulers.
-        value = read_json(path, constants=True)
+        value = read_json(path, constants=INFINITIES)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):

@@ -116,7 +116,8 @@ class MLP(nn.Module):
 
     def _embed(self, embedding: nn.Module, time: Tensor) -> Tensor:
         if not time.is_floating_point():
-            return embedding(time)
+            # As below: a time before the first noising, rounded to -1, is asked as the first.
+            return embedding(time.clamp_min(0))
         time = time.clamp(0, self.levels - 1)
         lower = time.floor()
         upper = (lower + 1).clamp(max=self.levels - 1)

@@ -170,9 +170,9 @@ class Tableau:
             )
         if self.times.min() < 0 or self.times.max() > self.process.t_max:
             raise ValueError(f"Tableau.times must lie in [0, {self.process.t_max}].")
-        if self.times[:-1].min() <= 0:
+        if not bool((self.process.sigma(torch.from_numpy(self.times[:-1].copy())) > 0).all()):
             raise ValueError(
-                "Tableau.times must be above 0 but for the last: no network is asked about clean "
+                "Tableau.times must have noise but for the last: no network is asked about clean "
                 "samples."
             )
         if self.output not in get_args(Output):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_samples
 from .features import NetworkFeatures
-from .reading import DAMAGE, parse_json, reason
+from .reading import CONSTANTS, DAMAGE, parse_json, reason
 
 # Goes up with every change of the network or of its training: files of another one are not ours.
 RECIPE = 1
@@ -119,7 +119,7 @@ class ClassifierFeatures(NetworkFeatures):
             raise FileNotFoundError(f"No classifier at {path}.")
         try:
             with safe_open(path, framework="pt") as file:
-                about = parse_json((file.metadata() or {})["classifier"], constants=True)
+                about = parse_json((file.metadata() or {})["classifier"], constants=CONSTANTS)
                 weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if about["recipe"] != RECIPE:
                 raise ValueError(f"its recipe is {about['recipe']}, ours {RECIPE}")

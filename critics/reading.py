@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ MOST_PARTS = 2**21
 """Lists and objects in one file, of 56 bytes or more each."""
 MOST_DIGITS = 40
 """Digits of a whole number; 128 bits have 39."""
+INFINITIES = ("Infinity", "-Infinity")
+CONSTANTS = ("NaN", *INFINITIES)
 
 DAMAGE = (
     ArithmeticError,
@@ -39,12 +41,13 @@ DAMAGE = (
 """What reading a file raises if its contents are not what its writer wrote."""
 
 
-def read_json(path: str | Path, *, constants: bool = False) -> Any:
+def read_json(path: str | Path, *, constants: Collection[str] = ()) -> Any:
     """Read a file of JSON in UTF-8, within the limits of this module.
 
     Args:
         path: the file.
-        constants: take NaN, Infinity and -Infinity, which Python writes and JSON does not know.
+        constants: which of NaN, Infinity and -Infinity to take (`CONSTANTS` are all of them);
+            Python writes them, and JSON does not know them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -75,7 +78,7 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is damaged or foreign: {error}.") from None
 
 
-def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
+def parse_json(text: str | bytes, *, constants: Collection[str] = ()) -> Any:
     """Read JSON from a text or its bytes in UTF-8, within the limits of this module.
 
     Raises:
@@ -85,9 +88,12 @@ def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
     try:
         if text.count("[") + text.count("{") > MOST_PARTS:
             raise ValueError(f"its JSON has more than {MOST_PARTS} brackets")
-        # A given hook costs a call for each constant, of which there are few.
-        hook = None if constants else _no_constant
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=hook)
+        value = json.loads(
+            text,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=lambda name: _constant(name, constants),
+        )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError as error:
@@ -181,5 +187,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"its JSON has {name}, which is no number")
+def _constant(name: str, known: Collection[str]) -> float:
+    if name not in known:
+        raise ValueError(f"its JSON has {name}, which is no number")
+    return float(name)

@@ -21,7 +21,7 @@ from ..agents import AGENTS, DODE
 from ..agents.base import Agent
 from ..agents.checkpoint import CheckpointError
 from ..agents.denoiser import STAGES
-from ..critics.reading import read_json
+from ..critics.reading import CONSTANTS, read_json
 from ..envs.files import write_atomically
 from .settings import Settings
 
@@ -133,7 +133,7 @@ def read_record(path: Path, *needed: str) -> dict[str, Any]:
         ValueError: a damaged file, or a key is missing.
     """
     try:
-        record = read_json(path, constants=True)
+        record = read_json(path, constants=CONSTANTS)
         if not isinstance(record, dict):
             raise ValueError(f"{path} is damaged: it holds no record.")
         if missing := [key for key in needed if key not in record]:

@@ -24,7 +24,7 @@ from ..agents import AGENTS, BehaviorCloning
 from ..agents.base import Agent
 from ..agents.checks import at_least, not_negative
 from ..agents.solvers import Options
-from ..critics.reading import damage_named, read_json
+from ..critics.reading import INFINITIES, damage_named, read_json
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
@@ -130,7 +130,7 @@ class Settings:
         """Read a config.json. Raises FileNotFoundError or ValueError with the reason."""
         if not path.is_file():
             raise FileNotFoundError(f"No settings file at {path}.")
-        tree = read_json(path, constants=True)
+        tree = read_json(path, constants=INFINITIES)
         try:
             run = dict(tree["run"])
             # JSON has no tuples.
@@ -147,6 +147,8 @@ class Settings:
         for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
             if run.get(key) is not None:
                 with damage_named(path):
+                    if run[key] == "":
+                        raise ValueError(f"{key} is empty")
                     run[key] = Path(run[key])
         return cls(TrainSettings(**run), agent, cloning)
 

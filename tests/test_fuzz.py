@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from image_files import write_celeba, write_cifar10, write_folder, write_mnist
-from mutations import mutated_bytes, mutated_text, mutated_tree
+from mutations import DEEP, mutated_bytes, mutated_text, mutated_tree
 
 from fewstep.agents import Denoiser, Tableau, VarianceLearning
 from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
@@ -393,7 +393,8 @@ def test_commands_refuse_damaged_files(kind, tmp_path, command):
     codes = set()
     for case in range(8 * TIMES):
         if file.suffix == ".json":
-            text = mutated_text(data.decode(), rng, raw=1.0 if kind in ("config", "run") else 0.2)
+            always = DEEP if kind in ("config", "run") else ()
+            text = mutated_text(data.decode(), rng, always)
             file.write_text(text, encoding="utf-8", errors="surrogatepass")
         else:
             file.write_bytes(mutated_bytes(data, rng))
