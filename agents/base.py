@@ -154,7 +154,7 @@ class Agent(ABC):
     def smaller(self) -> str:
         """Return which settings need less memory, for the message when it ran out."""
         size = getattr(self, "batch_size", None)
-        return f"Take a --batch-size below {size}." if size else "Take a smaller network."
+        return f"Take a batch_size below {size}." if size else "Take a smaller network."
 
     @property
     def done(self) -> bool:

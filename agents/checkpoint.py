@@ -85,7 +85,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         return carries_pickle(path)
     return CheckpointError(
         f"{path} is truncated or not a safetensors file ({error}); use an earlier one, or in a run "
-        "folder delete it: --resume then goes on from the stage before."
+        "folder delete it: the run then resumes from the stage before."
     )
 
 

@@ -173,7 +173,7 @@ class Denoiser(nn.Module):
         if self.head is None:
             raise ValueError(
                 "The variance of each pixel comes from a second head, which this denoiser has not: "
-                "train one with `fewstep train --agent variance --kind sn` (or npr)."
+                "train one with VarianceLearning, kind='sn' or 'npr'."
             )
         raw, read = self.head_inputs(sample, t)
         covariance = self.head.covariance(*read)

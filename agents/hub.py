@@ -153,7 +153,7 @@ def _snapshot(name: str, patterns: list[str], download: bool) -> Path:
             raise FileNotFoundError(f"Could not download {name}: {reason}") from None
         raise FileNotFoundError(
             f"There is no folder {name}, and the local hub cache lacks it: fetch it with "
-            f"`hf download {name}`, or pass download=True (--download)."
+            f"`hf download {name}`, or pass download=True."
         ) from None
     return Path(folder)
 

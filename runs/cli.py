@@ -15,6 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TextIO
 
+from .flags import with_flags
+
 LONGEST_MESSAGE = 2000
 
 # Each command lives in a module of its own, imported only when it is asked for.
@@ -102,8 +104,8 @@ def _warn(
 
 
 def _one_line(message: object) -> str:
-    """Join the lines of a library's message; one that quotes a damaged file may be long."""
-    text = " ".join(str(message).split())
+    """Join a message's lines, name the flags behind it, and cut one that quotes a whole file."""
+    text = with_flags(" ".join(str(message).split()))
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 

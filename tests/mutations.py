@@ -76,7 +76,7 @@ def mutated_tensor(old, rng):
 
 
 def mutated_text(text, rng, always=()):
-    """Return the text of a JSON file with its tree mutated, or a raw value pasted: one of `always`."""
+    """Return the text of a JSON file with its tree mutated, or one of `always` or RAW pasted."""
     tree = json.loads(text)
     if always or rng.random() < 0.2:
         *path, last = rng.choice(list(places(tree)))
