@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ..critics.arguments import check_arguments
 from ..critics.processes import Processes
+from ..critics.reading import damage_named, shown
 from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
 from ..envs.names import unknown_name
 from .checkpoint import (
@@ -198,7 +199,7 @@ class Agent(ABC):
     def smaller(self) -> str:
         """Return which settings need less memory, for the message when it ran out."""
         size = getattr(self, "batch_size", None)
-        return f"Take a --batch-size below {size}." if size else "Take a smaller network."
+        return f"Take a batch_size below {size}." if size else "Take a smaller network."
 
     @property
     def done(self) -> bool:
@@ -506,8 +507,13 @@ class Agent(ABC):
                 f"not by {cls.name!r}."
             )
         denoiser = Denoiser.load(path, body=overrides.pop("body", None))
-        settings = checked_settings(cls, tree["settings"], path)
-        agent = cls(env, denoiser, **{**settings, **overrides})
+        with damage_named(path, CheckpointError):
+            settings = checked_settings(cls, tree["settings"], path)
+        if overrides:
+            agent = cls(env, denoiser, **{**settings, **overrides})
+        else:  # what is wrong then is the file's
+            with damage_named(path, CheckpointError, "cannot be loaded here"):
+                agent = cls(env, denoiser, **settings)
         agent.check_device(device)
         agent.restore(tree, str(path))
         return agent
@@ -537,15 +543,20 @@ class Agent(ABC):
         """Take over the training state of a tree that `save` wrote.
 
         Raises:
-            CheckpointError: the tree comes from another environment.
+            CheckpointError: the tree comes from another environment, or is damaged.
         """
+        with damage_named(origin, CheckpointError):
+            self._restore(tree, origin)
+
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
         here, there = environment_identity(self.mdp), tree["environment"]
         here.pop("data")
         for key, value in here.items():
             if there.get(key) != value:
+                found, wanted = shown(there.get(key)), shown(value)
                 raise CheckpointError(
-                    f"{origin} was trained on another environment: {key} is {there.get(key)!r}, "
-                    f"here it is {value!r}."
+                    f"{origin} was trained on another environment: {key} is {found}, here it is "
+                    f"{wanted}."
                 )
         # Older files say nothing of the data.
         if "data" in there and not self.mdp.target.matches(there["data"]):

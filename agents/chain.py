@@ -77,8 +77,7 @@ class GaussianChain(nn.Module):
             step = int(np.flatnonzero(tableau.base_std == 0)[0])
             raise ValueError(
                 f"'{tableau.name}' adds no noise in step {step} of {tableau.steps}, so the policy "
-                "has no density there; take ancestral(..., last_std=0.001), on the command line "
-                "--solver ancestral --solver-options last_std 0.001."
+                "has no density there; take the ancestral sampler with last_std=0.001."
             )
         self.denoiser = denoiser
         self.tableau = tableau

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..critics.reading import CONSTANTS, damage_named, parse_json
 from ..critics.tensor_files import read_tensors, write_tensors
 from ..envs.files import write_atomically
 
@@ -78,10 +79,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path} is not a fewstep checkpoint: its format is {metadata.get('format')!r}, "
             f"expected {FORMAT!r}."
         )
-    try:
-        tree = _join(json.loads(metadata["tree"]), tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is corrupt: its tree does not fit ({error!r}).") from None
+    with damage_named(path, CheckpointError):
+        tree = _join(parse_json(metadata["tree"], constants=CONSTANTS), tensors)
+        if not isinstance(tree, dict):
+            raise TypeError("its tree is no dict")
     if (name := not_finite(tree)) is not None:
         raise CheckpointError(f"{path} is damaged: {name} holds NaN or infinity; {_INSTEAD}")
     return tree

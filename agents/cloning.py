@@ -134,10 +134,7 @@ class BehaviorCloning(Agent):
     def smaller(self) -> str:
         """See `Agent.smaller`."""
         half = max((self.micro_batch_size or self.batch_size) // 2, 1)
-        return (
-            f"Take micro_batch_size {half}, the same gradient in more pieces: --micro-batch-size, "
-            "or --pretrain.micro-batch-size where cloning is the first stage of another agent."
-        )
+        return f"Take micro_batch_size={half}, the same gradient in more pieces."
 
     @as_executed
     def train_round(self) -> dict[str, Tensor]:

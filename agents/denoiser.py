@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..critics.arguments import checked
 from ..critics.precision import Precision, check_precision, lower_precision
+from ..critics.reading import damage_named, reason
 from ..envs.process import VE, DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, ForeignBodyError, load_checkpoint, save_checkpoint
-from .networks import body_from_config, check_times, declared, own_config
+from .networks import body_from_config, built_for, check_times, declared, own_config
 from .variance_head import HeadInputs, VarianceHead
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class Denoiser(nn.Module):
         if self.head is None:
             raise ValueError(
                 "The variance of each pixel comes from a second head, which this denoiser has not: "
-                "train one with `fewstep train --agent variance --kind sn` (or npr)."
+                "train one with VarianceLearning, kind='sn' or 'npr'."
             )
         raw, read = self.head_inputs(sample, t)
         covariance = self.head.covariance(*read)
@@ -295,7 +296,7 @@ class Denoiser(nn.Module):
         """Read a denoiser from a file of `save`, or out of an agent's checkpoint.
 
         Args:
-            path: the file.
+            path: the file, or the folder of a run, whose newest denoiser is read.
             device: where its weights go.
             body: needed only for a body that is not one of `fewstep.agents.networks`.
 
@@ -303,22 +304,35 @@ class Denoiser(nn.Module):
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
                 body or are not finite; `ForeignBodyError` where `body` is needed.
         """
+        path = _file_of(Path(path))
         tree = load_checkpoint(path)
-        tree = tree.get("denoiser", tree)
+        with damage_named(path, CheckpointError):
+            return cls._from_tree(tree.get("denoiser", tree), path, device, body)
+
+    @classmethod
+    def _from_tree(
+        cls,
+        tree: dict[str, Any],
+        path: Path,
+        device: str | torch.device,
+        body: nn.Module | None,
+    ) -> Denoiser:
         if "body" not in tree or "prediction" not in tree:
             raise CheckpointError(f"{path} holds no denoiser.")
         if body is None:
             if tree["body"] is None:
                 raise ForeignBodyError(f"{path} holds a foreign body: pass it as body=...")
-            body = body_from_config(tree["body"])
-        head = None if tree.get("head") is None else VarianceHead(**tree["head"]["config"])
+            body = body_from_config(tree["body"], tree["weights"])
+        head = None
+        if (saved := tree.get("head")) is not None:
+            head = built_for(saved["weights"], VarianceHead, saved["config"])
         try:
             body.load_state_dict(tree["weights"])
             if head is not None:
-                head.load_state_dict(tree["head"]["weights"])
+                head.load_state_dict(saved["weights"])
         except RuntimeError as error:
             raise CheckpointError(
-                f"The weights in {path} do not fit the body: {str(error).splitlines()[-1].strip()}"
+                f"The weights in {path} do not fit the body: {reason(error)}"
             ) from None
         process = NoiseProcess.from_config(tree["process"])
         # Older files say nothing of these, and have no use for them.
@@ -345,11 +359,12 @@ class Denoiser(nn.Module):
         *,
         device: str | torch.device = "cpu",
         download: bool = False,
+        variant: str | None = None,
     ) -> Denoiser:
         """Read a denoiser from a diffusers pipeline or model: see `fewstep.agents.hub`."""
         from .hub import from_pretrained
 
-        return from_pretrained(name_or_folder, device=device, download=download)
+        return from_pretrained(name_or_folder, device=device, download=download, variant=variant)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a pipeline that diffusers opens: see `fewstep.agents.pipelines`."""
@@ -459,6 +474,25 @@ def edm_time_range(process: VE) -> tuple[float, float]:
 
 def _whole(times: Tensor) -> bool:
     return not times.is_floating_point() or bool((times == times.round()).all())
+
+
+# The files of a run folder that hold a denoiser, the newest stage first.
+STAGES = ("checkpoint.safetensors", "denoiser.safetensors")
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file of a run folder that holds its newest denoiser; any other path as it is."""
+    if not path.is_dir():
+        return path
+    for name in STAGES:
+        if (path / name).is_file():
+            return path / name
+    if (path / "model_index.json").is_file() or (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a folder without {' or '.join(STAGES)}; Denoiser.from_pretrained reads "
+            "those that diffusers writes."
+        )
+    raise CheckpointError(f"{path} is a folder without {' or '.join(STAGES)}.")
 
 
 def shaped(level: Tensor, sample: Tensor) -> Tensor:

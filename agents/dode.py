@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..critics.arguments import checked
+from ..critics.reading import damage_named
 from ..envs import Schedule
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
@@ -399,9 +400,12 @@ class DODE(Agent):
             TypeError: no denoiser given.
         """
         _, tree = read_distilled(path, cls.name)
+        with damage_named(path, CheckpointError):
+            settings = dict(tree["training"]["settings"])
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
-        settings = checked_settings(cls, tree["training"]["settings"], path)
+        with damage_named(path, CheckpointError):
+            settings = checked_settings(cls, settings, path)
         agent = cls(env, overrides.pop("denoiser"), **{**settings, **overrides})
         agent.check_device(device)
         agent.resume(path)
@@ -413,6 +417,10 @@ class DODE(Agent):
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or another environment's.
         """
+        with damage_named(path, CheckpointError):
+            self._take_over(path)
+
+    def _take_over(self, path: str | Path) -> None:
         tableau, tree = read_distilled(path, self.name)
         training = tree["training"]
         here = {

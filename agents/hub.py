@@ -9,7 +9,7 @@ only on demand.
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,22 +20,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..critics.reading import DAMAGE, INFINITIES, damage_named, read_json, reason, shown
 from ..envs.process import DiscreteVP, NoiseProcess
 from .checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from .denoiser import Denoiser, Prediction, Variance
-from .unet import UNet2D, require_diffusers
+from .unet import PREDICTIONS, UNet2D, check_config, require_diffusers
 
 if TYPE_CHECKING:
     from .pipeline_scheduler import TableauScheduler
 
 # Schedulers of the chain that the network was trained on; diffusers reads each one's config into
-# any other of them.
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
-PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "epsilon",
-    "sample": "sample",
-    "v_prediction": "v",
-}
+# any other of them. How they step is not asked: that is the solver's to say.
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+# Longest chain that is read.
+MOST_NOISINGS = 100_000
+_STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{_STEM}.safetensors"
+VARIANT = "fp16"
 # The "log" kinds are the same numbers, kept as logarithms.
 VARIANCES: dict[str, Variance] = {
     "fixed_small": "small",
@@ -43,10 +57,19 @@ VARIANCES: dict[str, Variance] = {
     "fixed_small_log": "small",
     "fixed_large_log": "large",
 }
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _SETTINGS = ["model_index.json", "*config.json"]
-_WEIGHTS = [WEIGHTS, f"unet/{WEIGHTS}"]
+
+
+def _patterns(variant: str | None) -> list[str]:
+    """Return the names of files of weights: whole, or an index and shards."""
+    tag = "" if variant is None else f".{variant}"
+    files = [
+        f"{_STEM}{tag}.safetensors",
+        f"{WEIGHTS}.index{tag}.json",
+        f"{_STEM}{tag}-*.safetensors",
+    ]
+    return files + [f"unet/{file}" for file in files]
 
 
 class _Terms(NamedTuple):
@@ -61,7 +84,11 @@ class _Terms(NamedTuple):
 
 
 def from_pretrained(
-    name_or_folder: str | Path, *, device: str | torch.device = "cpu", download: bool = False
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    download: bool = False,
+    variant: str | None = None,
 ) -> Denoiser:
     """Read a denoiser from a diffusers pipeline or model.
 
@@ -73,6 +100,9 @@ def from_pretrained(
             says so.
         device: where its weights go.
         download: fetch what the cache lacks from the hub.
+        variant: which of a repository's weights to read, such as "fp16" or "non_ema", as diffusers
+            names them; by default those without a name, and where there are none those of "fp16".
+            They become float32.
 
     Returns:
         A denoiser with a `UNet2D` body, `clip` and `variance` as the scheduler has them: the
@@ -94,11 +124,15 @@ def from_pretrained(
         _check_name(name, given)
         unet, terms = _read_settings(_snapshot(name, _SETTINGS, download))
         # The weights only now: they may be large, and of a network that cannot be read.
-        _snapshot(name, _SETTINGS + _WEIGHTS, download)
-    body = _read_body(unet, terms.time_range)
-    denoiser = Denoiser(
-        body, terms.process, terms.prediction, terms.sigma_data, terms.clip, terms.variance
-    )
+        for wanted in (None, VARIANT) if variant is None else (variant,):
+            _snapshot(name, _SETTINGS + _patterns(wanted), download)
+            if _weights_of(unet, wanted):
+                break
+    body = _read_body(unet, terms.time_range, variant)
+    with damage_named(unet.parent, CheckpointError):
+        denoiser = Denoiser(
+            body, terms.process, terms.prediction, terms.sigma_data, terms.clip, terms.variance
+        )
     return denoiser.to(device)
 
 
@@ -129,7 +163,7 @@ def _snapshot(name: str, patterns: list[str], download: bool) -> Path:
             raise FileNotFoundError(f"Could not download {name}: {reason}") from None
         raise FileNotFoundError(
             f"There is no folder {name}, and the local hub cache lacks it: fetch it with "
-            f"`hf download {name}`, or pass download=True (--download)."
+            f"`hf download {name}`, or pass download=True."
         ) from None
     return Path(folder)
 
@@ -151,9 +185,17 @@ def _read_settings(folder: Path) -> tuple[Path, _Terms]:
         )
     elif (folder / "scheduler_config.json").is_file():
         scheduler = folder
-    kind = _read_json(unet / "config.json").get("_class_name")
+    config = _read_json(unet / "config.json")
+    kind = config.get("_class_name")
     if kind != "UNet2DModel":
-        raise CheckpointError(f"{unet} holds a {kind}; fewstep reads an unconditional UNet2DModel.")
+        raise CheckpointError(
+            f"{unet} holds a {shown(kind)}; fewstep reads an unconditional UNet2DModel."
+        )
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise CheckpointError(
+            f"{unet} holds a class-conditional UNet2DModel: fewstep does not read conditional "
+            "networks yet."
+        )
     if scheduler is None:
         warnings.warn(
             f"{folder} holds a network without a scheduler_config.json: it is taken for one that "
@@ -173,10 +215,10 @@ def _check_index(index: dict[str, Any], folder: Path) -> None:
     }
     if parts.keys() == {"unet", "scheduler"} and parts["unet"] == "UNet2DModel":
         return
-    found = ", ".join(f"{name} {kind}" for name, kind in parts.items())
+    found = ", ".join(f"{shown(name)} {shown(kind)}" for name, kind in parts.items())
     raise CheckpointError(
-        f"{folder} holds a {index.get('_class_name')} ({found}); fewstep reads pipelines of an "
-        "unconditional UNet2DModel and a scheduler alone, such as DDPMPipeline and DDIMPipeline."
+        f"{folder} holds a {shown(index.get('_class_name'))} ({found}); fewstep reads pipelines of "
+        "an unconditional UNet2DModel and a scheduler alone, such as DDPMPipeline and DDIMPipeline."
     )
 
 
@@ -190,11 +232,12 @@ def _component(folder: Path, name: str, file: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # diffusers writes the infinite bounds of some schedulers.
+        value = read_json(path, constants=INFINITIES)
     except ValueError as error:
-        raise CheckpointError(f"{path} is corrupt: not valid JSON ({error}).") from None
+        raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is corrupt: it holds no settings.")
+        raise CheckpointError(f"{path} is damaged: it holds no settings.")
     return value
 
 
@@ -206,10 +249,10 @@ def _read_scheduler(path: Path) -> _Terms:
             return _terms_of_ours(config)
         if kind in SCHEDULERS:
             return _terms_of_theirs(kind, config)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
     raise CheckpointError(
-        f"{path} describes a {kind}; fewstep reads {', '.join(SCHEDULERS)} and its own "
+        f"{path} describes a {shown(kind)}; fewstep reads {', '.join(SCHEDULERS)} and its own "
         "TableauScheduler."
     )
 
@@ -219,6 +262,8 @@ def _terms_of_ours(config: dict[str, Any]) -> _Terms:
 
     scheduler: TableauScheduler = TableauScheduler.from_config(config)
     settings = scheduler.config
+    if not isinstance(settings["clip"], bool):
+        raise ValueError(f"clip must be true or false, got {settings['clip']!r}.")
     return _Terms(
         scheduler.tableau.process,
         settings["prediction"],
@@ -232,17 +277,25 @@ def _terms_of_ours(config: dict[str, Any]) -> _Terms:
 def _terms_of_theirs(kind: str, config: dict[str, Any]) -> _Terms:
     import diffusers
 
-    scheduler = getattr(diffusers, kind).from_config(config)
-    settings = scheduler.config
-    clip = bool(settings.get("clip_sample", False))
+    declared = inspect.signature(getattr(diffusers, kind)).parameters
+    settings = {name: each.default for name, each in declared.items()} | config
+    noisings = settings["num_train_timesteps"]
+    if not isinstance(noisings, int) or not 1 <= noisings <= MOST_NOISINGS:
+        raise ValueError(f"num_train_timesteps must be 1 to {MOST_NOISINGS}, got {noisings!r}.")
+    # All have the same formulas for betas; some compute their steps when they are built, too.
+    betas = diffusers.DDPMScheduler(**{name: settings[name] for name in _BETAS}).betas
+    clip = settings.get("clip_sample", False)
+    if not isinstance(clip, bool):
+        raise ValueError(f"clip_sample must be true or false, got {clip!r}.")
     clip_range = settings.get("clip_sample_range", 1.0)
     refused = {
         "rescale_betas_zero_snr=True": settings.get("rescale_betas_zero_snr"),
         "thresholding=True": settings.get("thresholding"),
         f"clip_sample_range={clip_range}": clip and clip_range != 1.0,
+        "use_flow_sigmas=True": settings.get("use_flow_sigmas"),
+        "timestep_type='continuous'": settings.get("timestep_type") == "continuous",
         "a learned variance": "learned" in str(settings.get("variance_type")),
-        "other num_train_timesteps than betas": len(scheduler.betas)
-        != settings["num_train_timesteps"],
+        "other num_train_timesteps than betas": len(betas) != noisings,
     }
     for what, found in refused.items():
         if found:
@@ -258,7 +311,7 @@ def _terms_of_theirs(kind: str, config: dict[str, Any]) -> _Terms:
             f"the scheduler has prediction_type={prediction!r}; fewstep reads "
             f"{', '.join(PREDICTIONS)}."
         )
-    process = _process(settings, scheduler.betas)
+    process = _process(settings, betas)
     # Schedulers without the setting, such as DDIM's, are read by DDPMPipeline with its default.
     variance = VARIANCES[settings.get("variance_type") or "fixed_small"]
     return _Terms(process, PREDICTIONS[prediction], clip=clip, variance=variance)
@@ -282,33 +335,38 @@ def _process(settings: Mapping[str, Any], betas: Tensor) -> DiscreteVP:
     return DiscreteVP(betas)
 
 
-def _read_body(folder: Path, time_range: list[float] | None) -> UNet2D:
+def _read_body(folder: Path, time_range: list[float] | None, variant: str | None) -> UNet2D:
     """Read a UNet2DModel and its safetensors weights from a folder."""
     from diffusers import UNet2DModel
 
-    path = folder / WEIGHTS
-    if not path.is_file():
-        for file in sorted(folder.iterdir()):
-            if file.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-                raise carries_pickle(file)
-        raise FileNotFoundError(f"{folder} lacks the weights, {WEIGHTS}.")
+    for wanted in (None, VARIANT) if variant is None else (variant,):
+        files = _weights_of(folder, wanted)
+        if files:
+            break
+    else:
+        raise _no_weights(folder, variant)
+    path, tensors, size = files[0], 0, 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors += len(opened.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise unreadable(file, error) from None
+        size += file.stat().st_size
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-    try:
+        _check_size(folder, tensors, size)
         model, found = UNet2DModel.from_pretrained(
             folder,
+            variant=wanted,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
         body = UNet2D.from_model(model.float(), time_range)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (OSError, *DAMAGE) as error:
         raise CheckpointError(
-            f"{path} and the config.json beside it give no UNet2DModel: {_first(error)}"
+            f"{path} and the config.json beside it give no UNet2DModel: {reason(error)}"
         ) from None
     strangers = [*found["missing_keys"], *found["unexpected_keys"]]
     if strangers:
@@ -320,7 +378,58 @@ def _read_body(folder: Path, time_range: list[float] | None) -> UNet2D:
     return body
 
 
-def _first(error: Exception) -> str:
-    """Return the line that says what is wrong, of which torch and diffusers write several."""
-    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
-    return next((line for line in lines if line.startswith("size mismatch")), lines[0])
+def _weights_of(folder: Path, variant: str | None) -> list[Path]:
+    """Return the files of a network's weights, one or the shards that an index names; or none.
+
+    Raises:
+        CheckpointError: a damaged index.
+        FileNotFoundError: a shard is missing.
+    """
+    whole, index = (folder / name for name in _patterns(variant)[:2])
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    shards = _read_json(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and _all_text(shards) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index} is damaged: its weight_map names no files beside it.")
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}, which {index.name} names.")
+    return [folder / name for name in sorted(names)]
+
+
+def _all_text(values: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in values.values())
+
+
+def _no_weights(folder: Path, variant: str | None) -> Exception:
+    """Build the error for a folder without the weights that are asked for."""
+    name = _patterns(variant)[0]
+    there = sorted(file.name for file in folder.glob(f"{_STEM}*.safetensors"))
+    if there:
+        return FileNotFoundError(
+            f"{folder} lacks the weights, {name}; it holds {', '.join(there)}, which the argument "
+            "variant chooses."
+        )
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+            return carries_pickle(file)
+    return FileNotFoundError(f"{folder} lacks the weights, {name}.")
+
+
+def _check_size(folder: Path, tensors: int, size: int) -> None:
+    """Raise ValueError for a network that is larger than its files, before it is built."""
+    from diffusers import UNet2DModel
+
+    config = _read_json(folder / "config.json")
+    defaults = inspect.signature(UNet2DModel).parameters
+    check_config({name: config.get(name, each.default) for name, each in defaults.items()})
+    layers = config.get("layers_per_block", 1)
+    if not isinstance(layers, int) or layers > tensors:
+        raise ValueError(f"layers_per_block is {layers!r}, and the weights are {tensors} tensors")
+    with torch.device("meta"):
+        model = UNet2DModel.from_config(config)
+    if (weights := sum(weight.numel() for weight in model.parameters())) > size:
+        raise ValueError(f"the network has {weights} weights, the files have {size} bytes")

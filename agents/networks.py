@@ -10,9 +10,9 @@ others, such as EDM's log(sigma) / 4 from -1.6 to 1.1, to that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from ..critics.arguments import checked
 from ..critics.precision import in_full_precision
 from ..critics.shapes import is_image
+from ..envs.names import unknown_name
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def _shared(time: Tensor) -> Tensor:
@@ -116,7 +119,8 @@ class MLP(nn.Module):
 
     def _embed(self, embedding: nn.Module, time: Tensor) -> Tensor:
         if not time.is_floating_point():
-            return embedding(time)
+            # As below: a time before the first noising, rounded to -1, is asked as the first.
+            return embedding(time.clamp_min(0))
         time = time.clamp(0, self.levels - 1)
         lower = time.floor()
         upper = (lower + 1).clamp(max=self.levels - 1)
@@ -238,6 +242,10 @@ class ResidualBlock(nn.Module):
         return self.skip(h) + self.conv2(F.silu(residual))
 
 
+# Each halves the image and doubles the width.
+_MOST_LEVELS = 8
+
+
 class SmallUNet(nn.Module):
     """A U-Net without attention for small images, of two resolutions or three.
 
@@ -248,7 +256,7 @@ class SmallUNet(nn.Module):
         shape: (channels, height, width); height and width are divisible by 2^(levels - 1).
         width: channels at full resolution (a multiple of 8); twice as many at each coarser one.
         time_range: see `SinusoidalTime`.
-        levels: number of resolutions.
+        levels: number of resolutions, 1 to 8.
     """
 
     @checked
@@ -261,6 +269,8 @@ class SmallUNet(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, breadth = shape
+        if not 1 <= levels <= _MOST_LEVELS:
+            raise ValueError(f"levels must be 1 to {_MOST_LEVELS}, got {levels}.")
         factor = 2 ** (levels - 1)
         if height % factor or breadth % factor:
             raise ValueError(
@@ -373,7 +383,53 @@ def check_times(body: nn.Module, low: float, high: float) -> None:
     )
 
 
-def body_from_config(config: dict[str, Any]) -> nn.Module:
-    """Rebuild a body from its `.config`."""
+def body_from_config(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Rebuild a body from its `.config`.
+
+    Args:
+        config: what the body said of itself.
+        weights: those that it is to take, see `built_for`; None builds whatever the config says.
+
+    Raises:
+        ValueError: an unknown kind of body, or weights of another.
+    """
     arguments = {key: value for key, value in config.items() if key != "kind"}
-    return BODIES[config["kind"]](**arguments)
+    if config.get("kind") not in BODIES:
+        raise unknown_name("kind of body", config.get("kind"), BODIES)
+    kind = BODIES[config["kind"]]
+    return kind(**arguments) if weights is None else built_for(weights, kind, arguments)
+
+
+# Arguments of networks that count layers.
+_DEPTHS = ("layers", "blocks", "layers_per_block")
+
+
+def built_for(
+    weights: Mapping[str, Tensor], kind: Callable[..., Module], arguments: Mapping[str, Any]
+) -> Module:
+    """Build a network after seeing that it is one of these weights, and so of their size.
+
+    A damaged file can name a network of any size: it is built without memory first.
+
+    Raises:
+        ValueError: the weights have other names or shapes than the network's.
+    """
+    for name in _DEPTHS:
+        count = arguments.get(name, 0)
+        if isinstance(count, int) and count > len(weights):
+            raise ValueError(f"its weights are {len(weights)} tensors, too few for {name}={count}")
+    with torch.device("meta"):
+        expected = kind(**arguments).state_dict()
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"its weights do not fit the body: they lack {missing[0]}")
+    for name, value in weights.items():
+        if name not in expected:
+            raise ValueError(f"its weights do not fit the body: it has no {name}")
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"its weights do not fit the body: {name} has shape {tuple(value.shape)}, in the "
+                f"body {tuple(expected[name].shape)}"
+            )
+    return kind(**arguments)

@@ -21,10 +21,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor, nn
 
-from ..envs.process import VE
+from ..envs.process import VE, DiscreteVP
 from .denoiser import Denoiser, Prediction
 from .tableau import Tableau
-from .unet import unet_time
+from .unet import PREDICTIONS, network_time_of_unet, unet_time
+
+_PREDICTION_TYPES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
 class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as all of theirs
@@ -45,6 +47,13 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         time_range: see `UNet2D`.
         clip: see `Denoiser`; kept for `Denoiser.from_pretrained`, the table says what is clipped.
         variance: see `Denoiser`; kept likewise, the table says what noise is added.
+        num_train_timesteps: the number of betas. This and the next three say the same in the words
+            of diffusers' own schedulers, so that `DDIMScheduler.from_config(scheduler.config)` has
+            this network's chain. They follow from the rest, whatever is given; on EDM's process,
+            which those schedulers do not know, they stay as they are given, None.
+        trained_betas: the betas.
+        prediction_type: diffusers' name of the prediction.
+        clip_sample: `clip`.
 
     Attributes:
         timesteps: (K,) the network's times, one for each of the table's calls; int64 if all are
@@ -67,6 +76,10 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         time_range: list[float] | None = None,
         clip: bool = False,
         variance: str | None = None,
+        num_train_timesteps: int | None = None,
+        trained_betas: list[float] | None = None,
+        prediction_type: str | None = None,
+        clip_sample: bool | None = None,
     ) -> None:
         self.tableau = Tableau.from_json(json.dumps(tableau))
         if any(self.tableau.row(j).covariance for j in range(self.tableau.steps)):
@@ -89,6 +102,13 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         self._scales = [1.0] * len(starts)
         if prediction == "edm":
             self._scales = [(t**2 + sigma_data**2) ** -0.5 for t in starts]
+        if isinstance(process, DiscreteVP) and prediction in _PREDICTION_TYPES:
+            self.register_to_config(
+                num_train_timesteps=len(process.betas),
+                trained_betas=process.betas.tolist(),
+                prediction_type=_PREDICTION_TYPES[prediction],
+                clip_sample=clip,
+            )
         self.set_timesteps()
 
     @property
@@ -124,6 +144,36 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return `sample` as it is: it is what the network reads already."""
         return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the network reads at these times of clean samples with this noise.
+
+        Args:
+            original_samples: (N, *shape) clean samples.
+            noise: (N, *shape) standard normal.
+            timesteps: (N,), (1,) or () the network's times, such as those of `timesteps`.
+
+        Returns:
+            alpha x_0 + sigma noise (N, *shape), times c_in for an "edm" network.
+
+        Raises:
+            ValueError: times outside the process, or shapes that do not fit.
+        """
+        process = self.tableau.process
+        times = torch.as_tensor(timesteps, dtype=torch.float64).cpu().flatten()
+        times = network_time_of_unet(times, self.config.time_range)
+        edm = self.config.prediction == "edm"
+        times = (4 * times).exp() if edm else times - process.network_time(0.0)
+        # In float32 the last time may come out a rounding beyond t_max.
+        last = (times - process.t_max).abs() < 1e-5 * process.t_max
+        times = times.masked_fill(last, process.t_max)
+        times = times.to(original_samples.device).expand(len(original_samples))
+        wide = torch.promote_types(original_samples.dtype, torch.float32)
+        noisy = process.add_noise(original_samples.to(wide), times, noise.to(wide))
+        if edm:
+            column = (-1, *[1] * (noisy.ndim - 1))
+            noisy = noisy * (times**2 + self.config.sigma_data**2).rsqrt().to(noisy).view(column)
+        return noisy.to(original_samples.dtype)
 
     def step(
         self,

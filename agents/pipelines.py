@@ -13,15 +13,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..critics.reading import damage_named, read_json
 from ..envs.files import remove_leftovers, temporary_suffix, unwritable, write_atomically
 from ..envs.process import VE, DiscreteVP
 from ..envs.schedule import Schedule
 from .denoiser import Denoiser
-from .hub import PREDICTIONS
 from .rescaled import RescaledDenoiser
 from .solvers.heun import heun
 from .tableau import Tableau
-from .unet import UNet2D, require_diffusers
+from .unet import PREDICTIONS, UNet2D, require_diffusers
 
 # EDM's choice for CIFAR-10: 18 steps, 35 calls.
 EDM_STEPS = 18
@@ -105,13 +105,14 @@ def pipeline_tableau(folder: str | Path) -> Tableau | None:
     """Read the table of a folder that `export_pipeline` wrote; None for any other folder or file.
 
     Raises:
-        ValueError: a corrupt table.
+        ValueError: a corrupt table; the sentence names its file.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.get("_class_name") != "TableauScheduler":
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict) or config.get("_class_name") != "TableauScheduler":
         return None
-    return Tableau.from_json(json.dumps(config.get("tableau")))
+    with damage_named(path):
+        return Tableau.from_json(json.dumps(config.get("tableau")))
 
 
 def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:

@@ -149,7 +149,7 @@ class SFT(ShortcutAgent):
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""
-        return f"Give --gradient-checkpointing, or a --batch-size below {self.batch_size}."
+        return f"Give gradient_checkpointing=True, or a batch_size below {self.batch_size}."
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's keyword arguments."""

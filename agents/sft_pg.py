@@ -340,8 +340,8 @@ class SFTPG(ShortcutAgent):
         """See `Agent.smaller`."""
         half = max((self.micro_batch_size or self.minibatch_size) // 2, 1)
         return (
-            f"Give --micro-batch-size {half}, which changes no result, or --buffer cpu, or a "
-            f"--batch-size below {self.batch_size}."
+            f"Give micro_batch_size={half}, which changes no result, or buffer='cpu', or a "
+            f"batch_size below {self.batch_size}."
         )
 
     def settings(self) -> dict[str, Any]:

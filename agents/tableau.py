@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.reading import damage_named, read_text
 from ..envs.ends import warn_of_ends
 from ..envs.files import write_atomically
 from ..envs.names import unknown_name
@@ -212,6 +213,11 @@ class Tableau:
             )
         if self.times.min() < 0 or self.times.max() > self.process.t_max:
             raise ValueError(f"Tableau.times must lie in [0, {self.process.t_max}].")
+        if not bool((self.process.sigma(torch.from_numpy(self.times[:-1].copy())) > 0).all()):
+            raise ValueError(
+                "Tableau.times must have noise but for the last: no network is asked about clean "
+                "samples."
+            )
         if self.output not in get_args(Output):
             raise unknown_name("tableau output", self.output, get_args(Output))
 
@@ -435,10 +441,16 @@ class Tableau:
 
     @classmethod
     def load(cls, path: str | Path) -> Tableau:
-        """Read a table that `save` wrote. Raises ValueError or FileNotFoundError."""
+        """Read a table that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a tableau, a newer version, or an invalid table; it names the file.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"No tableau at {path}.")
-        return cls.from_json(Path(path).read_text())
+        with damage_named(path):
+            return cls.from_json(read_text(path))
 
 
 # What the optional fields hold where they say nothing.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..critics.reading import parse_json, reason
 from ..envs.process import NoiseProcess
 from .sparse import SparseRows
 
@@ -61,9 +62,9 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
         ValueError: not JSON, not a tableau, a newer version, or an invalid table.
     """
     try:
-        table = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Not a tableau: the text is not valid JSON ({error}).") from None
+        table = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"Not a tableau: {error}.") from None
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise ValueError(f"Not a tableau: the JSON has no 'format': '{FORMAT}'.")
     if table.get("version") not in range(1, VERSION + 1):
@@ -84,8 +85,8 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
             values["weights"] = SparseRows.from_pairs(values["weights"])
         values["process"] = NoiseProcess.from_config(values["process"])
         return build(**values)
-    except TypeError as error:
-        raise ValueError(f"The tableau is malformed: {error}.") from None
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"The tableau is malformed: {reason(error)}.") from None
 
 
 def _lines(value: Any) -> str:

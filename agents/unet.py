@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..critics.shapes import is_image
 from ..envs.names import unknown_name
 from .networks import BODIES, check_range, stretched
+
+if TYPE_CHECKING:
+    from .denoiser import Prediction
+
+
+# What a network predicts, in diffusers' words and in ours.
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "sample": "sample",
+    "v_prediction": "v",
+}
 
 
 def _preset(
@@ -131,7 +142,7 @@ class UNet2D(nn.Module):
         return body
 
     def _hold(self, model: Any, time_range: Sequence[float] | None) -> None:
-        shape = _shape(model.config)
+        shape = check_config(model.config)
         self.unet = model
         self.time_range = check_range(time_range)
         options = {key: value for key, value in model.config.items() if not key.startswith("_")}
@@ -168,6 +179,14 @@ def unet_time(time: Tensor, time_range: Sequence[float] | None) -> Tensor:
     return time if time_range is None else stretched(time, time_range, 1000.0)
 
 
+def network_time_of_unet(time: Tensor, time_range: Sequence[float] | None) -> Tensor:
+    """Map times that a `UNet2DModel` is asked at back to network times: undoes `unet_time`."""
+    if time_range is None:
+        return time
+    low, high = time_range
+    return low + time * ((high - low) / 1000.0)
+
+
 def require_diffusers(what: str) -> None:
     """Raise ImportError with the command that helps if diffusers is not installed."""
     try:
@@ -178,7 +197,7 @@ def require_diffusers(what: str) -> None:
         ) from None
 
 
-def _shape(config: Any) -> list[int]:
+def check_config(config: Any) -> list[int]:
     """Return (C, H, W) of a UNet2DModel's samples; ValueError if it cannot be a plain body."""
     size = config["sample_size"]
     if size is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_samples
 from .features import NetworkFeatures
+from .reading import CONSTANTS, DAMAGE, parse_json, reason
 from .shapes import is_image
 from .tensor_files import read_tensors, write_tensors
 
@@ -119,14 +120,21 @@ class ClassifierFeatures(NetworkFeatures):
             raise FileNotFoundError(f"No classifier at {path}.")
         try:
             weights, metadata = read_tensors(path)
-            about = json.loads(metadata["classifier"])
+            about = parse_json(metadata["classifier"], constants=CONSTANTS)
             if about["recipe"] != RECIPE:
                 raise ValueError(f"its recipe is {about['recipe']}, ours {RECIPE}")
-            classifier = cls(about["name"], about["shape"], about["classes"])
+            # Before a head of any size is built.
+            if (classes := len(weights["head.bias"])) != about["classes"]:
+                raise ValueError(f"it has weights for {classes} classes, not {about['classes']}")
+            classifier = cls(about["name"], about["shape"], classes)
             classifier.load_state_dict(weights)
             classifier.set_accuracy(float(about["accuracy"]))
-        except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a feature classifier of ours: {error}") from None
+            for name, weight in classifier.named_parameters():
+                check_finite(name, weight)
+        except (SafetensorError, *DAMAGE) as error:
+            raise ValueError(
+                f"{path} is not a feature classifier of ours: {reason(error)}"
+            ) from None
         classifier.freeze()
         return classifier
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_finite, check_samples
+from .reading import DAMAGE
 
 # The one name under which a Frechet distance may be called FID: torch-fidelity's for its network.
 INCEPTION = "inception-v3-compat"
@@ -109,7 +110,7 @@ class InceptionFeatures(NetworkFeatures):
             self.network = FeatureExtractorInceptionV3(
                 INCEPTION, ["2048"], feature_extractor_weights_path=str(path)
             )
-        except RuntimeError as error:
+        except DAMAGE as error:
             raise _foreign(path, "Inception v3 weights", error) from None
         self.freeze()
 
@@ -178,7 +179,7 @@ class Cifar10ResNet(NetworkFeatures):
             # Saved from a DataParallel.
             weights = {key.removeprefix("module."): value for key, value in weights.items()}
             self.network.load_state_dict(weights)
-        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+        except DAMAGE as error:
             raise _foreign(file, "weights of the CIFAR-10 ResNet-20", error) from None
         # What these weights were trained with: the usual means and deviations of ImageNet.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
@@ -236,7 +237,7 @@ def load_weights(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (pickle.UnpicklingError, EOFError, *DAMAGE) as error:
         raise _foreign(path, "a torch file of tensors alone", error) from None
 
 

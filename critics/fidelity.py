@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .checks import check_finite, check_samples
 from .features import FeatureExtractor
+from .reading import DAMAGE, parse_json, reason
 from .tensor_files import read_tensors, write_tensors
 
 Samples = Tensor | NDArray
@@ -112,12 +113,17 @@ class FeatureDistances:
             tensors, metadata = read_tensors(path)
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            about = json.loads(metadata["about"])
+            about = parse_json(metadata["about"])
             features = tensors["features"]
             statistics = {key: tensors[key].numpy() for key in ("mu", "sigma")}
             extractor, count, shape = about["extractor"], about["samples"], tuple(about["shape"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no real features of ours: {error}.") from None
+            width = features.shape[1]
+            if statistics["mu"].shape != (width,) or statistics["sigma"].shape != (width, width):
+                raise ValueError("its statistics are not of its features")
+            for name, values in {"features": features, **statistics}.items():
+                check_finite(name, torch.as_tensor(values))
+        except (SafetensorError, *DAMAGE) as error:
+            raise ValueError(f"{path} holds no real features of ours: {reason(error)}.") from None
         if extractor != feature_extractor.name:
             raise ValueError(
                 f"{path} holds features of {extractor!r}, the extractor is "

@@ -161,8 +161,7 @@ def _line(process: DiscreteVP) -> tuple[float, float]:
     if not is_linear(process):
         raise ValueError(
             f"fast_dpm with kind='var' needs betas that rise on a line (linear-1000, say), not "
-            f"{process!r}; kind='step' takes any (--schedule-options kind step), and so does a "
-            "uniform schedule (--schedule uniform)"
+            f"{process!r}; kind='step' takes any, and so does a uniform schedule"
         )
     betas = process.betas
     return float(betas[0]), float(betas[-1] - betas[0]) / (len(betas) - 1)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..critics.reading import read_text
 from .files import cache_root
 
 
@@ -37,6 +38,8 @@ IMAGE_SUFFIXES = (
 FOLDER_SIZE = 64
 SPLIT_SEED = 0
 MOST_HELD_OUT = 10_000
+# Precision and recall look at the third nearest of the other images.
+FEWEST_HELD_OUT, FEWEST_IMAGES = 4, 2
 # Aligned faces are 178 x 218; the square of DDPM's and DDIM's CelebA-64 leaves the background out.
 CELEBA_CROP, CELEBA_SIZE = 140, 64
 
@@ -99,9 +102,7 @@ def load_images(
         ImportError: torchvision is needed and not installed.
     """
     if name == "ImageFolder" and data_dir is None:
-        raise FileNotFoundError(
-            "ImageFolder needs to know your folder of images: give data_dir (--data-dir)"
-        )
+        raise FileNotFoundError("ImageFolder needs to know your folder of images: give data_dir")
     size = FOLDER_SIZE if image_size is None else image_size
     if size < 1:
         raise ValueError(f"image_size must be at least 1; got {size}")
@@ -126,6 +127,13 @@ def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
     if absent := missing():
         raise _not_found("MNIST", [f"{name}.gz" for name in absent], folder)
     samples, labels, held_out, held_out_labels = (_read_idx(folder, name) for name in names)
+    sets = ((samples, labels, names[1]), (held_out, held_out_labels, names[3]))
+    for images, classes, name in sets:
+        if len(images) != len(classes):
+            raise ValueError(
+                f"{folder / name} has {len(classes)} labels for {len(images)} images: remove both "
+                "files and use download=True"
+            )
     return ImageSet(samples[:, None], held_out[:, None], labels, held_out_labels, flip=False)
 
 
@@ -147,8 +155,10 @@ def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
     except RuntimeError:
         raise ValueError(
             f"files of CIFAR10 in {folder} are damaged, their checksums are wrong: remove them and "
-            "use download=True (--download)"
+            "use download=True"
         ) from None
+    for split in (train, test):
+        _check_cifar10(folder, split.data, split.targets)
     samples, held_out = (
         torch.as_tensor(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)
     )
@@ -174,13 +184,17 @@ def celeba64(root: Path, download: bool, image_size: int) -> ImageSet:
         raise FileNotFoundError(
             f"CelebA64 is not at hand: {' and '.join(absent)} not found in {folder}; put the "
             "unpacked img_align_celeba.zip and list_eval_partition.txt of the CelebA site there, "
-            "or pip install gdown and use download=True (--download)"
+            "or pip install gdown and use download=True"
         )
     splits: dict[str, list[Path]] = {"0": [], "1": [], "2": []}
-    for number, line in enumerate(partition.read_text().splitlines(), 1):
+    seen = set()
+    for number, line in enumerate(read_text(partition).splitlines(), 1):
         name, _, split = line.strip().partition(" ")
-        if split.strip() not in splits:
+        if not name or Path(name).name != name or split.strip() not in splits:
             raise ValueError(f"line {number} of {partition} is not 'FILE SPLIT', split 0, 1 or 2")
+        if name in seen:
+            raise ValueError(f"line {number} of {partition} names {name} a second time")
+        seen.add(name)
         splits[split.strip()].append(pictures / name)
     if not splits["0"] or not splits["2"]:
         raise ValueError(f"{partition} names no images for training (0), or none to test on (2)")
@@ -191,8 +205,9 @@ def celeba64(root: Path, download: bool, image_size: int) -> ImageSet:
 def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
     """Your own images in a folder, at any depth: the central square of each, resized, in RGB.
 
-    A seeded 10 % of them, at most 10,000, are held out. If all lie in sub-folders, two or more,
-    those are their classes, numbered in alphabetical order. Hidden files and those without an
+    There have to be 2 or more. A seeded 10 % of them, at most 10,000, are held out; of fewer than
+    40 none, as metrics compare at least 4 images with as many. If all lie in sub-folders, two or
+    more, those are their classes, numbered in alphabetical order. Hidden files and those without an
     image's suffix (``IMAGE_SUFFIXES``) are passed over.
     """
     files = _image_files(root)
@@ -200,8 +215,14 @@ def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
         raise FileNotFoundError(
             f"no images in {root}: ImageFolder takes files that end in {', '.join(IMAGE_SUFFIXES)}"
         )
+    if len(files) < FEWEST_IMAGES:
+        raise ValueError(
+            f"ImageFolder needs at least {FEWEST_IMAGES} images, 40 to hold some out; {root} holds "
+            f"{len(files)}"
+        )
     order = np.random.default_rng(SPLIT_SEED).permutation(len(files))
-    training, kept = np.split(order, [len(files) - min(len(files) // 10, MOST_HELD_OUT)])
+    count = min(len(files) // 10, MOST_HELD_OUT)
+    training, kept = np.split(order, [len(files) - (count if count >= FEWEST_HELD_OUT else 0)])
     parents = [file.parts[0] if len(file.parts) > 1 else "" for file in files]
     classes = {name: number for number, name in enumerate(sorted(set(parents)))}
     labels = None
@@ -294,30 +315,57 @@ def _image_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-_IDX_KINDS = {"images-idx3": 3, "labels-idx1": 1}
+# The axes behind the first, and the largest value, of each kind of file.
+_IDX_KINDS = {"images-idx3": ((28, 28), 255), "labels-idx1": ((), 9)}
+# EMNIST, the largest set in this format, has 240,000 digits to train on.
+_MOST_IDX = 250_000
 
 
 def _read_idx(folder: Path, name: str) -> Tensor:
-    """Read bytes in MNIST's IDX format: a type, the number of axes, big-endian sides, values."""
+    """Read bytes in MNIST's IDX format: a type, the number of axes, big-endian sides, values.
+
+    No more is read, or unpacked, than the header announces.
+    """
     file = folder / name
-    axes = next(axes for kind, axes in _IDX_KINDS.items() if kind in name)
+    each, most = next(what for kind, what in _IDX_KINDS.items() if kind in name)
+    axes = 1 + len(each)
+    packed = not file.is_file()
+    if packed:
+        file = folder / f"{name}.gz"
     try:
-        if file.is_file():
-            data = file.read_bytes()
-        else:
-            file = folder / f"{name}.gz"
-            data = gzip.decompress(file.read_bytes())
-        start = 4 + 4 * axes
-        if data[:4] != bytes((0, 0, 8, axes)):
-            raise ValueError("wrong first bytes")
-        sides = np.frombuffer(data[4:start], ">u4").tolist()
-        if len(data) != start + math.prod(sides):
-            raise ValueError("wrong length")
+        with gzip.open(file) if packed else file.open("rb") as opened:
+            head = opened.read(4 + 4 * axes)
+            if head[:4] != bytes((0, 0, 8, axes)) or len(head) != 4 + 4 * axes:
+                raise ValueError("wrong first bytes")
+            count, *sides = np.frombuffer(head[4:], ">u4").tolist()
+            if tuple(sides) != each or not 1 <= count <= _MOST_IDX:
+                raise ValueError(f"its header announces {count} x {tuple(sides)}, not N x {each}")
+            size = count * math.prod(each)
+            data = opened.read(size + 1)
+            if len(data) != size:
+                raise ValueError("wrong length")
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(count, *each)
+        if int(values.max()) > most:
+            raise ValueError(f"it holds {int(values.max())}, the largest value there is is {most}")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it and use download=True") from None
+    return values
+
+
+def _check_cifar10(folder: Path, images: Any, labels: Any) -> None:
+    """Raise ValueError unless these are bytes (N, 32, 32, 3) with N classes 0 to 9."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (32, 32, 3)
+    if not fits or not len(images):
         raise ValueError(
-            f"{file} is damaged ({error}): remove it and use download=True (--download)"
-        ) from None
-    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).reshape(sides)
+            f"files of CIFAR10 in {folder} hold {images.dtype} {images.shape}, not bytes "
+            "(N, 32, 32, 3)"
+        )
+    integers = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
+    if not integers or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(
+            f"files of CIFAR10 in {folder} hold labels that are not {len(images)} numbers, 0 to 9"
+        )
 
 
 def _torchvision(name: str) -> ModuleType:
@@ -343,5 +391,5 @@ def _fetch(name: str, root: Path, call: Callable[[Any], object]) -> None:
 def _not_found(name: str, absent: Sequence[str], folder: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"{name} is not at hand: {', '.join(absent)} not found in {folder}; use download=True "
-        "(--download) to fetch what is missing, or another data_dir (--data-dir)"
+        "to fetch what is missing, or another data_dir"
     )

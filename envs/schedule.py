@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..critics.arguments import checked
+from ..critics.reading import damage_named, read_json
 from .ends import warn_of_ends
 from .fast_dpm import fast_times
 from .files import write_atomically
@@ -90,6 +91,9 @@ class Schedule:
                 f"the times of a schedule must lie in [0, {process.t_max:g}]; "
                 f"got {float(times[-1]):g} to {float(times[0]):g}"
             )
+        # A time of 1e-320 is above 0 and has no noise in float64, by which solvers divide.
+        if not bool((process.sigma(times[:-1]) > 0).all()):
+            raise ValueError("the times of a schedule must have noise, but for the last")
 
     @property
     def process(self) -> NoiseProcess:
@@ -416,20 +420,13 @@ class Schedule:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"No schedule at {path}.")
-        try:
-            tree = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not a schedule: no valid JSON ({error}).") from None
+        tree = read_json(path)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ValueError(f"{path} is not a schedule: it has no 'format': '{FORMAT}'.")
         if tree.get("version") != 1:
             raise ValueError(f"{path} has version {tree.get('version')!r}; this fewstep reads 1.")
-        try:
+        with damage_named(path):
             return cls.from_config(tree)
-        except KeyError as error:
-            raise ValueError(f"{path} is damaged: it lacks {error}.") from None
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):

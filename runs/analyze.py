@@ -25,7 +25,7 @@ from .console import console, print_fit
 from .folder import tableau_file, write_json
 from .foreign import check_body, foreign_body
 from .plots import correlation_figure, lambdas_figure, paths_figure, save_figure
-from .pretrained import PretrainedSettings, load, run_of
+from .pretrained import PretrainedSettings, check_samples, load, run_of
 from .settings import resumed_settings
 from .train import build_mdp
 
@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
             name: torch.stack(list(tableau.states(denoiser, noise)))
             for name, tableau in solvers.items()
         }
+    for name, tableau in solvers.items():
+        check_samples(states[name], settings, tableau)
     figures: dict[str, Any] = {
         "correlation": correlation_figure(reference.times, reference.similarity),
         "trajectory": paths_figure(

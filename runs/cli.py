@@ -17,6 +17,10 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TextIO
 
+from .flags import with_flags
+
+LONGEST_MESSAGE = 2000
+
 # Each command lives in a module of its own, imported only when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "clone a denoiser and train an agent (no flags: the main job)"),
@@ -98,7 +102,13 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """Show a warning as one sentence, without the place in the code that Python adds."""
-    print(f"fewstep: warning: {message}", file=sys.stderr)
+    print(f"fewstep: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    """Join a message's lines, name the flags behind it, and cut one that quotes a whole file."""
+    text = with_flags(" ".join(str(message).split()))
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
 @contextmanager
@@ -132,7 +142,7 @@ def _fail(error: Exception, code: int) -> None:
         raise error
     # Under torchrun all processes meet the same error; one of them says so.
     if os.environ.get("RANK", "0") == "0":
-        print(f"fewstep: {error}", file=sys.stderr)
+        print(f"fewstep: {_one_line(error)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -11,12 +11,11 @@ from typing import Annotated
 import tyro
 
 from ..agents.checks import at_least
-from ..agents.sampling import sampler_of
 from ..critics.evaluation import evaluate
 from .console import console, print_results
 from .features import features_for, real_distances
 from .folder import check_output, write_json
-from .pretrained import PretrainedSettings, load
+from .pretrained import PretrainedSettings, finite_sampler, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         mdp.target, inception_weights=settings.inception_weights, data_dir=settings.data_dir
     )
     report = evaluate(
-        sampler_of(tableau, denoiser, mdp.shape),
+        finite_sampler(settings, mdp, denoiser, tableau),
         mdp.target,
         settings.evaluation_samples,
         features=features,

@@ -23,6 +23,8 @@ from typing import Any
 from ..agents import AGENTS, DODE
 from ..agents.base import Agent
 from ..agents.checkpoint import CheckpointError
+from ..agents.denoiser import STAGES
+from ..critics.reading import CONSTANTS, read_json
 from ..envs.files import write_atomically
 from .settings import Settings, defaults
 
@@ -111,18 +113,40 @@ class RunFolder:
         path = self.path / "results.json"
         if not path.is_file():
             return {}
-        try:
-            return dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+        results = read_record(path)
+        if not isinstance(results.get("seconds", 0.0), int | float):
             raise ValueError(
-                f"{path} is damaged ({error}): delete it, and it is written anew."
-            ) from None
+                f"{path} is damaged: its seconds are no number. Delete it, and it is written anew."
+            )
+        return results
 
     def update_results(self, **values: Any) -> dict[str, Any]:
         """Merge values into results.json, atomically; return the whole."""
         results = {**self.results(), **values}
         write_json(self.path / "results.json", results)
         return results
+
+
+def read_record(path: Path, *needed: str) -> dict[str, Any]:
+    """Read an object that `write_json` wrote.
+
+    Args:
+        path: the file.
+        needed: keys that it has to have.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or a key is missing.
+    """
+    try:
+        record = read_json(path, constants=CONSTANTS)
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} is damaged: it holds no record.")
+        if missing := [key for key in needed if key not in record]:
+            raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}.")
+    except ValueError as error:
+        raise ValueError(f"{error} Delete it, and it is written anew.") from None
+    return record
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -219,7 +243,7 @@ def denoiser_file(path: Path) -> Path:
     Raises:
         FileNotFoundError: neither.
     """
-    for candidate in (path, path / CHECKPOINT, path / CLONING):
+    for candidate in (path, *(path / name for name in STAGES)):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(

@@ -6,13 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from ..agents import Denoiser, Tableau
+from ..agents.denoiser import STAGES
 from ..agents.no_data import no_data
 from ..agents.pipelines import pipeline_tableau
+from ..agents.sampling import sampler_of
 from ..agents.solvers import Options, default_solver_options, make_solver
+from ..critics.evaluation import Sampler
 from ..critics.shapes import is_image
 from ..envs import DiffusionMDP
 from ..envs.registration import resolve_environment
@@ -81,7 +85,7 @@ def load(
     """
     check_seed(settings.seed)
     device = resolve_device(settings.device)
-    run = run_of(settings.denoiser)
+    run = run_of(settings.denoiser, needed=settings.env is None)
     denoiser = find_denoiser(
         settings.denoiser,
         device,
@@ -139,6 +143,33 @@ def own_network(settings: PretrainedSettings, run: TrainSettings | None) -> nn.M
     return foreign_body(settings.body, run.body_options if run and options is None else options)
 
 
+def check_samples(samples: Tensor, settings: PretrainedSettings, tableau: Tableau) -> None:
+    """Raise ValueError, which names the denoiser and the table, for samples that are not finite."""
+    if not samples.isfinite().all():
+        table = tableau.name if settings.solver in (None, tableau.name) else settings.solver
+        raise ValueError(
+            f"{table} with {settings.denoiser} gives samples that hold NaN or infinity: take "
+            "another solver, more steps or another denoiser."
+        )
+
+
+def finite_sampler(
+    settings: PretrainedSettings, mdp: DiffusionMDP, denoiser: Denoiser, tableau: Tableau
+) -> Sampler:
+    """Return a sampler that raises ValueError instead of giving NaN or infinity."""
+    draw = sampler_of(tableau, denoiser, mdp.shape)
+
+    def checked(n: int, generator: torch.Generator) -> Tensor:
+        try:
+            samples = draw(n, generator)
+        except ValueError as error:
+            raise ValueError(f"{settings.solver or settings.denoiser}: {error}") from None
+        check_samples(samples, settings, tableau)
+        return samples
+
+    return checked
+
+
 def finished_table(settings: PretrainedSettings, denoiser: Denoiser) -> Tableau | None:
     """Read the table that --solver names, or that the denoiser was trained or exported with.
 
@@ -155,10 +186,7 @@ def finished_table(settings: PretrainedSettings, denoiser: Denoiser) -> Tableau 
         return None
     file = tableau_file(settings.denoiser) if solver is None else Path(solver)
     path = file or settings.denoiser
-    try:
-        tableau = pipeline_tableau(path) if file is None else Tableau.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tableau = pipeline_tableau(path) if file is None else Tableau.load(file)
     if tableau is None:
         return None
     for name in ("steps", "schedule", "schedule_options", "solver_options"):
@@ -175,9 +203,21 @@ def finished_table(settings: PretrainedSettings, denoiser: Denoiser) -> Tableau 
     return tableau
 
 
-def run_of(path: Path) -> TrainSettings | None:
-    """Return the settings of the run folder at `path` or around it; None if it is no run's."""
+def run_of(path: Path, needed: bool = False) -> TrainSettings | None:
+    """Return the settings of the run folder at `path` or around it; None if it is no run's.
+
+    Args:
+        path: a run folder, or a file in one.
+        needed: raise ValueError if the settings of a run folder are damaged, rather than return
+            None.
+    """
+    folder = path if path.is_dir() else path.parent
     try:
-        return Settings.from_json((path if path.is_dir() else path.parent) / "config.json").run
-    except (FileNotFoundError, ValueError):
+        return Settings.from_json(folder / "config.json").run
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        # A folder of diffusers has a config.json of its own.
+        if needed and any((folder / name).is_file() for name in STAGES):
+            raise
         return None

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 import tyro
 
-from ..agents.sampling import sampler_of
 from ..envs.files import write_atomically
 from .console import console
 from .folder import check_output
 from .plots import pictured, samples_figure, save_figure
-from .pretrained import PretrainedSettings, load
+from .pretrained import PretrainedSettings, finite_sampler, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
     check_output(settings.output)
     mdp, denoiser, tableau = load(settings, needs_data=False)
     generator = torch.Generator(mdp.device).manual_seed(settings.seed)
-    samples = sampler_of(tableau, denoiser, mdp.shape)(settings.n, generator).cpu()
+    draw = finite_sampler(settings, mdp, denoiser, tableau)
+    samples = draw(settings.n, generator).cpu()
     if settings.output.suffix == ".png":
         real = mdp.target.take(pictured(mdp.shape)).cpu()
         save_figure(samples_figure({tableau.name: samples}, real), settings.output)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,7 +22,7 @@ from ..envs import DiffusionMDP, Schedule, Target, make_schedule, make_target
 from ..envs.mdp import no_reward
 from .console import console
 from .features import features_for, real_distances
-from .folder import RunFolder, write_json
+from .folder import RunFolder, read_record, write_json
 from .plots import dots_figure, save_figure
 from .sampler_studies import FastSampler, SamplerStudy
 from .settings import Settings, defaults, resolve_device
@@ -93,7 +92,9 @@ class SamplerWorld:
         key = f"{_slug(sampler.label)}__{steps}__seed{self.seed}"
         file = self.folder / "cells" / f"{key}.json"
         if file.is_file():
-            return json.loads(file.read_text())
+            return read_record(
+                file, "sampler", "nfe", "seed", "scores", "floors", "higher_is_better", "seconds"
+            )
         console.rule(key)
         began = time.monotonic()
         tableau, denoiser = self._sampler(sampler, steps)

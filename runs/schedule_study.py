@@ -6,7 +6,6 @@ logs/benchmark/STUDY/results.json  table.md  plot.png  cells/          logs/benc
 from __future__ import annotations
 
 import copy
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from ..agents.solvers import default_schedule, make_solver
 from ..envs import DiffusionMDP, Schedule
 from ..envs.mdp import no_reward
 from .console import console
-from .folder import write_json
+from .folder import read_record, write_json
 from .plots import factors_figure, save_figure
 from .schedule_studies import Learner, ScheduleStudy
 from .solver_study import HELD_OUT, REFERENCE_STEPS, World
@@ -60,7 +59,9 @@ def _cell(
 ) -> dict[str, Any]:
     """Measure a solver on Karras's schedule and on the learned ones, or find it measured."""
     file = folder / f"{world.key}__{solver}__{steps}.json"
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    record: dict[str, Any] = (
+        read_record(file, "env", "solver", "steps", "scores", "floors") if file.is_file() else {}
+    )
     scores = record.get("scores", {})
     schedule = default_schedule(solver, world.process, steps, "karras")
     if BASE not in scores:

@@ -26,6 +26,7 @@ from ..agents.checks import at_least, not_negative
 from ..agents.presets import preset
 from ..agents.solvers import Options
 from ..critics.arguments import check_value
+from ..critics.reading import DAMAGE, INFINITIES, read_json, reason
 from ..envs.names import unknown_name
 from ..envs.registration import resolve_environment
 from .distributed import check_own_gpu
@@ -135,8 +136,8 @@ class Settings:
         """Read a config.json. Raises FileNotFoundError or ValueError with the reason."""
         if not path.is_file():
             raise FileNotFoundError(f"No settings file at {path}.")
+        tree = read_json(path, constants=INFINITIES)
         try:
-            tree = json.loads(path.read_text())
             parts = [tree[part] for part in ("run", "agent", "cloning")]
             if not all(isinstance(part, dict) for part in parts):
                 raise TypeError("run, agent and cloning must be objects")
@@ -158,13 +159,15 @@ class Settings:
             )
             for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
                 if run.get(key) is not None:
+                    if run[key] == "":
+                        raise ValueError(f"{key} is empty")
                     run[key] = Path(run[key])
             if is_foreign(run.get("body")):
                 run["body"] = Recorded(run["body"])
             settings = cls(TrainSettings(**run), of_agent, cloning)
             check_numbers(settings)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        except DAMAGE as error:
+            raise ValueError(f"{path}: {reason(error)}") from None
         return settings
 
 

@@ -9,7 +9,6 @@ logs/benchmark/STUDY/results.json  table.md  plot.png  cells/          logs/benc
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from ..envs.mdp import no_reward
 from ..envs.process import NoiseProcess, make_process
 from ..envs.registration import make_mdp
 from .console import console
-from .folder import RunFolder, write_json
+from .folder import RunFolder, read_record, write_json
 from .plots import factors_figure, save_figure
 from .settings import Settings, defaults, resolve_device
 from .solver_studies import MIXTURE, SolverStudy, Variant
@@ -74,7 +73,7 @@ def _cells(
         for budget in study.budgets:
             file = folder / f"{world.key}__{_slug(variant.label)}__{budget}.json"
             if file.is_file():
-                yield json.loads(file.read_text())
+                yield read_record(file, "env", "variant", "nfe", "scores", "floors")
                 continue
             record = world.measure(variant, budget, study.treatments)
             errors = ", ".join(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ...critics.reading import read_json
 from ..checkpoint import CheckpointError
 from ..tableau import Tableau
 
@@ -28,9 +28,9 @@ def read_distilled(path: str | Path, agent: str) -> tuple[Tableau, dict[str, Any
         raise CheckpointError(f"No tableau at {path}.")
     try:
         tableau = Tableau.load(path)
-        tree = json.loads(path.read_text())
+        tree = read_json(path)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(str(error)) from None
     training = tree.get("training")
     if not isinstance(training, dict) or training.get("agent") != agent:
         raise CheckpointError(f"{path} is a tableau, but not one that {agent}'s training wrote.")

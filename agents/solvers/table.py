@@ -82,7 +82,7 @@ class Solver:
         lacking = "Gamma" if self.needs == "gamma" else f"a second head of kind '{self.needs}'"
         raise ValueError(
             f"This solver needs a denoiser with {lacking}: train one with "
-            f"`fewstep train --agent variance --kind {self.needs}`."
+            f"VarianceLearning, kind='{self.needs}'."
         )
 
 

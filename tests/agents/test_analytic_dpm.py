@@ -196,7 +196,7 @@ def test_solvers_say_what_they_need_of_the_denoiser(make_denoiser, process):
     denoiser = make_denoiser()
     for name, lacking in (
         ("analytic-dpm", "Gamma: .*--agent variance --kind gamma"),
-        ("sn-ddpm", "kind 'sn': .*--agent variance --kind sn"),
+        ("sn-ddpm", "kind 'sn': .*VarianceLearning, kind='sn'"),
         ("npr-ddpm", "kind 'npr': .*--agent variance --kind npr"),
     ):
         for given_denoiser in (None, denoiser):

@@ -103,7 +103,7 @@ def test_rollout_moves_by_the_transition_it_scores(chain, grad, generator):
 def test_samplers_without_a_density_are_refused(make_denoiser, process):
     schedule = Schedule.uniform(process, 4)
     for table in (ddim(schedule), ancestral(schedule, "small")):
-        with pytest.raises(ValueError, match=r"no noise in .* --solver-options last_std 0\.001"):
+        with pytest.raises(ValueError, match=r"no noise in .* last_std=0\.001"):
             GaussianChain(make_denoiser(), table)
     plain = ancestral(schedule, "beta")
     weights = plain.weights.copy()

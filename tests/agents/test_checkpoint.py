@@ -156,10 +156,10 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
         (None, "not a fewstep checkpoint"),
         ({"format": "pt"}, "its format is 'pt'"),
         ({"format": "fewstep-checkpoint-9"}, "fewstep-checkpoint-9"),
-        ({"format": module.FORMAT}, "corrupt"),
-        ({"format": module.FORMAT, "tree": "{"}, "corrupt"),
-        ({"format": module.FORMAT, "tree": json.dumps({"w": 1})}, "corrupt"),
-        ({"format": module.FORMAT, "tree": json.dumps({"$tensor": "/gone"})}, "corrupt"),
+        ({"format": module.FORMAT}, "damaged"),
+        ({"format": module.FORMAT, "tree": "{"}, "damaged"),
+        ({"format": module.FORMAT, "tree": json.dumps({"w": 1})}, "damaged"),
+        ({"format": module.FORMAT, "tree": json.dumps({"$tensor": "/gone"})}, "damaged"),
     ],
 )
 def test_foreign_and_corrupt_files_are_refused(metadata, complaint, tmp_path):

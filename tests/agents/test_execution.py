@@ -133,7 +133,7 @@ def test_running_out_of_memory_names_the_settings_that_help(digits, monkeypatch)
 
     agent = SFTPG(digits, small(digits), **SETTINGS)
     monkeypatch.setattr(agent, "train_round", allocate)
-    with pytest.raises(OutOfMemoryError, match="--micro-batch-size 25"):
+    with pytest.raises(OutOfMemoryError, match="micro_batch_size=25"):
         agent.learn(agent.timesteps_per_round)
 
 

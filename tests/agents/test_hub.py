@@ -1,5 +1,6 @@
 """Pipelines of diffusers become denoisers and back, offline; what cannot be honoured is refused."""
 
+import inspect
 import json
 import shutil
 
@@ -371,6 +372,10 @@ def test_other_pipelines_are_named_and_refused(index, sentence, tmp_path):
         ({"prediction_type": "flow"}, "prediction_type='flow'; fewstep reads epsilon, sample"),
         ({"beta_schedule": "cubic"}, "cubic is not implemented"),
         ({"beta_end": 1.5}, "strictly between 0 and 1"),
+        ({"beta_start": []}, "scheduler_config.json: "),
+        ({"num_train_timesteps": 10**9}, "must be 1 to 100000, got 1000000000"),
+        ({"clip_sample": "no"}, "clip_sample must be true or false, got 'no'"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
         ({"trained_betas": BETAS}, "other num_train_timesteps than betas"),
         ({"num_train_timesteps": "many"}, "scheduler_config.json: "),
         ({"_class_name": "ScoreSdeVeScheduler"}, "describes a ScoreSdeVeScheduler; fewstep reads"),
@@ -428,7 +433,7 @@ def test_broken_files_are_refused(folder):
         text = (path / name).read_text()
         for broken in (text[:-10], "[]"):
             (path / name).write_text(broken)
-            with pytest.raises(CheckpointError, match=f"{name} is corrupt"):
+            with pytest.raises(CheckpointError, match=f"{name} is damaged"):
                 Denoiser.from_pretrained(path)
         (path / name).write_text(text)
         if name != "model_index.json":
@@ -443,8 +448,9 @@ def test_networks_that_are_no_bodies_are_refused(folder, tmp_path):
     config = json.loads((path / "unet" / "config.json").read_text())
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     UNet2DModel(**{**options, "num_class_embeds": 3}).save_pretrained(path / "unet")
-    with pytest.raises(CheckpointError, match="class-conditional"):
+    with pytest.raises(CheckpointError, match=r"class-conditional .* conditional networks yet"):
         Denoiser.from_pretrained(path)
+    change(path / "unet" / "config.json", num_class_embeds=None)
     change(path / "unet" / "config.json", down_block_types=["DownBlock3D", "DownBlock2D"])
     with pytest.raises(CheckpointError, match=r"give no UNet2DModel: .*DownBlock3D"):
         Denoiser.from_pretrained(path)
@@ -462,11 +468,106 @@ def test_names_that_lead_nowhere_say_so(cache, tmp_path):
         Denoiser.from_pretrained(tmp_path / "file")
 
 
+OTHER_SCHEDULERS = [
+    (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    (diffusers.DPMSolverSinglestepScheduler, {"lower_order_final": True}),
+    (diffusers.DEISMultistepScheduler, {}),
+    (diffusers.UniPCMultistepScheduler, {}),
+    (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    (diffusers.EulerAncestralDiscreteScheduler, {}),
+    (diffusers.HeunDiscreteScheduler, {"beta_start": 1e-4, "beta_end": 0.02}),
+    (diffusers.LMSDiscreteScheduler, {}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+@pytest.mark.parametrize(("kind", "options"), OTHER_SCHEDULERS)
+@pytest.mark.parametrize(
+    "betas",
+    [
+        {"beta_schedule": "scaled_linear"},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50},
+        {"trained_betas": BETAS, "num_train_timesteps": 4},
+    ],
+)
+def test_schedulers_of_the_same_chain_say_the_same(kind, options, betas, folder, sample):
+    """What diffusers itself makes of the config of another scheduler is the judge."""
+    scheduler = kind(**betas, **options, prediction_type="v_prediction")
+    denoiser = Denoiser.from_pretrained(folder(scheduler))
+    judge = DDPMScheduler.from_config(scheduler.config)
+    assert judge.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(denoiser.process.betas.float(), judge.betas, rtol=1e-6, atol=0)
+    index = len(judge.betas) - 2
+    raw = denoiser.body.unet(sample, index).sample
+    judge = DDPMScheduler.from_config(scheduler.config, clip_sample=False)
+    expected = judge.step(raw, index, sample).pred_original_sample
+    torch.testing.assert_close(denoiser.denoised(sample, index + 1), expected, rtol=1e-4, atol=1e-4)
+    assert not denoiser.clip
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+@pytest.mark.parametrize("shards", ["10GB", "4KB"])
+def test_weights_in_shards_and_variants_are_those_diffusers_reads(
+    variant, shards, make_unet, folder, sample
+):
+    path = folder()
+    (path / "unet" / WEIGHTS).unlink()
+    model = make_unet(seed=3).unet
+    if variant == "fp16":
+        model = model.half()
+    model.save_pretrained(path / "unet", variant=variant, max_shard_size=shards)
+    assert (len([*path.glob("unet/*.safetensors")]) > 1) == (shards == "4KB")
+    theirs = UNet2DModel.from_pretrained(path / "unet", variant=variant).float()
+    denoiser = Denoiser.from_pretrained(path, variant=variant)
+    assert torch.equal(denoiser(sample, 5), theirs(sample, 4).sample)
+    if variant == "fp16":  # nothing else is there
+        assert torch.equal(Denoiser.from_pretrained(path)(sample, 5), denoiser(sample, 5))
+    if variant == "non_ema":
+        with pytest.raises(FileNotFoundError, match="the argument variant chooses"):
+            Denoiser.from_pretrained(path)
+
+
+def test_a_broken_index_of_shards_is_refused(make_unet, folder, tmp_path):
+    path = folder()
+    (path / "unet" / WEIGHTS).unlink()
+    make_unet().unet.save_pretrained(path / "unet", max_shard_size="4KB")
+    index = path / "unet" / f"{WEIGHTS}.index.json"
+    tree = json.loads(index.read_text())
+    shard = tree["weight_map"]["conv_in.weight"]
+    whole = (path / "unet" / shard).read_bytes()
+    (path / "unet" / shard).write_bytes(whole[:-9])
+    with pytest.raises(CheckpointError, match=f"{shard} is truncated"):
+        Denoiser.from_pretrained(path)
+    (path / "unet" / shard).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"lacks {shard}, which {index.name} names"):
+        Denoiser.from_pretrained(path)
+    for weights in ({}, [], {"conv_in.weight": 3}, {"conv_in.weight": "../../elsewhere"}):
+        change(index, weight_map=weights)
+        with pytest.raises(CheckpointError, match="weight_map names no files beside it"):
+            Denoiser.from_pretrained(path)
+
+
+def test_a_network_larger_than_its_file_is_never_built(folder, monkeypatch):
+    path = folder()
+    built = []
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda *_, **__: built.append(1))
+    for options in (
+        {"block_out_channels": [2**20, 2**20]},
+        {"layers_per_block": 10**6},
+        {"block_out_channels": [8] * 10**5},
+    ):
+        change(path / "unet" / "config.json", **options)
+        with pytest.raises(CheckpointError, match="give no UNet2DModel"):
+            Denoiser.from_pretrained(path)
+    assert not built
+
+
 def test_the_schedulers_we_name_are_those_diffusers_has():
     from fewstep.agents.hub import SCHEDULERS as NAMES
 
-    for name in NAMES:
-        assert "prediction_type" in getattr(diffusers, name)().config
+    declared = {name: inspect.signature(getattr(diffusers, name)).parameters for name in NAMES}
+    for parameters in declared.values():
+        assert {"prediction_type", "num_train_timesteps", "trained_betas"} <= set(parameters)
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])

@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+)
 
 from fewstep.agents import Denoiser, Tableau
 from fewstep.agents.denoiser import edm_time_range
@@ -245,3 +250,48 @@ def test_what_a_pipeline_cannot_run_is_not_exported(make, tmp_path):
     with pytest.raises(ValueError, match="a second head of the network, which a diffusers pipel"):
         make().export_pipeline(tmp_path, second_head)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("prediction", "clip"), [("epsilon", True), ("v", False)])
+def test_other_schedulers_get_our_chain(prediction, clip, make, tmp_path):
+    """diffusers' way to swap schedulers."""
+    process = DiscreteVP.sigmoid(200)
+    make(process, prediction, clip).export_pipeline(tmp_path, ddim(Schedule.uniform(process, 5)))
+    config = open_pipeline(tmp_path).scheduler.config
+    for kind in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler):
+        theirs = kind.from_config(config)
+        assert theirs.config.num_train_timesteps == 200
+        expected = process.abar[1:].float()
+        torch.testing.assert_close(theirs.alphas_cumprod, expected, rtol=1e-4, atol=0)
+        assert theirs.config.prediction_type == {"v": "v_prediction"}.get(prediction, prediction)
+    assert DDIMScheduler.from_config(config).config.clip_sample is clip
+    # And back: the config of a scheduler that was swapped in still holds the table.
+    again = TableauScheduler.from_config(DDIMScheduler.from_config(config).config)
+    assert np.array_equal(again.tableau.times, open_pipeline(tmp_path).scheduler.tableau.times)
+
+
+def test_noise_is_added_as_diffusers_adds_it(make, generator, tmp_path):
+    make().export_pipeline(tmp_path, ddim(Schedule.uniform(VP, 5)))
+    ours = open_pipeline(tmp_path).scheduler
+    theirs = DDPMScheduler(trained_betas=VP.betas.tolist())
+    clean, noise = torch.randn(2, 4, 2, 8, 8, generator=generator(1))
+    for times in (torch.tensor([0, 3, 500, 999]), torch.tensor([999])):
+        expected = theirs.add_noise(clean, noise, times)
+        actual = ours.add_noise(clean, noise, times)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert ours.add_noise(clean.half(), noise.half(), times).dtype == torch.float16
+    with pytest.raises(ValueError, match="times must lie in"):
+        ours.add_noise(clean, noise, torch.tensor([1000]))
+
+
+def test_noise_is_added_at_edm_s_levels(make, generator, tmp_path):
+    """What the network reads at each of the table's times: c_in(sigma) (x_0 + sigma noise)."""
+    table = heun(Schedule.karras(EDM, 4))
+    make(EDM, "edm").export_pipeline(tmp_path, table)
+    scheduler = open_pipeline(tmp_path).scheduler
+    assert scheduler.config.trained_betas is None
+    clean, noise = torch.randn(2, len(scheduler.timesteps), 2, 8, 8, generator=generator(1))
+    actual = scheduler.add_noise(clean, noise, scheduler.timesteps)
+    for j, sigma in enumerate(table.times[:-1].tolist()):
+        expected = (clean[j] + sigma * noise[j]) / math.hypot(sigma, 0.6)
+        torch.testing.assert_close(actual[j], expected, rtol=1e-4, atol=1e-5)

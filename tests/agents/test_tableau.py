@@ -136,7 +136,7 @@ def test_a_step_with_the_noise_of_each_pixel_has_to_be_told_it(make_noisy, heade
     with pytest.raises(ValueError, match="get it from evaluate_with_std"):
         table.advance(0, [state], [state])
     headed.head = None
-    with pytest.raises(ValueError, match=r"this denoiser has not.*--agent variance"):
+    with pytest.raises(ValueError, match=r"this denoiser has not.*VarianceLearning"):
         table.sample(headed, state)
 
 
@@ -273,7 +273,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(make_table):
         ({"version": None}, "version"),
         ({"format": "butcher"}, "format"),
         ({"weights": ...}, "lacks weights"),
-        ({"scale": [1, NAN, 1, 1, 1]}, "scale holds NaN"),
+        ({"scale": [1, NAN, 1, 1, 1]}, "has NaN, which is no number"),
         ({"scale": None}, "malformed"),
         ({"scale": 1.0}, "malformed"),
         ({"noise": {"0": 1}}, "malformed"),

@@ -1,5 +1,8 @@
 import gzip
+import pickle
+import struct
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 from urllib.error import URLError
@@ -77,9 +80,9 @@ def test_a_missing_set_is_said_in_one_sentence(name, tmp_path):
     assert str(tmp_path) in complaint
     assert "\n" not in complaint
     wanted = {
-        "MNIST": ["train-images-idx3-ubyte.gz", "--download"],
-        "CIFAR10": ["data_batch_3", "--download"],
-        "CelebA64": ["img_align_celeba.zip", "list_eval_partition.txt", "gdown", "--download"],
+        "MNIST": ["train-images-idx3-ubyte.gz", "download=True"],
+        "CIFAR10": ["data_batch_3", "download=True"],
+        "CelebA64": ["img_align_celeba.zip", "list_eval_partition.txt", "gdown", "download=True"],
         "ImageFolder": [".png"],
     }
     for word in wanted[name]:
@@ -174,6 +177,52 @@ def test_a_damaged_mnist_file_is_named(tmp_path, damage, kind):
         make_target("MNIST", data_dir=tmp_path)
 
 
+def rewritten(root, name, change):
+    """Change the array of a packed IDX file, keeping its header true."""
+    file = root / "MNIST" / "raw" / f"{name}-ubyte.gz"
+    data = bytearray(gzip.decompress(file.read_bytes()))
+    file.write_bytes(gzip.compress(bytes(change(data))))
+
+
+@pytest.mark.parametrize("label", [10, 255])
+@pytest.mark.parametrize("split", ["train", "t10k"])
+def test_a_label_beyond_nine_is_refused(tmp_path, split, label):
+    write_mnist(tmp_path)
+    rewritten(tmp_path, f"{split}-labels-idx1", lambda data: data[:-1] + bytes([label]))
+    with pytest.raises(ValueError, match=rf"{split}-labels-idx1-ubyte.gz is .*holds {label}"):
+        make_target("MNIST", data_dir=tmp_path)
+
+
+def test_as_many_labels_as_images(tmp_path):
+    write_mnist(tmp_path)
+    rewritten(tmp_path, "train-labels-idx1", lambda data: data[:7] + bytes([29]) + data[8:-1])
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte has 29 labels for 30 images"):
+        make_target("MNIST", data_dir=tmp_path)
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+    write_mnist(tmp_path)
+    rewritten(tmp_path, "train-images-idx3", lambda data: data[:11] + bytes([14]) + data[12:])
+    with pytest.raises(ValueError, match=r"30 x \(14, 28\), not N x \(28, 28\)"):
+        make_target("MNIST", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("announced", [30, 2**32 - 1])
+def test_no_more_is_unpacked_than_the_header_announces(tmp_path, announced):
+    """A file of 260 kB that unpacks to 256 MiB: 30 images are 23,520 bytes."""
+    write_mnist(tmp_path)
+    head = bytes((0, 0, 8, 3)) + struct.pack(">3I", announced, 28, 28)
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(head) + gzip.compress(bytes(2**23)) * 32)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"images-idx3-ubyte.gz is damaged"):
+            make_target("MNIST", data_dir=tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
 # CIFAR-10.
 
 
@@ -189,6 +238,24 @@ def test_cifar10_is_what_torchvision_reads(tmp_path, no_checksums):
 def test_a_cifar10_of_other_bytes_is_never_unpickled(tmp_path):
     write_cifar10(tmp_path)
     with pytest.raises(ValueError, match=r"CIFAR10 in .* are damaged"):
+        make_target("CIFAR10", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "complaint"),
+    [
+        ("labels", [10] * 8, "labels that are not 40 numbers, 0 to 9"),
+        ("labels", [-1] * 8, "labels that are not 40 numbers, 0 to 9"),
+        ("labels", [0] * 7, "labels that are not 40 numbers, 0 to 9"),
+        ("data", np.zeros((8, 3072), np.float32), "hold float32"),
+    ],
+)
+def test_a_cifar10_out_of_range_is_refused(tmp_path, no_checksums, key, values, complaint):
+    write_cifar10(tmp_path)
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    batch = {**pickle.loads(file.read_bytes()), key: values}
+    file.write_bytes(pickle.dumps(batch))
+    with pytest.raises(ValueError, match=f"CIFAR10 in {tmp_path}.*{complaint}"):
         make_target("CIFAR10", data_dir=tmp_path)
 
 
@@ -216,6 +283,17 @@ def test_a_celeba_that_is_not_whole_is_refused(tmp_path):
         make_target("CelebA64", data_dir=tmp_path)
     (folder / "list_eval_partition.txt").write_text("000000.jpg 0\n000001.jpg 3\n")
     with pytest.raises(ValueError, match=r"line 2 of .*list_eval_partition\.txt is not"):
+        make_target("CelebA64", data_dir=tmp_path)
+    for twice in ("000000.jpg 0\n000000.jpg 2\n", "000000.jpg 0\n../celeba/000001.jpg 2\n"):
+        (folder / "list_eval_partition.txt").write_text(twice)
+        with pytest.raises(
+            ValueError, match=r"line 2 of .*list_eval_partition\.txt (names|is not)"
+        ):
+            make_target("CelebA64", data_dir=tmp_path)
+    (folder / "list_eval_partition.txt").write_bytes(b"\xff\xfe 0\n")
+    with pytest.raises(
+        ValueError, match=r"list_eval_partition\.txt is damaged or foreign: no UTF-8"
+    ):
         make_target("CelebA64", data_dir=tmp_path)
     (folder / "list_eval_partition.txt").write_text("000000.jpg 0\n")
     with pytest.raises(ValueError, match="names no images for training"):
@@ -246,22 +324,34 @@ def test_a_folder_is_split_once_and_labelled_by_its_sub_folders(tmp_path):
 
 
 def test_images_are_cut_square_and_resized_as_torchvision_does(tmp_path):
-    write_folder(tmp_path, count=1, size=(301, 144))
+    write_folder(tmp_path, count=2, classes=["cats"], size=(301, 144))
     target = make_target("ImageFolder", data_dir=tmp_path)
     usual = v2.Compose([v2.CenterCrop(144), v2.Resize(64), v2.PILToTensor()])
-    assert torch.equal(
-        to_bytes(target.samples)[0], usual(Image.open(tmp_path / "cats" / "000.png"))
-    )
+    expected = [usual(Image.open(tmp_path / "cats" / f"{i:03}.png")) for i in range(2)]
+    assert any(torch.equal(to_bytes(target.samples)[0], image) for image in expected)
     assert target.fresh_limit == 0
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 0), (10, 0), (30, 0), (39, 0), (40, 4)])
+def test_none_are_held_out_or_enough_to_compare(tmp_path, count, held_out):
+    write_folder(tmp_path, count=count, size=(8, 8))
+    target = make_target("ImageFolder", data_dir=tmp_path, image_size=8)
+    assert (len(target), target.fresh_limit) == (count - held_out, held_out)
+
+
+def test_one_image_is_no_distribution(tmp_path):
+    write_folder(tmp_path, count=1)
+    with pytest.raises(ValueError, match=f"at least 2 images.*; {tmp_path} holds 1"):
+        make_target("ImageFolder", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("classes", [["."], ["all"], ["all/cats", "all/dogs"], [".", "dogs"]])
 def test_a_folder_without_classes_has_no_labels(tmp_path, classes):
-    write_folder(tmp_path, count=12, classes=classes)
+    write_folder(tmp_path, count=42, classes=classes)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._000.png").write_text("no image either")
     target = make_target("ImageFolder", data_dir=tmp_path, image_size=8)
-    assert (len(target), target.fresh_limit) == (11, 1)
+    assert (len(target), target.fresh_limit) == (38, 4)
     assert target.labels is target.held_out_labels is None
 
 
@@ -310,6 +400,7 @@ def test_a_damaged_image_is_named(tmp_path, suffix, share):
 
 
 def test_an_image_of_sixteen_bits_is_named(tmp_path):
+    write_folder(tmp_path, count=2, classes=["."])
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits a channel"):
         make_target("ImageFolder", data_dir=tmp_path)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fewstep import agents, critics, envs
 from fewstep.runs import measurements
 from fewstep.runs.cli import COMMANDS
 from fewstep.runs.console import console, print_report
@@ -310,3 +314,26 @@ def test_a_pickle_and_a_truncated_checkpoint_are_refused(finished, tmp_path, few
     torch.save({"weights": torch.zeros(2)}, checkpoint)
     assert fewstep("train", "--resume", copy) == 2
     assert "pickle" in capsys.readouterr().err
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z]|fewstep (train|pretrain|sample|evaluate)")
+
+
+def test_messages_of_the_library_name_no_flags_and_the_command_adds_them(fewstep, capsys, tmp_path):
+    """Rule 9 of the design: a library's user has no flags."""
+    sources = [
+        path
+        for module in (agents, critics, envs)
+        for path in Path(module.__file__).parent.rglob("*.py")
+    ]
+    assert len(sources) > 60
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise | ast.Return):
+                texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                flags = [text for text in texts if isinstance(text, str) and FLAG.search(text)]
+                assert not flags, f"{path}: {flags}"
+    assert fewstep("train", "--env=MNIST", f"--data-dir={tmp_path}") == 2
+    assert "(--data-dir; --download)" in capsys.readouterr().err
+    assert fewstep("train", "--solver=ddim", f"--log-dir={tmp_path}") == 2
+    assert "--solver-options last_std 0.001" in capsys.readouterr().err
