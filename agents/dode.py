@@ -318,7 +318,7 @@ class DODE(Agent):
         if self.returned == GIVEN:
             means = [float(held_out[name].mean()) for name in (GIVEN, DISTILLED)]
             warnings.warn(
-                f"Distillation made {self.base.name} no better, which is kept as it is: on held-out "
+                f"Distillation made {self.base.name} no better, and it is kept: on held-out "
                 f"noise the mean squared error of finished samples was {means[0]:.2e}, distilled "
                 f"{means[1]:.2e}. More batches, a larger ridge or refine='end-to-end' may help.",
                 stacklevel=2,

@@ -449,7 +449,7 @@ class ScheduleLearning(Agent):
                 self.errors["teacher"] = self._judge_teacher()
             found = None
             if self._programme and self._plan.begins_with_programme(self._alternation):
-                found = self._programme.levels(self._pool, denoiser)
+                found = self._programme.levels(self._pool, denoiser, self._base)
             self._descent.begin(denoiser, self._alternation == 0, found)
         metrics = self._descent.update(denoiser, self.generator)
         if self._descent.done:

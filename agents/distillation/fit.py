@@ -106,7 +106,7 @@ def best_constant(
 
 @torch.no_grad()
 def noise_errors(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch]) -> Tensor:
-    """Return the finished samples' errors from the teacher's, (N,): mean squares of a coordinate."""
+    """Return the finished samples' errors from the teacher's, (N,): a coordinate's mean squares."""
     return torch.cat(
         [
             coordinate_errors(tableau.sample(denoiser, batch.noise), batch.targets[-1])

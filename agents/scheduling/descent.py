@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,19 +120,22 @@ class Descent:
         assert self._watch is not None, "begin comes first"
         return self._watch
 
-    def begin(self, denoiser: Denoiser, first: bool, levels: Tensor | None = None) -> None:
+    def begin(
+        self, denoiser: Denoiser, first: bool, levels: Sequence[Tensor] | None = None
+    ) -> None:
         """Begin a stage, and remember what there was before it.
 
         Args:
             denoiser: the network that samples.
             first: whether the stage is the first one, before which there is the given schedule.
-            levels: (T,) that a programme found, to start from unless what there was before errs
-                less; None starts from the grid, or from what there was before.
+            levels: what a programme found, (T,) each; the best of them on the noise to learn on is
+                what to start from, unless what there was before errs less on held-out noise. None
+                starts from the grid, or from what there was before.
         """
         found, start = self._here(), self.origin
         before, origin = self._as_given if first else (found, start)
         if levels is not None:
-            found, start = self._map.parameters(levels), PROGRAMME
+            found, start = self._best_of(denoiser, levels), PROGRAMME
         self._move_to(found, start)
         error = self.error(denoiser)
         if levels is not None and self.pool.teacher is not None:
@@ -224,6 +228,17 @@ class Descent:
             f"levels went back to where it had not. {hint}",
             stacklevel=2,
         )
+
+    def _best_of(self, denoiser: Denoiser, found: Sequence[Tensor]) -> Tensor:
+        """Return the parameters of the levels that err least on the noise to learn on."""
+        parameters = [self._map.parameters(levels) for levels in found]
+        if len(parameters) == 1 or self.pool.teacher is None:
+            return parameters[0]
+        errors = []
+        for tried in parameters:
+            self._move_to(tried, PROGRAMME)
+            errors.append(float(self.errors(denoiser, self.pool.fitted).mean()))
+        return parameters[int(np.nanargmin(errors))]
 
     def _choose(self, denoiser: Denoiser) -> None:
         """Go to the schedule that errs least on held-out noise; measure all that were compared."""
