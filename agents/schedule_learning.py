@@ -29,7 +29,7 @@ from .scheduling.plan import Plan, Position
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
 from .scheduling.settings import Gradient, LevelTarget, check_settings
-from .scheduling.starts import ENVIRONMENT, programme_for, starting_schedule
+from .scheduling.starts import programme_for, starting_schedule
 from .scheduling.surrogate import Reading
 from .scheduling.tuning import Tuning, TuningWeights
 from .scheduling.weights import step_weights
@@ -129,7 +129,7 @@ class ScheduleLearning(Agent):
             ("given"), the start ("grid", "programme"), the best levels of the last stage one
             ("learned"), the tuned network of the last stage two ("tuned") and of what is returned
             ("returned"); and the teacher's from a finer solver's ("teacher"). With target="data"
-            only "returned", at the smallest level and from the noised data.
+            those of rollouts at the smallest level from the noised data.
 
     Raises:
         ValueError: a setting that is unknown or out of range, settings that do not go together,
@@ -241,7 +241,8 @@ class ScheduleLearning(Agent):
         wanted = self.teacher if target == "teacher" else None
         self._pool = Pool(self.mdp, like, wanted, self._original, batch_size, batches, seed)
         self._programme = programme_for(start, like, integer_times)
-        kind = PROGRAMME if self._programme else GIVEN if start == ENVIRONMENT else GRID
+        same = torch.allclose(like.times, self.mdp.schedule.times, rtol=1e-9, atol=0.0)
+        kind = PROGRAMME if self._programme else GIVEN if same else GRID
         self._descent = Descent(
             self._objective,
             self._pool,
@@ -451,6 +452,7 @@ class ScheduleLearning(Agent):
             if self._programme and self._plan.begins_with_programme(self._alternation):
                 found = self._programme.levels(self._pool, denoiser, self._base)
             self._descent.begin(denoiser, self._alternation == 0, found)
+            self.errors.update(self._descent.compared)
         metrics = self._descent.update(denoiser, self.generator)
         if self._descent.done:
             self.errors.update(self._descent.compared)
@@ -461,7 +463,7 @@ class ScheduleLearning(Agent):
 
     def _judge_teacher(self) -> float:
         """Return the teacher's error; warn if it is no better than the sampler at the start."""
-        like, noise = self._objective.like, self._pool.batches[-1].noise
+        like, noise = self._objective.like, self._pool.held_out[-1].noise
         return judge_teacher(
             self.teacher, self._base, like, self.scale, self._original, noise, self.integer_times
         )

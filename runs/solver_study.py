@@ -138,7 +138,7 @@ class World:
         self, variant: Variant, budget: int, treatments: Mapping[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Score a base solver and its treatments with a budget of network calls."""
-        schedule, base = self._base(variant, budget)
+        schedule, base = self.base(variant, budget)
         mdp = DiffusionMDP(self.target, self.process, schedule, no_reward)
         scores = {"base": self.score(base)}
         fits = {}
@@ -171,7 +171,7 @@ class World:
             "fits": fits,
         }
 
-    def _base(self, variant: Variant, budget: int) -> tuple[Schedule, Tableau]:
+    def base(self, variant: Variant, budget: int) -> tuple[Schedule, Tableau]:
         """Return the schedule that costs the budget, and the solver on it."""
         process = self.process
         made: list[Schedule] = []
@@ -206,18 +206,19 @@ class World:
             denoiser: what it asks, if not this world's denoiser; the reference stays its.
         """
         denoiser = denoiser or self.denoiser
-        states = tableau.sample(denoiser, self._held_out())
-        reference = self._reference(float(tableau.times[0]), float(tableau.times[-1]))
+        states = tableau.sample(denoiser, self.held_out())
+        reference = self.reference(float(tableau.times[0]), float(tableau.times[-1]))
         error = float((states - reference).square().sum(dim=tuple(range(1, states.ndim))).mean())
         sampler = sampler_of(tableau, denoiser, tuple(self.target.shape))
         return {"error": error, **self.evaluation(sampler, self.seed)}
 
-    def _held_out(self) -> Tensor:
+    def held_out(self) -> Tensor:
+        """Return the noise that no fit has seen, (HELD_OUT, *shape)."""
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
         shape = (HELD_OUT, *self.target.shape)
         return self.process.prior_sample(shape, generator, device=self.target.device)
 
-    def _reference(self, start: float, end: float) -> Tensor:
+    def reference(self, start: float, end: float) -> Tensor:
         """Return the held-out samples of Heun's method in many steps between two times."""
         key = (start, end)
         if key not in self._references:
@@ -227,7 +228,7 @@ class World:
                 ramp = torch.linspace(start, end, REFERENCE_STEPS + 1, dtype=torch.float64)
                 schedule = Schedule(self.process, ramp)
             self._references[key] = make_solver("heun", schedule).sample(
-                self.denoiser, self._held_out()
+                self.denoiser, self.held_out()
             )
         return self._references[key]
 

@@ -22,7 +22,6 @@ from ..tableau import Output, Tableau
 from .levels import check_levels
 from .programmes import cheapest_path
 from .rollout import Path, chunk_size, path_of
-from .weights import denoised_at
 
 
 def amplified_programmes(
@@ -57,7 +56,7 @@ def amplified_programmes(
     for chunk in noise.split(chunk_size(6 * (teacher.steps + 1), noise)):
         run = path_of(teacher, denoiser, chunk)
         signs = torch.empty_like(chunk).bernoulli_(0.5, generator=generator)
-        adjoint = adjoints(run, denoiser, 2 * signs - 1)
+        adjoint = adjoints(run, teacher.times, denoiser, 2 * signs - 1)
         if not adjoint.isfinite().all():
             return []
         size = adjoint.norm(dim=2, keepdim=True)
@@ -73,11 +72,12 @@ def amplified_programmes(
     return found
 
 
-def adjoints(run: Path, denoiser: Denoiser, end: Tensor) -> Tensor:
+def adjoints(run: Path, times: np.ndarray, denoiser: Denoiser, end: Tensor) -> Tensor:
     """Return w_j = J_j^T u of all T nodes of trajectories, (N, T, D) float64.
 
     Args:
         run: trajectories on a grid so fine that Euler's steps follow them.
+        times: of its states.
         denoiser: the network; differentiable in its sample.
         end: (N, *shape) u.
     """
@@ -86,7 +86,9 @@ def adjoints(run: Path, denoiser: Denoiser, end: Tensor) -> Tensor:
         share = float(run.levels[i + 1] / run.levels[i])
         state = run.states[i].detach().requires_grad_()
         with torch.enable_grad():
-            answer = denoised_at(denoiser, state, run.levels[i])
+            # At the very time: some networks know whole ones only.
+            t = float(times[i])
+            answer = denoiser.denoised(float(denoiser.process.alpha(t)) * state, t)
         pulled = None
         if answer.requires_grad:
             (pulled,) = torch.autograd.grad(answer, state, weight, allow_unused=True)

@@ -59,7 +59,8 @@ class Descent:
         tableau: the sampler on it.
         origin: where it comes from: "given", "grid", "programme" or "learned".
         compared: errors of the schedules that the last stage ended with a choice between, by their
-            origin, on the noise that is only reported on.
+            origin, on the noise that is only reported on; with data as the target of the given
+            schedule and of what the stage ended with.
         updates: how many of this stage are done.
         collapsed: whether a stage ended because the samples' variance fell.
     """
@@ -134,6 +135,10 @@ class Descent:
         """
         found, start = self._here(), self.origin
         before, origin = self._as_given if first else (found, start)
+        self.compared = {}
+        if first and self.pool.teacher is None:
+            self._move_to(before, origin)
+            self.compared[GIVEN] = self._reported_error(denoiser)
         if levels is not None:
             found, start = self._best_of(denoiser, levels), PROGRAMME
         self._move_to(found, start)
@@ -171,6 +176,8 @@ class Descent:
         # The least error of a target of data is a collapsed sampler's: there the last one counts.
         if self.done and self.pool.teacher is not None:
             self._choose(denoiser)
+        elif self.done:
+            self.compared[self.origin] = self._reported_error(denoiser)
         for j, level in enumerate(self.levels.tolist()):
             metrics[f"level_{j:03d}"] = level
         return metrics
@@ -244,7 +251,7 @@ class Descent:
         """Go to the schedule that errs least on held-out noise; measure all that were compared."""
         watch = self._watched
         choices = {"before": watch.before, "start": watch.found, "best": watch.best}
-        held_out, reported = {}, {}
+        held_out = {}
         met: list[Tensor] = []
         for name, parameters in choices.items():
             if any(torch.equal(parameters, other) for other in met):
@@ -253,10 +260,12 @@ class Descent:
             self._move_to(parameters, self._origin_of(parameters))
             held_out[name] = self.errors(denoiser, self.pool.held_out)
             if name != "before" or watch.first:
-                reported[self.origin] = self.errors(denoiser, self.pool.reported)
+                self.compared[self.origin] = self._reported_error(denoiser)
         chosen = choices[best_of(held_out)]
         self._move_to(chosen, self._origin_of(chosen))
-        self.compared = {origin: float(errors.mean()) for origin, errors in reported.items()}
+
+    def _reported_error(self, denoiser: Denoiser) -> float:
+        return float(self.errors(denoiser, self.pool.reported).mean())
 
     def _check_apart(self) -> None:
         """Raise TrainingDivergedError if the levels are not finite, or met."""
