@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; raises SystemExit with code 0, 1 (diverged), 2 (bad input) or 130."""
+    """Run the command line; raises SystemExit with code 0, 2 (bad input, or training diverged) or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -51,11 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             advice = "Take fewer samples, smaller batches or --device cpu."
             error = OutOfMemoryError(advice, f"in fewstep {name}")
-        if isinstance(error, OutOfMemoryError):
-            _fail(error, code=2)
-        if not isinstance(error, TrainingDivergedError):
+        if not isinstance(error, OutOfMemoryError | TrainingDivergedError):
             raise
-        _fail(error, code=1)
+        _fail(error, code=2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(130) from None

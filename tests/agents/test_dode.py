@@ -93,7 +93,10 @@ def test_learn_does_what_is_planned(solver, refine, generator):
     assert agent.total_timesteps == agent.timesteps_until(agent.rounds) == 0
     assert agent.nfe == agent.tableau.nfe == agent.base.nfe == {"heun": 11}.get(solver, 6)
     assert len(agent.lambdas) == len(agent.fits) == agent.nfe
-    assert agent.tableau.name == f"{'' if agent.returned == 'given' else 'd-'}{agent.base.name}"
+    # What is refined may have started from the base solver, where the fit was of no use.
+    assert agent.tableau.name.removeprefix("d-") == agent.base.name
+    if not refine:
+        assert agent.tableau.name.startswith("d-") == (agent.returned == "distilled")
     for fit in agent.fits:
         assert fit.after <= fit.before * (1 + 1e-6)
         assert 0 <= fit.removed <= 1 or not len(fit.lambdas)
