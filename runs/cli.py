@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; raises SystemExit with code 0, 2 (bad input, or training diverged) or 130."""
+    """Run the command line; raises SystemExit with code 0, 2 (bad input, divergence) or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

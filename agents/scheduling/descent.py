@@ -274,8 +274,8 @@ class Descent:
             raise TrainingDivergedError(
                 "a noise level",
                 self.updates,
-                f"Schedule learning diverged: after {self.updates + 1} updates two noise levels "
-                "are the same, or none. Lower schedule_learning_rate, "
+                f"Schedule learning diverged: after update {self.updates + 1} two noise levels "
+                "are the same, or one is none. Lower schedule_learning_rate, "
                 f"{self.learning_rate:g} here and 0.03 to 1 usually; checkpoints written before "
                 "are good.",
             )
