@@ -166,6 +166,7 @@ def _extrapolation(levels: Tensor, output: Output) -> tuple[Tensor, Tensor]:
     """
     start, end = levels[:, None], levels[None, :]
     if output == "epsilon":
-        return (end - start).square() / 2, start - end
+        # Levels fall: the distance is taken upwards, to be > 0.
+        return -(end - start).square() / 2, start - end
     distance = (start / end).log()
     return (1 - end / start) * distance / 2, distance
