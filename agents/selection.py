@@ -2,7 +2,7 @@
 
 What a learner finds on some noises may be worse on others than what it was given. So learners that
 have a teacher compare, on noise that they did not learn on, and keep what they were given unless
-something is better by more than the comparison's own uncertainty. What they then report is
+something is better, and not by chance. What they then report is
 measured on a third set of noises, because the least of several measured errors is too small.
 
 Errors are mean squared differences per coordinate, the unit of everything that agents report.
@@ -27,7 +27,11 @@ def coordinate_errors(samples: Tensor, goal: Tensor) -> Tensor:
 
 
 def is_better(errors: Tensor, than: Tensor) -> bool:
-    """Tell whether errors are smaller by more than one standard error of their mean difference.
+    """Tell whether errors are smaller in the mean, and not by chance.
+
+    By more than one standard error of their mean difference, or for so many more than half of the
+    noises that a fair coin would be two standard deviations off. The second counts where a few
+    noises, that end in another mode, make up most of the error and all of the uncertainty.
 
     Args:
         errors: (N,) of the new sampler, one for each noise.
@@ -41,8 +45,11 @@ def is_better(errors: Tensor, than: Tensor) -> bool:
     if not than.isfinite().all():
         return True
     gain = than - errors
-    uncertainty = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return float(gain.mean()) > uncertainty
+    mean, count = float(gain.mean()), len(gain)
+    if count < 2 or mean <= 0:
+        return mean > 0
+    lead = int((gain > 0).sum()) - int((gain < 0).sum())
+    return mean > float(gain.std()) / math.sqrt(count) or lead > 2 * math.sqrt(count)
 
 
 def best_of(errors: Mapping[str, Tensor]) -> str:

@@ -30,11 +30,14 @@ from ..envs.mdp import no_reward
 from .console import console
 from .folder import write_json
 from .solver_studies import MIXTURE, Variant
-from .solver_study import HELD_OUT, REFERENCE_STEPS, World
+from .solver_study import World
 from .tables import table
 
 # Rounds of cloning of a weak network; a good one takes ten times as many or more.
 WEAK_ROUNDS = 100
+
+# Noises that no learner has seen, and the steps of Heun's method that say where they should end.
+HELD_OUT, REFERENCE_STEPS = 1000, 400
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,14 @@ RETURNED_STUDIES = {
 }
 
 # Of the learners; without stage two the network is the given one, so that errors say all.
-SCHEDULE: dict[str, Any] = {"tuning_rounds": 0, "batch_size": 250, "schedule_rounds": 100}
-TUNING: dict[str, Any] = {"schedule_rounds": 0, "start": "environment", "tuning_rounds": 100}
+SCHEDULE: dict[str, Any] = {"tuning_rounds": 0, "batch_size": 200, "schedule_rounds": 60}
+TUNING: dict[str, Any] = {
+    "schedule_rounds": 0,
+    "start": "environment",
+    "tuning_rounds": 100,
+    "tuning_batch_size": 100,
+    "batch_size": 200,
+}
 LEARNERS = ("schedule learning", "D-ODE", "D-ODE, refined", "stage two alone")
 
 
@@ -114,6 +123,8 @@ def run_returned_study(study: ReturnedStudy, folder: Path, device: str, rounds: 
                 folder / "denoisers",
                 device,
                 rounds or WEAK_ROUNDS,
+                HELD_OUT,
+                REFERENCE_STEPS,
             )
             for variant in study.variants:
                 variant = Variant(variant.label, variant.solver, variant.options, subject.edm)

@@ -95,6 +95,8 @@ class World:
         denoisers: folder of trained denoisers.
         device: cpu, cuda, ...
         rounds: rounds of cloning, if not the presets'.
+        held_out: how many noises errors are measured on.
+        reference_steps: of Heun's method, whose samples are the reference.
     """
 
     def __init__(
@@ -105,7 +107,10 @@ class World:
         denoisers: Path,
         device: str,
         rounds: int | None,
+        held_out: int = HELD_OUT,
+        reference_steps: int = REFERENCE_STEPS,
     ) -> None:
+        self._count, self._reference_steps = held_out, reference_steps
         self.environment, self.seed = environment, seed
         self.has_network = environment != MIXTURE
         self.key = f"{environment}__{'edm' if edm else 'vp'}__seed{seed}"
@@ -213,9 +218,9 @@ class World:
         return {"error": error, **self.evaluation(sampler, self.seed)}
 
     def held_out(self) -> Tensor:
-        """Return the noise that no fit has seen, (HELD_OUT, *shape)."""
+        """Return the noise that no fit has seen, (N, *shape)."""
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
-        shape = (HELD_OUT, *self.target.shape)
+        shape = (self._count, *self.target.shape)
         return self.process.prior_sample(shape, generator, device=self.target.device)
 
     def reference(self, start: float, end: float) -> Tensor:
@@ -223,9 +228,11 @@ class World:
         key = (start, end)
         if key not in self._references:
             if isinstance(self.process, VE):
-                schedule = Schedule.karras(self.process, REFERENCE_STEPS, append_zero=end == 0)
+                schedule = Schedule.karras(
+                    self.process, self._reference_steps, append_zero=end == 0
+                )
             else:
-                ramp = torch.linspace(start, end, REFERENCE_STEPS + 1, dtype=torch.float64)
+                ramp = torch.linspace(start, end, self._reference_steps + 1, dtype=torch.float64)
                 schedule = Schedule(self.process, ramp)
             self._references[key] = make_solver("heun", schedule).sample(
                 self.denoiser, self.held_out()

@@ -90,13 +90,21 @@ def test_errors_are_mean_squares_of_a_coordinate():
     assert coordinate_errors(one, other).tolist() == [1.0, 4.0, 0.5]
 
 
-def test_better_is_by_more_than_a_standard_error():
-    torch.manual_seed(0)
-    gain = torch.randn(400, dtype=torch.float64)
-    gain = (gain - gain.mean()) / gain.std() / math.sqrt(400)  # then the standard error is 1 / 400
+def test_better_is_in_the_mean_and_not_by_chance():
+    # As many above as below 0, standard deviation 1 / 20: the standard error is 1 / 400.
+    gain = torch.tensor([-1.0, 1.0] * 200, dtype=torch.float64)
+    gain = gain / gain.std() / 20
     before = torch.ones(400, dtype=torch.float64)
     for mean, better in ((0.0026, True), (0.0024, False), (-1.0, False)):
         assert is_better(before - gain - mean, before) == better
+    # Two noises in 400 make up all the uncertainty.
+    gain = torch.full((400,), 0.001, dtype=torch.float64)
+    gain[:179], gain[0], gain[399] = -0.001, -0.8, 0.9
+    assert is_better(before - gain, before)  # 221 of 400
+    gain[1:181] = -0.001
+    assert not is_better(before - gain, before)  # 219
+    gain[1:], gain[0] = 0.001, -0.8
+    assert not is_better(before - gain, before)  # nearly all are better, but not the mean
     bad = before.clone()
     bad[3] = math.nan
     assert is_better(before, bad) and not is_better(bad, before) and not is_better(bad, bad)
