@@ -56,8 +56,9 @@ class DODE(Agent):
 
     The first round is the fit, each later one a round of the refinement, if there is one. The agent
     keeps the base solver's table unless the distilled one errs less on noise that was not fitted,
-    and that unless a refined one does, not by chance (`fewstep.agents.selection`). What counts is the finished sample's distance from the teacher's,
-    not the steps'. `returned` says which table it is.
+    and that unless a refined one does, not by chance (`fewstep.agents.selection`). What counts is
+    the finished sample's distance from the teacher's, not the steps'. `returned` says which table
+    it is.
 
     Timesteps are the calls of teacher and student on single samples, a round of the refinement
     counted as `ITERATIONS` passes (its line search may take a few more or less); what measures
