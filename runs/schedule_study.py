@@ -24,7 +24,7 @@ from .console import console
 from .folder import write_json
 from .plots import factors_figure, save_figure
 from .schedule_studies import Learner, ScheduleStudy
-from .solver_study import HELD_OUT, REFERENCE_STEPS, World
+from .solver_study import HELD_OUT, REFERENCE_STEPS, UNIT, World
 from .tables import spread, table
 
 BASE = "Karras"
@@ -61,6 +61,7 @@ def _cell(
     """Measure a solver on Karras's schedule and on the learned ones, or find it measured."""
     file = folder / f"{world.key}__{solver}__{steps}.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    record = record if record.get("unit") == UNIT else {}
     scores = record.get("scores", {})
     schedule = Schedule.karras(world.process, steps, append_zero=not SOLVERS[solver].to_t_min)
     if BASE not in scores:
@@ -84,6 +85,7 @@ def _cell(
             "seed": world.seed,
             "scores": scores,
             "floors": world.evaluation.floors,
+            "unit": UNIT,
         }
         write_json(file, record)
     return record
@@ -116,6 +118,8 @@ def _learn(world: World, solver: str, schedule: Schedule, learner: Learner) -> d
         "seconds": time.monotonic() - began,
         "levels": agent.levels.tolist(),
         "collapsed": agent.collapsed,
+        "returned": agent.returned,
+        "tuned": agent.tuned,
     }
 
 
@@ -148,7 +152,7 @@ def table_of(study: ScheduleStudy, records: Sequence[dict[str, Any]]) -> str:
     head += [f"{name} (floor)" for name in names[1:]]
     head += ["factor, error", "factor, W2", "seconds"]
     notes = [
-        f"Error: mean squared distance, summed over dimensions, from {REFERENCE_STEPS} steps of "
+        f"Error: mean squared error per coordinate, from {REFERENCE_STEPS} steps of "
         f"Heun's method with the pretrained network on {HELD_OUT} held-out noises; factors: "
         f"Karras / learned, above 1 is better. Mean ± standard deviation over {len(study.seeds)} "
         "seeds.",
