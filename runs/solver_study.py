@@ -229,6 +229,7 @@ class World:
         shape = (self._count, *self.target.shape)
         return self.process.prior_sample(shape, generator, device=self.target.device)
 
+    @torch.no_grad()
     def reference(self, start: float, end: float) -> Tensor:
         """Return the held-out samples of Heun's method in many steps between two times."""
         key = (start, end)
