@@ -27,11 +27,12 @@ from .checkpoint import CheckpointError, counter
 from .checks import at_least, not_negative
 from .denoiser import Denoiser
 from .distillation.files import read_distilled
-from .distillation.fit import Batch, StepFit, best_constant, final_error, fit
+from .distillation.fit import Batch, StepFit, best_constant, fit, noise_errors
 from .distillation.forms import CONSTANT, Form, directions, distilled
 from .distillation.refine import ITERATIONS, Refiner
 from .distillation.teacher import Align, judge_teacher, make_teacher
 from .no_data import mdp_without_data
+from .selection import best_of, is_better
 from .solvers import Options
 from .tableau import Tableau
 
@@ -40,11 +41,27 @@ Refine = Literal["none", "end-to-end"]
 # By default a fit sees about this many numbers, in at most so many batches.
 _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
 
+# As many noises as this share of the fitted ones, and at least so many unless those are fewer, are
+# held out to choose the table by; as many more to report its error.
+_HELD_OUT_SHARE, _LEAST_HELD_OUT = 4, 25
+
+GIVEN, DISTILLED, REFINED = "given", "distilled", "refined"
+_TABLES = {
+    GIVEN: "the base solver's table",
+    DISTILLED: "the distilled table",
+    REFINED: "the refined table",
+}
+
 
 class DODE(Agent):
     """Distil a many-step ODE solver into a few-step one, the network untouched.
 
-    The first round is the fit, each later one a round of the refinement, if there is one.
+    The first round is the fit, each later one a round of the refinement, if there is one. The agent
+    keeps the base solver's table unless the distilled one errs less on noise that was not fitted,
+    and that unless a refined one does, not by chance (`fewstep.agents.selection`). What counts is
+    the finished sample's distance from the teacher's, not the steps'. `returned` says which table
+    it is.
+
     Timesteps are the calls of teacher and student on single samples, a round of the refinement
     counted as `ITERATIONS` passes (its line search may take a few more or less); what measures
     them, such as the check of the teacher, is not counted.
@@ -68,8 +85,9 @@ class DODE(Agent):
             others.
         batch_size: noises a batch; 50 to 1000.
         batches: how many batches the fit sums over, exactly as if they were one; None takes 1 for
-            samples of a thousand numbers and up to 10 for smaller ones, which tell less. The
-            refinement holds as many more out, to choose the best table.
+            samples of a thousand numbers and up to 10 for smaller ones, which tell less. A quarter
+            more, for the refinement as many more, is held out to choose the table, and another
+            quarter to report its error.
         ridge: pulls the parameters to 0, as a share of each step's squared error: |lambda| stays
             below 1 / (2 sqrt(ridge)). Where two outputs are nearly the same (D-EDM's first steps)
             plain least squares, 0, finds values of hundreds that fit the batch and nothing else; 0
@@ -84,9 +102,11 @@ class DODE(Agent):
 
     Attributes:
         fits: what each step's parameters did (`StepFit`), empty before the first round.
-        errors: mean squared errors of finished samples: on the fitted noise against the teacher's
-            ("base", "distilled"), on held-out noise ("refined"), and of the teacher itself against
-            a finer solver ("teacher").
+        returned: which table `tableau` is: "given" (the base solver's), "distilled" or "refined".
+        errors: mean squared errors per coordinate of finished samples from the teacher's, on noise
+            that was neither fitted nor chosen by, of the base solver ("given"), the greedy fit
+            ("distilled"), the refinement ("refined") and of what is returned ("returned"); and the
+            teacher's own from a finer solver's ("teacher").
     """
 
     name = "dode"
@@ -159,7 +179,11 @@ class DODE(Agent):
         )
         self.fits: list[StepFit] = []
         self.errors: dict[str, float] = {}
+        self.returned = GIVEN
         self._pool: list[Batch] = []
+        self._kept_errors: Tensor | None = None
+        # The table that the refinement starts from.
+        self._refined_from = DISTILLED
         self._refiner = self._new_refiner(self.base)
 
     @classmethod
@@ -184,9 +208,22 @@ class DODE(Agent):
         return [fit.lambdas for fit in self.fits]
 
     @property
-    def batch_count(self) -> int:
-        """Batches of noise, those that the refinement holds out among them."""
-        return self._fitted_count * (2 if self.refine == "end-to-end" else 1)
+    def verdict(self) -> str:
+        """One sentence on what is returned, and why."""
+        if "returned" not in self.errors:
+            return f"There is {_TABLES[self.returned]}; nothing was compared with it."
+        return (
+            f"Returned, as the best on held-out noise: {_TABLES[self.returned]}. Mean squared "
+            f"error per coordinate: {self.errors['returned']:.2e}, of what was given "
+            f"{self.errors['given']:.2e}."
+        )
+
+    @property
+    def noise_counts(self) -> tuple[int, int, int]:
+        """How many noises are fitted, held out to choose by, and kept to report on."""
+        fitted = self._fitted_count * self.batch_size
+        share = max(fitted // _HELD_OUT_SHARE, min(fitted, _LEAST_HELD_OUT))
+        return fitted, fitted if self.refine == "end-to-end" else share, share
 
     @property
     def _fitted_count(self) -> int:
@@ -213,8 +250,8 @@ class DODE(Agent):
 
     @property
     def _fit_cost(self) -> int:
-        taught = self.batch_count * self.teacher.tableau.nfe
-        return self.batch_size * (taught + self._fitted_count * self.base.nfe)
+        counts = self.noise_counts
+        return sum(counts) * self.teacher.tableau.nfe + counts[0] * self.base.nfe
 
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done; the first one is dearer."""
@@ -232,9 +269,9 @@ class DODE(Agent):
                 to their schedule.
         """
         base = super().tableau_on(schedule)
-        if not self.fits:
+        if self.returned == GIVEN:
             return base
-        if base.steps != self.base.steps or "refined" in self.errors:
+        if base.steps != self.base.steps or self.returned == REFINED:
             raise ValueError(
                 f"This table was distilled for {self.base.steps} network calls on its own "
                 "schedule; its parameters carry over to schedules of as many calls, refined "
@@ -253,7 +290,7 @@ class DODE(Agent):
 
     def _fit(self) -> dict[str, float]:
         pool = self._fitted
-        self.errors = {}
+        self.errors, self._kept_errors = {}, None
         if self.check_teacher:
             self.errors["teacher"] = judge_teacher(
                 self.teacher,
@@ -268,19 +305,24 @@ class DODE(Agent):
         if self.form in CONSTANT:
             constant = best_constant(self.base, self._rows, self.denoiser, pool)
         self.fits = fit(self.base, self._rows, self.denoiser, pool, self.ridge, constant)
-        self._tableau = distilled(self.base, self._rows, self.lambdas)
+        tables = {GIVEN: self.base, DISTILLED: distilled(self.base, self._rows, self.lambdas)}
+        held_out = {name: self._errors_of(table) for name, table in tables.items()}
+        self.returned = self._refined_from = best_of(held_out)
+        self._tableau, self._kept_errors = tables[self.returned], held_out[self.returned]
         self._refiner = self._new_refiner(self._tableau)
-        self.errors["base"] = final_error(self.base, self.denoiser, pool)
-        self.errors["distilled"] = self.fits[-1].after
-        if self.errors["distilled"] > 1.01 * self.errors["base"] > 0:
+        for name, table in tables.items():
+            self.errors[name] = self._reported_error(table)
+        self.errors["returned"] = self.errors[self.returned]
+        if self.returned == GIVEN:
+            means = [float(held_out[name].mean()) for name in (GIVEN, DISTILLED)]
             warnings.warn(
-                f"Distillation made {self.base.name} worse: the squared error of finished samples "
-                f"against the teacher's went from {self.errors['base']:.2e} to "
-                f"{self.errors['distilled']:.2e}. More batches, a larger ridge or "
-                "refine='end-to-end' may help.",
+                f"Distillation made {self.base.name} no better, and it is kept: on held-out "
+                f"noise the mean squared error of finished samples was {means[0]:.2e}, distilled "
+                f"{means[1]:.2e}. More batches, a larger ridge or refine='end-to-end' may help.",
                 stacklevel=2,
             )
-        per_step = {
+        per_step = {"returned": float(list(_TABLES).index(self.returned))}
+        per_step |= {
             f"lambda_{j:03d}": float(fit.lambdas[0])
             for j, fit in enumerate(self.fits)
             if len(fit.lambdas)
@@ -291,34 +333,53 @@ class DODE(Agent):
         """Go on with the refinement; keep the table if it is the best so far on held-out noise."""
         loss = self._refiner.step(self.denoiser, self._fitted)
         candidate = self._refiner.module.export()
-        held_out = self.make_batches()[self._fitted_count :]
-        best = self.errors.get("refined")
-        if best is None:
-            best = final_error(self._tableau, self.denoiser, held_out)
-        error = final_error(candidate, self.denoiser, held_out)
-        if error < best:
-            self._tableau = candidate
-        self.errors["refined"] = min(error, best)
-        return {"loss": loss, "refined_error": self.errors["refined"]}
+        if self._kept_errors is None:  # after a resume
+            self._kept_errors = self._errors_of(self._tableau)
+        errors = self._errors_of(candidate)
+        if better := is_better(errors, self._kept_errors):
+            self._tableau, self._kept_errors, self.returned = candidate, errors, REFINED
+        if better or self.returned != REFINED:
+            self.errors["refined"] = self._reported_error(candidate)
+        self.errors["returned"] = self.errors[self.returned]
+        return {
+            "loss": loss,
+            "refined_error": self.errors["refined"],
+            "held_out_error": float(errors.mean()),
+            "returned": float(list(_TABLES).index(self.returned)),
+        }
+
+    def _errors_of(self, table: Tableau) -> Tensor:
+        """Return a table's errors (N,) on the noise that it is chosen by."""
+        return noise_errors(table, self.denoiser, self.make_batches()[self._fitted_count : -1])
+
+    def _reported_error(self, table: Tableau) -> float:
+        """Return a table's mean error on the noise that is only reported on."""
+        return float(noise_errors(table, self.denoiser, self.make_batches()[-1:]).mean())
 
     def _new_refiner(self, start: Tableau) -> Refiner:
         return Refiner(start, self.base.weights, self.device)
 
     def make_batches(self) -> list[Batch]:
-        """Return noise and the teacher's states, made once.
+        """Return noise and the teacher's states, made once: to fit, to choose by, to report on.
 
         They follow from the seed alone: a resumed run makes the same ones again.
         """
         if not self._pool:
             generator = torch.Generator(self.device).manual_seed(self.seed)
-            for _ in range(self.batch_count):
-                noise = self.mdp.initial(self.batch_size, generator)
-                self._pool.append(Batch(noise, self.teacher.states(self.denoiser, noise)))
+            fitted, chosen_by, reported = self.noise_counts
+            sizes = [self.batch_size] * self._fitted_count
+            sizes += sizes if chosen_by == fitted and self.refine != "none" else [chosen_by]
+            for i, size in enumerate([*sizes, reported]):
+                noise = self.mdp.initial(size, generator)
+                states = self.teacher.states(self.denoiser, noise)
+                # Of noise that is not fitted only the finished samples count.
+                states = states if i < self._fitted_count else states[-1:].clone()
+                self._pool.append(Batch(noise, states))
         return self._pool
 
     @property
     def _fitted(self) -> list[Batch]:
-        """The batches that are fitted: all but those that judge the refinement."""
+        """The batches that are fitted: all but those that judge."""
         return self.make_batches()[: self._fitted_count]
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -349,6 +410,8 @@ class DODE(Agent):
             ],
             "errors": self.errors,
             "refinement": self._refiner.state(),
+            "returned": self.returned,
+            "refined_from": self._refined_from,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -358,8 +421,14 @@ class DODE(Agent):
             for fit in state["fits"]
         ]
         self.errors = dict(state["errors"])
-        greedy = distilled(self.base, self._rows, self.lambdas) if self.fits else self.base
-        self._refiner = self._new_refiner(greedy)
+        # Files of before the comparison: what was found last was returned.
+        last = REFINED if state["refinement"] else DISTILLED if self.fits else GIVEN
+        self.returned = state.get("returned", last)
+        self._refined_from = state.get("refined_from", DISTILLED)
+        self._kept_errors = None
+        starts_at_fit = self.fits and self._refined_from == DISTILLED
+        start = distilled(self.base, self._rows, self.lambdas) if starts_at_fit else self.base
+        self._refiner = self._new_refiner(start)
         self._refiner.load_state(state["refinement"])
 
     def save(self, path: str | Path) -> None:

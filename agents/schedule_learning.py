@@ -19,11 +19,11 @@ from torch import Tensor
 from ..critics.arguments import checked
 from ..envs import Schedule
 from .base import Agent, Environment
-from .checkpoint import counter
+from .checkpoint import CheckpointError, counter
 from .denoiser import Denoiser
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .no_data import NO_DATA, mdp_without_data
-from .scheduling.descent import Descent
+from .scheduling.descent import GIVEN, GRID, LEARNED, PROGRAMME, Descent
 from .scheduling.levels import Space
 from .scheduling.objective import Objective, Slope
 from .scheduling.plan import Plan, Position
@@ -37,6 +37,14 @@ from .scheduling.weights import step_weights
 from .solvers import Options, build_solver
 from .tableau import Tableau
 
+# The origins of a schedule in words; their order is that of the numbers in the log.
+_SCHEDULES = {
+    GIVEN: "the environment's own schedule",
+    GRID: "the grid to start from",
+    PROGRAMME: "the dynamic programme's schedule",
+    LEARNED: "the learned schedule",
+}
+
 
 class ScheduleLearning(Agent):
     """Learn the noise levels of a few-step sampler, then tune the denoiser on them.
@@ -45,17 +53,25 @@ class ScheduleLearning(Agent):
     alternate. Timesteps are the network calls on single samples of both, and of the teacher; what
     only measures, on held-out noise, is not counted.
 
+    With a teacher each stage keeps what there was before it unless it found something better: the
+    error of finished samples from the pretrained network's fine solver, on noise that was not
+    learned on, has to fall, and not by chance (`fewstep.agents.selection`). Compared are the
+    environment's own schedule, the start, and the best levels that the descent met; then the
+    network before and during its tuning, whatever that minimises. `returned` and `tuned` say what
+    it was. With target="data", which is there to reproduce paper B, nothing is compared: what
+    was learned last is returned, and may be worse than what was given.
+
     Args:
         env: the environment; its schedule gives the number of steps and the ends.
         denoiser: the network; stage two trains it, in place.
         solver: the solver whose schedule is learned, any deterministic one of
             `fewstep.agents.solvers`; "euler" is paper B's.
         solver_options: its options.
-        start: where the levels start: what a dynamic programme finds, "trajectory-dp" for the least
-            errors of Euler's jumps between a teacher's states, which spares the gradient many a
-            poor local optimum, or "diffusion-dp" for the least L_diff of paper B; "karras", paper
-            B's, or another name of a schedule, between the environment's ends; or "environment",
-            its own.
+        start: where the levels start: what a dynamic programme finds, unless the environment's own
+            schedule errs less, "trajectory-dp" for the least errors of jumps between a teacher's
+            states, which spares the gradient many a poor local optimum, or "diffusion-dp" for the
+            least L_diff of paper B; "karras", paper B's, or another name of a schedule, between the
+            environment's ends; or "environment", its own.
         space: the scale on which levels are parameters: "rho" (level^(1/7), Karras's), "log" or
             "sigma" (paper B's, badly scaled).
         target: what a rollout should end at: "teacher", where a fine solver ends from the same
@@ -83,8 +99,8 @@ class ScheduleLearning(Agent):
             cosine; None takes 0.3 for the exact gradient and 0.1 for eq14, whose large steps do not
             descend.
         batch_size: rollouts an update; 100 to 1000.
-        batches: how many such batches are taken by turns; as many more are held out to choose the
-            best levels.
+        batches: how many such batches are taken by turns; as many more are held out to choose what
+            is returned, and one more to report its error.
         tuning_rounds: updates of the denoiser a stage; 0 leaves it as it is.
         tuning_batch_size: real samples, or rollouts, an update.
         tuning_learning_rate: of Adam on the denoiser; 1e-5 to 1e-3.
@@ -106,9 +122,15 @@ class ScheduleLearning(Agent):
     Attributes:
         converged: whether the alternation ended because the levels stayed.
         collapsed: whether stage one ended because the samples' variance fell.
-        errors: mean squared distances from the target, at the smallest level and on held-out noise:
-            before ("start") and after ("learned") the last stage one, and after the last stage two
-            ("tuned"); and the teacher's finished samples' from a finer solver's ("teacher").
+        returned: where `schedule` comes from: "given" (the environment's own), "grid" or
+            "programme" (the start), or "learned".
+        tuned: whether the network that samples is a tuned one, or the one that was given.
+        errors: mean squared errors per coordinate of finished samples from the fine solver's, on
+            noise that was neither learned on nor chosen by: of the environment's own schedule
+            ("given"), the start ("grid", "programme"), the best levels of the last stage one
+            ("learned"), the tuned network of the last stage two ("tuned") and of what is returned
+            ("returned"); and the teacher's from a finer solver's ("teacher"). With target="data"
+            those of rollouts at the smallest level from the noised data.
 
     Raises:
         ValueError: a setting that is unknown or out of range, settings that do not go together,
@@ -221,9 +243,13 @@ class ScheduleLearning(Agent):
         wanted = self.teacher if target == "teacher" else None
         self._pool = Pool(self.mdp, like, wanted, self._original, batch_size, batches, seed)
         self._programme = programme_for(start, like, integer_times)
+        same = torch.allclose(like.times, self.mdp.schedule.times, rtol=1e-9, atol=0.0)
+        kind = PROGRAMME if self._programme else GIVEN if same else GRID
         self._descent = Descent(
             self._objective,
             self._pool,
+            given=self.mdp.schedule,
+            start=kind,
             space=self.space,
             moves=gradient != "none",
             integer_times=integer_times,
@@ -316,6 +342,34 @@ class ScheduleLearning(Agent):
         return self._descent.tableau
 
     @property
+    def returned(self) -> str:
+        """Where `schedule` comes from: "given", "grid", "programme" or "learned"."""
+        return self._descent.origin
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the network that samples is a tuned one."""
+        return self._tuning.tuned
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on what is returned, and why."""
+        network = "the tuned network" if self.tuned else "the network as it was given"
+        what = f"{_SCHEDULES[self.returned]}, with {network}"
+        if not self._judges:
+            return f"Returned without comparison, as target='data' asks: {what}."
+        if not self.done or "returned" not in self.errors:
+            return f"Training is not over; so far there is {what}."
+        return (
+            f"Returned, as the best on held-out noise: {what}. Mean squared error per coordinate: "
+            f"{self.errors['returned']:.2e}, of what was given {self.errors['given']:.2e}."
+        )
+
+    @property
+    def _judges(self) -> bool:
+        return self.target == "teacher"
+
+    @property
     def collapsed(self) -> bool:
         """Whether stage one ended because the samples' variance fell."""
         return self._descent.collapsed
@@ -350,38 +404,63 @@ class ScheduleLearning(Agent):
     def train_round(self) -> dict[str, Tensor]:
         """Do one update of the stage that it is at."""
         cost = self.timesteps_per_round
-        if self._descent.done:
-            metrics = self._tuning.update(self.tableau, self.levels, self.generator)
-        else:
-            metrics = self._learn_levels()
+        metrics = self._tune() if self._descent.done else self._learn_levels()
         self.num_timesteps += cost
         if self._descent.done and self._tuning.done:
-            if self.tuning_rounds:
-                self.errors["tuned"] = self._descent.error(self.sampling_denoiser)
+            self.errors["returned"] = self._reported_error()
+            metrics["returned_error"] = torch.tensor(self.errors["returned"])
             self._alternation += 1
             self._descent.updates = self._tuning.updates = 0
         return {f"train/{key}": value for key, value in metrics.items()}
+
+    def _tune(self) -> dict[str, Tensor]:
+        """Update the denoiser once; compare it with the one before the stage."""
+        denoiser = self.sampling_denoiser
+        if self._judges and self._tuning.updates == 0:
+            if self._alternation == 0 and not self._descent.rounds:
+                self._descent.skip(denoiser)
+                self.errors.update(self._descent.compared)
+            self._tuning.begin(self._descent.errors(denoiser, self._pool.held_out))
+        metrics = self._tuning.update(self.tableau, self.levels, self.generator)
+        if self._judges:
+            held_out = self._tuning.judge(
+                lambda: self._descent.errors(denoiser, self._pool.held_out)
+            )
+            if held_out is not None:
+                metrics["held_out_error"] = torch.tensor(held_out)
+        if self._tuning.done:
+            if self._judges:
+                self.errors["tuned"] = self._reported_error()
+            self._tuning.finish()
+            metrics["tuned"] = torch.tensor(float(self.tuned))
+        return metrics
+
+    def _reported_error(self) -> float:
+        """Return the sampler's error on the noise that is only reported on."""
+        return float(self._descent.errors(self.sampling_denoiser, self._pool.reported).mean())
 
     def _learn_levels(self) -> dict[str, Tensor]:
         """Move the levels once; measure before and after the stage."""
         denoiser = self.sampling_denoiser
         if self._descent.updates == 0:
-            self.errors["start"] = self._descent.error(denoiser)
             if self._alternation == 0 and self.check_teacher and self.target == "teacher":
                 self.errors["teacher"] = self._judge_teacher()
             found = None
             if self._programme and self._plan.begins_with_programme(self._alternation):
-                found = self._programme.levels(self._pool, denoiser)
-            self._descent.begin(denoiser, found)
+                found = self._programme.levels(self._pool, denoiser, self._base)
+            self._descent.begin(denoiser, self._alternation == 0, found)
+            self.errors.update(self._descent.compared)
         metrics = self._descent.update(denoiser, self.generator)
         if self._descent.done:
-            self.errors["learned"] = self._descent.error(denoiser)
+            self.errors.update(self._descent.compared)
+            metrics.update({f"{name}_error": e for name, e in self._descent.compared.items()})
+            metrics["returned"] = float(list(_SCHEDULES).index(self.returned))
             self.converged = self._alternation > 0 and self._descent.moved < self.tolerance
         return {key: torch.tensor(value) for key, value in metrics.items()}
 
     def _judge_teacher(self) -> float:
         """Return the teacher's error; warn if it is no better than the sampler at the start."""
-        like, noise = self._objective.like, self._pool.batches[-1].noise
+        like, noise = self._objective.like, self._pool.held_out[-1].noise
         return judge_teacher(
             self.teacher, self._base, like, self.scale, self._original, noise, self.integer_times
         )
@@ -391,7 +470,7 @@ class ScheduleLearning(Agent):
         return self._descent.slope(self.sampling_denoiser, batch, self.generator)
 
     def make_batches(self) -> list[Batch]:
-        """Return the pool, made once: the batches to learn on, then as many held-out ones.
+        """Return the pool, made once: batches to learn on, as many to choose by, one to report.
 
         They follow from the seed and the network as it was given: a resumed run makes them again.
         """
@@ -437,7 +516,7 @@ class ScheduleLearning(Agent):
         tuned = self._original is not self.denoiser
         return {
             **self._descent.state(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            **self._tuning.state(),
             "original": self._original.body.state_dict() if tuned else None,
             "position": list(self._position),
             "converged": self.converged,
@@ -446,11 +525,17 @@ class ScheduleLearning(Agent):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+        if "origin" not in state:
+            raise CheckpointError(
+                "The checkpoint comes from a version of fewstep whose schedule learning did not "
+                "compare what it learned with what it was given, and cannot go on from there: its "
+                "schedule.json and denoiser still serve, or learn anew in another folder."
+            )
+        self._tuning.load_state(state)
         counts = dict(zip(Position._fields, state["position"], strict=True))
         position = [counter(counts, name, "the checkpoint") for name in Position._fields]
         # None: saved by an agent without stage two.
-        if self.optimizer is not None and state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+        if self.optimizer is not None and state["original"] is not None:
             self._original.body.load_state_dict(state["original"])
         self._pool.forget()
         self._descent.load_state(state)

@@ -26,12 +26,19 @@ LEARNING_RATE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 class TrainingDivergedError(RuntimeError):
-    """A quantity of the training became NaN or infinite; `.quantity` names it."""
+    """Training left what can be computed with; `.quantity` names what did.
 
-    def __init__(self, quantity: str, timesteps: int) -> None:
+    Args:
+        quantity: what became NaN or infinite.
+        timesteps: after how many.
+        message: says it in other words, where something else happened.
+    """
+
+    def __init__(self, quantity: str, timesteps: int, message: str | None = None) -> None:
         super().__init__(
-            f"Training went non-finite: {quantity} is NaN or infinite after {timesteps} timesteps. "
-            "Lower the learning rate or the clip; checkpoints written before are good."
+            message
+            or f"Training went non-finite: {quantity} is NaN or infinite after {timesteps} "
+            "timesteps. Lower the learning rate or the clip; checkpoints written before are good."
         )
         self.quantity = quantity
 

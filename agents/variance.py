@@ -25,6 +25,8 @@ from ..envs import DiscreteVP
 from .base import Agent, Environment
 from .checks import at_least, not_negative, positive
 from .denoiser import Denoiser
+from .held_out_data import Noised, held_out_samples
+from .selection import is_better
 from .solvers import Options, ancestral
 from .tableau import Tableau
 from .training import (
@@ -39,6 +41,9 @@ from .training import (
 from .variance_head import VarianceHead
 
 Kind = Literal["gamma", "sn", "npr"]
+# Rounds of a head's training between two looks at held-out samples.
+CHECK_INTERVAL = 50
+GIVEN, LEARNED = "given", "learned"
 SOLVER_OF: dict[str, str] = {"gamma": "analytic-dpm", "sn": "sn-ddpm", "npr": "npr-ddpm"}
 
 
@@ -48,7 +53,12 @@ class VarianceLearning(Agent):
     One round is one batch of data: of the sums behind Gamma, or one gradient step of the head.
     Gamma is known after `planned_rounds`; what is known before is used at any time, with DDPM's
     variance for noisings not met yet. The denoiser given gets `gamma` or `head`; what it had before
-    is replaced.
+    is replaced, unless it is the better one.
+
+    What was given is the Gamma or the head that the denoiser had, or else DDPM's variance, and that
+    of Gaussian data. What is learned takes its place if its loss, the squares above, is less on
+    held-out samples, and not by chance (`fewstep.agents.selection`): Gamma's when all
+    samples were met, a head's now and then. Both are compared when `learn` ends.
 
     Args:
         env: the environment; its target gives the data, its process the noise.
@@ -65,6 +75,12 @@ class VarianceLearning(Agent):
         per_pixel: False makes a head's variance one number a sample.
         solver: the one that belongs to the kind (see above), or None for it.
         solver_options: see `Agent`, as the remaining arguments.
+
+    Attributes:
+        returned: whether the denoiser has what was "given" or what is "learned".
+        errors: the losses of both and of what is "returned", mean squares per coordinate (of Gamma
+            per sample), on samples that were neither learned on nor chosen by; empty before the end
+            of `learn`.
 
     Raises:
         ValueError: a setting unknown or out of range, another solver, "gamma" on another process,
@@ -111,7 +127,7 @@ class VarianceLearning(Agent):
             tensorboard_log=tensorboard_log,
         )
         # What is learned is the caller's from the first round on, not before.
-        self._given, self.denoiser = self.denoiser, _light_copy(self.denoiser)
+        self._callers, self.denoiser = self.denoiser, _light_copy(self.denoiser)
         self.kind: Kind = kind
         self.batch_size = batch_size
         self.samples_per_time = samples_per_time
@@ -122,6 +138,9 @@ class VarianceLearning(Agent):
         self.per_pixel = per_pixel
         self.ema = ema
         learning_rate_schedule(lr_schedule)  # refuses one that does not exist
+        self.returned = GIVEN
+        self.errors: dict[str, float] = {}
+        self._held_out: tuple[Noised, Noised] | None = None
         if kind == "gamma":
             self._begin_sums()
         else:
@@ -162,12 +181,91 @@ class VarianceLearning(Agent):
         noise = torch.empty_like(clean).normal_(generator=self.generator)
         metrics = self._add(clean, noise) if self.kind == "gamma" else self._descend(clean, noise)
         self.num_timesteps += self.timesteps_per_round
+        ends = self.done or self.num_timesteps >= self._total_timesteps
+        if ends or (self.kind != "gamma" and (self.rounds + 1) % CHECK_INTERVAL == 0):
+            self._choose()
+        if ends:
+            metrics |= self._report()
         self._hand_over()
         return metrics
 
     def _hand_over(self) -> None:
         """Give the caller's denoiser what has been learned."""
-        self._given.gamma, self._given.head = self.denoiser.gamma, self.denoiser.head
+        self._callers.gamma, self._callers.head = self.denoiser.gamma, self.denoiser.head
+
+    # -- the choice ----------------------------------------------------------------------------
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on what is returned, and why."""
+        what = {"gamma": "Gamma", "sn": "second head", "npr": "second head"}[self.kind]
+        if not self.errors:
+            return f"Training is not over; so far there is the {self.returned} {what}."
+        return (
+            f"Returned, as the best on held-out samples: the {self.returned} {what}. Loss: "
+            f"{self.errors['returned']:.3e}, of what was given {self.errors['given']:.3e}."
+        )
+
+    def _samples(self, which: int) -> Noised:
+        """Return the samples to choose by (0) or to report on (1), made once from the seed."""
+        if self._held_out is None:
+            if self.kind == "gamma":
+                count = len(self._counts)
+                n = max(count, 256)
+
+                def times(n: int, _: torch.Generator) -> Tensor:
+                    return (torch.arange(n) % count + 1).to(self.device)
+            else:
+                n = max(2 * self.batch_size, 64)
+
+                def times(n: int, generator: torch.Generator) -> Tensor:
+                    return draw_times(self.mdp.process, n, generator, self.device)
+
+            self._held_out = held_out_samples(self.mdp, n, times, self.seed)
+        return self._held_out[which]
+
+    @torch.no_grad()
+    def _losses(self, which: int) -> dict[str, Tensor]:
+        """Return the losses (N,) of what is given, learned and kept on held-out samples."""
+        samples = self._samples(which)
+        parts: list[dict[str, Tensor]] = []
+        for noisy, t, noise in zip(*(each.split(self.batch_size) for each in samples), strict=True):
+            if self.kind == "gamma":
+                value = self._gamma_values(noisy, t, noise)
+                index = t.cpu() - 1
+                learned, given = self._estimate()[index], self._given_gamma[index]
+                kept = given if self.returned == GIVEN else learned
+                answers = {GIVEN: given, LEARNED: learned, "returned": kept}
+                parts.append({name: (value - a).square() for name, a in answers.items()})
+            else:
+                _, read = self.denoiser.head_inputs(noisy, t)
+                target = (noise if self.kind == "sn" else noise - read.epsilon).square()
+                heads = {GIVEN: self._given, LEARNED: self._averaged.module, "returned": self._best}
+                parts.append(
+                    {
+                        name: (target - head(*read)).double().square().flatten(1).mean(1).cpu()
+                        for name, head in heads.items()
+                    }
+                )
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _choose(self) -> None:
+        """Keep what was learned if it is better on held-out samples than what is kept."""
+        losses = self._losses(0)
+        if self.kind == "gamma":
+            self.returned = LEARNED if is_better(losses[LEARNED], losses[GIVEN]) else GIVEN
+            self.denoiser.gamma = (
+                self._given_gamma.clone() if self.returned == GIVEN else self._estimate()
+            )
+        elif is_better(losses[LEARNED], losses["returned"]):
+            self._best.load_state_dict(self._averaged.module.state_dict())
+            self.returned = LEARNED
+
+    def _report(self) -> dict[str, Tensor]:
+        """Measure on samples that only report."""
+        self.errors = {name: float(loss.mean()) for name, loss in self._losses(1).items()}
+        logged = {f"train/{name}_loss": torch.tensor(e) for name, e in self.errors.items()}
+        return {**logged, "train/returned": torch.tensor(float(self.returned == LEARNED))}
 
     # -- Gamma ---------------------------------------------------------------------------------
 
@@ -184,6 +282,11 @@ class VarianceLearning(Agent):
         # the mean is known, vary together.
         gaussian = sigma**2 / ((alpha * self.denoiser.sigma_data) ** 2 + sigma**2)
         self._control = gaussian**2
+        gamma = self.denoiser.gamma
+        known = gamma is not None and len(gamma) == len(levels)
+        self._given_gamma = (
+            gamma.clone() if known and gamma is not None else torch.ones_like(levels)
+        )
         self._sums = torch.zeros_like(levels)
         self._counts = torch.zeros_like(levels)
         self._know_gamma()
@@ -194,23 +297,33 @@ class VarianceLearning(Agent):
         index = torch.arange(first, first + len(clean)) % len(self._counts)
         t = (index + 1).to(self.device)
         noisy = self.mdp.process.add_noise(clean, t, noise)
-        with torch.no_grad():
-            epsilon = self.denoiser.epsilon(noisy, t)
-        predicted, drawn = (
-            value.flatten(1).square().mean(1).cpu().double() for value in (epsilon, noise)
-        )
-        self._sums.index_add_(0, index, predicted - self._control[index] * (drawn - 1))
-        self._counts.index_add_(0, index, torch.ones_like(predicted))
+        values = self._gamma_values(noisy, t, noise)
+        self._sums.index_add_(0, index, values)
+        self._counts.index_add_(0, index, torch.ones_like(values))
         self._know_gamma()
+        self.returned = LEARNED
         known = self._counts > 0
         gamma = self.denoiser.gamma
         assert gamma is not None
         return {"train/gamma": gamma[known].mean(), "train/samples_per_time": self._counts.min()}
 
+    @torch.no_grad()
+    def _gamma_values(self, noisy: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return what each sample says of Gamma at its noising, (N,) float64 on the CPU."""
+        epsilon = self.denoiser.epsilon(noisy, t)
+        predicted, drawn = (
+            value.flatten(1).square().mean(1).cpu().double() for value in (epsilon, noise)
+        )
+        return predicted - self._control[t.cpu() - 1] * (drawn - 1)
+
     def _know_gamma(self) -> None:
-        """Hand the denoiser what the sums say; 1, which adds no variance, where they are empty."""
+        """Hand the denoiser what the sums say."""
+        self.denoiser.gamma = self._estimate()
+
+    def _estimate(self) -> Tensor:
+        """Return Gamma as the sums say; 1, which adds no variance, where they are empty."""
         means = (self._sums / self._counts.clamp_min(1)).clamp_min(0)
-        self.denoiser.gamma = torch.where(self._counts > 0, means, torch.ones_like(means))
+        return torch.where(self._counts > 0, means, torch.ones_like(means))
 
     # -- a second head -------------------------------------------------------------------------
 
@@ -231,8 +344,13 @@ class VarianceLearning(Agent):
         self._head = head.to(self.device)
         self._averaged = Averaged(self._head, self.ema)
         self._optimizer = adam(self._head.parameters())
-        # The averaged head is the result: whoever goes on to train it finds it trainable.
-        self.denoiser.head = self._averaged.module.requires_grad_(True)
+        # What the denoiser had, if it is of this kind and size, or what says the data are Gaussian.
+        had = self.denoiser.head
+        given = had if had is not None and had.config == self._head.config else self._head
+        self._given = copy.deepcopy(given).requires_grad_(False)
+        # The result: whoever goes on to train it finds it trainable.
+        self._best = copy.deepcopy(self._given).requires_grad_(True)
+        self.denoiser.head = self._best
 
     def _descend(self, clean: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Take a gradient step of the head on a batch."""
@@ -271,9 +389,19 @@ class VarianceLearning(Agent):
 
     def state(self) -> dict[str, Any]:
         """Return the sums, or the head, its average and its optimizer."""
+        kept = {"returned": self.returned, "errors": self.errors}
         if self.kind == "gamma":
-            return {"sums": self._sums.tolist(), "counts": self._counts.tolist()}
+            given = self._given_gamma.tolist()
+            return {
+                "sums": self._sums.tolist(),
+                "counts": self._counts.tolist(),
+                "given": given,
+                **kept,
+            }
         return {
+            **kept,
+            "given": self._given.state_dict(),
+            "best": self._best.state_dict(),
             "head": self._head.state_dict(),
             "averaged": self._averaged.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -281,12 +409,22 @@ class VarianceLearning(Agent):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+        # Files of before the comparison: what was learned was returned.
+        self.returned = state.get("returned", LEARNED)
+        self.errors = dict(state.get("errors", {}))
         if self.kind == "gamma":
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
             self._counts.copy_(torch.tensor(state["counts"], dtype=torch.float64))
+            if "given" in state:
+                self._given_gamma = torch.tensor(state["given"], dtype=torch.float64)
             self._know_gamma()
+            if self.returned == GIVEN and self._counts.any():
+                self.denoiser.gamma = self._given_gamma.clone()
             self._hand_over()
             return
+        self._best.load_state_dict(state.get("best", state["averaged"]))
+        if "given" in state:
+            self._given.load_state_dict(state["given"])
         self._head.load_state_dict(state["head"])
         self._averaged.module.load_state_dict(state["averaged"])
         self._optimizer.load_state_dict(state["optimizer"])

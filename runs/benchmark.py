@@ -23,6 +23,7 @@ from .folder import RunFolder, write_json
 from .logs import read_live_metric
 from .measurements import MEASUREMENTS
 from .plots import curve_figure, save_figure
+from .returned_study import RETURNED_STUDIES, ReturnedStudy, run_returned_study
 from .sampler_studies import SAMPLER_STUDIES, SamplerStudy
 from .sampler_study import run_sampler_study
 from .schedule_studies import SCHEDULE_STUDIES, ScheduleStudy
@@ -35,7 +36,7 @@ from .tables import spread, table
 from .threads import threads
 from .train import Run, build_mdp
 
-BudgetStudy = TypeVar("BudgetStudy", SolverStudy, ScheduleStudy, SamplerStudy)
+BudgetStudy = TypeVar("BudgetStudy", SolverStudy, ScheduleStudy, SamplerStudy, ReturnedStudy)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
     titles |= {name: study.title for name, study in SOLVER_STUDIES.items()}
     titles |= {name: study.title for name, study in SCHEDULE_STUDIES.items()}
     titles |= {name: study.title for name, study in SAMPLER_STUDIES.items()}
+    titles |= {name: study.title for name, study in RETURNED_STUDIES.items()}
     titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
     if settings.study == "list":
         listing = Table.grid(padding=(0, 2))
@@ -117,6 +119,9 @@ def _measured(settings: BenchmarkSettings, folder: Path) -> str:
     elif settings.study in SCHEDULE_STUDIES:
         schedule_study = _narrowed(SCHEDULE_STUDIES[settings.study], settings)
         text = run_schedule_study(schedule_study, folder, settings.device, settings.rounds)
+    elif settings.study in RETURNED_STUDIES:
+        returned_study = _narrowed(RETURNED_STUDIES[settings.study], settings)
+        text = run_returned_study(returned_study, folder, settings.device, settings.rounds)
     elif settings.study in SAMPLER_STUDIES:
         sampler_study = _narrowed(SAMPLER_STUDIES[settings.study], settings)
         text = run_sampler_study(

@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; raises SystemExit with code 0, 1 (diverged), 2 (bad input) or 130."""
+    """Run the command line; raises SystemExit with code 0, 2 (bad input, divergence) or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             advice = "Take fewer samples, smaller batches or --device cpu."
             error = OutOfMemoryError(advice, f"in fewstep {name}")
-        if isinstance(error, OutOfMemoryError):
+        if isinstance(error, OutOfMemoryError | TrainingDivergedError):
             _fail(error, code=2)
-        if not isinstance(error, TrainingDivergedError) and not _lost_peer(error):
+        if not _lost_peer(error):
             raise
         _fail(error, code=1)
     except KeyboardInterrupt:

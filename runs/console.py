@@ -80,8 +80,7 @@ def print_fit(
             f"{100 * fit.removed:.1f} %",
         )
     console.print(table)
-    finished = ", ".join(f"{key} {figure(value)}" for key, value in errors.items())
-    console.print(f"Squared errors of finished samples: {finished}")
+    _print_errors(errors)
 
 
 def print_levels(
@@ -98,5 +97,10 @@ def print_levels(
         weight = figure(weights[j]) if j < len(weights) else "-"
         table.add_row(str(j + 1), f"{old:.4g}", f"{new:.4g}", weight)
     console.print(table)
+    _print_errors(errors)
+
+
+def _print_errors(errors: Mapping[str, float]) -> None:
+    """Print what an agent reports of finished samples, in the unit that all of them share."""
     finished = ", ".join(f"{key} {figure(value)}" for key, value in errors.items())
-    console.print(f"Squared errors at the last level, held-out noise: {finished}")
+    console.print(f"Mean squared errors per coordinate, noise of their own: {finished}")

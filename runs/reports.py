@@ -10,7 +10,7 @@ from ..agents.scheduling.levels import noise_levels
 from ..agents.scheduling.weights import step_weights
 from ..agents.shortcut import ShortcutAgent
 from ..envs import Schedule
-from .console import print_fit, print_levels
+from .console import console, print_fit, print_levels
 from .folder import SCHEDULE, TABLEAU, RunFolder
 from .logs import read_metric
 from .plots import lambdas_figure, save_figure, schedule_figure
@@ -43,15 +43,17 @@ def _report_fit(agent: DODE, folder: RunFolder) -> None:
     """Show what each step's parameters did, and what all of them did together."""
     times = agent.base.times.tolist()
     print_fit(agent.base.name, times, agent.fits, agent.errors)
+    console.print(agent.verdict)
     save_figure(lambdas_figure(times, agent.lambdas), folder.path / "lambdas.png")
     state = agent.state()
-    folder.update_results(errors=state["errors"], fits=state["fits"])
+    folder.update_results(errors=state["errors"], fits=state["fits"], returned=agent.returned)
 
 
 def _report_levels(agent: ScheduleLearning, folder: RunFolder) -> None:
     """Show the levels beside those before, their weights, and how they were learned."""
     before = noise_levels(agent.mdp.schedule)
     print_levels(before.tolist(), agent.levels.tolist(), agent.weights.tolist(), agent.errors)
+    console.print(agent.verdict)
     process, steps = agent.mdp.process, len(before) - 1
     named = {
         "learned": agent.levels,
@@ -77,6 +79,8 @@ def _report_levels(agent: ScheduleLearning, folder: RunFolder) -> None:
         levels=agent.levels.tolist(),
         weights=agent.weights.tolist(),
         errors=agent.errors,
+        returned=agent.returned,
+        tuned=agent.tuned,
         converged=agent.converged,
         collapsed=agent.collapsed,
     )

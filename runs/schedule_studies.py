@@ -56,7 +56,8 @@ class ScheduleStudy:
 STAGE_ONE: dict[str, Any] = {"tuning_rounds": 0}
 FROM_KARRAS: dict[str, Any] = {**STAGE_ONE, "start": "karras"}
 STAGE_TWO: dict[str, Any] = {"schedule_rounds": 0, "start": "environment"}
-LAMBDA: dict[str, Any] = {**STAGE_TWO, "tuning_weights": "lambda"}
+# With target="data" what was tuned is returned, whether or not it is nearer to the teacher.
+LAMBDA: dict[str, Any] = {**STAGE_TWO, "target": "data", "tuning_weights": "lambda"}
 PAPER: dict[str, Any] = {**FROM_KARRAS, "target": "data", "gradient": "eq14"}
 COLLAPSE: dict[str, Any] = {**FROM_KARRAS, "target": "data", "diffusion_weight": 0.0}
 PROGRAMME: dict[str, Any] = {"gradient": "none", "tuning_rounds": 0}
@@ -72,7 +73,7 @@ SCHEDULE_STUDIES: dict[str, ScheduleStudy] = {
             "stage 1 from there": Learner(STAGE_ONE),
             "L_diff programme": Learner({**PROGRAMME, "start": "diffusion-dp"}),
             "stage 2 only, lambda": Learner(LAMBDA),
-            "original weights": Learner({**STAGE_TWO, "tuning_weights": "original"}),
+            "original weights": Learner({**LAMBDA, "tuning_weights": "original"}),
             "two-stage, lambda": Learner(LAMBDA, after="stage 1"),
             "stage 1, data (paper)": Learner(PAPER),
             "two-stage, data (paper)": Learner(LAMBDA, after="stage 1, data (paper)"),

@@ -23,7 +23,7 @@ from .console import console
 from .folder import read_record, write_json
 from .plots import factors_figure, save_figure
 from .schedule_studies import Learner, ScheduleStudy
-from .solver_study import HELD_OUT, REFERENCE_STEPS, World
+from .solver_study import HELD_OUT, REFERENCE_STEPS, UNIT, World
 from .tables import spread, table
 
 BASE = "Karras"
@@ -62,6 +62,7 @@ def _cell(
     record: dict[str, Any] = (
         read_record(file, "env", "solver", "steps", "scores", "floors") if file.is_file() else {}
     )
+    record = record if record.get("unit") == UNIT else {}
     scores = record.get("scores", {})
     schedule = default_schedule(solver, world.process, steps, "karras")
     if BASE not in scores:
@@ -85,6 +86,7 @@ def _cell(
             "seed": world.seed,
             "scores": scores,
             "floors": world.evaluation.floors,
+            "unit": UNIT,
         }
         write_json(file, record)
     return record
@@ -117,6 +119,8 @@ def _learn(world: World, solver: str, schedule: Schedule, learner: Learner) -> d
         "seconds": time.monotonic() - began,
         "levels": agent.levels.tolist(),
         "collapsed": agent.collapsed,
+        "returned": agent.returned,
+        "tuned": agent.tuned,
     }
 
 
@@ -149,7 +153,7 @@ def table_of(study: ScheduleStudy, records: Sequence[dict[str, Any]]) -> str:
     head += [f"{name} (floor)" for name in names[1:]]
     head += ["factor, error", "factor, W2", "seconds"]
     notes = [
-        f"Error: mean squared distance, summed over dimensions, from {REFERENCE_STEPS} steps of "
+        f"Error: mean squared error per coordinate, from {REFERENCE_STEPS} steps of "
         f"Heun's method with the pretrained network on {HELD_OUT} held-out noises; factors: "
         f"Karras / learned, above 1 is better. Mean ± standard deviation over {len(study.seeds)} "
         "seeds.",

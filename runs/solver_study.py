@@ -20,6 +20,7 @@ from torch import Tensor
 from ..agents import DODE, BehaviorCloning, Denoiser
 from ..agents.exact import mixture
 from ..agents.sampling import sampler_of
+from ..agents.selection import coordinate_errors
 from ..agents.solvers import make_solver, solver_within
 from ..agents.tableau import Tableau
 from ..critics.evaluation import Evaluation
@@ -34,6 +35,9 @@ from .settings import Settings, defaults, resolve_device
 from .solver_studies import MIXTURE, SolverStudy, Variant
 from .tables import spread, table
 from .train import Run
+
+# What a cell's errors are; cells of an older version, which summed over coordinates, are run anew.
+UNIT = "mean square of a coordinate"
 
 # Seeds of the noise that no fit has seen, and how many samples the error is measured on.
 HELD_OUT_SEED, HELD_OUT = 20_001, 2000
@@ -72,8 +76,13 @@ def _cells(
     for variant in variants:
         for budget in study.budgets:
             file = folder / f"{world.key}__{_slug(variant.label)}__{budget}.json"
-            if file.is_file():
-                yield read_record(file, "env", "variant", "nfe", "scores", "floors")
+            done = (
+                read_record(file, "env", "variant", "nfe", "scores", "floors")
+                if file.is_file()
+                else {}
+            )
+            if done.get("unit") == UNIT:
+                yield done
                 continue
             record = world.measure(variant, budget, study.treatments)
             errors = ", ".join(
@@ -94,6 +103,8 @@ class World:
         denoisers: folder of trained denoisers.
         device: cpu, cuda, ...
         rounds: rounds of cloning, if not the presets'.
+        held_out: how many noises errors are measured on.
+        reference_steps: of Heun's method, whose samples are the reference.
     """
 
     def __init__(
@@ -104,7 +115,10 @@ class World:
         denoisers: Path,
         device: str,
         rounds: int | None,
+        held_out: int = HELD_OUT,
+        reference_steps: int = REFERENCE_STEPS,
     ) -> None:
+        self._count, self._reference_steps = held_out, reference_steps
         self.environment, self.seed = environment, seed
         self.has_network = environment != MIXTURE
         self.key = f"{environment}__{'edm' if edm else 'vp'}__seed{seed}"
@@ -137,7 +151,7 @@ class World:
         self, variant: Variant, budget: int, treatments: Mapping[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Score a base solver and its treatments with a budget of network calls."""
-        schedule, base = self._base(variant, budget)
+        schedule, base = self.base(variant, budget)
         mdp = DiffusionMDP(self.target, self.process, schedule, no_reward)
         scores = {"base": self.score(base)}
         fits = {}
@@ -167,10 +181,11 @@ class World:
             "seed": self.seed,
             "scores": scores,
             "floors": self.evaluation.floors,
+            "unit": UNIT,
             "fits": fits,
         }
 
-    def _base(self, variant: Variant, budget: int) -> tuple[Schedule, Tableau]:
+    def base(self, variant: Variant, budget: int) -> tuple[Schedule, Tableau]:
         """Return the schedule that costs the budget, and the solver on it."""
         process = self.process
         made: list[Schedule] = []
@@ -198,7 +213,7 @@ class World:
 
     @torch.no_grad()
     def score(self, tableau: Tableau, denoiser: Denoiser | None = None) -> dict[str, float]:
-        """Return the error to the reference and the distances to real data.
+        """Return the error to the reference (see `UNIT`) and the distances to real data.
 
         Args:
             tableau: the sampler.
@@ -206,30 +221,31 @@ class World:
         """
         denoiser = denoiser or self.denoiser
         start, end = float(tableau.times[0]), float(tableau.times[-1])
-        states = tableau.sample(denoiser, self._held_out(start))
-        reference = self._reference(start, end)
-        error = float((states - reference).square().sum(dim=tuple(range(1, states.ndim))).mean())
+        states = tableau.sample(denoiser, self.held_out(start))
+        error = float(coordinate_errors(states, self.reference(start, end)).mean())
         sampler = sampler_of(tableau, denoiser, tuple(self.target.shape))
         return {"error": error, **self.evaluation(sampler, self.seed)}
 
-    def _held_out(self, start: float) -> Tensor:
+    def held_out(self, start: float) -> Tensor:
+        """Return the noise at time `start` that no fit has seen, (N, *shape)."""
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
-        shape = (HELD_OUT, *self.target.shape)
+        shape = (self._count, *self.target.shape)
         return self.process.prior_sample(shape, generator, t=start, device=self.target.device)
 
-    def _reference(self, start: float, end: float) -> Tensor:
+    @torch.no_grad()
+    def reference(self, start: float, end: float) -> Tensor:
         """Return the held-out samples of Heun's method in many steps between two times."""
         key = (start, end)
         if key not in self._references:
             if isinstance(self.process, VE):
                 schedule = Schedule.karras(
-                    self.process, REFERENCE_STEPS, append_zero=end == 0, start=start
+                    self.process, self._reference_steps, append_zero=end == 0, start=start
                 )
             else:
-                ramp = torch.linspace(start, end, REFERENCE_STEPS + 1, dtype=torch.float64)
+                ramp = torch.linspace(start, end, self._reference_steps + 1, dtype=torch.float64)
                 schedule = Schedule(self.process, ramp)
             self._references[key] = make_solver("heun", schedule).sample(
-                self.denoiser, self._held_out(start)
+                self.denoiser, self.held_out(start)
             )
         return self._references[key]
 
@@ -297,8 +313,8 @@ def table_of(study: SolverStudy, records: Sequence[dict[str, Any]]) -> str:
         if treatment in runs[0]["scores"] and min(_factor(run, treatment) for run in runs) <= 1
     ]
     note = (
-        f"Error: mean squared distance, summed over dimensions, from {REFERENCE_STEPS} steps of "
-        f"Heun's method on {HELD_OUT} held-out noises; factor: base error / distilled error. Mean "
+        f"Error: mean squared error per coordinate, from {REFERENCE_STEPS} steps of Heun's method "
+        f"on {HELD_OUT} held-out noises; factor: base error / distilled error. Mean "
         f"± standard deviation over {len(study.seeds)} seeds."
     )
     verdict = (

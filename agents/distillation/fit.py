@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..selection import coordinate_errors
 from ..tableau import Tableau
 from .forms import distilled
 
@@ -104,13 +105,19 @@ def best_constant(
 
 
 @torch.no_grad()
-def final_error(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch]) -> float:
-    """Return the mean squared distance of the finished samples from the teacher's."""
-    total = sum(
-        float((tableau.sample(denoiser, batch.noise) - batch.targets[-1]).double().square().sum())
-        for batch in batches
+def noise_errors(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch]) -> Tensor:
+    """Return the finished samples' errors from the teacher's, (N,): a coordinate's mean squares."""
+    return torch.cat(
+        [
+            coordinate_errors(tableau.sample(denoiser, batch.noise), batch.targets[-1])
+            for batch in batches
+        ]
     )
-    return total / sum(batch.noise.numel() for batch in batches)
+
+
+def final_error(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch]) -> float:
+    """Return the mean of `noise_errors`."""
+    return float(noise_errors(tableau, denoiser, batches).mean())
 
 
 class _Student:

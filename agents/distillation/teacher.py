@@ -127,7 +127,7 @@ def errors_against_finer(
         integer: round the finer solver's times to whole noisings.
 
     Returns:
-        The mean squared errors of the finished samples of teacher and student.
+        The mean squared errors per coordinate of the finished samples of teacher and student.
     """
     checked = noise[: max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES)]
     with warnings.catch_warnings():
@@ -157,7 +157,7 @@ def judge_teacher(
     if error >= base > 0:
         warnings.warn(
             f"The teacher {teacher.tableau.name} of {teacher.tableau.nfe} calls is no better than "
-            f"{student.name} of {student.nfe}: their squared errors are {error:.2e} and "
+            f"{student.name} of {student.nfe}: their mean squared errors are {error:.2e} and "
             f"{base:.2e}. Take a larger scale or a teacher of higher order, such as dpm-solver-3m "
             "or heun.",
             stacklevel=3,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...envs import Schedule
 from ..denoiser import Denoiser
-from ..training import frozen, learning_rate, set_learning_rate
+from ..selection import best_of
+from ..training import TrainingDivergedError, frozen, learning_rate, set_learning_rate
 from .levels import LevelMap, Space, noise_levels, schedule_at
 from .objective import Objective, Slope
 from .pool import Batch, Pool
@@ -23,13 +26,26 @@ CHECK_INTERVAL = 10
 # which can strand levels at the noisy end where nothing pulls them back.
 WARM_UP = 20
 
+# Levels nearer to each other than this share are one level to a solver, which divides by their
+# distance.
+LEAST_GAP = 1e-9
+
+# Where a schedule comes from.
+GIVEN, PROGRAMME, GRID, LEARNED = "given", "programme", "grid", "learned"
+
 
 class Descent:
     """Adam on the levels' free parameters, and the schedule and the sampler that they make.
 
+    Where there is a teacher a stage ends with the schedule that errs least on held-out noise: that
+    from before, the one that the stage was to start from, or the best that it met; see
+    `fewstep.agents.selection`. With data as the target it ends where the last update led.
+
     Args:
-        objective: what the levels should make small; its schedule is where they are at first.
+        objective: what the levels should make small; its schedule is where they start on a grid.
         pool: what it is measured on.
+        given: the schedule that what is learned has to better.
+        start: what the stage starts from: "given", a "grid" or a "programme".
         space: the scale on which levels are parameters.
         moves: False leaves them where the stage begins.
         integer_times: round the schedule's times.
@@ -41,6 +57,10 @@ class Descent:
     Attributes:
         schedule: the schedule as it is now.
         tableau: the sampler on it.
+        origin: where it comes from: "given", "grid", "programme" or "learned".
+        compared: errors of the schedules that the last stage ended with a choice between, by their
+            origin, on the noise that is only reported on; with data as the target of the given
+            schedule and of what the stage ended with.
         updates: how many of this stage are done.
         collapsed: whether a stage ended because the samples' variance fell.
     """
@@ -50,6 +70,8 @@ class Descent:
         objective: Objective,
         pool: Pool,
         *,
+        given: Schedule,
+        start: str,
         space: Space,
         moves: bool,
         integer_times: bool,
@@ -69,9 +91,13 @@ class Descent:
         self._parameters = torch.nn.Parameter(self._map.parameters(levels))
         self._adam = torch.optim.Adam([self._parameters])
         self._watch: Watch | None = None
+        self._given = given
+        self._start = start
+        self.compared: dict[str, float] = {}
         self.updates = 0
         self.collapsed = False
-        self._move_to(self._parameters)
+        # What a programme finds is not known yet.
+        self._move_to(*self._as_given if start == PROGRAMME else (self._here(), start))
 
     @property
     def levels(self) -> Tensor:
@@ -94,14 +120,42 @@ class Descent:
         assert self._watch is not None, "begin comes first"
         return self._watch
 
-    def begin(self, denoiser: Denoiser, levels: Tensor | None = None) -> None:
-        """Begin a stage: go to other levels (T,) if there are any, and remember where it began."""
-        before = self._here()
+    def begin(
+        self, denoiser: Denoiser, first: bool, levels: Sequence[Tensor] | None = None
+    ) -> None:
+        """Begin a stage, and remember what there was before it.
+
+        Args:
+            denoiser: the network that samples.
+            first: whether the stage is the first one, before which there is the given schedule.
+            levels: what a programme found, (T,) each; the best of them on the noise to learn on is
+                what to start from, unless what there was before errs less on held-out noise. None
+                starts from the grid, or from what there was before.
+        """
+        found, start = self._here(), self.origin
+        before, origin = self._as_given if first else (found, start)
+        self.compared = {}
+        if first and self.pool.teacher is None:
+            self._move_to(before, origin)
+            self.compared[GIVEN] = self._reported_error(denoiser)
         if levels is not None:
-            self._move_to(self._map.parameters(levels))
-        start = self._here()
-        self._watch = Watch(before, start, self.error(denoiser), start)
+            found, start = self._best_of(denoiser, levels), PROGRAMME
+        self._move_to(found, start)
+        error = self.error(denoiser)
+        if levels is not None and self.pool.teacher is not None:
+            self._move_to(before, origin)
+            if (other := self.error(denoiser)) <= error:
+                error = other
+            else:
+                self._move_to(found, start)
+        here = self._here()
+        self._watch = Watch(before, origin, first, found, here, error, here)
         self._adam = torch.optim.Adam([self._parameters])
+
+    def skip(self, denoiser: Denoiser) -> None:
+        """Choose between the given schedule and the start, where there is no stage one."""
+        self.begin(denoiser, first=True)
+        self._choose(denoiser)
 
     def update(self, denoiser: Denoiser, generator: torch.Generator) -> dict[str, float]:
         """Move the levels once; now and then, and at the end, compare them with the best.
@@ -120,7 +174,9 @@ class Descent:
             self._watched.compare(self._here(), error)
         # The least error of a target of data is a collapsed sampler's: there the last one counts.
         if self.done and self.pool.teacher is not None:
-            self._move_to(self._watched.best)
+            self._choose(denoiser)
+        elif self.done:
+            self.compared[self.origin] = self._reported_error(denoiser)
         for j, level in enumerate(self.levels.tolist()):
             metrics[f"level_{j:03d}"] = level
         return metrics
@@ -134,8 +190,12 @@ class Descent:
             return self.objective.slope(denoiser, self.levels, batch, clean, generator)
 
     def error(self, denoiser: Denoiser) -> float:
-        """Return the sampler's error on held-out noise."""
-        return self.objective.error(denoiser, self.tableau, self.pool.held_out)
+        """Return the sampler's error on held-out noise, the mean square of a coordinate's."""
+        return float(self.errors(denoiser, self.pool.held_out).mean())
+
+    def errors(self, denoiser: Denoiser, batches: Sequence[Batch]) -> Tensor:
+        """Return the sampler's error for each noise of some batches, see `Objective.errors`."""
+        return self.objective.errors(denoiser, self.tableau, batches)
 
     def _step(self, denoiser: Denoiser, generator: torch.Generator) -> dict[str, float]:
         """Take one step of Adam, or one back if the samples have collapsed."""
@@ -148,10 +208,12 @@ class Descent:
         rate = learning_rate(self.learning_rate, "cosine", done, self.updates, WARM_UP)
         set_learning_rate(self._adam, rate)
         self._adam.step()
-        self._move_to(self._parameters)
-        metrics = {"disc_loss": slope.disc_loss}
+        self._check_apart()
+        self._move_to(self._here(), LEARNED)
+        coordinates = batch.noise[0].numel()
+        metrics = {"disc_loss": slope.disc_loss / coordinates}
         if slope.diff_loss is not None:
-            metrics["diff_loss"] = slope.diff_loss
+            metrics["diff_loss"] = slope.diff_loss / coordinates
         ratio = metrics["variance_ratio"] = _variance(slope.ends) / _variance(batch.target)
         if self._watched.collapses(before, ratio, self.collapse):
             self._go_back(ratio)
@@ -160,7 +222,7 @@ class Descent:
     def _go_back(self, ratio: float) -> None:
         """Return to where the samples' variance was sound, and say so."""
         self.collapsed = True
-        self._move_to(self._watched.sound)
+        self._move_to(self._watched.sound, self._origin_of(self._watched.sound))
         hint = (
             "The optimum of target='data' is a sampler that returns the mean of the data: take "
             "target='teacher', or a smaller schedule_learning_rate and fewer schedule_rounds."
@@ -174,16 +236,75 @@ class Descent:
             stacklevel=2,
         )
 
+    def _best_of(self, denoiser: Denoiser, found: Sequence[Tensor]) -> Tensor:
+        """Return the parameters of the levels that err least on the noise to learn on."""
+        parameters = [self._map.parameters(levels) for levels in found]
+        if len(parameters) == 1 or self.pool.teacher is None:
+            return parameters[0]
+        errors = []
+        for tried in parameters:
+            self._move_to(tried, PROGRAMME)
+            errors.append(float(self.errors(denoiser, self.pool.fitted).mean()))
+        return parameters[int(np.nanargmin(errors))]
+
+    def _choose(self, denoiser: Denoiser) -> None:
+        """Go to the schedule that errs least on held-out noise; measure all that were compared."""
+        watch = self._watched
+        choices = {"before": watch.before, "start": watch.found, "best": watch.best}
+        held_out = {}
+        met: list[Tensor] = []
+        for name, parameters in choices.items():
+            if any(torch.equal(parameters, other) for other in met):
+                continue
+            met.append(parameters)
+            self._move_to(parameters, self._origin_of(parameters))
+            held_out[name] = self.errors(denoiser, self.pool.held_out)
+            if name != "before" or watch.first:
+                self.compared[self.origin] = self._reported_error(denoiser)
+        chosen = choices[best_of(held_out)]
+        self._move_to(chosen, self._origin_of(chosen))
+
+    def _reported_error(self, denoiser: Denoiser) -> float:
+        return float(self.errors(denoiser, self.pool.reported).mean())
+
+    def _check_apart(self) -> None:
+        """Raise TrainingDivergedError if the levels are not finite, or met."""
+        levels = self.levels
+        if not (levels[:-1] > (1 + LEAST_GAP) * levels[1:]).all():
+            raise TrainingDivergedError(
+                "a noise level",
+                self.updates,
+                f"Schedule learning diverged: after update {self.updates + 1} two noise levels "
+                "are the same, or one is none. Lower schedule_learning_rate, "
+                f"{self.learning_rate:g} here and 0.03 to 1 usually; checkpoints written before "
+                "are good.",
+            )
+
+    @property
+    def _as_given(self) -> tuple[Tensor, str]:
+        """The given schedule's parameters and origin."""
+        return self._map.parameters(noise_levels(self._given)), GIVEN
+
+    def _origin_of(self, parameters: Tensor) -> str:
+        """Return where parameters of this stage come from."""
+        watch = self._watched
+        if torch.equal(parameters, watch.before):
+            return watch.origin
+        return self._start if torch.equal(parameters, watch.found) else LEARNED
+
     def _here(self) -> Tensor:
         return self._parameters.detach().clone()
 
-    def _move_to(self, parameters: Tensor) -> None:
+    def _move_to(self, parameters: Tensor, origin: str) -> None:
         """Set the levels' parameters, and build the sampler that they make."""
         with torch.no_grad():
             self._parameters.copy_(parameters)
         schedule = schedule_at(self.levels, self.objective.like)
         if self.integer_times:
             schedule = Schedule(schedule.process, schedule.times.round())
+        # Exactly that: levels and parameters round.
+        schedule = self._given if origin == GIVEN else schedule
+        self.origin = origin
         self.schedule = schedule
         self.tableau = self.objective.build(schedule)
 
@@ -194,6 +315,7 @@ class Descent:
             "descent": self._adam.state_dict(),
             "watch": None if self._watch is None else dict(vars(self._watch)),
             "collapsed": self.collapsed,
+            "origin": self.origin,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -201,7 +323,7 @@ class Descent:
         self._adam.load_state_dict(state["descent"])
         self._watch = None if state["watch"] is None else Watch(**state["watch"])
         self.collapsed = state["collapsed"]
-        self._move_to(state["parameters"].cpu())
+        self._move_to(state["parameters"].cpu(), state["origin"])
 
 
 def _variance(samples: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...envs.schedule import Schedule
 from ..denoiser import Denoiser
+from ..selection import coordinate_errors
 from ..tableau import Tableau
 from .adjoint import backpropagate, by_log_level
 from .levels import noise_levels, schedule_at
@@ -25,7 +26,8 @@ class Slope:
     """An objective at some levels.
 
     Attributes:
-        disc_loss: mean squared distance of the rollout's end from its target.
+        disc_loss: squared distance of the rollout's end from its target, summed over coordinates,
+            the mean over samples.
         diff_loss: paper B's L_diff; None if it has no weight.
         gradient: (T,) float64 derivatives of the whole by the levels, on the CPU.
         ends: (N, *shape) where the rollouts ended.
@@ -124,11 +126,19 @@ class Objective:
         return total, torch.cat(ends)
 
     @torch.no_grad()
-    def error(self, denoiser: Denoiser, tableau: Tableau, batches: Sequence[Batch]) -> float:
-        """Return L_disc of a sampler over batches, without gradients."""
-        total = 0.0
+    def errors(self, denoiser: Denoiser, tableau: Tableau, batches: Sequence[Batch]) -> Tensor:
+        """Return the error of a sampler for each noise of the batches, without gradients.
+
+        Where there is a teacher it is that of the finished sample; with data as the target it is
+        L_disc's, at the smallest level.
+
+        Returns:
+            (N,) float64 mean squared differences per coordinate, on the CPU.
+        """
+        parts = []
         for batch in batches:
             states = tableau.states(denoiser, batch.noise)
-            end = next(islice(states, self.rows(tableau), None))
-            total += float(squared_error(end, batch.target)) / len(batches)
-        return total
+            last = tableau.steps if batch.clean is None else self.rows(tableau)
+            goal = batch.finished if batch.clean is None else batch.target
+            parts.append(coordinate_errors(next(islice(states, last, None)), goal))
+        return torch.cat(parts)

@@ -64,7 +64,7 @@ def data_batch(
 
 @dataclass
 class Pool:
-    """The batches to learn on, then as many held-out ones, made once.
+    """The batches to learn on, as many held-out ones to choose by, and one to report on, made once.
 
     They follow from the seed and the network as it was given: a resumed run makes them again.
 
@@ -92,14 +92,14 @@ class Pool:
     def calls(self) -> int:
         """Network calls on single samples that making it takes."""
         calls = 0 if self.teacher is None else self.teacher.tableau.nfe
-        return 2 * self.count * self.batch_size * calls
+        return (2 * self.count + 1) * self.batch_size * calls
 
     @property
     def batches(self) -> list[Batch]:
         """All of them; made now if they have not been."""
         if not self._made:
             generator = self.fresh_generator()
-            self._made = [self._draw(generator) for _ in range(2 * self.count)]
+            self._made = [self._draw(generator) for _ in range(2 * self.count + 1)]
         return self._made
 
     @property
@@ -109,8 +109,13 @@ class Pool:
 
     @property
     def held_out(self) -> list[Batch]:
-        """The batches that judge."""
-        return self.batches[self.count :]
+        """The batches that choose: between levels, and between networks."""
+        return self.batches[self.count : 2 * self.count]
+
+    @property
+    def reported(self) -> list[Batch]:
+        """The batch that reported errors are measured on; it takes no part in any choice."""
+        return self.batches[2 * self.count :]
 
     def forget(self) -> None:
         """Drop the batches: the teacher's network has changed."""

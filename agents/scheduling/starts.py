@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...envs import Schedule
 from ..denoiser import Denoiser
 from ..solvers import make_solver
+from ..tableau import Tableau
+from .amplification import amplified_programmes
 from .levels import LevelMap, check_levels, even_schedule, noise_levels, schedule_at
 from .pool import Pool
 from .programmes import diffusion_programme, trajectory_programme
@@ -18,8 +21,9 @@ from .programmes import diffusion_programme, trajectory_programme
 Programme = Literal["diffusion-dp", "trajectory-dp"]
 ENVIRONMENT = "environment"
 
-# The dynamic programmes choose from a grid of so many levels.
-GRID = 200
+# The dynamic programmes choose from a grid of so many levels, those that see the end from a coarser
+# one: there may be a cost for each triple of them.
+GRID, COARSE_GRID = 200, 100
 
 
 def starting_schedule(here: Schedule, start: str, integer_times: bool) -> Schedule:
@@ -67,12 +71,11 @@ class LevelProgramme:
     like: Schedule
     integer_times: bool
 
-    @property
-    def grid(self) -> Schedule:
-        """The times to choose from, even on Karras's scale."""
+    def grid(self, size: int = GRID) -> Schedule:
+        """Return the times to choose from, even on Karras's scale."""
         ends = noise_levels(self.like)
         even = LevelMap(float(ends[-1]), float(ends[0]))
-        grid = schedule_at(even.levels(torch.ones(GRID - 2, dtype=torch.float64)), self.like)
+        grid = schedule_at(even.levels(torch.ones(size - 2, dtype=torch.float64)), self.like)
         if not self.integer_times:
             return grid
         return Schedule(grid.process, grid.times.round().unique().flip(0))
@@ -80,21 +83,40 @@ class LevelProgramme:
     @property
     def calls(self) -> int:
         """Network calls a sample."""
-        # A trajectory's last positive level is only arrived at.
-        return int((self.grid.times > 0).sum()) - (self.programme == "trajectory-dp")
+        calls = int((self.grid().times > 0).sum())
+        if self.programme == "diffusion-dp":
+            return calls
+        # A trajectory's last positive level is only arrived at. The adjoint repeats each call.
+        return calls - 1 + 2 * (int((self.grid(COARSE_GRID).times > 0).sum()) - 1)
 
-    def levels(self, pool: Pool, denoiser: Denoiser) -> Tensor:
-        """Find the levels (T,), descending.
+    def levels(self, pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Tensor]:
+        """Find levels (T,), descending; of several answers the best has to be tried out.
 
         Args:
             pool: the source of noise and data, and of the network whose trajectories count.
             denoiser: the network that samples, whose errors on data count.
+            student: the solver on some schedule of as many levels.
         """
         count, generator = len(noise_levels(self.like)), pool.fresh_generator()
-        if self.programme == "trajectory-dp":
-            teacher = make_solver("dpm-solver-2m", self.grid)
-            noise = pool.mdp.initial(pool.batch_size, generator)
-            return trajectory_programme(teacher, pool.denoiser, noise, count)
-        times = self.grid.times
-        clean = pool.mdp.target.sample(pool.batch_size, generator)
-        return diffusion_programme(denoiser, times[times > 0], count, clean, generator)
+        if self.programme == "diffusion-dp":
+            times = self.grid().times
+            clean = pool.mdp.target.sample(pool.batch_size, generator)
+            return [diffusion_programme(denoiser, times[times > 0], count, clean, generator)]
+        noise = pool.mdp.initial(pool.batch_size, generator)
+        teacher = make_solver("dpm-solver-2m", self.grid())
+        plain = trajectory_programme(teacher, pool.denoiser, noise, count)
+        teacher = make_solver("dpm-solver-2m", self.grid(COARSE_GRID))
+        orders = [_outputs_read(student, j) for j in range(count - 1)]
+        return [
+            plain,
+            *amplified_programmes(teacher, student.output, pool.denoiser, noise, orders, generator),
+        ]
+
+
+def _outputs_read(student: Tableau, jump: int) -> int:
+    """Return how many outputs a jump of a solver reads; 2 for one with calls between its levels."""
+    rows = len(student.weights)
+    if student.one_step:
+        return 1
+    multistep = all(student.anchor(j) == j for j in range(rows))
+    return int(np.count_nonzero(student.weights[jump])) if multistep else 2

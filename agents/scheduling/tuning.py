@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..selection import is_better
 from ..tableau import Tableau
 from ..training import Averaged, adam, learning_rate, set_learning_rate
 from .adjoint import backpropagate
@@ -18,9 +20,15 @@ from .weights import step_weights
 
 TuningWeights = Literal["rollout", "lambda", "original"]
 
+# Updates of the network between two looks at held-out noise.
+CHECK_INTERVAL = 50
+
 
 class Tuning:
     """Gradient steps on the denoiser, and the average of its weights.
+
+    A stage that is judged ends with the network that errs least on held-out noise: the one from
+    before the stage, or an average on the way that is better; see `fewstep.agents.selection`.
 
     Args:
         denoiser: the network to tune, in place.
@@ -37,6 +45,7 @@ class Tuning:
         averaged: the average of the weights.
         optimizer: Adam; None without rounds.
         updates: how many of this stage are done.
+        tuned: whether the network that samples is a tuned one.
     """
 
     def __init__(
@@ -63,6 +72,11 @@ class Tuning:
         self.averaged = Averaged(denoiser, ema if rounds else 0.0)
         self.optimizer = adam(denoiser.parameters()) if rounds else None
         self.updates = 0
+        self.tuned = False
+        # The best network of the stage and its errors; None where it is not judged.
+        self._best: dict[str, Tensor] | None = None
+        self._errors: Tensor | None = None
+        self._improved = False
 
     @property
     def done(self) -> bool:
@@ -84,7 +98,8 @@ class Tuning:
             generator: source of samples, levels and noise.
 
         Returns:
-            What to log: the loss and the gradient's norm before it is clipped.
+            What to log: the loss, for one coordinate, and the norm of the gradient (of the sum over
+            coordinates for "rollout") before it is clipped.
         """
         assert self.optimizer is not None
         self.optimizer.zero_grad()
@@ -101,6 +116,63 @@ class Tuning:
         self.averaged.update()
         self.updates += 1
         return {"loss": loss, "grad_norm": grad_norm}
+
+    def begin(self, errors: Tensor) -> None:
+        """Begin a stage that is judged, with the sampler's errors on held-out noise before it."""
+        self._best, self._errors, self._improved = self._weights(), errors, False
+
+    def judge(self, errors: Callable[[], Tensor]) -> float | None:
+        """Now and then, and at the end, compare the averaged network with the stage's best one.
+
+        Args:
+            errors: measures the sampler with the averaged network on held-out noise, (N,).
+
+        Returns:
+            The mean of the errors, or None if they were not measured.
+        """
+        if not self.done and self.updates % CHECK_INTERVAL:
+            return None
+        assert self._errors is not None
+        now = errors()
+        if is_better(now, self._errors):
+            self._best, self._errors, self._improved = self._weights(), now, True
+        return float(now.mean())
+
+    def finish(self) -> None:
+        """Take the best network of the stage, if it was judged."""
+        if self._best is None:
+            self.tuned = True
+            return
+        self.tuned = self.tuned or self._improved
+        if any(not torch.equal(w, self._best[name]) for name, w in self._weights().items()):
+            assert self.optimizer is not None
+            self.averaged.module.body.load_state_dict(self._best)
+            self.denoiser.body.load_state_dict(self._best)
+            # What it remembers belongs to other weights, and may not be finite.
+            self.optimizer.state.clear()
+        self._best = self._errors = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what the stage remembers beside the networks and how many updates are done."""
+        return {
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "best": self._best,
+            "best_errors": self._errors,
+            "improved": self._improved,
+            "tuned": self.tuned,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        # None: saved by an agent without stage two.
+        if self.optimizer is not None and state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self._best, self._errors = state["best"], state["best_errors"]
+        self._improved, self.tuned = state["improved"], state["tuned"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return a copy of the averaged network's weights."""
+        return {name: w.clone() for name, w in self.averaged.module.body.state_dict().items()}
 
     def _denoising_loss(self, levels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the loss on real samples at the schedule's levels, with its gradient."""
@@ -121,7 +193,7 @@ class Tuning:
         loss, _, _ = backpropagate(
             tableau, self.denoiser, noise[drawn], finished[drawn], tableau.steps, trained
         )
-        return torch.tensor(loss)
+        return torch.tensor(loss / noise[0].numel())
 
 
 def tuning_loss(

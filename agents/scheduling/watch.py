@@ -16,15 +16,21 @@ class Watch:
     """The best parameters of a stage, and the last ones whose samples had not collapsed.
 
     Attributes:
-        before: those that the stage began with.
+        before: what there was before the stage.
+        origin: where that came from, see `Descent.origin`.
+        first: whether that is what the learner was given.
+        found: what the stage was to start from.
         best: those of the least error on held-out noise.
-        error: that error.
+        error: that error, the mean.
         sound: the last ones at which the samples' variance had not fallen.
         low: how many updates ago that was.
         first_ratio: the variance ratio that the stage began with.
     """
 
     before: Tensor
+    origin: str
+    first: bool
+    found: Tensor
     best: Tensor
     error: float
     sound: Tensor

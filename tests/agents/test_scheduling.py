@@ -928,7 +928,9 @@ def test_the_error_on_data_falls_into_three_parts(levels, mixture, draw_clean, g
     x_T, x_1 = clean + 6 * first, clean + 0.3 * second
     schedule = on(process, levels)
     objective = Objective(lambda s: make_solver("euler", s), schedule, None, 1.0, 0.0)
-    loss = objective.error(denoiser, objective.build(schedule), [Batch(x_T, x_1, clean, clean)])
+    errors = objective.errors(denoiser, objective.build(schedule), [Batch(x_T, x_1, clean, clean)])
+    # Errors are a coordinate's, and there are two.
+    loss = 2 * float(errors.mean())
     with torch.no_grad():
         end = euler_run(denoiser, levels, x_T)[0][-1]
         best = edm_denoised(denoiser, x_T, levels[0])
@@ -971,9 +973,15 @@ def test_the_objective_is_the_sum_of_its_parts(name, to_zero, noised, mixture, g
     assert_close(slope.ends, end.detach(), 1e-8)
     # The ends stay fixed.
     assert_close(slope.gradient[1:-1], reference[1:-1], 1e-6)
-    assert objective.error(denoiser, objective.build(schedule), [batch, batch]) == pytest.approx(
-        slope.disc_loss
-    )
+    table = objective.build(schedule)
+    errors = objective.errors(denoiser, table, [batch._replace(clean=clean)] * 2)
+    assert errors.shape == (2 * len(clean),)
+    assert 2 * float(errors.mean()) == pytest.approx(slope.disc_loss)
+    # Of a teacher's batch the finished samples count.
+    with torch.no_grad():
+        finished = table.sample(denoiser, batch.noise)
+    errors = objective.errors(denoiser, table, [batch])
+    assert 2 * float(errors.mean()) == pytest.approx(float(squared(finished - clean)))
     alone = Objective(objective.build, schedule, None, 1.0, 0.0)
     slope = alone.slope(denoiser, levels, batch, None, generator(2))
     assert slope.diff_loss is None

@@ -42,13 +42,13 @@ def test_a_run_leaves_a_tableau_that_anyone_can_run(distilled):
     assert table.process.t_max == 1000  # enough noisings for a solver's fractional times
     events = EventAccumulator(str(distilled / "tensorboard" / "dode"))
     events.Reload()
-    assert {"train/lambda_000", "train/base_error", "eval/sliced_wasserstein"} <= set(
+    assert {"train/lambda_000", "train/given_error", "eval/sliced_wasserstein"} <= set(
         events.Tags()["scalars"]
     )
     assert events.Tags()["images"] == ["samples/sampler"]
     results = json.loads((distilled / "results.json").read_text())
     assert len(results["fits"]) == 10
-    assert results["errors"]["distilled"] < results["errors"]["base"]
+    assert results["errors"]["distilled"] < results["errors"]["given"]
     mdp = build_mdp(Settings.from_json(distilled / "config.json"))
     agent = DODE.load(distilled / "tableau.json", mdp, denoiser=denoiser)
     assert [fit.lambdas.tolist() for fit in agent.fits] == [
