@@ -25,6 +25,10 @@ Time = TypeVar("Time", float, Tensor)
 # Levels that a process remembers; a sampler asks for at most some thousands.
 MOST_LEVELS = 65_536
 
+# How many roundings a time or a level may lie beside a whole noising and still be meant as it. The
+# way from a time to its level and back rounds about twenty times.
+_ROUNDINGS = 256 * torch.finfo(torch.float64).eps
+
 
 class NoiseProcess(ABC):
     """A Gaussian forward process on times ``0 <= t <= t_max``.
@@ -188,6 +192,10 @@ class DiscreteVP(NoiseProcess):
     ``abar[0] = 1``. Between integers ``log alpha`` is linear in ``t``. A network trained with the
     usual 0-based index is asked at ``t - 1``.
 
+    The slope jumps at the integers. Derivatives there are those of the side of more noise (at
+    ``t_max``, the only side), and what lies within float64's rounding of an integer is taken for
+    it: ``time_of_log_snr(log_snr(n)) == n`` exactly, with the same derivatives on every machine.
+
     Args:
         betas: Noise added by each noising, ``(T,)``, each in (0, 1).
 
@@ -301,8 +309,19 @@ class DiscreteVP(NoiseProcess):
         # alpha^2 = sigmoid(2 log_snr); logaddexp keeps the digits of a nearly clean sample.
         decay = 0.5 * torch.logaddexp(torch.zeros_like(value), -2 * value)
         table = self._decay_on(value.device)
-        n = torch.searchsorted(table, decay, right=True).sub(1).clamp(0, len(table) - 2)
-        return (n + (decay - table[n]) / (table[n + 1] - table[n])).clamp(max=self.t_max)
+        last = len(table) - 2
+        n = torch.searchsorted(table, decay.detach(), right=True).sub(1).clamp(0, last)
+        gap = table[n + 1] - table[n]
+        share = (decay - table[n]) / gap
+        # The rounding of a log-SNR v > 0 moves the decay by up to 2 v times the decay's own.
+        magnified = decay * (1 + 2 * value.clamp(0, 400))
+        slack = (_ROUNDINGS * magnified / gap).clamp(max=0.01).detach()
+        after = share > 1 - slack
+        beyond = (n + after).clamp(max=last)
+        # No distance to the whole noising, only the derivative of the segment after it.
+        nothing = (decay - decay.detach()) / (table[beyond + 1] - table[beyond])
+        whole = after | (share < slack)
+        return torch.where(whole, n + after + nothing, n + share)
 
     def network_time(self, t: Time) -> Time:
         """``t - 1``: the 0-based index of DDPM, at which ``abar`` holds ``n + 1`` noisings."""
@@ -323,7 +342,7 @@ class DiscreteVP(NoiseProcess):
     def _log_alpha(self, t: float | Tensor) -> Tensor:
         time = self._check_time(t)
         table = self._decay_on(time.device)
-        n = time.long().clamp(max=len(table) - 2)
+        n = (time * (1 + _ROUNDINGS)).long().clamp(max=len(table) - 2)
         return -torch.lerp(table[n], table[n + 1], time - n)
 
     def _decay_on(self, device: torch.device) -> Tensor:

@@ -3,6 +3,10 @@
 With b the state's motion along a direction, the best lambda of a step is one dot product divided by
 another, ``<b, y - base> / <b, b>`` (MATH.md 2.2). The student's own states are carried forward,
 not the teacher's, so a step also repairs what the steps before it left.
+
+Several directions of a step are often nearly parallel. The least squares problem is therefore
+solved from a QR factorisation in float64, never from dot products, whose rounding grows with the
+square of the problem's condition number.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from .forms import distilled
 # Constants tried for the forms with one lambda for all steps.
 GRID = np.linspace(-1.0, 2.0, 61)
 
-# A direction shorter than this share of the state is no direction (squared).
-_NEGLIGIBLE = 1e-12
+# A direction shorter than this share of the state is no direction, and a mixture of directions of
+# unit length that is shorter than this share of the longest one is none: the rounding of a network
+# in float32 is about as long.
+_NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,11 @@ def fit(
 ) -> list[StepFit]:
     """Fit the lambdas of every step.
 
-    All batches advance together and share the sums, so many small batches give exactly the fit of
-    one large one.
+    All batches advance together and share one least squares problem, so many small batches give the
+    step of one large one, up to rounding. Where the directions of a step are nearly parallel, the
+    step is what the samples determine; its lambdas are determined only up to rounding times the
+    condition number of the directions, scaled to unit length. That number is at most 1e6:
+    directions closer to parallel count as one, with the smallest lambdas that make the step.
 
     Args:
         tableau: the base solver.
@@ -82,11 +91,13 @@ def fit(
     count = sum(batch.noise.numel() for batch in batches)
     fits = []
     for j, row in enumerate(rows):
-        gram = np.sum([student.propose(j, row) for student in students], axis=0)
-        lambdas = _solve(gram, ridge) if constant is None else np.full(len(row), constant)
-        motion = np.array([*lambdas, -1.0])
-        error = float(motion @ gram[:-1, :-1] @ motion)
-        fits.append(StepFit(lambdas, gram[-2, -2] / count, max(error, 0.0) / count))
+        factor = _triangle([student.propose(j, row) for student in students])
+        lambdas = _solve(factor, ridge) if constant is None else np.full(len(row), constant)
+        residual = factor[:, -2]
+        missed = residual - factor[:, :-2] @ lambdas
+        fits.append(
+            StepFit(lambdas, float(residual @ residual) / count, float(missed @ missed) / count)
+        )
         for student in students:
             student.move(lambdas)
     return fits
@@ -134,16 +145,16 @@ class _Student:
         """Evaluate step j without its lambdas.
 
         Returns:
-            The Gram matrix of the n directions, the residual y - base and the base itself,
-            (n + 2, n + 2) float64: all that the fit needs to know of this batch.
+            The triangular factor R (m, n + 2) float64, m <= n + 2, of a QR factorisation whose
+            columns are the n directions, the residual y - base and the base itself. It has their
+            lengths and angles: all that the fit needs to know of this batch.
         """
         self.outputs.append(self.tableau.evaluate(self.denoiser, self.states[j], j))
         self._base = self.tableau.advance(j, self.states, self.outputs)
         self._columns = [self._along(direction) for direction in row]
         residual = self.batch.targets[j] - self._base
         vectors = torch.stack([part.flatten() for part in (*self._columns, residual, self._base)])
-        vectors = vectors.double()
-        return (vectors @ vectors.T).cpu().numpy()
+        return torch.linalg.qr(vectors.double().T, mode="r").R.cpu().numpy()
 
     def move(self, lambdas: np.ndarray) -> None:
         """Finish the step with its lambdas."""
@@ -159,15 +170,22 @@ class _Student:
         return motion
 
 
-def _solve(gram: np.ndarray, ridge: float) -> np.ndarray:
+def _triangle(factors: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the factor R of all batches together from that of each, (n + 2) columns; float64."""
+    return np.linalg.qr(np.concatenate(factors), mode="r")
+
+
+def _solve(factor: np.ndarray, ridge: float) -> np.ndarray:
     """Return the lambdas (n,) that minimise the penalised error; see `fit` and `propose`."""
-    normal, projected, error, base = gram[:-2, :-2], gram[:-2, -2], gram[-2, -2], gram[-1, -1]
-    lambdas = np.zeros(len(projected))
-    moves = np.diag(normal) > _NEGLIGIBLE * base
+    columns, residual, base = factor[:, :-2], factor[:, -2], factor[:, -1]
+    lambdas = np.zeros(columns.shape[1])
+    moves = np.linalg.norm(columns, axis=0) > _NEGLIGIBLE * np.linalg.norm(base)
     if moves.any():
-        system = normal[np.ix_(moves, moves)] + ridge * error * np.eye(int(moves.sum()))
-        # Equal scales, so that the cut-off means the same for every direction.
-        size = np.sqrt(np.diag(system))
-        scaled = system / np.outer(size, size)
-        lambdas[moves] = np.linalg.lstsq(scaled, projected[moves] / size, rcond=1e-12)[0] / size
+        # The penalty is a row for each lambda that asks it to be 0.
+        penalty = np.sqrt(ridge) * np.linalg.norm(residual) * np.eye(int(moves.sum()))
+        matrix = np.concatenate([columns[:, moves], penalty])
+        wanted = np.concatenate([residual, np.zeros(len(penalty))])
+        # Equal lengths, so that the cut-off means the same for every direction.
+        length = np.linalg.norm(matrix, axis=0)
+        lambdas[moves] = np.linalg.lstsq(matrix / length, wanted, rcond=_NEGLIGIBLE)[0] / length
     return lambdas

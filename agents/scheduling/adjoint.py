@@ -6,6 +6,10 @@ levels at which the network is asked, and through p, q and W. So the gradient ha
 and each network call is repeated with its graph when the adjoint passes it, so that one graph is
 alive at a time (MATH.md 3.5; gradient rematerialisation in paper B's words). `by_log_level` then
 follows the numbers back to the levels through the solver's builder, whichever it is.
+
+The times of a discrete process bend at its whole noisings, and with them whatever reads times: a
+network, the polynomials of DEIS. A derivative at such a level is the one towards more noise, in
+both factors, and a level within rounding of a whole noising counts as it (`DiscreteVP`).
 """
 
 from __future__ import annotations
@@ -17,16 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...envs.process import NoiseProcess
 from ...envs.schedule import Schedule
 from ..denoiser import Denoiser
 from ..tableau import Tableau
-from .levels import noise_levels, schedule_at
+from .levels import level_of_time, noise_levels, schedule_at, time_of_level
 from .rollout import chunk_size, rollout
 
 # A builder is differentiated by five-point differences in the log of a level, this far apart
-# (relative to the gap beside it): truncation and rounding leave 1e-12 to 1e-9.
+# (relative to the gap beside it): truncation and rounding leave 1e-12 to 1e-9. They lie around the
+# level, or all on one side of it where the process bends too near on the other.
 _DISTANCE = 1e-3
-_STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+_CENTRED = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+_ONE_SIDED = ((1, 4.0), (2, -3.0), (3, 4 / 3), (4, -1 / 4))  # and -25 / 12 at the level itself
 
 
 @dataclass(frozen=True)
@@ -173,8 +180,8 @@ def by_log_level(
         sensitivity: the derivatives at `build(schedule)`.
 
     Returns:
-        (T,) float64 derivatives by the logarithm of each level of the schedule; 0 for the first and
-        the last one, which stay fixed.
+        (T,) float64 derivatives by the logarithm of each level of the schedule, towards more noise
+        where they jump; 0 for the first and the last one, which stay fixed.
     """
     logs = noise_levels(schedule).log()
     gaps = -logs.diff()
@@ -182,9 +189,30 @@ def by_log_level(
     gradient = torch.zeros_like(logs)
     for i in range(1, len(logs) - 1):
         distance = _DISTANCE * min(1.0, float(gaps[i - 1 : i + 1].min()))
-        for offset, weight in _STENCIL:
+        less, more = _smooth_room(schedule.process, logs[i - 1 : i + 2])
+        stencil = _CENTRED
+        if min(less, more) < 2 * distance:
+            stencil = _ONE_SIDED
+            distance = min(distance, max(less, more) / 4) * (1 if more >= less else -1)
+        for offset, weight in stencil:
             moved = logs.clone()
             moved[i] += offset * distance
             there = build(schedule_at(moved.exp(), schedule))
             gradient[i] += weight / distance * sensitivity.along(here, there)
     return gradient
+
+
+def _smooth_room(process: NoiseProcess, logs: Tensor) -> tuple[float, float]:
+    """Return how far the log level logs[1] can fall, and rise, before the process bends.
+
+    It is looked at between its neighbours logs[2] and logs[0].
+    """
+    times = time_of_level(process, logs.exp())
+    here = float(times[1])
+    kinks = process.kinks(float(times[2]), float(times[0]))
+    bends = level_of_time(process, kinks).log()
+    less, more = bends[kinks <= here], bends[kinks > here]
+    return (
+        float(logs[1] - (less[-1] if len(less) else logs[2])),
+        float((more[0] if len(more) else logs[0]) - logs[1]),
+    )

@@ -47,7 +47,8 @@ class Given:
 class Fitted:
     """Fit the lambdas of each stage to its target with NumPy's lstsq, and keep the state.
 
-    A direction without length counts as none, see MATH.md 2.2.
+    A direction without length counts as none, see MATH.md 2.2; as does what only the rounding of
+    parallel directions of unit length tells apart.
     """
 
     def __init__(self, counts, targets):
@@ -63,8 +64,9 @@ class Fitted:
         moving = [k for k, column in enumerate(columns) if column @ column > shortest]
         if moving:
             matrix = np.stack([columns[k] for k in moving], 1)
+            lengths = np.linalg.norm(matrix, axis=0)
             residual = (target - base).flatten().numpy()
-            lambdas[moving] = np.linalg.lstsq(matrix, residual, rcond=None)[0]
+            lambdas[moving] = np.linalg.lstsq(matrix / lengths, residual, rcond=1e-6)[0] / lengths
         self.lambdas.append(lambdas[:count])
         return stage(lambdas)
 
@@ -346,9 +348,34 @@ def padded(lambdas):
     return [values if len(values) else np.array([np.pi]) for values in lambdas]
 
 
+# The states that two fits make differ by float64's rounding times the largest condition number
+# that a fit accepts, 1e6; the factor 40 is for the sums of a fit and for the steps after it.
+FITTED = 40 * 1e6 * torch.finfo(torch.float64).eps
+
+
 def assert_close(ours, expected, tolerance=1e-10):
     scale = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * scale)
+
+
+def rounding(table, denoiser, noise):
+    """How far two orders of a table's sums may end apart, as a share of the finished samples.
+
+    Every number of the table is moved by a random share of 1e-7, which shows how much the sampler
+    magnifies a relative error of its terms. Each term is rounded about twice in each order; the
+    factor 50 covers that, and that a few draws do not find the worst direction.
+    """
+    source, moves = np.random.default_rng(0), []
+    finished = table.sample(denoiser, noise)
+    for _ in range(4):
+        scale, weights = (
+            values * (1 + 1e-7 * source.choice([-1, 1], values.shape))
+            for values in (table.scale, table.weights)
+        )
+        moved = dataclasses.replace(table, scale=scale, weights=weights)
+        moves.append(float((moved.sample(denoiser, noise) - finished).abs().max()))
+    scale = max(1.0, float(finished.abs().max()))
+    return 50 * torch.finfo(torch.float64).eps * max(moves) / 1e-7 / scale
 
 
 @VARIANT_CASES
@@ -502,14 +529,12 @@ def test_the_other_forms(process, form, solver, effective, grid, mixture, genera
     choose = Fitted(counts, targets)
     sample = run(choose)
     # Two columns that say nearly the same leave their lambdas open, but not what they make.
+    scale = max(1.0, float(sample.abs().max()))
     error = float((sample - targets[-1]).square().mean())
-    assert fits[-1].after == pytest.approx(error, rel=1e-4)
+    assert fits[-1].after ** 0.5 == pytest.approx(error**0.5, abs=FITTED * scale)
     table = distilled(base, rows, [step.lambdas for step in fits])
     with torch.no_grad():
-        assert_close(table.sample(denoiser, noise), sample, 1e-5)
-    if form in ("two", "sep"):
-        for step, expected in zip(fits, choose.lambdas, strict=True):
-            np.testing.assert_allclose(step.lambdas, expected, rtol=1e-3, atol=1e-4)
+        assert_close(table.sample(denoiser, noise), sample, FITTED)
 
 
 def test_a_form_that_holds_another_fits_at_least_as_well(grid, mixture, prior):
@@ -530,7 +555,7 @@ def test_a_form_that_holds_another_fits_at_least_as_well(grid, mixture, prior):
 # ------------------------------------------------------------------------------------- the fit
 
 
-@pytest.mark.parametrize("form", ["difference", "sep"])
+@pytest.mark.parametrize("form", ["difference", "two", "sep", "all", "general"])
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver-3", "dpm-solver++-2m", "heun"])
 def test_many_batches_are_one_large_batch(solver, form, grid, mixture, generator):
     schedule, denoiser = grid("log_snr", VP, 6), mixture(VP)
@@ -540,14 +565,22 @@ def test_many_batches_are_one_large_batch(solver, form, grid, mixture, generator
     sizes = [7, 30, 23]
     batches = [Batch(part, teacher.states(denoiser, part)) for part in noise.split(sizes)]
     whole = [Batch(noise, teacher.states(denoiser, noise))]
-    # The columns of "sep" are nearly parallel: sums in another order move its fit a little.
-    tolerance = 1e-9 if form == "difference" else 1e-4
-    for many, one in zip(
-        fit(base, rows, denoiser, batches), fit(base, rows, denoiser, whole), strict=True
-    ):
-        np.testing.assert_allclose(many.lambdas, one.lambdas, rtol=1e-5, atol=1e-8)
-        assert many.before == pytest.approx(one.before, rel=tolerance)
-        assert many.after == pytest.approx(one.after, rel=10 * tolerance, abs=1e-15)
+    many, one = (fit(base, rows, denoiser, group) for group in (batches, whole))
+    # Nearly parallel directions leave their lambdas open, but not the states that they make.
+    states = [
+        distilled(base, rows, [step.lambdas for step in fits]).sample(
+            denoiser, noise, return_trajectory=True
+        )
+        for fits in (many, one)
+    ]
+    for ours, expected in zip(*states, strict=True):
+        assert_close(ours, expected, FITTED)
+    scale = float(states[1].abs().max())
+    for ours, expected in zip(many, one, strict=True):
+        assert ours.before**0.5 == pytest.approx(expected.before**0.5, abs=FITTED * scale)
+        assert ours.after**0.5 == pytest.approx(expected.after**0.5, abs=FITTED * scale)
+        if form == "difference":
+            np.testing.assert_allclose(ours.lambdas, expected.lambdas, rtol=1e-9)
     errors = [final_error(base, denoiser, group) for group in (batches, whole)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-12)
 
@@ -760,7 +793,8 @@ def test_the_gradient_of_the_refinement(solver, grid, mixture, prior):
     targets = noise.flip(0)
     refinement = Refinement(table, base.weights, torch.device("cpu"))
     with torch.no_grad():
-        assert_close(refinement(denoiser, noise), table.sample(denoiser, noise), 1e-13)
+        unrolled, sampled = refinement(denoiser, noise), table.sample(denoiser, noise)
+        assert_close(unrolled, sampled, rounding(table, denoiser, noise))
         source = torch.Generator().manual_seed(3)
         shape = refinement.change.shape
         refinement.change.add_(0.05 * torch.randn(shape, generator=source, dtype=torch.float64))
@@ -785,7 +819,8 @@ def test_the_gradient_of_the_refinement(solver, grid, mixture, prior):
             assert gradient[j, k].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
         # The exported table is the refined sampler, also after a trip through JSON.
         exported = Tableau.from_json(refinement.export().to_json())
-        assert_close(exported.sample(denoiser, noise), refinement(denoiser, noise), 1e-12)
+        tolerance = rounding(exported, denoiser, noise)
+        assert_close(exported.sample(denoiser, noise), refinement(denoiser, noise), tolerance)
         again = Refinement(exported, base.weights, torch.device("cpu"))
         np.testing.assert_array_equal(again.export().weights, exported.weights)
 

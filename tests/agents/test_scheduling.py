@@ -147,7 +147,17 @@ def edm_denoised(denoiser, sample, level):
     return sample - level * noise_at(denoiser, alpha * sample, level.log())
 
 
-def chain(solver, denoiser, logs, x):
+def mixture_at(denoiser, sample, log):
+    """The noise prediction of the fixture `mixture` by its log level alone: it reads no time."""
+    alpha, sigma = alpha_sigma(denoiser.process, log)
+    body = denoiser.body
+    offsets = sample[:, None] - alpha * body.means
+    marginal = alpha**2 * body.variance + sigma**2
+    logits = body.weights.log() - offsets.square().sum(2) / (2 * marginal)
+    return (logits.softmax(1)[..., None] * offsets).sum(1) * sigma / marginal
+
+
+def chain(solver, denoiser, logs, x, noise_at=noise_at):
     """The states of a solver at all levels, as functions of their logarithms (MATH.md 1)."""
     alpha, sigma = alpha_sigma(denoiser.process, logs)
     rho, h = logs.exp(), -logs.diff()
@@ -185,10 +195,10 @@ def chain(solver, denoiser, logs, x):
     return states
 
 
-def autograd_error(solver, denoiser, logs, x, target):
+def autograd_error(solver, denoiser, logs, x, target, noise_at=noise_at):
     """The error of a rollout and its derivatives by the log levels, the ends' set to 0."""
     leaf = logs.clone().requires_grad_()
-    loss = squared(chain(solver, denoiser, leaf, x)[-1] - target)
+    loss = squared(chain(solver, denoiser, leaf, x, noise_at)[-1] - target)
     (gradient,) = torch.autograd.grad(loss, leaf)
     gradient[[0, -1]] = 0
     return float(loss.detach()), gradient
@@ -480,15 +490,47 @@ def test_the_gradient_is_that_of_the_unrolled_chain(solver, name, body, worlds, 
     assert_close(gradient, reference, 2e-9 if solver == "heun" else 1e-10)
 
 
-@pytest.mark.parametrize("shift", [0, 0.05])
+WHOLE = vector(1000, 700, 400, 150, 50, 10, 1)
+
+
+@pytest.mark.parametrize("shift", [0, 0.05, 1e-10, -1e-10])
 def test_the_gradient_near_whole_noisings(shift, mixture, prior):
     """As a function of the levels this error has no kinks at all."""
-    times = vector(1000, 700, 400, 150, 50, 10, 1)
+    times = WHOLE.clone()
     times[1:-1] += shift
     denoiser, noise, target = mixture(VP), prior(VP), prior(VP).flip(0)
     _, gradient = exact_gradient("ddim", Schedule(VP, times), denoiser, noise, target)
-    _, reference = autograd_error("ddim", denoiser, logs_of(VP, times), noise, target)
-    assert_close(gradient, reference, 1e-8)
+    logs = logs_of(VP, times)
+    _, reference = autograd_error("ddim", denoiser, logs, noise, target, mixture_at)
+    # Here the code differentiates from one side, whose truncation is 6 times the centred one's.
+    assert_close(gradient, reference, 1e-9)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "deis"])
+def test_the_gradient_at_whole_noisings_is_the_one_towards_more_noise(solver, prior):
+    """This network and DEIS read the time, which bends there; rounding doesn't choose the side."""
+    denoiser, noise, target = Denoiser(Smooth(), VP), prior(VP), prior(VP).flip(0)
+    logs, ahead = logs_of(VP, WHOLE), logs_of(VP, (WHOLE + 0.1).clamp(max=1000))
+
+    @torch.no_grad()
+    def loss(moved):
+        times = torch.cat([WHOLE[:1], time_of(VP, moved)[1:-1], WHOLE[-1:]])
+        tableau = make_solver(solver, Schedule(VP, times))
+        return float(squared(tableau.sample(denoiser, noise) - target))
+
+    reference = torch.zeros(7, dtype=torch.float64)
+    for i in range(1, 6):
+        # Five points before a tenth of the way to the next whole noising.
+        step = float(ahead[i] - logs[i]) / 4
+        for distance, weight in enumerate((-25 / 12, 4, -3, 4 / 3, -1 / 4)):
+            moved = logs.clone()
+            moved[i] += distance * step
+            reference[i] += weight * loss(moved) / step
+    for ulps in (-40, -3, -1, 0, 1, 3, 40):
+        times = WHOLE * (1 + ulps * torch.finfo(torch.float64).eps)
+        times[[0, -1]] = WHOLE[[0, -1]]
+        _, gradient = exact_gradient(solver, Schedule(VP, times), denoiser, noise, target)
+        assert_close(gradient, reference, 1e-8)
 
 
 @pytest.mark.parametrize("solver", ["euler", "ddim", "ipndm", "heun"])
