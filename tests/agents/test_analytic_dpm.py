@@ -14,6 +14,8 @@ from fewstep.agents.solvers import analytic_dpm, ancestral, ddim, make_solver, p
 from fewstep.agents.variance_head import VarianceHead
 from fewstep.envs import VE, DiscreteVP, Schedule
 
+pytestmark = pytest.mark.numeric
+
 DDPM = DiscreteVP.linear(1000)
 LEVELS = torch.arange(1, 1001, dtype=torch.float64)
 

@@ -11,6 +11,8 @@ from fewstep.agents.solvers import ancestral, ddim
 from fewstep.agents.tableau import Tableau
 from fewstep.envs import Schedule
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
 @pytest.mark.parametrize("kind", ["number", "scalar", "row", "full"])

@@ -10,6 +10,8 @@ from fewstep.agents.networks import MLP
 from fewstep.critics.metrics import sliced_wasserstein
 from fewstep.envs import VE, DiffusionMDP, Schedule, Target
 
+pytestmark = pytest.mark.numeric
+
 
 def test_it_learns_to_sample_the_target(mdp, make_denoiser):
     agent = BehaviorCloning(

@@ -14,6 +14,8 @@ from fewstep.agents.denoiser import edm_time_range
 from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet, body_from_config, make_body
 from fewstep.envs import VE, DiscreteVP
 
+pytestmark = pytest.mark.numeric
+
 PREDICTIONS = ["epsilon", "sample", "v"]
 
 

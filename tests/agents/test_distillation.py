@@ -24,6 +24,8 @@ from fewstep.agents.solvers import SOLVERS, make_solver
 from fewstep.agents.training import frozen
 from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule
 
+pytestmark = pytest.mark.numeric
+
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
 PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])

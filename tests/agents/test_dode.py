@@ -26,7 +26,7 @@ from fewstep.envs import (
 )
 
 # A fit on few noises, or one whose teacher is misaligned, may be of no use, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:Distillation made")
+pytestmark = [pytest.mark.filterwarnings("ignore:Distillation made"), pytest.mark.numeric]
 
 VP = DiscreteVP.linear(1000)
 DENOISER, TARGET = exact_mixture(VP, dimension=2, components=3)

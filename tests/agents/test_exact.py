@@ -7,6 +7,8 @@ from fewstep.agents import Denoiser
 from fewstep.agents.exact import MixtureBody, mixture
 from fewstep.envs import VE, DiscreteVP
 
+pytestmark = pytest.mark.numeric
+
 MEANS = torch.tensor([[1.0, -0.5], [-2.0, 0.3], [0.4, 1.5]], dtype=torch.float64)
 WEIGHTS = [0.5, 0.2, 0.3]
 

@@ -10,6 +10,8 @@ from fewstep.agents.solvers import ancestral, ddim, fast_dpm, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 from fewstep.envs.fast_dpm import noise_levels
 
+pytestmark = pytest.mark.numeric
+
 DDPM = DiscreteVP.linear(1000)
 
 

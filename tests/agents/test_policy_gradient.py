@@ -13,6 +13,8 @@ from fewstep.agents.chain import GaussianChain
 from fewstep.agents.solvers import ancestral
 from fewstep.envs import Schedule
 
+pytestmark = pytest.mark.numeric
+
 CURVATURE = torch.tensor([[-1.0, 0.4], [0.4, -0.5]], dtype=torch.float64)
 SLOPE = torch.tensor([1.5, -1.0], dtype=torch.float64)
 

@@ -30,6 +30,8 @@ from fewstep.envs import (
     make_schedule,
 )
 
+pytestmark = pytest.mark.numeric
+
 EDM, VP = VE(), DiscreteVP.linear(1000)
 # Enough noise and updates for the plane.
 QUICK = {

@@ -42,6 +42,8 @@ from fewstep.agents.scheduling.weights import denoising_errors, diffusion_loss, 
 from fewstep.agents.solvers import SOLVERS, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
+pytestmark = pytest.mark.numeric
+
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
 STOCHASTIC = {"ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}

@@ -30,6 +30,8 @@ from fewstep.agents.solvers import (
 )
 from fewstep.envs import VE, DiscreteVP, Schedule
 
+pytestmark = pytest.mark.numeric
+
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
 PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])

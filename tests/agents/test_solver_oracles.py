@@ -39,6 +39,7 @@ from fewstep.envs import VE, DiscreteVP, Schedule
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.numeric,
 ]
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)

@@ -24,6 +24,8 @@ from fewstep.agents.solvers import (
 )
 from fewstep.envs import VE, Schedule
 
+pytestmark = pytest.mark.numeric
+
 MEAN, STD = 0.4, 0.5
 
 

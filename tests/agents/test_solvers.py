@@ -14,6 +14,8 @@ from fewstep.agents import Denoiser
 from fewstep.agents.solvers import ancestral, ddim, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 
+pytestmark = pytest.mark.numeric
+
 TIMES = [1000, 731, 400, 90.5, 7, 0]
 
 

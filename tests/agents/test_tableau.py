@@ -13,6 +13,8 @@ from fewstep.agents import Denoiser, Tableau
 from fewstep.agents.variance_head import VarianceHead
 from fewstep.envs import DiscreteVP
 
+pytestmark = pytest.mark.numeric
+
 TIMES = [1000.0, 700.0, 820.5, 300.0, 12.0, 0.0]
 
 

@@ -14,6 +14,8 @@ from fewstep.agents.policies import DenoiserPolicy, SolverPolicy
 from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
+pytestmark = pytest.mark.numeric
+
 PROCESS = DiscreteVP([0.02, 0.1, 0.2, 0.3, 0.5, 0.99])
 KINDS = ["gamma", "sn", "npr"]
 

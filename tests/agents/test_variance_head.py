@@ -13,6 +13,8 @@ from fewstep.agents.unet import UNet2D
 from fewstep.agents.variance_head import VarianceHead
 from fewstep.envs import VE, DiscreteVP
 
+pytestmark = pytest.mark.numeric
+
 DDPM = DiscreteVP.linear(1000)
 BODIES = {
     "mlp": lambda: MLP((2,), 1000, hidden=16),

@@ -16,6 +16,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from fewstep.critics import FeatureDistances, metrics
 from fewstep.critics.metrics import fid, kid, precision_recall
 
+pytestmark = pytest.mark.numeric
+
 
 class Pixels:
     """The identity, flattened: features whose distribution a test can choose."""

@@ -8,6 +8,8 @@ from torch import nn
 from fewstep.critics import IPMCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
 from fewstep.critics.ipm import REGULARIZERS
 
+pytestmark = pytest.mark.numeric
+
 K = 4
 
 

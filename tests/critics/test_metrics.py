@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as hnp
 from fewstep.critics import metrics
 from fewstep.critics.metrics import SlicedWasserstein, mmd, sliced_wasserstein, wasserstein
 
+pytestmark = pytest.mark.numeric
+
 METRICS = [
     lambda x, y: sliced_wasserstein(x, y, p=1, n_projections=9),
     lambda x, y: sliced_wasserstein(x, y, p=2, n_projections=9),

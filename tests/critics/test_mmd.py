@@ -5,6 +5,8 @@ import torch
 
 from fewstep.critics import MMDCritic
 
+pytestmark = pytest.mark.numeric
+
 KERNELS = [("energy", None), ("gaussian", 0.7)]
 
 

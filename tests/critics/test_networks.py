@@ -4,6 +4,8 @@ from torch import nn
 
 from fewstep.critics import ConvCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(2,), (5, 3), (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 16, 24)]
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule
 from fewstep.envs.fast_dpm import fast_levels, noise_levels
 
+pytestmark = pytest.mark.numeric
+
 DDPM = DiscreteVP.linear(1000)
 
 

@@ -5,6 +5,8 @@ import torch
 
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, make_target
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def mdp(reward):

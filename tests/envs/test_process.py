@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from fewstep.envs import VE, DiscreteVP, NoiseProcess, Schedule, make_process
 
+pytestmark = pytest.mark.numeric
+
 PROCESSES = {
     "linear": DiscreteVP.linear(),
     "cosine": DiscreteVP.cosine(),

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from fewstep.envs import VE, DiscreteVP, Schedule, files, make_schedule, refine_times
 from fewstep.envs.schedule import SCHEDULES
 
+pytestmark = pytest.mark.numeric
+
 LINEAR = DiscreteVP.linear()
 NAMES = ["uniform", "quadratic", "karras", "log_snr"]
 SUBSETS = ["leading", "uniform_torch", "quad", "linspace", "trailing"]
