@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import dataclasses
 import math
 
 import numpy as np
