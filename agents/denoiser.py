@@ -324,7 +324,8 @@ class Denoiser(nn.Module):
                 raise ForeignBodyError(f"{path} holds a foreign body: pass it as body=...")
             body = body_from_config(tree["body"], tree["weights"])
         head = None
-        if (saved := tree.get("head")) is not None:
+        saved: Any = tree.get("head")
+        if saved is not None:
             head = built_for(saved["weights"], VarianceHead, saved["config"])
         try:
             body.load_state_dict(tree["weights"])

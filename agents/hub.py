@@ -283,7 +283,8 @@ def _terms_of_theirs(kind: str, config: dict[str, Any]) -> _Terms:
     if not isinstance(noisings, int) or not 1 <= noisings <= MOST_NOISINGS:
         raise ValueError(f"num_train_timesteps must be 1 to {MOST_NOISINGS}, got {noisings!r}.")
     # All have the same formulas for betas; some compute their steps when they are built, too.
-    betas = diffusers.DDPMScheduler(**{name: settings[name] for name in _BETAS}).betas
+    scheduler: Any = diffusers.DDPMScheduler(**{name: settings[name] for name in _BETAS})
+    betas = scheduler.betas
     clip = settings.get("clip_sample", False)
     if not isinstance(clip, bool):
         raise ValueError(f"clip_sample must be true or false, got {clip!r}.")

@@ -160,9 +160,10 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             ValueError: times outside the process, or shapes that do not fit.
         """
         process = self.tableau.process
+        config: Any = self.config
         times = torch.as_tensor(timesteps, dtype=torch.float64).cpu().flatten()
-        times = network_time_of_unet(times, self.config.time_range)
-        edm = self.config.prediction == "edm"
+        times = network_time_of_unet(times, config.time_range)
+        edm = config.prediction == "edm"
         times = (4 * times).exp() if edm else times - process.network_time(0.0)
         # In float32 the last time may come out a rounding beyond t_max.
         last = (times - process.t_max).abs() < 1e-5 * process.t_max
@@ -172,7 +173,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         noisy = process.add_noise(original_samples.to(wide), times, noise.to(wide))
         if edm:
             column = (-1, *[1] * (noisy.ndim - 1))
-            noisy = noisy * (times**2 + self.config.sigma_data**2).rsqrt().to(noisy).view(column)
+            noisy = noisy * (times**2 + config.sigma_data**2).rsqrt().to(noisy).view(column)
         return noisy.to(original_samples.dtype)
 
     def step(

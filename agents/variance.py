@@ -209,18 +209,14 @@ class VarianceLearning(Agent):
     def _samples(self, which: int) -> Noised:
         """Return the samples to choose by (0) or to report on (1), made once from the seed."""
         if self._held_out is None:
-            if self.kind == "gamma":
-                count = len(self._counts)
-                n = max(count, 256)
+            gamma, count = self.kind == "gamma", len(self._counts) if self.kind == "gamma" else 0
 
-                def times(n: int, _: torch.Generator) -> Tensor:
+            def times(n: int, generator: torch.Generator) -> Tensor:
+                if gamma:
                     return (torch.arange(n) % count + 1).to(self.device)
-            else:
-                n = max(2 * self.batch_size, 64)
+                return draw_times(self.mdp.process, n, generator, self.device)
 
-                def times(n: int, generator: torch.Generator) -> Tensor:
-                    return draw_times(self.mdp.process, n, generator, self.device)
-
+            n = max(count, 256) if gamma else max(2 * self.batch_size, 64)
             self._held_out = held_out_samples(self.mdp, n, times, self.seed)
         return self._held_out[which]
 

@@ -154,7 +154,11 @@ def _cell(world: World, variant: Variant, budget: int, learner: str) -> dict[str
     """Let a learner learn; measure what it was given and what it returns."""
     schedule, base = world.base(variant, budget)
     mdp = DiffusionMDP(world.target, world.process, schedule, no_reward)
-    settings = {"solver": variant.solver, "solver_options": variant.options, "seed": world.seed}
+    settings: dict[str, Any] = {
+        "solver": variant.solver,
+        "solver_options": variant.options,
+        "seed": world.seed,
+    }
     agent: ScheduleLearning | DODE
     if learner.startswith("D-ODE"):
         refine = "end-to-end" if "refined" in learner else "none"

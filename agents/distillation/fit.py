@@ -172,7 +172,7 @@ class _Student:
 
 def _triangle(factors: Sequence[np.ndarray]) -> np.ndarray:
     """Return the factor R of all batches together from that of each, (n + 2) columns; float64."""
-    return np.linalg.qr(np.concatenate(factors), mode="r")
+    return np.asarray(np.linalg.qr(np.concatenate(factors), mode="r"))
 
 
 def _solve(factor: np.ndarray, ridge: float) -> np.ndarray:
