@@ -213,12 +213,16 @@ def test_learned_levels_beat_karras_s_in_sixteen_dimensions(steps, rounds):
     assert ratio < PUBLISHED[steps]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["ve", "vp"])
-def test_equation_14_helps_less_than_the_exact_gradient(name, seed):
-    exact = improvement(name, 6, 2, seed, **QUICK, start="karras")
-    eq14 = improvement(name, 6, 2, seed, "eq14", **QUICK, start="karras")
-    assert exact < eq14 < 0.95
+def test_equation_14_helps_less_than_the_exact_gradient(name):
+    """In the median over three seeds, both from Karras's schedule."""
+    exact, eq14 = (
+        sorted(
+            improvement(name, 6, 2, seed, gradient, **QUICK, start="karras") for seed in range(3)
+        )
+        for gradient in ("exact", "eq14")
+    )
+    assert exact[1] < eq14[1] and eq14[-1] < 0.95
 
 
 @pytest.mark.parametrize(
