@@ -130,7 +130,7 @@ def run_returned_study(study: ReturnedStudy, folder: Path, device: str, rounds: 
                 variant = Variant(variant.label, variant.solver, variant.options, subject.edm)
                 for budget in study.budgets:
                     for learner in LEARNERS:
-                        if learner == LEARNERS[-1] and not world.has_network:
+                        if not _belongs(learner, world, budget, study):
                             continue
                         name = f"{world.key}__{variant.solver}__{budget}__{learner}.json"
                         file = folder / "cells" / name.replace(" ", "-")
@@ -148,6 +148,13 @@ def run_returned_study(study: ReturnedStudy, folder: Path, device: str, rounds: 
                         )
                     write_json(folder / "results.json", records)
     return table_of(study, records)
+
+
+def _belongs(learner: str, world: World, budget: int, study: ReturnedStudy) -> bool:
+    """Return whether a learner is tried: what takes minutes on a network is not, at every budget."""
+    if learner == LEARNERS[-1]:
+        return world.has_network and budget == min(study.budgets)
+    return not (world.has_network and "refined" in learner)
 
 
 def _cell(world: World, variant: Variant, budget: int, learner: str) -> dict[str, Any]:
