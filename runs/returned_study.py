@@ -151,7 +151,7 @@ def run_returned_study(study: ReturnedStudy, folder: Path, device: str, rounds: 
 
 
 def _belongs(learner: str, world: World, budget: int, study: ReturnedStudy) -> bool:
-    """Return whether a learner is tried: what takes minutes on a network is not, at every budget."""
+    """Return whether a learner is tried: what takes minutes is, on a network, at few budgets."""
     if learner == LEARNERS[-1]:
         return world.has_network and budget == min(study.budgets)
     return not (world.has_network and "refined" in learner)

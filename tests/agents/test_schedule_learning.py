@@ -955,7 +955,7 @@ def test_files_of_something_else_are_refused(tmp_path):
     refuse(r"build it on meta", device="meta")
     shifted = known("ve", 2, 1)[1].from_sampler(lambda n, seed: torch.zeros(n, 2), "Other", 10)
     refuse(
-        r"another environment: target is 'Mixture', here it is 'Other'",
+        r"another environment: target is Mixture, here it is Other",
         mdp=world(Schedule.karras(EDM, 4), shifted),
     )
     refuse(r"another environment: schedule", mdp=world(Schedule.karras(EDM, 7)))
