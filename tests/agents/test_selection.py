@@ -144,6 +144,7 @@ def assert_no_worse(agent, given):
     return float(after.mean() / before.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.0, 0.1])
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++-2m"])
 @pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
