@@ -44,7 +44,7 @@ def named_body(
     options = dict(options or {})
     if name is None:
         if options:
-            raise ValueError("Options of a body are for one that is named.")
+            raise ValueError("body_options are for a body that is named.")
         return make_body(shape, levels, time_range)
     known = ["mlp", "residual-mlp", "small-unet", *(UNET + preset for preset in PRESETS)]
     if name not in known:

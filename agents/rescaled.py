@@ -87,6 +87,8 @@ class RescaledDenoiser(Denoiser):
         self.prediction = denoiser.prediction
         self.sigma_data = denoiser.sigma_data / abs(scale)
         self.clip = bool(clip)
+        # The pipeline's own variance goes with its own process.
+        self.variance = None
         self.gamma, self.head = denoiser.gamma, None
         self.precision = "float32"
         self._aligned = aligned

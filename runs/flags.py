@@ -7,6 +7,7 @@ import re
 # What a message says, and the flag that sets it.
 FLAGS = {
     "batch_size": "--batch-size",
+    "body_options": "--body NAME --body-options",
     "buffer='cpu'": "--buffer cpu",
     "data_dir": "--data-dir",
     "download=True": "--download",

@@ -197,9 +197,9 @@ def test_solvers_say_what_they_need_of_the_denoiser(make_denoiser, process):
     schedule = Schedule.uniform(process, 4)
     denoiser = make_denoiser()
     for name, lacking in (
-        ("analytic-dpm", "Gamma: .*--agent variance --kind gamma"),
+        ("analytic-dpm", "Gamma: .*VarianceLearning, kind='gamma'"),
         ("sn-ddpm", "kind 'sn': .*VarianceLearning, kind='sn'"),
-        ("npr-ddpm", "kind 'npr': .*--agent variance --kind npr"),
+        ("npr-ddpm", "kind 'npr': .*VarianceLearning, kind='npr'"),
     ):
         for given_denoiser in (None, denoiser):
             with pytest.raises(ValueError, match=lacking):

@@ -55,6 +55,8 @@ def no_checksums(monkeypatch):
     without_checksums(monkeypatch)
 
 
+# So few steps of FastDPM start late, and say so.
+@pytest.mark.filterwarnings("ignore:Sampling starts from pure noise")
 def test_a_pretrained_ddpm_is_fine_tuned_evaluated_and_sampled(files, tmp_path, fewstep):
     where = [f"--data-dir={files}", f"--log-dir={tmp_path}"]
     train = ["train", "--env=CIFAR10", f"--pretrained={files / 'ddpm'}", "--steps=3", *where]
@@ -143,6 +145,8 @@ def test_samples_need_no_data_and_no_environment(files, tmp_path, fewstep):
     assert fewstep("sample", files / "ddpm", "--n=3", f"--output={tmp_path / 'grid.png'}") == 0
 
 
+# So few steps of FastDPM start late, and say so.
+@pytest.mark.filterwarnings("ignore:Sampling starts from pure noise")
 def test_a_run_goes_on_when_what_it_started_from_is_gone(files, tmp_path, fewstep):
     source = tmp_path / "ddpm"
     shutil.copytree(files / "ddpm", source)

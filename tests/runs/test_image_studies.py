@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
 from image_files import write_mnist
 
 from fewstep.runs.sampler_studies import SAMPLER_STUDIES
 from fewstep.runs.studies import STUDIES
 
 
+# So few steps of FastDPM start late, and say so.
+@pytest.mark.filterwarnings("ignore:Sampling starts from pure noise")
 def test_the_study_of_samplers(tmp_path, fewstep, monkeypatch):
     study = SAMPLER_STUDIES["samplers"]
     wanted = {"DDPM, sub-sampled", "SN-DDPM", "D-DDIM", "SFT-PG (B)"}

@@ -149,7 +149,7 @@ def test_divergence_says_how_to_go_on_and_that_works(tmp_path, fewstep, tiny, mo
         return metrics
 
     monkeypatch.setattr(SFTPG, "train_round", diverges)
-    assert fewstep("train", f"--log-dir={tmp_path}", "--checkpoint-seconds=0", *tiny) == 1
+    assert fewstep("train", f"--log-dir={tmp_path}", "--checkpoint-seconds=0", *tiny) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "--resume would come to the same end" in said
@@ -166,7 +166,7 @@ def test_divergence_of_the_cloning_stage_names_its_own_flag(
         raise TrainingDivergedError("train/loss", self.num_timesteps)
 
     monkeypatch.setattr(BehaviorCloning, "train_round", diverges)
-    assert fewstep("train", f"--log-dir={tmp_path}", *tiny) == 1
+    assert fewstep("train", f"--log-dir={tmp_path}", *tiny) == 2
     said = capsys.readouterr().err
     assert "a smaller --pretrain.learning-rate." in said
     assert "--denoiser" not in said
