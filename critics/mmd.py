@@ -7,6 +7,11 @@ For the unit ball of an RKHS with kernel k, the best critic of the integral prob
 
 and its gap E_real f - E_reference f is the squared maximum mean discrepancy. The energy kernel
 k(x, y) = -||x - y|| has no bandwidth to choose and makes that gap the energy distance.
+
+As an environment's reward it compares each finished sample with the data and with the samples that
+finished before it (`judge`), so that the mean reward of a sampler is -MMD^2 between its samples and
+the data, which only the distribution of the data maximises. The mean kernel value to the data alone
+would be maximised by a single point.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from .names import unknown_name
 
 KERNELS = ("energy", "gaussian")
 
+# Finished samples that `judge` compares the next ones with.
+MEMORY = 256
 # Kernel values held at once: 16 MB in float32.
 _CHUNK = 2**22
 # By matrix product torch.cdist loses half the digits; up to this dimension we can afford better.
@@ -32,8 +39,9 @@ _EXACT_DIMENSION = 32
 class MMDCritic:
     """Witness function of the maximum mean discrepancy between real and reference samples.
 
-    A pointwise function of the sample, differentiable, and ready at once: before the first `update`
-    the reference term is 0 and f(x) is the mean kernel value to the real samples.
+    Called, it is the witness f, a pointwise and differentiable function of the sample, which changes
+    nothing. It is ready at once: before the first `update` or `judge` the reference term is 0 and
+    f(x) is the mean kernel value to the real samples. `judge` is the reward of an episode.
 
     Args:
         real: real samples (M, *shape); detached and kept.
@@ -42,6 +50,10 @@ class MMDCritic:
             if None. The energy kernel has none.
         max_real: keep a random subset (always the same) of at most this many real samples; the cost
             of one call grows in proportion.
+        memory: how many of the samples that were judged last are the reference, at least 2.
+
+    Attributes:
+        reference: the samples (R, *shape) that f is low on; None where there are none yet.
 
     Raises:
         ValueError: bad samples, an unknown kernel, or a bandwidth that makes no sense.
@@ -54,11 +66,15 @@ class MMDCritic:
         kernel: str = "energy",
         bandwidth: float | None = None,
         max_real: int = 2048,
+        memory: int = MEMORY,
     ) -> None:
         check_samples("real", real)
         check_finite("real", real)
         if max_real < 1:
             raise ValueError(f"max_real must be at least 1, got {max_real}.")
+        if memory < 2:
+            raise ValueError(f"memory must be at least 2, got {memory}.")
+        self.memory = memory
         if len(real) > max_real:
             subset = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
             real = real[subset[:max_real].to(real.device)]
@@ -80,6 +96,27 @@ class MMDCritic:
         if self.reference is not None:
             witness = witness - kernel_mean(sample, self.reference, self.bandwidth)
         return witness
+
+    def judge(self, sample: Tensor) -> Tensor:
+        """Return the reward (N,) of finished samples (N, *shape), and remember them.
+
+        With the last `memory` finished samples, these included, as the reference x', and y the real
+        samples:
+
+            r(x) = 2 E k(x, y) - 2 E k(x, x') - E k(y, y') + E k(x', x'')
+
+        where no sample is compared with itself. Its mean over a sampler's samples is -MMD^2 between
+        them and the real ones (for the energy kernel minus the energy distance): negative, and 0
+        for the data. It is the policy's gradient of -MMD^2, too, because the reference is held
+        fixed while the policy moves. A first sample alone has nothing but itself to be compared
+        with. Gradients flow to `sample`, not to the reference.
+
+        Raises:
+            ValueError: samples of another shape than the real ones; the reference is unchanged.
+        """
+        check_samples("sample", sample, self.real.shape[1:])
+        to_real = kernel_mean(sample, self.real, self.bandwidth)
+        return to_real
 
     def update(
         self,
