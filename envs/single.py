@@ -88,6 +88,8 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         if options and options.get("sample") is not None:
             options = {**options, "sample": self._to_batch(options["sample"])}
         observation, info = self._vector.reset(options=options)
+        if seed is not None:
+            self.mdp.forget()
         return to_numpy(observation, 0), info
 
     def step(

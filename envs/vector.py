@@ -128,7 +128,9 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Start an episode for the whole batch.
 
         Args:
-            seed: Restarts the stream of noise; None continues it.
+            seed: Restarts the stream of noise, and lets a reward that learns from what it judges,
+                as the default does, forget: the same seed and actions give the same rewards. None
+                goes on.
             options: For this episode only: ``"schedule"``, a ``Schedule`` on the same process or
                 the name of one, at whose first time it then starts, and ``"sample"``, the noise to
                 start from, ``(num_envs, *shape)``. Gymnasium's ``"reset_mask"`` must be all True.
@@ -141,7 +143,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             TypeError: An option has the wrong type.
         """
         super().reset(seed=seed)
-        return self._begin(options or {}), {}
+        observation = self._begin(options or {})
+        if seed is not None:
+            self.mdp.forget()
+        return observation, {}
 
     @torch.no_grad()
     def step(
