@@ -51,7 +51,7 @@ def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
         ValueError: it has another shape or device, or holds NaN or infinity for samples that are
             finite.
     """
-    name = getattr(reward, "__qualname__", type(reward).__name__)
+    name = getattr(reward, "__qualname__", type(reward).__name__).rpartition("<locals>.")[2]
     wanted = f"the reward {name!r} must return one number a sample"
     answer = reward(samples)
     kind = type(answer).__name__

@@ -40,8 +40,8 @@ _EXACT_DIMENSION = 32
 class MMDCritic:
     """Witness function of the maximum mean discrepancy between real and reference samples.
 
-    Called, it is the witness f, a pointwise and differentiable function of the sample, which changes
-    nothing. It is ready at once: before the first `update` or `judge` the reference term is 0 and
+    Called, it is the witness f, a pointwise and differentiable function of the sample, and nothing
+    changes. It is ready at once: before the first `update` or `judge` the reference term is 0 and
     f(x) is the mean kernel value to the real samples. `judge` is the reward of an episode.
 
     Args:
