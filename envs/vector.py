@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..critics.arguments import checked
 from ..critics.shapes import is_vector
+from .clock import TimestepSpace
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
 from .names import unknown_name
 from .process import NoiseProcess
@@ -291,5 +292,5 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
 
 def observation_space(mdp: DiffusionMDP, timestep_shape: tuple[int, ...] = ()) -> gym.Space[Any]:
     """``{"sample", "timestep"}`` of one environment, the timestep in ``[0, t_max]``."""
-    timestep = gym.spaces.Box(0.0, mdp.process.t_max, timestep_shape, np.float32)
+    timestep = TimestepSpace(mdp.schedule, timestep_shape)
     return gym.spaces.Dict({"sample": sample_space(mdp), "timestep": timestep})
