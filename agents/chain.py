@@ -64,8 +64,9 @@ class GaussianChain(nn.Module):
             parameter with `learn_std`, else a buffer of the same name in `state_dict`.
 
     Raises:
-        ValueError: a denoiser of another noise process than the tableau's; a tableau with memory (multistep or anchored), or with a noise-free step, which
-            has no density: build it with `ancestral(schedule, last_std=...)`, for example.
+        ValueError: a denoiser of another noise process than the tableau's; a tableau with memory
+            (multistep or anchored), or with a noise-free step, which has no density: build it with
+            `ancestral(schedule, last_std=...)`, for example.
     """
 
     @checked

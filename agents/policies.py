@@ -222,7 +222,8 @@ class SolverPolicy:
 
         Raises:
             ValueError: more calls in an episode than the tableau has steps, a timestep that is not
-                that of the tableau's step, samples at different times, samples of another shape, or nothing tells whether they are one sample or a batch.
+                that of the tableau's step, samples at different times, samples of another shape, or
+                nothing tells whether they are one sample or a batch.
         """
         now = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = self._is_single(tuple(now.shape), np.shape(observation["timestep"]))
@@ -247,7 +248,7 @@ class SolverPolicy:
         return (action[0] if single else action).cpu().numpy(), memory
 
     def _check_time(self, j: int, timesteps: np.ndarray) -> None:
-        """Refuse an environment whose clock is not the tableau's: it ends half-way, or elsewhere."""
+        """Refuse an environment whose clock is not the tableau's."""
         shown, time = np.unique(timesteps), float(self.tableau.times[j])
         if len(shown) > 1:
             raise ValueError(
