@@ -380,7 +380,8 @@ class Agent(ABC):
         """Return the next samples for NumPy observations, single or batched.
 
         The samples of a batch may be at different steps, unless the sampler has memory; their
-        timesteps are (N,) or (N, 1). Finished ones stay as they are. A sampler with memory keeps it in `state`: hand it back with the next call.
+        timesteps are (N,) or (N, 1). Finished ones stay as they are. A sampler with memory keeps it
+        in `state`: hand it back with the next call.
 
         `deterministic` takes the mean of each transition. For an ancestral sampler that is a
         different, noise-free sampler, so False is the default here; Stable-Baselines3's

@@ -7,7 +7,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
 
-from fewstep.agents import Denoiser, DenoiserPolicy, SolverPolicy, Tableau
+from fewstep.agents import SFTPG, Denoiser, DenoiserPolicy, SolverPolicy, Tableau
+from fewstep.agents.chain import GaussianChain
 from fewstep.agents.solvers import ancestral, ddim
 from fewstep.envs import (
     DiffusionEnv,
@@ -241,40 +242,44 @@ def test_a_table_of_another_process_is_refused(tables, make_denoiser, generator)
         table.sample(make_denoiser(), torch.randn(3, 2, generator=generator()))
 
 
-# -- the clock: a policy, its tableau and its environment agree on process and times ----------------
+# -- the clock: a policy, its tableau and its environment agree on process and times --------------
 
 
 def test_a_table_on_another_grid_is_refused_before_training(make_vec_env, parts, process):
     table = ancestral(Schedule(process, [4, 2, 0]), "beta")
-    with pytest.raises(ValueError, match=r"'ancestral' has 2 steps at.*4.0, 2.0, 0.0.* has 4 at"):
-        make_ppo(make_vec_env(8), {**parts, "tableau": table})
+    with pytest.raises(ValueError, match=r"'ancestral.*' has 2 steps at.*4.0, 2.0, 0.0.* has 4 at"):
+        make_ppo(make_vec_env(8), {**parts, "tableau": table}, batch_size=32)
     table = ancestral(Schedule(process, [4, 3, 2, 0.5, 0]), "beta")
     with pytest.raises(ValueError, match=r"at the times .*0\.5"):
-        make_ppo(make_vec_env(8), {**parts, "tableau": table})
+        make_ppo(make_vec_env(8), {**parts, "tableau": table}, batch_size=32)
 
 
 def test_three_processes_must_be_one(make_mdp, parts):
     other = DiscreteVP([0.1, 0.2, 0.5, 0.55])
     mdp = make_mdp()
     elsewhere = DiffusionMDP(mdp.target, other, Schedule.uniform(other, 4), mdp.reward)
-    with pytest.raises(ValueError, match=r"'ancestral' is made for DiscreteVP.*environment has"):
-        make_ppo(SB3VecEnv(DiffusionVectorEnv(elsewhere, 8)), parts)
+    with pytest.raises(ValueError, match=r"'ancestral.*' is made for DiscreteVP.*environment has"):
+        make_ppo(SB3VecEnv(DiffusionVectorEnv(elsewhere, 8)), parts, batch_size=32)
     table = ancestral(elsewhere.schedule, "beta")
-    with pytest.raises(ValueError, match=r"'ancestral' is made for .*, the denoiser for"):
-        make_ppo(SB3VecEnv(DiffusionVectorEnv(elsewhere, 8)), {**parts, "tableau": table})
-    with pytest.raises(ValueError, match=r"'ancestral' is made for .*, the denoiser for"):
+    with pytest.raises(ValueError, match=r"'ancestral.*' is made for .*, the denoiser for"):
+        make_ppo(
+            SB3VecEnv(DiffusionVectorEnv(elsewhere, 8)), {**parts, "tableau": table}, batch_size=32
+        )
+    with pytest.raises(ValueError, match=r"'ancestral.*' is made for .*, the denoiser for"):
         GaussianChain(parts["denoiser"], table)
 
 
 def test_no_time_is_taken_for_another(make_vec_env, parts):
     """What passes is the rounding of float32; an episode on another schedule is refused."""
-    policy = make_ppo(make_vec_env(8), parts).policy
+    policy = make_ppo(make_vec_env(8), parts, batch_size=32).policy
     observation = {"sample": torch.zeros(4, 2), "timestep": torch.tensor([4.0, 1.0, 3.0, 0.0])}
     assert policy.chain.steps_at(observation["timestep"]).tolist() == [0, 3, 1, 3]
     near = np.nextafter(np.float32([4, 3, 2, 1]), np.float32(9))
     assert policy.chain.steps_at(torch.from_numpy(near)).tolist() == [0, 1, 2, 3]
     observation["timestep"][2] = 2.99
-    with pytest.raises(ValueError, match=r"no step of 'ancestral' is at time 2\.99.*\[4\.0, 3\.0"):
+    with pytest.raises(
+        ValueError, match=r"no step of 'ancestral.*' is at time 2\.99.*\[4\.0, 3\.0"
+    ):
         policy.predict_values(observation)
 
 
@@ -310,14 +315,14 @@ def test_samples_at_different_times(tables, mdp, make_denoiser):
         policy.predict({"sample": sample, "timestep": times})
 
 
-# -- what algorithms such as TRPO ask of a policy ---------------------------------------------------
+# -- what algorithms such as TRPO ask of a policy -------------------------------------------------
 
 
 @pytest.mark.parametrize("learn_std", [False, True])
 def test_every_parameter_can_be_differentiated_by(learn_std, make_vec_env, parts):
     """sb3-contrib's TRPO differentiates by every parameter whose name lacks "value"."""
     vec_env = make_vec_env(16)
-    policy = make_ppo(vec_env, {**parts, "learn_std": learn_std}).policy
+    policy = make_ppo(vec_env, {**parts, "learn_std": learn_std}, batch_size=64).policy
     assert "chain.log_std" in policy.state_dict()
     assert ("chain.log_std" in dict(policy.named_parameters())) == learn_std
     observation = obs_as_tensor(vec_env.reset(), "cpu")
