@@ -7,12 +7,14 @@ ends together.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -58,6 +60,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         TypeError: A setting does not exist.
     """
 
+    _spec: EnvSpec | None = None
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012
 
     @checked
@@ -87,6 +90,19 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._episode = self.mdp  # the decision process on this episode's schedule
         self._sample: Tensor | None = None
         self._step = 0
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """Gymnasium's specification; its `max_episode_steps` is the schedule's number of steps.
+
+        Wrappers that want the horizon find it there. The registry has none, because Gymnasium would
+        add a `TimeLimit`, which calls the last step truncated.
+        """
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = with_horizon(spec, self.mdp.steps)
 
     @property
     def target(self) -> Target:
@@ -178,7 +194,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             return self._begin({}), self._zeros(), self._flags(False), self._flags(False), {}
 
         if isinstance(actions, np.ndarray):
-            actions = _to_tensor(actions, self.device)
+            actions = to_tensor(actions, self.device, "action")
         # A copy, so that a caller who reuses its action buffer does not change our state.
         sample = episode.transition(self._sample, actions).clone()
         done = self._step + 1 == episode.steps
@@ -253,10 +269,13 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return torch.full((self.num_envs,), value, dtype=torch.bool, device=self.device)
 
 
-def _to_tensor(actions: np.ndarray, device: torch.device) -> Tensor:
-    if not np.issubdtype(actions.dtype, np.floating):
-        raise TypeError(f"action must hold floating numbers; got an array of {actions.dtype}")
-    return torch.from_numpy(actions.astype(np.float32)).to(device)
+def to_tensor(values: np.ndarray, device: torch.device, what: str) -> Tensor:
+    """Copy a floating array to a float32 tensor; `what` names it in the message."""
+    if not np.issubdtype(values.dtype, np.floating):
+        raise TypeError(
+            f"{what} must hold floating numbers, as the space does; got an array of {values.dtype}"
+        )
+    return torch.from_numpy(values.astype(np.float32)).to(device)
 
 
 def resolve_mdp(mdp: DiffusionMDP | str, settings: dict[str, Any]) -> DiffusionMDP:
@@ -266,6 +285,14 @@ def resolve_mdp(mdp: DiffusionMDP | str, settings: dict[str, Any]) -> DiffusionM
     if settings:
         raise TypeError(f"a DiffusionMDP takes no further settings; got {', '.join(settings)}")
     return mdp
+
+
+def with_horizon(spec: EnvSpec | None, steps: int) -> EnvSpec | None:
+    """Return a copy of a specification whose `max_episode_steps` is the horizon."""
+    if spec is not None:
+        spec = copy.copy(spec)
+        spec.max_episode_steps = steps
+    return spec
 
 
 def parse_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
