@@ -8,6 +8,7 @@ ends together.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -281,6 +282,10 @@ def to_tensor(values: np.ndarray, device: torch.device, what: str) -> Tensor:
 def resolve_mdp(mdp: DiffusionMDP | str, settings: dict[str, Any]) -> DiffusionMDP:
     """Build the decision process of a name; a finished one takes no more settings."""
     if isinstance(mdp, str):
+        known = inspect.signature(make_mdp).parameters
+        for name in settings:
+            if name not in known:
+                raise TypeError(str(unknown_name("setting of an environment", name, known)))
         return make_mdp(mdp, **settings)
     if settings:
         raise TypeError(f"a DiffusionMDP takes no further settings; got {', '.join(settings)}")
