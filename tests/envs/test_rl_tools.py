@@ -113,7 +113,7 @@ def test_actions_that_are_no_floating_numbers(make, numpy, action):
 def test_integer_actions_on_the_single_shell():
     env = gym.make(ID, steps=2, disable_env_checker=True)
     env.reset(seed=0)
-    with pytest.raises(TypeError, match="action must hold floating numbers.* int64"):
+    with pytest.raises(TypeError, match=r"action must hold floating numbers.* int64"):
         env.step(np.zeros(2, int))
 
 
