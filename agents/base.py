@@ -379,7 +379,9 @@ class Agent(ABC):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Return the next samples for NumPy observations, single or batched.
 
-        A sampler with memory keeps it in `state`: hand it back with the next call.
+        The samples of a batch may be at different steps, unless the sampler has memory; their
+        timesteps are (N,) or (N, 1). Finished ones stay as they are. A sampler with memory keeps it
+        in `state`: hand it back with the next call.
 
         `deterministic` takes the mean of each transition. For an ancestral sampler that is a
         different, noise-free sampler, so False is the default here; Stable-Baselines3's
@@ -391,13 +393,18 @@ class Agent(ABC):
         sample = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = sample.ndim == len(self.mdp.shape)
         sample = sample.unsqueeze(0) if single else sample
-        step = self.schedule.step_of(float(np.ravel(observation["timestep"])[0]))
+        times = np.broadcast_to(np.ravel(observation["timestep"]), len(sample))
         tableau = self.tableau
         if deterministic:
             nothing = np.zeros(tableau.steps)
             tableau = tableau.replace(noise=nothing, covariance=None)
-        output, std = tableau.evaluate_with_std(self.sampling_denoiser, sample, step)
-        action = tableau.advance(step, {step: sample}, {step: output}, self.acting_generator, std)
+        action = sample.clone()  # that of a finished sample, whose action is ignored
+        for timestep in np.unique(times[times != np.float32(self.schedule.times[-1])]):
+            here = torch.from_numpy(times == timestep).to(self.device)
+            step, part = self.schedule.step_of(float(timestep)), sample[here]
+            output, std = tableau.evaluate_with_std(self.sampling_denoiser, part, step)
+            moved = tableau.advance(step, {step: part}, {step: output}, self.acting_generator, std)
+            action[here] = moved
         action = action[0] if single else action
         return action.cpu().numpy(), state
 

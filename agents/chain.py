@@ -26,6 +26,9 @@ from .training import frozen
 
 Reduction = Literal["sum", "mean"]
 
+# How far a time may be from itself in float32, relatively; twice their rounding, with a margin.
+TIME_ROUNDING = 1e-6
+
 
 def gaussian_log_density(
     sample: Tensor, mean: Tensor, std: Tensor | float, reduction: Reduction = "sum"
@@ -57,16 +60,19 @@ class GaussianChain(nn.Module):
 
     Attributes:
         log_std: (K,) logarithms of the standard deviations. Where the tableau reads a second head
-            they are logarithms of factors on what follows from that, 0 before any training.
+            they are logarithms of factors on what follows from that, 0 before any training. A
+            parameter with `learn_std`, else a buffer of the same name in `state_dict`.
 
     Raises:
-        ValueError: a tableau with memory (multistep or anchored), or with a noise-free step, which
-            has no density: build it with `ancestral(schedule, last_std=...)`, for example.
+        ValueError: a denoiser of another noise process than the tableau's; a tableau with memory
+            (multistep or anchored), or with a noise-free step, which has no density: build it with
+            `ancestral(schedule, last_std=...)`, for example.
     """
 
     @checked
     def __init__(self, denoiser: Denoiser, tableau: Tableau, learn_std: bool = False) -> None:
         super().__init__()
+        tableau.check_process(denoiser)
         if not tableau.one_step:
             raise ValueError(
                 f"'{tableau.name}' uses earlier states or outputs; a Gaussian policy needs a "
@@ -97,9 +103,13 @@ class GaussianChain(nn.Module):
             log_std = np.zeros(self.steps)
             self.register_buffer("noise", _float32(tableau.noise), persistent=False)
             self.register_buffer("cap", _float32(tableau.cap), persistent=False)
-        self.log_std = nn.Parameter(_float32(log_std), requires_grad=learn_std)
+        if learn_std:
+            self.log_std = nn.Parameter(_float32(log_std))
+        else:  # no parameter, because algorithms such as TRPO differentiate by every one
+            self.register_buffer("log_std", _float32(log_std))
         self._trains_head = learn_std and self.covariance is not None
 
+    log_std: Tensor
     times: Tensor
     scale: Tensor
     weight: Tensor
@@ -113,6 +123,29 @@ class GaussianChain(nn.Module):
         head = None if self._trains_head else self.denoiser.head
         left_out = set() if head is None else set(head.parameters())
         return [p for p in self.parameters() if p.requires_grad and p not in left_out]
+
+    def steps_at(self, timesteps: Tensor) -> Tensor:
+        """Return the steps (N,) int64 that start at given times, (N,) or (N, 1) in float32.
+
+        A finished sample has the time at which the last step ends. It counts as being in the last
+        step: an environment ignores what it is told there.
+
+        Raises:
+            ValueError: no step starts or ends at such a time, to the rounding of float32.
+        """
+        timesteps = timesteps.reshape(-1, 1).to(torch.float64)
+        times = torch.tensor(self.tableau.times, device=timesteps.device)
+        distance = (timesteps - times).abs()
+        nearest = distance.argmin(dim=1, keepdim=True)
+        far = distance.gather(1, nearest) > TIME_ROUNDING * times[nearest].abs()
+        if far.any():
+            raise ValueError(
+                f"no step of '{self.tableau.name}' is at time {float(timesteps[far][0]):g}, which "
+                f"the environment shows: its {self.steps} steps go through the times "
+                f"{[round(time, 6) for time in self.tableau.times.tolist()]}; build it on the "
+                "environment's schedule"
+            )
+        return nearest.view(-1).clamp(max=self.steps - 1)
 
     def distribution(self, sample: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return mean (N, *shape) and standard deviation (broadcastable) of p(x_s | x_t).

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..critics import make_baseline
 from ..critics.arguments import checked
-from .chain import GaussianChain, Reduction, gaussian_log_density
+from ..envs.clock import TimestepSpace
+from .chain import TIME_ROUNDING, GaussianChain, Reduction, gaussian_log_density
 from .denoiser import Denoiser
 from .sampling import sample
 from .tableau import Tableau
@@ -49,11 +50,17 @@ class DenoiserPolicy(ActorCriticPolicy):
         observation_space: a Dict of "sample" (*shape) and "timestep".
         action_space: a Box (*shape).
         lr_schedule: of Stable-Baselines3.
-        denoiser: a `Denoiser`, or the file of one.
-        tableau: a one-step `Tableau` with noise in every step, or the JSON file of one.
+        denoiser: a `Denoiser` of the environment's noise process, or the file of one.
+        tableau: a one-step `Tableau` with noise in every step, on the environment's schedule, or
+            the JSON file of one.
         learn_std: train the standard deviations.
         log_density: over dimensions: "sum", or "mean" for images. PPO's clip range must suit it.
         **kwargs: Stable-Baselines3's remaining arguments (optimizer_class, ...).
+
+    Raises:
+        ValueError: the denoiser, the tableau and the environment do not have the same noise
+            process, or the tableau does not have the times of the environment's schedule. Asked
+            about a time that the tableau has not, the policy raises it, too.
     """
 
     @checked
@@ -75,6 +82,7 @@ class DenoiserPolicy(ActorCriticPolicy):
             denoiser if isinstance(denoiser, Denoiser) else Denoiser.load(denoiser),
             tableau if isinstance(tableau, Tableau) else Tableau.load(tableau),
         )
+        _check_clock(self._parts[1], observation_space)
         kwargs["features_extractor_class"] = _PassThrough
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
@@ -85,7 +93,7 @@ class DenoiserPolicy(ActorCriticPolicy):
         del self._parts
         self.baseline = make_baseline(shape, self.chain.steps)
         self.optimizer = self.optimizer_class(
-            self.parameters(),
+            (parameter for parameter in self.parameters() if parameter.requires_grad),
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
@@ -126,16 +134,35 @@ class DenoiserPolicy(ActorCriticPolicy):
         return self(observation, deterministic)[0]
 
     def _state(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Return samples (N, *shape) and their steps (N,): the tableau's nearest time."""
+        """Return samples (N, *shape) and their steps (N,)."""
         assert isinstance(obs, Mapping)
-        distance = obs["timestep"].view(-1, 1) - self.chain.times.to(torch.float32)
-        return obs["sample"], distance.abs().argmin(dim=1)
+        return obs["sample"], self.chain.steps_at(obs["timestep"])
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         parameters = super()._get_constructor_parameters()
         for unused in ("net_arch", "features_extractor_class", "features_extractor_kwargs"):
             parameters.pop(unused, None)
         return {**parameters, **self._sources, **self._options}
+
+
+def _check_clock(tableau: Tableau, observation_space: gym.Space) -> None:
+    """Raise ValueError if a tableau is not made for an environment's process and times."""
+    assert isinstance(observation_space, gym.spaces.Dict)
+    clock = observation_space["timestep"]
+    if not isinstance(clock, TimestepSpace):
+        return  # a wrapper's; what the policy is asked about is checked in any case
+    if clock.process != tableau.process:
+        raise ValueError(
+            f"'{tableau.name}' is made for {tableau.process!r}, the environment has "
+            f"{clock.process!r}: build both on one process."
+        )
+    ours, theirs = tableau.times, np.array(clock.times)
+    if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=TIME_ROUNDING, atol=0):
+        raise ValueError(
+            f"'{tableau.name}' has {tableau.steps} steps at the times {ours.round(6).tolist()}, "
+            f"the environment has {len(theirs) - 1} at {theirs.round(6).tolist()}: build the "
+            "tableau on the environment's schedule."
+        )
 
 
 class SolverPolicy:
@@ -194,8 +221,9 @@ class SolverPolicy:
             generator: source of that noise.
 
         Raises:
-            ValueError: more calls in an episode than the tableau has steps, samples of another
-                shape, or nothing tells whether they are one sample or a batch.
+            ValueError: more calls in an episode than the tableau has steps, a timestep that is not
+                that of the tableau's step, samples at different times, samples of another shape, or
+                nothing tells whether they are one sample or a batch.
         """
         now = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = self._is_single(tuple(now.shape), np.shape(observation["timestep"]))
@@ -211,12 +239,28 @@ class SolverPolicy:
                 f"'{self.tableau.name}' has {self.tableau.steps} steps and the episode goes on: "
                 "reset the state, or give the environment as many steps."
             )
+        self._check_time(j, np.asarray(observation["timestep"]))
         states.append(now)
         output, std = self.tableau.evaluate_with_std(self.denoiser, now, j)
         outputs.append(output)
         action = self.tableau.advance(j, states, outputs, generator, std)
         memory = tuple(torch.stack(part).cpu().numpy() for part in (states, outputs))
         return (action[0] if single else action).cpu().numpy(), memory
+
+    def _check_time(self, j: int, timesteps: np.ndarray) -> None:
+        """Refuse an environment whose clock is not the tableau's."""
+        shown, time = np.unique(timesteps), float(self.tableau.times[j])
+        if len(shown) > 1:
+            raise ValueError(
+                f"The samples are at different times, {shown[0]:g} to {shown[-1]:g}; a sampler "
+                "with memory takes a batch whose episodes start together."
+            )
+        if not np.allclose(shown, time, rtol=TIME_ROUNDING, atol=0):
+            raise ValueError(
+                f"Step {j} of the {self.tableau.steps} of '{self.tableau.name}' is at time "
+                f"{time:g}, the environment's sample at {shown[0]:g}: build the tableau on the "
+                "environment's schedule."
+            )
 
     def _is_single(self, sample: tuple[int, ...], timestep: tuple[int, ...]) -> bool:
         """Tell one sample from a batch: by the shape of a sample, or by the shape of the times.

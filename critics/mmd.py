@@ -7,11 +7,17 @@ For the unit ball of an RKHS with kernel k, the best critic of the integral prob
 
 and its gap E_real f - E_reference f is the squared maximum mean discrepancy. The energy kernel
 k(x, y) = -||x - y|| has no bandwidth to choose and makes that gap the energy distance.
+
+As an environment's reward it compares each finished sample with the data and with the samples that
+finished before it (`judge`), so that the mean reward of a sampler is -MMD^2 between its samples and
+the data, which only the distribution of the data maximises. The mean kernel value to the data alone
+would be maximised by a single point.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +29,8 @@ from .names import unknown_name
 
 KERNELS = ("energy", "gaussian")
 
+# Samples that `judge` compares with: at least, for those who bring one at a time, and at most.
+MEMORY, _LARGEST_REFERENCE = 64, 512
 # Kernel values held at once: 16 MB in float32.
 _CHUNK = 2**22
 # By matrix product torch.cdist loses half the digits; up to this dimension we can afford better.
@@ -32,8 +40,9 @@ _EXACT_DIMENSION = 32
 class MMDCritic:
     """Witness function of the maximum mean discrepancy between real and reference samples.
 
-    A pointwise function of the sample, differentiable, and ready at once: before the first `update`
-    the reference term is 0 and f(x) is the mean kernel value to the real samples.
+    Called, it is the witness f, a pointwise and differentiable function of the sample, and nothing
+    changes. It is ready at once: before the first `update` or `judge` the reference term is 0 and
+    f(x) is the mean kernel value to the real samples. `judge` is the reward of an episode.
 
     Args:
         real: real samples (M, *shape); detached and kept.
@@ -42,6 +51,10 @@ class MMDCritic:
             if None. The energy kernel has none.
         max_real: keep a random subset (always the same) of at most this many real samples; the cost
             of one call grows in proportion.
+        memory: how many of the last samples at least `judge` compares with, 2 to 512.
+
+    Attributes:
+        reference: the samples (R, *shape) that f is low on; None where there are none yet.
 
     Raises:
         ValueError: bad samples, an unknown kernel, or a bandwidth that makes no sense.
@@ -54,11 +67,15 @@ class MMDCritic:
         kernel: str = "energy",
         bandwidth: float | None = None,
         max_real: int = 2048,
+        memory: int = MEMORY,
     ) -> None:
         check_samples("real", real)
         check_finite("real", real)
         if max_real < 1:
             raise ValueError(f"max_real must be at least 1, got {max_real}.")
+        if not 2 <= memory <= _LARGEST_REFERENCE:
+            raise ValueError(f"memory must be 2 to {_LARGEST_REFERENCE}, got {memory}.")
+        self.memory = memory
         if len(real) > max_real:
             subset = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
             real = real[subset[:max_real].to(real.device)]
@@ -80,6 +97,61 @@ class MMDCritic:
         if self.reference is not None:
             witness = witness - kernel_mean(sample, self.reference, self.bandwidth)
         return witness
+
+    def judge(self, sample: Tensor) -> Tensor:
+        """Return the reward (N,) of finished samples (N, *shape), and remember them.
+
+        The reference x' are these samples and, of the ones before, as many as make up `memory`; of
+        a large batch the last 512. With y the real samples,
+
+            r(x) = 2 E k(x, y) - 2 E k(x, x') - E k(y, y') + E k(x', x'')
+
+        where no sample meets itself. Its expectation over a sampler's samples is -MMD^2 between
+        them and the real ones (with the energy kernel minus the energy distance), at most 0, and
+        its derivative is that of -MMD^2: 2 f(x) is what one more sample at x changes. A first
+        sample alone has nothing but itself to be compared with. A reference of old samples would
+        reward the policy for leaving where it was, and it would circle around the data instead of
+        staying there: hence the short memory. Gradients flow to `sample`, not to the reference.
+
+        Raises:
+            ValueError: samples of another shape than the real ones; the reference is unchanged.
+        """
+        check_samples("sample", sample, self.real.shape[1:])
+        n = len(sample)
+        before = self.real[:0] if self.reference is None else self.reference
+        kept = max(self.memory, min(n, _LARGEST_REFERENCE))
+        self.reference = torch.cat([before, sample.detach().to(before.dtype)])[-kept:]
+        size = len(self.reference)
+        # The last samples of the batch are in the reference, where they must not meet themselves.
+        own = torch.arange(n, device=sample.device) >= n - size
+        to_reference = kernel_mean(sample, self.reference, self.bandwidth)
+        if size > 1:
+            to_itself = self._to_itself
+            without = (size * to_reference - to_itself) / (size - 1)
+            to_reference = torch.where(own, without, to_reference)
+        to_real = kernel_mean(sample, self.real, self.bandwidth)
+        return 2 * (to_real - to_reference) + self._pairs(self.reference) - self._real_pairs
+
+    def forget(self) -> None:
+        """Drop the reference; the next sample judged is the first."""
+        self.reference = None
+
+    @property
+    def _to_itself(self) -> float:
+        """Return k(x, x)."""
+        return 0.0 if self.bandwidth is None else 1.0
+
+    def _pairs(self, samples: Tensor) -> Tensor:
+        """Return the mean of k over pairs of different samples, 0-d; k(x, x) of one alone."""
+        n = len(samples)
+        if n == 1:
+            return samples.new_tensor(self._to_itself)
+        mean = kernel_mean(samples, samples, self.bandwidth).mean()
+        return (n * mean - self._to_itself) / (n - 1)
+
+    @cached_property
+    def _real_pairs(self) -> Tensor:
+        return self._pairs(self.real)
 
     def update(
         self,
@@ -118,6 +190,7 @@ class MMDCritic:
     def to(self, device: str | torch.device) -> MMDCritic:
         """Move the real and reference samples; return self."""
         self.real = self.real.to(device)
+        self.__dict__.pop("_real_pairs", None)
         if self.reference is not None:
             self.reference = self.reference.to(device)
         return self
@@ -135,6 +208,7 @@ class MMDCritic:
         """Restore what `state_dict` returned."""
         device = self.real.device
         self.real, self.reference = state["real"], state["reference"]
+        self.__dict__.pop("_real_pairs", None)
         self.kernel, self.bandwidth = state["kernel"], state["bandwidth"]
         self.to(device)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import rewards_of
 from .processes import Processes
 
 
@@ -19,7 +20,8 @@ class RewardCritic(nn.Module):
     """A given reward f, and a baseline V regressed on it.
 
     Args:
-        reward: f, ``(N, *shape) -> (N,)``, to be maximised. If it has an `update(real, fake)`, as
+        reward: f, ``(N, *shape) -> (N,)``, to be maximised: a tensor or NumPy array of finite
+            numbers. If it has an `update(real, fake)`, as
             `MMDCritic` does, it is told of every batch.
         baseline: V, as in `IPMCritic`; None for agents that need none.
         learning_rate: of V.
@@ -44,8 +46,13 @@ class RewardCritic(nn.Module):
         )
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Return the reward (N,) of samples (N, *shape)."""
-        return self.reward(sample)
+        """Return the reward (N,) of samples (N, *shape).
+
+        Raises:
+            TypeError: the reward returned no numbers.
+            ValueError: it returned another shape, or NaN or infinity for finite samples.
+        """
+        return rewards_of(self.reward, sample)
 
     def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
         """Return V (k, N) for states (k, N, *shape) before steps (k,); see `IPMCritic.value`."""
@@ -64,7 +71,7 @@ class RewardCritic(nn.Module):
         if hasattr(self.reward, "update"):
             self.reward.update(self.processes.gather(real), self.processes.gather(fake))
         with torch.no_grad():
-            f_real, f_fake = self.reward(real), self.reward(fake)
+            f_real, f_fake = self(real), self(fake)
         metrics = {
             "critic_real": f_real.mean(),
             "critic_fake": f_fake.mean(),

@@ -8,6 +8,7 @@ Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
 
 from .mdp import DiffusionMDP
 from .names import unknown_name
+from .numpy_vector import NumpyVectorEnv
 from .process import VE, DiscreteVP, NoiseProcess, make_process
 from .registration import ENVIRONMENTS, make_mdp, register_environments
 from .sb3 import SB3VecEnv
@@ -27,6 +28,7 @@ __all__ = [
     "DiffusionVectorEnv",
     "DiscreteVP",
     "NoiseProcess",
+    "NumpyVectorEnv",
     "SB3VecEnv",
     "Schedule",
     "Target",

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..critics.checks import rewards_of
 from ..critics.mmd import MMDCritic
 from .process import NoiseProcess
 from .schedule import Schedule
@@ -25,8 +26,9 @@ from .targets import Target
 Observation = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]
 
-# Real samples of the default reward: enough to guide, and about as dear as the toys' networks.
-DEFAULT_REWARD_SAMPLES = 512
+# Numbers in the real samples of the default reward, and its least and most samples. Fewer samples
+# of the toys would be learned themselves; more of the images would cost as much as the networks.
+DEFAULT_REWARD_NUMBERS, FEWEST, MOST = 2**12, 512, 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,10 @@ class DiffusionMDP:
         target: The real distribution; its device is where everything lives.
         process: The noise process.
         schedule: The times to visit, on the same process.
-        reward: ``(N, *shape) -> (N,)``, high on data; an ``MMDCritic`` of some training samples if
-            None. It may learn in place.
+        reward: ``(N, *shape) -> (N,)``, high on data, a tensor or NumPy array of finite numbers. If
+            it has a ``judge``, that judges finished samples, and may learn from them. None is an
+            ``MMDCritic`` of some training samples: it compares the finished samples with those and
+            with each other, so that their mean reward is minus the energy distance to the data.
 
     A decision process never changes: ``with_schedule`` and ``with_reward`` make another one.
 
@@ -62,7 +66,8 @@ class DiffusionMDP:
                 f"the environment has {self.process!r}; build it on that one"
             )
         if self.reward is None:
-            reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
+            size = min(max(DEFAULT_REWARD_NUMBERS // self.target.shape.numel(), FEWEST), MOST)
+            reward = MMDCritic(self.target.subset(size))
             object.__setattr__(self, "reward", reward)
         check_reward(self.reward)
 
@@ -128,7 +133,10 @@ class DiffusionMDP:
         return action.to(torch.float32)
 
     def terminal_reward(self, sample: Tensor) -> Tensor:
-        """Judge finished samples.
+        """Judge finished samples, by the reward's ``judge`` if it has one.
+
+        A reward that learns from what it judges, as the default does, learns here and nowhere else:
+        calling ``reward`` itself changes nothing.
 
         Args:
             sample: ``x_0``, ``(N, *shape)``.
@@ -137,13 +145,16 @@ class DiffusionMDP:
             The reward, ``(N,)`` float32, to be maximised.
 
         Raises:
-            TypeError: The reward is not a floating torch tensor.
-            ValueError: The reward has another shape or device, or holds NaN or infinity.
+            TypeError: The reward returned neither a tensor nor a NumPy array of numbers.
+            ValueError: It returned another shape or device, or NaN or infinity.
         """
         assert self.reward is not None  # __post_init__ saw to it
-        reward = self.reward(sample)
-        _check_batch(reward, "reward", sample.shape[:1], sample.device)
-        return reward.to(torch.float32)
+        return rewards_of(getattr(self.reward, "judge", self.reward), sample).to(torch.float32)
+
+    def forget(self) -> None:
+        """Let the reward forget the samples that it has judged, if it can."""
+        if callable(forget := getattr(self.reward, "forget", None)):
+            forget()
 
     def check_sample(self, sample: Tensor, n: int) -> Tensor:
         """Validate a start ``(n, *shape)`` that a user gives; returns a float32 copy."""

@@ -148,11 +148,12 @@ def register_environments() -> None:
     """Register every entry of ``ENVIRONMENTS`` that Gymnasium does not know yet."""
     for name in ENVIRONMENTS:
         env_id = f"fewstep/{name}-v0"
-        # No max_episode_steps: the episode ends by itself after the schedule's steps.
+        # No max_episode_steps: the episode ends by itself after the schedule's steps, and the
+        # environment's own spec says so.
         if env_id not in gym.registry:
             gym.register(
                 env_id,
                 entry_point="fewstep.envs.single:DiffusionEnv",
-                vector_entry_point="fewstep.envs.vector:DiffusionVectorEnv",
+                vector_entry_point="fewstep.envs.numpy_vector:make_vector_env",
                 kwargs={"mdp": name},
             )

@@ -155,7 +155,7 @@ class Schedule:
         """
         distance = (self._times[:-1] - timestep).abs()
         step = int(distance.argmin())
-        if float(distance[step]) > 1e-5 * max(1.0, self.process.t_max):
+        if float(distance[step]) > 1e-6 * abs(float(self._times[step])):
             raise ValueError(f"no step of {self!r} starts at time {timestep:g}")
         return step
 

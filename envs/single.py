@@ -6,7 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .mdp import DiffusionMDP, Observation, Reward
 from .process import NoiseProcess
 from .schedule import Schedule
 from .targets import Target
-from .vector import DiffusionVectorEnv, observation_space
+from .vector import DiffusionVectorEnv, observation_space, to_tensor, with_horizon
 
 NumpyObservation = dict[str, np.ndarray]
 
@@ -32,6 +32,7 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         **settings: For a name: the keyword arguments of ``make_mdp``.
     """
 
+    _spec: EnvSpec | None = None
     metadata: dict[str, Any] = DiffusionVectorEnv.metadata
 
     @checked
@@ -44,6 +45,15 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         self.render_mode = render_mode
         self.observation_space = observation_space(self.mdp, (1,))
         self.action_space = self._vector.single_action_space
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """Gymnasium's specification; see `DiffusionVectorEnv.spec`."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = with_horizon(spec, self.mdp.steps)
 
     @property
     def mdp(self) -> DiffusionMDP:
@@ -86,15 +96,19 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         super().reset(seed=seed)
         self._vector.np_random = self.np_random
         if options and options.get("sample") is not None:
-            options = {**options, "sample": self._to_batch(options["sample"])}
+            options = {**options, "sample": self._to_batch(options["sample"], "sample")}
         observation, info = self._vector.reset(options=options)
+        if seed is not None:
+            self.mdp.forget()
         return to_numpy(observation, 0), info
 
     def step(
         self, action: np.ndarray
     ) -> tuple[NumpyObservation, float, bool, bool, dict[str, Any]]:
         """Move the sample to ``action``, the next sample; errors as the vector shell's."""
-        observation, reward, terminated, _, info = self._vector.step(self._to_batch(action))
+        observation, reward, terminated, _, info = self._vector.step(
+            self._to_batch(action, "action")
+        )
         return to_numpy(observation, 0), float(reward), bool(terminated), False, info
 
     def render(self) -> np.ndarray | None:
@@ -102,8 +116,8 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         frames = self._vector.render()
         return None if frames is None else frames[0]
 
-    def _to_batch(self, sample: np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(sample)[None]).to(self.mdp.device)
+    def _to_batch(self, sample: np.ndarray, what: str) -> Tensor:
+        return to_tensor(np.asarray(sample)[None], self.mdp.device, what)
 
 
 def to_numpy(observation: Observation, index: int | slice = slice(None)) -> NumpyObservation:

@@ -7,12 +7,15 @@ ends together.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from ..critics.arguments import checked
 from ..critics.shapes import is_vector
+from .clock import TimestepSpace
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
 from .names import unknown_name
 from .process import NoiseProcess
@@ -57,6 +61,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         TypeError: A setting does not exist.
     """
 
+    _spec: EnvSpec | None = None
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012
 
     @checked
@@ -86,6 +91,19 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._episode = self.mdp  # the decision process on this episode's schedule
         self._sample: Tensor | None = None
         self._step = 0
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """Gymnasium's specification; its `max_episode_steps` is the schedule's number of steps.
+
+        Wrappers that want the horizon find it there. The registry has none, because Gymnasium would
+        add a `TimeLimit`, which calls the last step truncated.
+        """
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = with_horizon(spec, self.mdp.steps)
 
     @property
     def target(self) -> Target:
@@ -128,7 +146,9 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Start an episode for the whole batch.
 
         Args:
-            seed: Restarts the stream of noise; None continues it.
+            seed: Restarts the stream of noise, and lets a reward that learns from what it judges,
+                as the default does, forget: the same seed and actions give the same rewards. None
+                goes on.
             options: For this episode only: ``"schedule"``, a ``Schedule`` on the same process or
                 the name of one, at whose first time it then starts, and ``"sample"``, the noise to
                 start from, ``(num_envs, *shape)``. Gymnasium's ``"reset_mask"`` must be all True.
@@ -141,7 +161,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             TypeError: An option has the wrong type.
         """
         super().reset(seed=seed)
-        return self._begin(options or {}), {}
+        observation = self._begin(options or {})
+        if seed is not None:
+            self.mdp.forget()
+        return observation, {}
 
     @torch.no_grad()
     def step(
@@ -172,7 +195,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             return self._begin({}), self._zeros(), self._flags(False), self._flags(False), {}
 
         if isinstance(actions, np.ndarray):
-            actions = _to_tensor(actions, self.device)
+            actions = to_tensor(actions, self.device, "action")
         # A copy, so that a caller who reuses its action buffer does not change our state.
         sample = episode.transition(self._sample, actions).clone()
         done = self._step + 1 == episode.steps
@@ -247,19 +270,34 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return torch.full((self.num_envs,), value, dtype=torch.bool, device=self.device)
 
 
-def _to_tensor(actions: np.ndarray, device: torch.device) -> Tensor:
-    if not np.issubdtype(actions.dtype, np.floating):
-        raise TypeError(f"action must hold floating numbers; got an array of {actions.dtype}")
-    return torch.from_numpy(actions.astype(np.float32)).to(device)
+def to_tensor(values: np.ndarray, device: torch.device, what: str) -> Tensor:
+    """Copy a floating array to a float32 tensor; `what` names it in the message."""
+    if not np.issubdtype(values.dtype, np.floating):
+        raise TypeError(
+            f"{what} must hold floating numbers, as the space does; got an array of {values.dtype}"
+        )
+    return torch.from_numpy(values.astype(np.float32)).to(device)
 
 
 def resolve_mdp(mdp: DiffusionMDP | str, settings: dict[str, Any]) -> DiffusionMDP:
     """Build the decision process of a name; a finished one takes no more settings."""
     if isinstance(mdp, str):
+        known = inspect.signature(make_mdp).parameters
+        for name in settings:
+            if name not in known:
+                raise TypeError(str(unknown_name("setting of an environment", name, known)))
         return make_mdp(mdp, **settings)
     if settings:
         raise TypeError(f"a DiffusionMDP takes no further settings; got {', '.join(settings)}")
     return mdp
+
+
+def with_horizon(spec: EnvSpec | None, steps: int) -> EnvSpec | None:
+    """Return a copy of a specification whose `max_episode_steps` is the horizon."""
+    if spec is not None:
+        spec = copy.copy(spec)
+        spec.max_episode_steps = steps
+    return spec
 
 
 def parse_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
@@ -286,5 +324,5 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
 
 def observation_space(mdp: DiffusionMDP, timestep_shape: tuple[int, ...] = ()) -> gym.Space[Any]:
     """``{"sample", "timestep"}`` of one environment, the timestep in ``[0, t_max]``."""
-    timestep = gym.spaces.Box(0.0, mdp.process.t_max, timestep_shape, np.float32)
+    timestep = TimestepSpace(mdp.schedule, timestep_shape)
     return gym.spaces.Dict({"sample": sample_space(mdp), "timestep": timestep})

@@ -7,9 +7,17 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
 
-from fewstep.agents import Denoiser, DenoiserPolicy, SolverPolicy, Tableau
+from fewstep.agents import SFTPG, Denoiser, DenoiserPolicy, SolverPolicy, Tableau
+from fewstep.agents.chain import GaussianChain
 from fewstep.agents.solvers import ancestral, ddim
-from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, DiscreteVP, SB3VecEnv, Schedule
+from fewstep.envs import (
+    DiffusionEnv,
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    SB3VecEnv,
+    Schedule,
+)
 
 
 @pytest.fixture
@@ -207,12 +215,13 @@ def test_a_stochastic_table_draws_from_the_generator(mdp, make_denoiser, generat
 
 def test_too_long_an_episode_is_refused(tables, make_denoiser):
     policy = SolverPolicy(tables["ddim"], make_denoiser())
-    observation = {"sample": np.zeros((5, 2), np.float32), "timestep": np.full((5, 1), 4)}
     state = None
-    for _ in range(4):
+    for time in (4, 3, 2, 1):
+        observation = {"sample": np.zeros((5, 2), np.float32), "timestep": np.full((5, 1), time)}
         _, state = policy.predict(observation, state)
     with pytest.raises(ValueError, match="has 4 steps"):
         policy.predict(observation, state)
+    observation["timestep"] = np.full((5, 1), 4)
     policy.predict(observation, state, episode_start=np.ones(5, bool))
 
 
@@ -231,3 +240,97 @@ def test_a_table_of_another_process_is_refused(tables, make_denoiser, generator)
         SolverPolicy(table, make_denoiser())
     with pytest.raises(ValueError, match=r"is made for"):
         table.sample(make_denoiser(), torch.randn(3, 2, generator=generator()))
+
+
+# -- the clock: a policy, its tableau and its environment agree on process and times --------------
+
+
+def test_a_table_on_another_grid_is_refused_before_training(make_vec_env, parts, process):
+    table = ancestral(Schedule(process, [4, 2, 0]), "beta")
+    with pytest.raises(ValueError, match=r"'ancestral.*' has 2 steps at.*4.0, 2.0, 0.0.* has 4 at"):
+        make_ppo(make_vec_env(8), {**parts, "tableau": table}, batch_size=32)
+    table = ancestral(Schedule(process, [4, 3, 2, 0.5, 0]), "beta")
+    with pytest.raises(ValueError, match=r"at the times .*0\.5"):
+        make_ppo(make_vec_env(8), {**parts, "tableau": table}, batch_size=32)
+
+
+def test_three_processes_must_be_one(make_mdp, parts):
+    other = DiscreteVP([0.1, 0.2, 0.5, 0.55])
+    mdp = make_mdp()
+    elsewhere = DiffusionMDP(mdp.target, other, Schedule.uniform(other, 4), mdp.reward)
+    with pytest.raises(ValueError, match=r"'ancestral.*' is made for DiscreteVP.*environment has"):
+        make_ppo(SB3VecEnv(DiffusionVectorEnv(elsewhere, 8)), parts, batch_size=32)
+    table = ancestral(elsewhere.schedule, "beta")
+    with pytest.raises(ValueError, match=r"'ancestral.*' is made for .*, the denoiser for"):
+        make_ppo(
+            SB3VecEnv(DiffusionVectorEnv(elsewhere, 8)), {**parts, "tableau": table}, batch_size=32
+        )
+    with pytest.raises(ValueError, match=r"'ancestral.*' is made for .*, the denoiser for"):
+        GaussianChain(parts["denoiser"], table)
+
+
+def test_no_time_is_taken_for_another(make_vec_env, parts):
+    """What passes is the rounding of float32; an episode on another schedule is refused."""
+    policy = make_ppo(make_vec_env(8), parts, batch_size=32).policy
+    observation = {"sample": torch.zeros(4, 2), "timestep": torch.tensor([4.0, 1.0, 3.0, 0.0])}
+    assert policy.chain.steps_at(observation["timestep"]).tolist() == [0, 3, 1, 3]
+    near = np.nextafter(np.float32([4, 3, 2, 1]), np.float32(9))
+    assert policy.chain.steps_at(torch.from_numpy(near)).tolist() == [0, 1, 2, 3]
+    observation["timestep"][2] = 2.99
+    with pytest.raises(
+        ValueError, match=r"no step of 'ancestral.*' is at time 2\.99.*\[4\.0, 3\.0"
+    ):
+        policy.predict_values(observation)
+
+
+@pytest.mark.parametrize("times", [[4, 0], [4, 2, 0], [3, 2, 1, 0.5, 0]])
+def test_a_solver_in_an_environment_of_other_times_is_refused(
+    times, tables, make_mdp, process, make_denoiser
+):
+    env = DiffusionEnv(make_mdp(schedule=Schedule(process, times)))
+    policy, state = SolverPolicy(tables["multistep"], make_denoiser()), None
+    observation, _ = env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"Step \d of the 4 of 'multistep' is at time"):
+        for _ in range(len(times)):
+            action, state = policy.predict(observation, state)
+            observation = env.step(action)[0]
+
+
+def test_samples_at_different_times(tables, mdp, make_denoiser):
+    """Each row is asked at its own time, or the batch is refused; a finished sample stays."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(5, 2, generator=generator).numpy()
+    times = np.float32([4, 1, 3, 1, 0])
+    agent = SFTPG(mdp, make_denoiser(), batch_size=8)
+    action, _ = agent.predict({"sample": sample, "timestep": times}, deterministic=True)
+    column, _ = agent.predict({"sample": sample, "timestep": times[:, None]}, deterministic=True)
+    np.testing.assert_array_equal(action, column)
+    for row in range(4):
+        alone = {"sample": sample[row], "timestep": times[row : row + 1]}
+        expected, _ = agent.predict(alone, deterministic=True)
+        np.testing.assert_allclose(action[row], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(action[4], sample[4])
+    policy = SolverPolicy(tables["multistep"], make_denoiser())
+    with pytest.raises(ValueError, match="different times, 0 to 4"):
+        policy.predict({"sample": sample, "timestep": times})
+
+
+# -- what algorithms such as TRPO ask of a policy -------------------------------------------------
+
+
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_every_parameter_can_be_differentiated_by(learn_std, make_vec_env, parts):
+    """sb3-contrib's TRPO differentiates by every parameter whose name lacks "value"."""
+    vec_env = make_vec_env(16)
+    policy = make_ppo(vec_env, {**parts, "learn_std": learn_std}, batch_size=64).policy
+    assert "chain.log_std" in policy.state_dict()
+    assert ("chain.log_std" in dict(policy.named_parameters())) == learn_std
+    observation = obs_as_tensor(vec_env.reset(), "cpu")
+    values, log_density, _ = policy.evaluate_actions(observation, torch.zeros(16, 2))
+    for name, parameter in policy.named_parameters():
+        assert parameter.requires_grad, name
+        (gradient,) = torch.autograd.grad(
+            (values + log_density).sum(), parameter, retain_graph=True, allow_unused=True
+        )
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,10 +74,22 @@ def test_actions_on_another_device_are_refused(mdp):
 @pytest.mark.parametrize(
     ("reward", "error", "complaint"),
     [
-        (lambda x: x.sum(1) * math.nan, ValueError, "reward holds NaN or infinity for 3 of 3"),
-        (lambda x: x.sum(1) + math.inf, ValueError, "reward holds NaN or infinity"),
-        (lambda x: x[:, :1], ValueError, r"reward must have shape \(3,\)"),
-        (lambda x: 0.0, TypeError, "reward must be a floating torch tensor; got float"),
+        (
+            lambda x: x.sum(1) * math.nan,
+            ValueError,
+            "returned NaN or infinity for 3 of 3 finite samples",
+        ),
+        (lambda x: x.sum(1) + math.inf, ValueError, "'<lambda>' returned NaN or infinity"),
+        (lambda x: x.sum(1).numpy() * math.nan, ValueError, "returned NaN or infinity for 3 of 3"),
+        (
+            lambda x: x[:, :1],
+            ValueError,
+            r"shape \(3,\); it returned shape \(3, 1\); drop the last",
+        ),
+        (lambda x: x[:, :1].numpy(), ValueError, r"it returned shape \(3, 1\)"),
+        (lambda x: 0.0, TypeError, "the reward '<lambda>' must return one number a sample.* float"),
+        (lambda x: None, TypeError, "it returned NoneType"),
+        (lambda x: np.array(["a"] * 3), TypeError, "it returned ndarray of <U1"),
     ],
 )
 def test_bad_rewards_are_refused(mdp, reward, error, complaint):
@@ -85,17 +98,21 @@ def test_bad_rewards_are_refused(mdp, reward, error, complaint):
         mdp.terminal_reward(torch.ones(3, 2))
 
 
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda x: x.sum(1).numpy().astype(np.float64),
+        lambda x: x.sum(1).to(torch.int64),
+        lambda x: x.sum(1).numpy().astype(np.int32),
+        lambda x: x.sum(1).half(),
+    ],
+)
+def test_numbers_of_any_kind_are_rewards(mdp, reward):
+    rewards = mdp.with_reward(reward).terminal_reward(torch.ones(3, 2))
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [2, 2, 2]
+
+
 def test_a_schedule_of_another_process_is_refused(mdp):
     with pytest.raises(ValueError, match="the schedule is made for VE"):
         mdp.with_schedule(Schedule.karras(VE(), 5))
-
-
-def test_the_default_reward_prefers_data_to_noise():
-    process = DiscreteVP.sigmoid(10)
-    target = make_target("SwissRoll")
-    mdp = DiffusionMDP(target, process, Schedule.uniform(process, 10))
-    data = mdp.terminal_reward(target.sample_fresh(500))
-    noise = mdp.terminal_reward(mdp.initial(500, torch.Generator().manual_seed(0)))
-    assert data.shape == (500,)
-    assert data.dtype == torch.float32
-    assert data.mean() > noise.mean()

@@ -234,7 +234,7 @@ def test_the_reward_can_be_replaced_at_any_time(make_vec, random_action):
 def test_a_bad_reward_leaves_the_step_to_be_repeated(make_vec, reward):
     env = make_vec(steps=1, reward=lambda sample: sample.sum(1) * math.nan).unwrapped
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="reward holds NaN"):
+    with pytest.raises(ValueError, match="returned NaN"):
         env.step(torch.zeros(4, 2))
     env.reward = reward
     assert env.step(torch.zeros(4, 2))[2].all()
