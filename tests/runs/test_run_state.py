@@ -154,7 +154,7 @@ def test_divergence_says_how_to_go_on_and_that_works(tmp_path, fewstep, tiny, mo
     assert "Traceback" not in said
     assert "--resume would come to the same end" in said
     assert "a smaller --learning-rate or --critic-learning-rate or --baseline-learning" in said
-    command = re.search(r"start anew with:  fewstep (.*?)  and a smaller", said)[1]
+    command = re.search(r"start anew with: +fewstep (.*?) +and a smaller", said)[1]
     assert fewstep(*shlex.split(command), "--learning-rate=1e-6") == 0
     assert len(list(tmp_path.iterdir())) == 2
 
