@@ -32,10 +32,10 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
         env: the environment, on any device.
     """
 
-    env: DiffusionVectorEnv
+    env: DiffusionVectorEnv  # type: ignore[assignment]
 
     def __init__(self, env: DiffusionVectorEnv) -> None:
-        super().__init__(env)
+        super().__init__(env)  # type: ignore[arg-type]
         self.single_observation_space = observation_space(env.mdp, (1,))
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
@@ -64,7 +64,7 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
         if "final_obs" in info:
             flags = {key: _array(info[key]) for key in ("_final_obs", "_final_info")}
             info = {**info, **flags, "final_obs": to_numpy(info["final_obs"])}
-        return to_numpy(observation), *map(_array, (reward, terminated, truncated)), info
+        return to_numpy(observation), *map(_array, (reward, terminated, truncated)), info  # type: ignore[return-value]
 
 
 def make_vector_env(

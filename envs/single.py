@@ -47,7 +47,7 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         self.action_space = self._vector.single_action_space
 
     @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+    def spec(self) -> EnvSpec | None:
         """Gymnasium's specification; see `DiffusionVectorEnv.spec`."""
         return self._spec
 

@@ -93,7 +93,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._step = 0
 
     @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+    def spec(self) -> EnvSpec | None:
         """Gymnasium's specification; its `max_episode_steps` is the schedule's number of steps.
 
         Wrappers that want the horizon find it there. The registry has none, because Gymnasium would

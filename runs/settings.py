@@ -148,7 +148,7 @@ class Settings:
             resolve_environment(str(env))
             if agent not in AGENTS:
                 raise unknown_name("agent", agent, AGENTS)
-            kinds = (
+            kinds: tuple[type[Any], ...] = (
                 TrainSettings,
                 hyperparameters(AGENTS[agent]),
                 hyperparameters(BehaviorCloning, ROUNDS),
