@@ -26,9 +26,8 @@ from .targets import Target
 Observation = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]
 
-# Numbers in the real samples of the default reward, and its least and most samples. Fewer samples
-# of the toys would be learned themselves; more of the images would cost as much as the networks.
-DEFAULT_REWARD_NUMBERS, FEWEST, MOST = 2**12, 512, 2048
+# Real samples of the default reward: enough to guide, and about as dear as the toys' networks.
+DEFAULT_REWARD_SAMPLES = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +65,7 @@ class DiffusionMDP:
                 f"the environment has {self.process!r}; build it on that one"
             )
         if self.reward is None:
-            size = min(max(DEFAULT_REWARD_NUMBERS // self.target.shape.numel(), FEWEST), MOST)
-            reward = MMDCritic(self.target.subset(size))
+            reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
             object.__setattr__(self, "reward", reward)
         check_reward(self.reward)
 

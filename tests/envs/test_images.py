@@ -493,7 +493,7 @@ def test_no_environment_turns_a_whole_set_of_bytes_into_floats(at_hand, monkeypa
         raise AssertionError("the whole set was converted")
 
     monkeypatch.setattr(Target, "samples", property(whole))
-    monkeypatch.setattr("fewstep.envs.mdp.MOST", 2)
+    monkeypatch.setattr("fewstep.envs.mdp.DEFAULT_REWARD_SAMPLES", 2)
     env = gym.make_vec(
         f"fewstep/{name}-v0", 2, data_dir=folder, steps=1, render_mode="rgb_array"
     ).unwrapped
