@@ -145,7 +145,7 @@ def test_the_recipe_is_remembered():
             DiscreteVP.cosine(100),
             10,
             {},
-            r"on a line.*--schedule-options kind step.*--schedule unif",
+            r"on a line.*kind='step' takes any.*uniform schedule",
         ),
         (DiscreteVP([0.1, 0.1, 0.1]), 2, {}, "rise on a line"),
         (DDPM, 1, {}, "2 to 1000 steps"),
