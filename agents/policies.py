@@ -255,8 +255,8 @@ class SolverPolicy:
                 f"The samples are at different times, {shown[0]:g} to {shown[-1]:g}; a sampler "
                 "with memory takes a batch whose episodes start together."
             )
-        # Where a table asks twice at one time, as Heun's does, no schedule has its times: there only
-        # the start and the number of steps can be compared.
+        # No schedule has the times of a table that asks twice at one time, as Heun's does: there
+        # only the start and the number of steps can be compared.
         comparable = j == 0 or bool((np.diff(self.tableau.times) < 0).all())
         if comparable and not np.allclose(shown, time, rtol=TIME_ROUNDING, atol=0):
             raise ValueError(
