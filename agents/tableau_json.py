@@ -80,6 +80,10 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
     values |= {name: table.get(name) for name in _OPTIONAL}
     if isinstance(values["cap"], list):
         values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
+    for name in ("times", "scale", "noise", *_OPTIONAL):
+        # NumPy reads numbers out of strings.
+        if isinstance(values[name], list) and any(isinstance(each, str) for each in values[name]):
+            raise ValueError(f"The tableau is malformed: {name} holds text instead of numbers.")
     try:
         if not dense:
             values["weights"] = SparseRows.from_pairs(values["weights"])
