@@ -22,7 +22,7 @@ from .vector import DiffusionVectorEnv, observation_space, to_tensor
 Step = tuple[NumpyObservation, NDArray, NDArray, NDArray, dict[str, Any]]
 
 
-class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tensor, NDArray]):
+class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tensor, Any]):
     """A `DiffusionVectorEnv`, spoken to in NumPy.
 
     Observations are `{"sample": (N, *shape), "timestep": (N, 1)}` float32 arrays, actions arrays
@@ -32,10 +32,10 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
         env: the environment, on any device.
     """
 
-    env: DiffusionVectorEnv  # type: ignore[assignment]
+    env: DiffusionVectorEnv
 
     def __init__(self, env: DiffusionVectorEnv) -> None:
-        super().__init__(env)  # type: ignore[arg-type]
+        super().__init__(env)
         self.single_observation_space = observation_space(env.mdp, (1,))
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
@@ -62,9 +62,10 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
         """Move every sample to the state that its action names; see `DiffusionVectorEnv.step`."""
         observation, reward, terminated, truncated, info = self.env.step(np.asarray(actions))
         if "final_obs" in info:
-            flags = {key: _array(info[key]) for key in ("_final_obs", "_final_info")}
-            info = {**info, **flags, "final_obs": to_numpy(info["final_obs"])}
-        return to_numpy(observation), *map(_array, (reward, terminated, truncated)), info  # type: ignore[return-value]
+            parts = {key: _array(info[key]) for key in ("_final_obs", "_final_info")}
+            info = {**info, **parts, "final_obs": to_numpy(info["final_obs"])}
+        flags = _array(terminated), _array(truncated)
+        return to_numpy(observation), _array(reward), *flags, info
 
 
 def make_vector_env(

@@ -58,3 +58,36 @@ def test_state_round_trip_continues_bit_for_bit():
 def test_without_a_baseline_there_is_no_value():
     with pytest.raises(ValueError, match="no baseline"):
         RewardCritic(reward).value(torch.zeros(K, N, 2))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "complaint"),
+    [
+        (lambda x: x.sum(1) * float("nan"), ValueError, "'user_reward' returned NaN.* 8 of 8"),
+        (lambda x: x, ValueError, r"one number a sample, shape \(8,\); it returned shape \(8, 2\)"),
+        (lambda x: x[:, :1], ValueError, "drop the last dimension"),
+        (lambda x: None, TypeError, "'user_reward' must return .* it returned NoneType"),
+        (lambda x: 1, TypeError, "it returned int"),
+        (lambda x: x.sum(1).tolist(), TypeError, "it returned list"),
+    ],
+)
+def test_a_reward_that_returns_nonsense_is_named_and_nothing_else_blamed(answer, error, complaint):
+    """In the third round only: the learning rate is not at fault."""
+    calls = []
+
+    def user_reward(sample):
+        calls.append(len(sample))
+        return sample.sum(1).numpy() if len(calls) < 5 else answer(sample)
+
+    critic = RewardCritic(user_reward, MLPBaseline((2,), K, hidden=8))
+    states, steps = torch.randn(K, 8, 2), torch.arange(K)
+    for _ in range(2):  # twice a round: real and fake
+        metrics = critic.update(torch.randn(8, 2), torch.randn(8, 2), states, steps)
+        assert metrics["baseline_loss"].isfinite()
+    with pytest.raises(error, match=complaint):
+        critic.update(torch.randn(8, 2), torch.randn(8, 2), states, steps)
+
+
+def test_a_diverged_sampler_is_not_the_rewards_fault():
+    critic = RewardCritic(lambda sample: sample.sum(1))
+    assert critic(torch.full((3, 2), float("nan"))).isnan().all()
