@@ -173,7 +173,8 @@ class SolverPolicy:
     between two episodes.
 
     Args:
-        tableau: the sampler; the environment must have as many steps.
+        tableau: the sampler; the environment must have its steps: the same times, or as many where
+            the tableau's repeat, as Heun's do, and no environment could show them.
         denoiser: the network.
         shape: of one sample, `env.single_observation_space["sample"].shape`, to tell a sample from
             a batch; None where the network says it (`Denoiser.shape`).
@@ -216,19 +217,26 @@ class SolverPolicy:
         Args:
             observation: {"sample": (N, *shape) or (*shape), "timestep"} as NumPy arrays.
             state: what the last call returned; None at the start of an episode.
-            episode_start: (N,) flags; True drops the state. All samples start together.
+            episode_start: (N,) flags; True drops the state, which must be that of an episode that
+                is over. All samples start together.
             deterministic: accepted for Stable-Baselines3; the table decides whether noise is added.
             generator: source of that noise.
 
         Raises:
-            ValueError: more calls in an episode than the tableau has steps, a timestep that is not
-                that of the tableau's step, samples at different times, samples of another shape, or
-                nothing tells whether they are one sample or a batch.
+            ValueError: more or fewer calls in an episode than the tableau has steps, a timestep
+                that is not that of the tableau's step, samples at different times, samples of
+                another shape, or nothing tells whether they are one sample or a batch.
         """
         now = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
         single = self._is_single(tuple(now.shape), np.shape(observation["timestep"]))
         now = now.unsqueeze(0) if single else now
         fresh = state is None or (episode_start is not None and bool(np.any(episode_start)))
+        if fresh and state and len(state[0]) < self.tableau.steps:
+            raise ValueError(
+                f"The episode ended after {len(state[0])} of the {self.tableau.steps} steps of "
+                f"'{self.tableau.name}', with unfinished samples: give the environment as many "
+                "steps, or pass state=None to drop them."
+            )
         history = (
             [] if fresh else [torch.as_tensor(part, device=self.device) for part in state or ()]
         )

@@ -16,7 +16,10 @@ from .schedule import Schedule
 class TimestepSpace(gym.spaces.Box):
     """The times of a process, `[0, t_max]` in float32, and those that the schedule visits.
 
-    To Gymnasium and its clients it is a `Box` like any other.
+    To Gymnasium and its clients it is a `Box` like any other, except that two of them are equal
+    only if they belong to one process: Stable-Baselines3 compares spaces before it goes on with a
+    model in another environment. The times may differ, since an episode may have a schedule of its
+    own.
 
     Args:
         schedule: the environment's.
@@ -31,3 +34,13 @@ class TimestepSpace(gym.spaces.Box):
         super().__init__(0.0, schedule.process.t_max, shape, np.float32)
         self.times: tuple[float, ...] = tuple(schedule.times.tolist())
         self.process: NoiseProcess = schedule.process
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether times of this space mean the same as those of another one."""
+        if isinstance(other, TimestepSpace) and other.process != self.process:
+            return False
+        return super().__eq__(other)
+
+    def __repr__(self) -> str:
+        """Name the process, which messages about unequal spaces print."""
+        return f"TimestepSpace({self.process!r}, {self.shape})"

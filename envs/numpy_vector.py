@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .mdp import DiffusionMDP, Observation
+from .mdp import DiffusionMDP, Observation, Reward
 from .single import NumpyObservation, to_numpy
 from .vector import DiffusionVectorEnv, observation_space, to_tensor
 
@@ -43,6 +43,15 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
     def mdp(self) -> DiffusionMDP:
         """The decision process."""
         return self.env.mdp
+
+    @property
+    def reward(self) -> Reward | None:
+        """The critic of the finished sample; see `DiffusionVectorEnv.reward`."""
+        return self.env.reward
+
+    @reward.setter
+    def reward(self, reward: Reward) -> None:
+        self.env.reward = reward
 
     @property
     def autoreset_mode(self) -> AutoresetMode:

@@ -9,7 +9,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from fewstep.agents import SFTPG, Denoiser, DenoiserPolicy, SolverPolicy, Tableau
 from fewstep.agents.chain import GaussianChain
-from fewstep.agents.solvers import ancestral, ddim
+from fewstep.agents.solvers import ancestral, ddim, heun
 from fewstep.envs import (
     DiffusionEnv,
     DiffusionMDP,
@@ -294,6 +294,40 @@ def test_a_solver_in_an_environment_of_other_times_is_refused(
         for _ in range(len(times)):
             action, state = policy.predict(observation, state)
             observation = env.step(action)[0]
+
+
+def test_an_episode_that_ends_before_the_table_is_refused(process, make_mdp, make_denoiser):
+    """Heun's times repeat, so no environment shows them; only where the episode ends tells."""
+    table = heun(Schedule(process, [4, 2, 0]))
+    assert table.steps == 3
+    policy = SolverPolicy(table, make_denoiser())
+    env = DiffusionEnv(make_mdp(schedule=Schedule(process, [4, 3, 1, 0])))
+    noise = np.array([0.5, -1.5], np.float32)
+    observation, state = env.reset(options={"sample": noise})[0], None
+    for _ in range(3):
+        action, state = policy.predict(observation, state)
+        observation, _, finished, _, _ = env.step(action)
+    assert finished
+    expected = policy.sample(1, noise=torch.from_numpy(noise)[None])[0].numpy()
+    np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-6)
+    short = SB3VecEnv(DiffusionVectorEnv(make_mdp(schedule=Schedule(process, [4, 2, 0])), 4))
+    with pytest.raises(ValueError, match=r"ended after 2 of the 3 steps of 'heun'"):
+        evaluate_policy(policy, short, 8, warn=False)
+
+
+def test_a_model_does_not_go_on_in_another_process(make_mdp, make_vec_env, files, tmp_path):
+    model = make_ppo(make_vec_env(8), files, batch_size=32)
+    model.save(tmp_path / "ppo")
+    other = DiscreteVP([0.1, 0.2, 0.5, 0.55])
+    mdp = make_mdp()
+    elsewhere = DiffusionMDP(mdp.target, other, Schedule.uniform(other, 4), mdp.reward)
+    env = SB3VecEnv(DiffusionVectorEnv(elsewhere, 8))
+    for go_on in (lambda: model.set_env(env), lambda: PPO.load(tmp_path / "ppo", env)):
+        with pytest.raises(
+            ValueError, match=r"spaces do not match: .*DiscreteVP.* != .*DiscreteVP"
+        ):
+            go_on()
+    model.set_env(make_vec_env(8))
 
 
 def test_samples_at_different_times(tables, mdp, make_denoiser):

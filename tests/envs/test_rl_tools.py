@@ -46,6 +46,17 @@ def test_it_speaks_numpy_and_does_what_the_torch_shell_does(make):
         assert info == {}
 
 
+def test_another_reward_counts(make):
+    env = make()
+    env.reward = lambda sample: sample[:, 0]
+    env.reset(seed=0)
+    action = np.arange(2.0 * N).reshape(N, 2)
+    for _ in range(STEPS):
+        gained = env.step(action)[1]
+    np.testing.assert_array_equal(gained, action[:, 0])
+    assert env.reward is env.mdp.reward
+
+
 def test_the_final_observation_is_numpy_too(make):
     env = make(autoreset_mode="SAME_STEP")
     env.reset(seed=0)
