@@ -12,7 +12,6 @@ logs/benchmark/returned/results.json  table.md  cells/  denoisers/
 from __future__ import annotations
 
 import copy
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from ..agents.tableau import Tableau
 from ..envs import DiffusionMDP
 from ..envs.mdp import no_reward
 from .console import console
-from .folder import write_json
+from .folder import read_record, write_json
 from .solver_studies import MIXTURE, Variant
 from .solver_study import World
 from .tables import table
@@ -135,7 +134,7 @@ def run_returned_study(study: ReturnedStudy, folder: Path, device: str, rounds: 
                         name = f"{world.key}__{variant.solver}__{budget}__{learner}.json"
                         file = folder / "cells" / name.replace(" ", "-")
                         if file.is_file():
-                            records.append(json.loads(file.read_text()))
+                            records.append(read_record(file, *RECORD))
                             continue
                         record = _cell(world, variant, budget, learner)
                         record["network"] = subject.label
@@ -148,6 +147,10 @@ def run_returned_study(study: ReturnedStudy, folder: Path, device: str, rounds: 
                         )
                     write_json(folder / "results.json", records)
     return table_of(study, records)
+
+
+# What the table is made of.
+RECORD = ("network", "solver", "nfe", "seed", "learner", "given", "error", "returned")
 
 
 def _belongs(learner: str, world: World, budget: int, study: ReturnedStudy) -> bool:

@@ -153,6 +153,9 @@ class Settings:
                 hyperparameters(AGENTS[agent]),
                 hyperparameters(BehaviorCloning, ROUNDS),
             )
+            for part in ("run", "cloning"):
+                if "rounds" not in tree[part]:
+                    raise ValueError(f"{part} lacks rounds, which have no default")
             # What an older version did not know takes its default.
             run, of_agent, cloning = (
                 _typed(part, kind) for part, kind in zip(parts, kinds, strict=True)
@@ -178,6 +181,8 @@ ROUNDS = (("rounds", int, dataclasses.field(default=1)),)
 def _typed(values: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
     """Return settings from a file, checked against the fields of a dataclass; lists as tuples.
 
+    Fields that it lacks have their defaults.
+
     Raises:
         TypeError: a value of another type than the field's.
         ValueError: a field that there is not.
@@ -186,7 +191,8 @@ def _typed(values: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
     for name in values:
         if name not in hints:
             raise unknown_name("setting", name, hints)
-    return {name: check_value(name, value, hints[name]) for name, value in values.items()}
+    given = {name: check_value(name, value, hints[name]) for name, value in values.items()}
+    return {**dataclasses.asdict(kind()), **given}
 
 
 def hyperparameters(agent: type[Agent], extra: Sequence[tuple[str, Any, Any]] = ()) -> type[Any]:

@@ -75,16 +75,16 @@ def mutated_tensor(old, rng):
     )()
 
 
-def mutated_text(text, rng, always=()):
-    """Return the text of a JSON file with its tree mutated, or one of `always` or RAW pasted."""
+def mutated_text(text, rng):
+    """Return the text of a JSON file with its tree mutated, or a raw value pasted."""
     tree = json.loads(text)
-    if always or rng.random() < 0.2:
+    if rng.random() < 0.2:
         *path, last = rng.choice(list(places(tree)))
         node = tree
         for key in path:
             node = node[key]
         node[last] = _MARK
-        return json.dumps(tree).replace(json.dumps(_MARK), rng.choice(always or RAW))
+        return json.dumps(tree).replace(json.dumps(_MARK), rng.choice(RAW))
     return json.dumps(mutated_tree(tree, rng))
 
 
