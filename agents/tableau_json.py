@@ -86,6 +86,9 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
             raise ValueError(f"The tableau is malformed: {name} holds text instead of numbers.")
     try:
         if not dense:
+            # "" and {} would pass for rows without weights.
+            if not all(isinstance(row, list) for row in values["weights"]):
+                raise TypeError("weights must be lists of [index, weight] pairs, one a step")
             values["weights"] = SparseRows.from_pairs(values["weights"])
         values["process"] = NoiseProcess.from_config(values["process"])
         return build(**values)
