@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..critics.reading import CONSTANTS, damage_named, parse_json
+from ..critics.reading import CONSTANTS, damage_named, parse_json, quoted
 from ..critics.tensor_files import read_tensors, write_tensors
 from ..envs.files import write_atomically
 
@@ -117,7 +117,7 @@ def counter(tree: dict[str, Any], name: str, origin: str) -> int:
     value = tree.get(name)
     if type(value) is not int or value < 0:
         raise CheckpointError(
-            f"{origin} is damaged: {name} must be a whole number >= 0, and it is {value!r}."
+            f"{origin} is damaged: {name} must be a whole number >= 0, and it is {quoted(value)}."
         )
     return value
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..critics.reading import parse_json, reason
+from ..critics.reading import parse_json, quoted, reason
 from ..envs.process import NoiseProcess
 from .sparse import SparseRows
 
@@ -69,7 +69,7 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
         raise ValueError(f"Not a tableau: the JSON has no 'format': '{FORMAT}'.")
     if table.get("version") not in range(1, VERSION + 1):
         raise ValueError(
-            f"This tableau has version {table.get('version')!r}; this fewstep reads 1 to {VERSION}."
+            f"This tableau has version {quoted(table.get('version'))}; this fewstep reads 1 to {VERSION}."
         )
     dense = table["version"] < 4
     needed = ("name", *_ARRAYS, *(["anchors"] if dense else []), "output", "process")

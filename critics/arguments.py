@@ -18,6 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import numpy as np
 
 from .names import unknown_name
+from .reading import quoted
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -73,7 +74,7 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
     if choices and isinstance(value, str):
         raise unknown_name(name, value, choices)
     wanted = " or ".join(_described(part) for part in _parts(hint))
-    raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+    raise TypeError(f"{name} must be {wanted}, got {quoted(value)}.")
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from .reading import quoted
+
 
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build the error for a name that is in no table, to be raised by the caller.
@@ -21,4 +23,4 @@ def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     by_lower = {choice.lower(): choice for choice in known}
     close = get_close_matches(str(name).lower(), by_lower, n=1)
     hint = f"; did you mean {by_lower[close[0]]!r}?" if close else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}.")
+    return ValueError(f"unknown {kind} {quoted(name)}{hint} Known: {', '.join(known)}.")

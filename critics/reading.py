@@ -138,6 +138,11 @@ def shown(value: object) -> str:
     return _shortened(value if isinstance(value, str) else repr(value))
 
 
+def quoted(value: object) -> str:
+    """Return a value as Python writes it, cut short."""
+    return _shortened(repr(value))
+
+
 def _decoded(data: bytes) -> str:
     try:
         return _bounded(data).decode("utf-8")

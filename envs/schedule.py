@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..critics.arguments import checked
-from ..critics.reading import damage_named, read_json
+from ..critics.reading import damage_named, quoted, read_json
 from .ends import warn_of_ends
 from .fast_dpm import fast_times
 from .files import write_atomically
@@ -424,7 +424,9 @@ class Schedule:
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ValueError(f"{path} is not a schedule: it has no 'format': '{FORMAT}'.")
         if tree.get("version") != 1:
-            raise ValueError(f"{path} has version {tree.get('version')!r}; this fewstep reads 1.")
+            raise ValueError(
+                f"{path} has version {quoted(tree.get('version'))}; this fewstep reads 1."
+            )
         with damage_named(path):
             return cls.from_config(tree)
 
