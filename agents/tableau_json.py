@@ -69,7 +69,8 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
         raise ValueError(f"Not a tableau: the JSON has no 'format': '{FORMAT}'.")
     if table.get("version") not in range(1, VERSION + 1):
         raise ValueError(
-            f"This tableau has version {quoted(table.get('version'))}; this fewstep reads 1 to {VERSION}."
+            f"This tableau has version {quoted(table.get('version'))}; this fewstep reads 1 to "
+            f"{VERSION}."
         )
     dense = table["version"] < 4
     needed = ("name", *_ARRAYS, *(["anchors"] if dense else []), "output", "process")
