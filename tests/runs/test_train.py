@@ -183,7 +183,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, fewstep, tiny, monk
         return metrics
 
     monkeypatch.setattr(SFTPG, "train_round", poisoned_round)
-    assert fewstep("train", f"--log-dir={tmp_path}", "--checkpoint-seconds=0", *tiny) == 1
+    assert fewstep("train", f"--log-dir={tmp_path}", "--checkpoint-seconds=0", *tiny) == 2
     assert "train/policy_loss" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert load_checkpoint(folder / "checkpoint.safetensors")["rounds"] == 2
@@ -194,7 +194,7 @@ def test_cloning_that_diverges_says_so(evaluations, tmp_path, fewstep, capsys):
     """One step breaks the samples; weights and loss are still finite when the metric looks."""
     flags = ["--learning-rate=1e9", "--rounds=1", f"--evaluations={evaluations}"]
     sizes = ["--batch-size=16", "--evaluation-samples=50"]
-    assert fewstep("pretrain", *flags, *sizes, f"--log-dir={tmp_path}") == 1
+    assert fewstep("pretrain", *flags, *sizes, f"--log-dir={tmp_path}") == 2
     assert "Training went non-finite: a sample is NaN" in capsys.readouterr().err
 
 
@@ -218,7 +218,7 @@ def test_a_damaged_run_says_what_to_delete(finished, tmp_path, fewstep, capsys):
         assert fewstep("train", "--resume", copy) == 2
         said = capsys.readouterr().err
         assert str(damaged) in said
-        assert "delete it" in said
+        assert "delete it" in said.lower()
         damaged.unlink()
     assert fewstep("train", "--resume", copy) == 0
     name = "checkpoint.safetensors"
