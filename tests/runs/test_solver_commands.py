@@ -175,7 +175,7 @@ def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, monkeypatch, cap
     [
         (lambda table: table | {"version": 99}, "version 99"),
         (lambda table: table | {"scale": [float("nan")] * 10}, "NaN"),
-        (lambda table: table | {"weights": np.ones((10, 10)).tolist()}, "lower-triangular"),
+        (lambda table: table | {"weights": [[[9, 1.0]]] * 10}, "lower-triangular"),
         (lambda table: table | {"process": {"kind": "VE"}}, "times must lie in"),
         (lambda table: {"tableau": table}, "Not a tableau"),
     ],
