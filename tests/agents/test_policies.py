@@ -1,5 +1,8 @@
 """Policies for other people's loops: SB3's PPO on a denoiser, any tableau in a Gymnasium loop."""
 
+import copy
+import statistics
+
 import numpy as np
 import pytest
 import torch
@@ -46,13 +49,17 @@ def make_ppo(vec_env, policy_kwargs, **settings):
 
 def test_ppo_of_sb3_raises_the_reward_of_a_sampler(make_vec_env, parts):
     """The reward is minus the squared distance to (1, 1): -4 for noise, -25 for this network."""
-    vec_env = make_vec_env(256)
-    model = make_ppo(vec_env, parts, learning_rate=3e-3, n_epochs=4, gamma=1.0, gae_lambda=1.0)
-    before, _ = evaluate_policy(model, vec_env, 1024, deterministic=False, warn=False)
-    model.learn(24 * 4 * 256)
-    after, _ = evaluate_policy(model, vec_env, 1024, deterministic=False, warn=False)
+    settings = {"learning_rate": 3e-3, "n_epochs": 4, "gamma": 1.0, "gae_lambda": 1.0}
+    rewards = []
+    for seed in range(3):
+        vec_env = make_vec_env(256)
+        model = make_ppo(vec_env, copy.deepcopy(parts), seed=seed, **settings)
+        before, _ = evaluate_policy(model, vec_env, 1024, deterministic=False, warn=False)
+        model.learn(24 * 4 * 256)
+        rewards.append(evaluate_policy(model, vec_env, 1024, deterministic=False, warn=False)[0])
+        assert before < -5
     # The last transition alone, variance 0.1 in two dimensions, costs 0.2.
-    assert before < -5 < -0.4 < after < -0.15
+    assert -0.4 < statistics.median(rewards) < -0.15
 
 
 @pytest.mark.parametrize("log_density", ["sum", "mean"])

@@ -1,6 +1,8 @@
 """SFT and SFT-PG: what a round does to sampler and critic."""
 
+import copy
 import math
+import statistics
 
 import pytest
 import torch
@@ -255,6 +257,7 @@ def test_learning_rates_follow_their_schedules(kind, own, mdp, make_denoiser):
         assert value == pytest.approx([first * left for left in (1, 0.75, 0.5, 0.25)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SFT, SFTPG])
 def test_a_shifted_sampler_is_brought_back(kind, mdp, make_denoiser):
     """Fine-tuning finds the target again, judged by samples it never saw."""
@@ -263,13 +266,16 @@ def test_a_shifted_sampler_is_brought_back(kind, mdp, make_denoiser):
     cloning.learn(300 * 256)
     with torch.no_grad():
         denoiser.body.out.bias += torch.tensor([0.8, -0.8])
-    agent = kind(mdp, denoiser, batch_size=128, n_critic=3, n_generator=2, learning_rate=2e-3)
     real = mdp.target.sample_fresh(2000)
-    before = sliced_wasserstein(agent.sample(2000), real)
-    agent.learn(120 * agent.timesteps_per_round)
-    after = sliced_wasserstein(agent.sample(2000), real)
-    assert before > 0.4
-    assert after < 0.4 * before
+    settings = {"batch_size": 128, "n_critic": 3, "n_generator": 2, "learning_rate": 2e-3}
+    shares = []
+    for seed in range(3):
+        agent = kind(mdp, copy.deepcopy(denoiser), seed=seed, **settings)
+        before = sliced_wasserstein(agent.sample(2000), real)
+        agent.learn(120 * agent.timesteps_per_round)
+        shares.append(sliced_wasserstein(agent.sample(2000), real) / before)
+        assert before > 0.4
+    assert statistics.median(shares) < 0.4
 
 
 @pytest.mark.parametrize("n_generator", [1, 2, 7])

@@ -102,7 +102,12 @@ def test_each_state_has_the_noise_of_its_time(process, steps, spacing):
     kept = np.cumsum(np.log1p(-eta))
     assert kept[-1] >= float(process.abar[-1].log()) - 1e-9
     times = Schedule.fast_dpm(process, steps, spacing=spacing).times[:-1].numpy()[::-1]
-    np.testing.assert_allclose(log_product(process, times - 1), kept, rtol=1e-9)
+    # A time within 1e-6 of a whole noising is that noising, which moves its level by that much of
+    # the next beta.
+    following = process.betas.numpy()[np.minimum(times.astype(int), len(process.betas) - 1)]
+    moved = np.where(times == times.round(), -1e-6 * np.log1p(-following), 0)
+    error = np.abs(log_product(process, times - 1) - kept)
+    assert (error <= 1e-9 * np.abs(kept) + moved).all()
 
 
 def test_as_many_steps_as_noisings_give_the_chain_itself():

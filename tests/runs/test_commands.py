@@ -85,6 +85,7 @@ def test_every_command_explains_itself(command, fewstep, capsys):
     assert f"fewstep {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_study_runs_resumes_and_writes_its_table(tmp_path, fewstep, monkeypatch):
     from fewstep.runs import benchmark
 

@@ -21,6 +21,7 @@ def torchrun(*flags: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path, tiny, fewstep):
     finished = torchrun("train", "--device=cpu", f"--log-dir={tmp_path}", *tiny)
     assert finished.returncode == 0, finished.stderr
@@ -38,6 +39,7 @@ def test_two_processes_train_one_run(tmp_path, tiny, fewstep):
     assert finished.stdout.count("Evaluating") == 1
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once(tmp_path):
     refused = torchrun("train", "--env=Nowhere", f"--log-dir={tmp_path}")
     assert refused.returncode != 0

@@ -135,6 +135,7 @@ def test_analyze_draws_what_distillation_changes(distilled, tmp_path, fewstep):
     assert (analysis["solver"], analysis["nfe"]) == ("dpm-solver++-2m", 5)
 
 
+@pytest.mark.slow
 def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, monkeypatch, capsys):
     from fewstep.runs import solver_study
     from fewstep.runs.solver_studies import SOLVER_STUDIES

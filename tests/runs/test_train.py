@@ -118,6 +118,7 @@ def test_the_checkpoint_is_an_agent_that_samples(finished):
     assert agent.nfe == 10
 
 
+@pytest.mark.slow
 def test_resume_after_sigkill_gives_the_same_weights_bit_for_bit(tmp_path, fewstep, tiny):
     """Kill the run at random moments, resume until it is done, compare with the undisturbed run."""
     flags = [*tiny, "--rounds=20", "--pretrain.rounds=30", "--checkpoint-seconds=0"]
