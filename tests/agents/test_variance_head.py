@@ -81,7 +81,9 @@ def test_outputs_with_covariance(name, kind, generator, count_calls):
     torch.testing.assert_close(covariance, expected)
     assert covariance.shape == x.shape
     assert (said >= 0).all()
-    assert covariance.std() > 0
+    # Neither end of the range hides the formula.
+    inside = (expected > 0) & (expected < 1)
+    assert len(covariance[inside].unique()) > covariance.numel() / 4
 
 
 @torch.no_grad()

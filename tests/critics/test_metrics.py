@@ -65,8 +65,11 @@ def test_wasserstein_equals_the_best_permutation(p):
 
 
 @pytest.mark.parametrize("bandwidth", [None, 1.5])
-def test_mmd_equals_a_double_loop_over_distinct_pairs(bandwidth):
+@pytest.mark.parametrize("far", [True, False])
+def test_mmd_equals_a_double_loop_over_distinct_pairs(bandwidth, far):
     x, y = torch.randn(8, 2).double(), 1 + torch.rand(5, 2).double()
+    if not far:  # one set twice: the estimate of the square is negative, the distance is 0
+        y = x.flip(0)
 
     def k(a, b):
         d = math.dist(a.tolist(), b.tolist())
@@ -76,7 +79,9 @@ def test_mmd_equals_a_double_loop_over_distinct_pairs(bandwidth):
     yy = np.mean([k(a, b) for a, b in itertools.permutations(y, 2)])
     xy = np.mean([k(a, b) for a, b in itertools.product(x, y)])
     kernel = "energy" if bandwidth is None else "gaussian"
-    assert mmd(x, y, kernel, bandwidth) == pytest.approx(math.sqrt(xx + yy - 2 * xy))
+    squared = xx + yy - 2 * xy
+    assert (squared > 0) == far
+    assert mmd(x, y, kernel, bandwidth) == pytest.approx(math.sqrt(max(squared, 0)))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -84,11 +89,20 @@ def test_mmd_equals_a_double_loop_over_distinct_pairs(bandwidth):
 @given(x=points(), y=points())
 def test_metric_axioms(metric, x, y):
     distance = metric(x, y)
-    assert distance >= 0
     assert metric(y, x) == pytest.approx(distance, rel=1e-6, abs=1e-6)
     assert metric(x, x) == pytest.approx(0, abs=1e-6)
     # Neither the order of the samples nor a common translation matters.
     assert metric(x[::-1] + 1, y + 1) == pytest.approx(distance, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS[:4])
+@settings(max_examples=25, deadline=None)
+@given(x=points(), y=points(), z=points())
+def test_wasserstein_distances_obey_the_triangle_and_move_the_means(metric, x, y, z):
+    assert metric(x, z) <= metric(x, y) + metric(y, z) + 1e-6
+    # Jensen: no transport is shorter than that of the means.
+    means = (side.mean(0, keepdims=True) for side in (x, y))
+    assert metric(x, y) >= metric(*means) - 1e-6
 
 
 @settings(max_examples=25, deadline=None)

@@ -46,7 +46,6 @@ def test_gap_is_the_biased_squared_mmd(kernel, bandwidth):
     )
     assert float(metrics["ipm_gap"]) == pytest.approx(squared_mmd, abs=1e-10)
     assert metrics["ipm_gap"] == metrics["critic_real"] - metrics["critic_fake"]
-    assert squared_mmd > 0
 
 
 def test_pointwise_and_chunked(monkeypatch):
