@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conditioning import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
@@ -358,26 +359,6 @@ FITTED = 40 * 1e6 * torch.finfo(torch.float64).eps
 def assert_close(ours, expected, tolerance=1e-10):
     scale = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * scale)
-
-
-def rounding(table, denoiser, noise):
-    """How far two orders of a table's sums may end apart, as a share of the finished samples.
-
-    Every number of the table is moved by a random share of 1e-7, which shows how much the sampler
-    magnifies a relative error of its terms. Each term is rounded about twice in each order; the
-    factor 50 covers that, and that a few draws do not find the worst direction.
-    """
-    source, moves = np.random.default_rng(0), []
-    finished = table.sample(denoiser, noise)
-    for _ in range(4):
-        scale, weights = (
-            values * (1 + 1e-7 * source.choice([-1, 1], values.shape))
-            for values in (table.scale, table.weights)
-        )
-        moved = dataclasses.replace(table, scale=scale, weights=weights)
-        moves.append(float((moved.sample(denoiser, noise) - finished).abs().max()))
-    scale = max(1.0, float(finished.abs().max()))
-    return 50 * torch.finfo(torch.float64).eps * max(moves) / 1e-7 / scale
 
 
 @VARIANT_CASES

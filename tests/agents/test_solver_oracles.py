@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conditioning import rounding
 from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
@@ -221,7 +222,8 @@ def test_exact_noise_multistep_is_the_deis_of_diffusers(
     scheduler = DEISMultistepScheduler(solver_order=order, lower_order_final=False)
     expected = run_vp_scheduler(scheduler, schedule, denoiser, noise)
     table = dpm_solver_multistep(schedule, order, solver_type="taylor", lower_order_final=False)
-    check(table, denoiser, noise, expected, 1e-11)
+    # Both have coefficients that are differences of larger terms, which costs a digit.
+    check(table, denoiser, noise, expected, 10 * rounding(table, denoiser, noise))
 
 
 @torch.no_grad()
