@@ -488,8 +488,10 @@ def test_the_gradient_is_that_of_the_unrolled_chain(solver, name, body, worlds, 
     assert error == pytest.approx(expected, rel=1e-9)
     assert gradient.dtype == torch.float64
     assert gradient[0] == gradient[-1] == 0
-    # Heun's numbers in data prediction bend more than the differences of by_log_level resolve.
-    assert_close(gradient, reference, 2e-9 if solver == "heun" else 1e-10)
+    # Derivatives by the numbers of Heun's table in data prediction are up to 3000 times their sum,
+    # which by_log_level follows over a distance of 1e-3: ten times that rounding.
+    rounding = 10 * 3000 * torch.finfo(torch.float64).eps / 1e-3
+    assert_close(gradient, reference, rounding if solver == "heun" else 1e-10)
 
 
 WHOLE = vector(1000, 700, 400, 150, 50, 10, 1)
