@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conditioning import rounding
 from torch import nn
 
 from fewstep.agents import (
@@ -195,8 +196,15 @@ def test_solvers_policies_and_distillation_take_it(solver, theirs, tmp_path, gen
         ]
         for agent in fits:
             agent.learn(agent.total_timesteps)
-        first, second = (agent.tableau.weights for agent in fits)
-        torch.testing.assert_close(*map(torch.tensor, (first, second)), rtol=1e-3, atol=1e-3)
+        # The samples of both tables: where the first steps have next to nothing to correct, the
+        # lambdas themselves are lost in the rounding of float32.
+        first, second = (agent.tableau.sample(exact, noise) for agent in fits)
+        assert all(agent.returned == "distilled" for agent in fits)
+        # The fit is on noise and answers in float32: five roundings of each term of the table.
+        single = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+        share = single * rounding(fits[1].tableau, exact, noise) / 10
+        tolerance = share * max(1.0, float(first.abs().max()))
+        torch.testing.assert_close(first, second, rtol=0, atol=tolerance)
 
 
 def test_a_network_of_images_in_0_to_1_learns_in_an_environment_of_minus_1_to_1(
