@@ -148,8 +148,9 @@ def make_edm(reward):
     return make
 
 
-def test_an_edm_denoiser_approaches_the_exact_one(make_edm, generator):
-    agent = make_edm(batch_size=512, learning_rate=1e-2)
+@pytest.mark.parametrize("seed", range(3))
+def test_an_edm_denoiser_approaches_the_exact_one(seed, make_edm, generator):
+    agent = make_edm(batch_size=512, learning_rate=1e-2, seed=seed)
     process, mean = agent.mdp.process, torch.tensor([0.5, -0.5])
     clean = agent.mdp.target.sample_fresh(2000)
 
