@@ -91,7 +91,8 @@ def test_a_later_start_of_ve_starts_from_its_own_level(solver):
     coarse, fine = (moments(make_solver(solver, grid)) for grid in grids)
     right = flow(grids[1], to_zero=True)
     assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + 1e-3).all()
-    np.testing.assert_allclose(right, [MEAN, STD], atol=0.016)  # noise of 10 knows no mean
+    # Noise of 10 knows no mean: it is drawn to 0 by the share of STD in 10.
+    np.testing.assert_allclose(right, [MEAN, STD], rtol=0, atol=1.01 * MEAN * STD / 10)
 
 
 CHAINS = {
