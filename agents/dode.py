@@ -26,7 +26,7 @@ from .base import Agent, AnyAgent, Environment, checked_settings
 from .checkpoint import CheckpointError, counter
 from .checks import at_least, not_negative
 from .denoiser import Denoiser
-from .distillation.files import read_distilled
+from .distillation.files import read_distilled, write_distilled
 from .distillation.fit import Batch, StepFit, best_constant, fit, noise_errors
 from .distillation.forms import CONSTANT, Form, directions, distilled
 from .distillation.refine import ITERATIONS, Refiner
@@ -443,8 +443,7 @@ class DODE(Agent):
             "num_timesteps": self.num_timesteps,
             "rounds": self.rounds,
         }
-        state = self.state()
-        text = self.tableau.to_json(training=training, **state)
+        text = write_distilled(self.tableau, training, **self.state())
         write_atomically(path, lambda temporary: temporary.write_text(text))
 
     @classmethod

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 
 from ...critics.arguments import checked
-from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..denoiser import Variance
 from ..tableau import Tableau, one_step_tableau
@@ -42,8 +39,6 @@ def ancestral(
     Raises:
         ValueError: unknown variance, or a negative or non-finite `last_std`.
     """
-    if variance not in get_args(Variance):
-        raise unknown_name("variance", variance, get_args(Variance))
     alpha, sigma = schedule.levels()
     ratio = alpha[:-1] / alpha[1:]
     beta = sigma[:-1] ** 2 - (ratio * sigma[1:]) ** 2

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 
 from ...critics.arguments import checked
-from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau, one_step_tableau
 
@@ -36,8 +33,6 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}.")
-    if output not in get_args(Output):
-        raise unknown_name("output", output, get_args(Output))
     choices = [f"eta {eta:g}"] * (eta != 0) + ["clipped"] * clip
     name = f"ddim ({', '.join(choices)})" if choices else "ddim"
     return first_order(name, schedule, schedule.levels(), eta, "sample" if clip else output, clip)

@@ -6,10 +6,9 @@ C. Lu et al., "DPM-Solver" (2022a) and "DPM-Solver++" (2022b); MATH.md 1.4, 1.6,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from ...critics.arguments import checked
-from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Tableau
 from .multistep import multistep
@@ -69,8 +68,6 @@ def dpm_solver_pp(
     Raises:
         ValueError: as `dpm_solver`; or no such method, or an option of the other method.
     """
-    if method not in get_args(Method):
-        raise unknown_name("method", method, get_args(Method))
     if method == "singlestep":
         if compat or lower_order_final is not None:
             raise ValueError("compat and lower_order_final belong to method='multistep'.")

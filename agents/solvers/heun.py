@@ -6,11 +6,9 @@ Both integrate d xbar / d rho = epsilon with xbar = x / alpha and rho = sigma / 
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 from ...critics.arguments import checked
 from ...envs.ends import warn_of_empty_start
-from ...envs.names import unknown_name
 from ...envs.schedule import Schedule
 from ..tableau import Output, Tableau
 from .ddim import ddim
@@ -53,8 +51,6 @@ def heun(
         ValueError: unknown output, churn settings that are negative or not numbers, or churn that
             raises a level above the first one.
     """
-    if output not in get_args(Output):
-        raise unknown_name("output", output, get_args(Output))
     if not (s_churn >= 0 and s_min >= 0 and s_max >= 0 and 0 <= s_noise < math.inf):
         raise ValueError("s_churn, s_min, s_max and s_noise must be numbers >= 0.")
     warn_of_empty_start("heun", schedule.process, float(schedule.times[0]))

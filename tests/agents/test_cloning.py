@@ -1,5 +1,7 @@
 """Behaviour cloning: the DDPM loss falls, and the averaged network samples."""
 
+import statistics
+
 import pytest
 import torch
 from torch import nn
@@ -14,18 +16,23 @@ pytestmark = pytest.mark.numeric
 
 
 def test_it_learns_to_sample_the_target(mdp, make_denoiser):
-    agent = BehaviorCloning(
-        mdp, make_denoiser(), batch_size=256, solver_options={"variance": "small"}
-    )
-    losses, real = [], mdp.target.sample_fresh(2000)
-    before = sliced_wasserstein(agent.sample(2000), real)
-    agent.learn(
-        600 * 256, lambda local, _: losses.append(float(local["metrics"]["train/loss"])) or True
-    )
-    losses = torch.tensor(losses)
-    assert losses[-100:].mean() < 0.5 * losses[:10].mean()
-    after = sliced_wasserstein(agent.sample(2000), real)
-    assert after < 0.2 < 0.5 < before
+    real, ratios, after = mdp.target.sample_fresh(2000), [], []
+    for seed in range(3):
+        agent = BehaviorCloning(
+            mdp, make_denoiser(), batch_size=256, solver_options={"variance": "small"}, seed=seed
+        )
+        losses = []
+        assert sliced_wasserstein(agent.sample(2000), real) > 0.5
+        agent.learn(
+            600 * 256,
+            lambda local, _, seen=losses: (
+                seen.append(float(local["metrics"]["train/loss"])) or True
+            ),
+        )
+        ratios.append(statistics.mean(losses[-100:]) / statistics.mean(losses[:10]))
+        after.append(sliced_wasserstein(agent.sample(2000), real))
+    assert statistics.median(ratios) < 0.5
+    assert statistics.median(after) < 0.2
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])

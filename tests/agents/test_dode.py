@@ -1,5 +1,6 @@
 """What DODE promises: a table for a few seconds' work, counted, saved, resumed, and played."""
 
+import copy
 import json
 import math
 import warnings
@@ -344,6 +345,26 @@ def test_a_file_gives_the_agent_back(settings, generator, tmp_path):
     assert again.read_text() == path.read_text()
     changed = DODE.load(path, world(), denoiser=DENOISER, batch_size=7)
     assert changed.batch_size == 7 and changed.scale == agent.scale
+
+
+def test_a_changed_digit_is_refused_by_who_goes_on_from_it(tmp_path):
+    agent, path = trained(**SMALL), tmp_path / DODE.checkpoint_name
+    agent.save(path)
+    tree = json.loads(path.read_text())
+    for change in ("training", "scale"):
+        changed = copy.deepcopy(tree)
+        if change == "training":
+            changed["training"]["num_timesteps"] += 1
+        else:
+            changed["scale"][0] *= 1 + 1e-9
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=f"{path} is damaged: its checksum"):
+            DODE.load(path, world(), denoiser=DENOISER)
+        # Anyone may run the table.
+        assert Tableau.load(path).nfe == agent.nfe
+    del tree["training"]["checksum"]  # a file from before there were checksums
+    path.write_text(json.dumps(tree))
+    assert_same_tables(DODE.load(path, world(), denoiser=DENOISER).tableau, agent.tableau)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 7])

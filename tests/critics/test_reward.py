@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -21,14 +22,17 @@ def states_of(fake: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_reward_is_passed_through_and_its_baseline_learns_it():
-    torch.manual_seed(0)
-    critic = RewardCritic(reward, MLPBaseline((2,), K, hidden=32), learning_rate=1e-2)
-    real = torch.randn(N, 2)
-    losses = []
-    for _ in range(200):
-        fake = torch.randn(N, 2)
-        losses.append(float(critic.update(real, fake, states_of(fake))["baseline_loss"]))
-    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        critic = RewardCritic(reward, MLPBaseline((2,), K, hidden=32), learning_rate=1e-2)
+        real = torch.randn(N, 2)
+        losses = []
+        for _ in range(200):
+            fake = torch.randn(N, 2)
+            losses.append(float(critic.update(real, fake, states_of(fake))["baseline_loss"]))
+        ratios.append(sum(losses[-10:]) / sum(losses[:10]))
+    assert statistics.median(ratios) < 0.2
     fake = torch.randn(N, 2)
     assert torch.equal(critic(fake), reward(fake))
     assert critic.value(states_of(fake)).shape == (K, N)
