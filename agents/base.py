@@ -31,12 +31,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
-from ..critics.arguments import check_arguments
-from ..critics.processes import Processes
-from ..critics.reading import damage_named, shown
-from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
-from ..envs.names import unknown_name
-from .checkpoint import (
+from ..common.arguments import check_arguments
+from ..common.checkpoint import (
     CheckpointError,
     NotFiniteError,
     counter,
@@ -44,13 +40,17 @@ from .checkpoint import (
     not_finite,
     save_checkpoint,
 )
-from .denoiser import Denoiser
+from ..common.distributed import Processes
+from ..common.names import unknown_name
+from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
+from ..common.reading import damage_named, shown
+from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
+from .denoisers.denoiser import Denoiser
 from .policies import SolverPolicy
 from .presets import preset as look_up_preset
-from .sampling import sample
+from .samplers.sampling import sample
+from .samplers.tableau import Tableau
 from .solvers import Options, build_solver, default_schedule, default_solver_options
-from .tableau import Tableau
-from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
 Environment = DiffusionVectorEnv | DiffusionMDP | str
 Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None

@@ -17,15 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..critics.arguments import checked
-from ..critics.precision import Precision
-from ..envs import VE
-from .base import Agent, Environment
-from .checks import at_least, not_negative, positive
-from .denoiser import Denoiser
-from .execution import Execution, as_executed
-from .solvers import Options
-from .training import (
+from ..common.arguments import checked
+from ..common.checks import at_least, not_negative, positive
+from ..common.optimisation import (
     Averaged,
     adam,
     draw_times,
@@ -34,6 +28,12 @@ from .training import (
     seeded,
     set_learning_rate,
 )
+from ..common.precision import Precision
+from ..envs import VE
+from .base import Agent, Environment
+from .denoisers.denoiser import Denoiser
+from .policy_gradient.execution import Execution, as_executed
+from .solvers import Options
 
 
 class BehaviorCloning(Agent):
