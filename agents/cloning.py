@@ -22,7 +22,6 @@ from ..common.checks import at_least, not_negative, positive
 from ..common.optimisation import (
     Averaged,
     adam,
-    draw_times,
     learning_rate,
     learning_rate_schedule,
     seeded,
@@ -193,7 +192,7 @@ class BehaviorCloning(Agent):
         """
         process, device = self.mdp.process, self.device
         if self.denoiser.prediction != "edm" or not isinstance(process, VE):
-            return draw_times(process, self._size, self.generator, device)
+            return process.draw_times(self._size, self.generator, device)
         normal = torch.randn(
             self._size, generator=self.generator, device=device, dtype=torch.float64
         )

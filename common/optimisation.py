@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.names import unknown_name
-from ..envs.processes.process import DiscreteVP, NoiseProcess
 from .checks import fraction
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -105,18 +104,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, *rates: float) -> None:
     groups = optimizer.param_groups
     for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
         group["lr"] = rate
-
-
-def draw_times(
-    process: NoiseProcess, n: int, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Draw times (n,) to train at: noisings of a discrete process alike, else uniform log-SNRs."""
-    if isinstance(process, DiscreteVP):
-        last = int(process.t_max)
-        return torch.randint(1, last + 1, (n,), generator=generator, device=device)
-    low, high = (float(process.log_snr(t)) for t in (process.t_max, process.t_min))
-    uniform = torch.rand((n,), generator=generator, device=device, dtype=torch.float64)
-    return process.time_of_log_snr(low + (high - low) * uniform).float()
 
 
 class Averaged(Generic[Module]):

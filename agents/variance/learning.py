@@ -25,7 +25,6 @@ from ...common.checks import at_least, not_negative, positive
 from ...common.optimisation import (
     Averaged,
     adam,
-    draw_times,
     learning_rate,
     learning_rate_schedule,
     seeded,
@@ -215,7 +214,7 @@ class VarianceLearning(Agent):
             def times(n: int, generator: torch.Generator) -> Tensor:
                 if gamma:
                     return (torch.arange(n) % count + 1).to(self.device)
-                return draw_times(self.mdp.process, n, generator, self.device)
+                return self.mdp.process.draw_times(n, generator, self.device)
 
             n = max(count, 256) if gamma else max(2 * self.batch_size, 64)
             self._held_out = held_out_samples(self.mdp, n, times, self.seed)
@@ -351,7 +350,7 @@ class VarianceLearning(Agent):
 
     def _descend(self, clean: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Take a gradient step of the head on a batch."""
-        t = draw_times(self.mdp.process, len(clean), self.generator, self.device)
+        t = self.mdp.process.draw_times(len(clean), self.generator, self.device)
         noisy = self.mdp.process.add_noise(clean, t, noise)
         with torch.no_grad():
             _, read = self.denoiser.head_inputs(noisy, t)

@@ -117,6 +117,12 @@ class NoiseProcess(ABC):
         std = self.prior_std(t)
         return noise if std == 1.0 else noise.mul_(std)
 
+    def draw_times(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Draw times ``(n,)`` to train a denoiser at: uniform in the log-SNR by default."""
+        low, high = (float(self.log_snr(t)) for t in (self.t_max, self.t_min))
+        uniform = torch.rand((n,), generator=generator, device=device, dtype=torch.float64)
+        return self.time_of_log_snr(low + (high - low) * uniform).float()
+
     def levels(self, t: float) -> tuple[float, float]:
         """``alpha`` and ``sigma`` at one time, as numbers.
 
@@ -289,6 +295,10 @@ class DiscreteVP(NoiseProcess):
                 f"{steps} of {noisings} noisings are too few: one of them would leave no signal"
             )
         return DiscreteVP(betas)
+
+    def draw_times(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Draw noisings ``(n,)`` to train a denoiser at, int64, all with the same probability."""
+        return torch.randint(1, int(self.t_max) + 1, (n,), generator=generator, device=device)
 
     def alpha(self, t: float | Tensor) -> Tensor:
         """See ``NoiseProcess.alpha``."""
