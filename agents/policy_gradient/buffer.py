@@ -7,15 +7,15 @@ this process's: all that is settled here, so that an algorithm reads as if it ha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...common.distributed import ALONE, Processes
+from .settings import Buffer
 
-Buffer = Literal["float32", "float16", "cpu", "cpu-float16"]
 # Where trajectories are kept (None: beside the networks) and as what.
 BUFFERS: dict[str, tuple[str | None, torch.dtype]] = {
     "float32": (None, torch.float32),
@@ -66,8 +66,8 @@ class Trajectories:
     micro_batch_size: int | None = None
     processes: Processes = ALONE
 
-    states: Tensor = torch.empty(0)
-    actions: Tensor | None = None
+    states: Tensor = field(init=False)
+    actions: Tensor | None = field(init=False)
 
     def keep(self, step: int, sample: Tensor, action: Tensor | None = None) -> Tensor:
         """Keep state number `step`, and the action before it where the two differ.
