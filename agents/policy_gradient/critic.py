@@ -1,9 +1,9 @@
 """The critic that an agent maximises: learned as the settings say, given, or the environment's own.
 
-    given                     it is obeyed: a `Critic` learns beside the policy, a plain function of
-                              finished samples is maximised as it is
-    else the environment's    if `make_mdp` or `gym.make_vec` was given a reward
-    else an `IPMCritic`       shortcut fine-tuning (MATH.md S.7)
+given                     it is obeyed: a `Critic` learns beside the policy, a plain function of
+finished samples is maximised as it is
+else the environment's    if `make_mdp` or `gym.make_vec` was given a reward
+else an `IPMCritic`       shortcut fine-tuning (MATH.md S.7)
 """
 
 from __future__ import annotations
