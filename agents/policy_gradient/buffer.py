@@ -1,7 +1,7 @@
-"""Trajectories: what a rollout leaves for training, where it lies, and in which portions it is read.
+"""Trajectories: what a rollout leaves for training, where it lies, in which portions it is read.
 
-Where the samples lie and as what, how many of them a network sees at once, and which of them are
-this process's: all that is settled here, so that an algorithm reads as if it had one tensor.
+Where the samples lie and as what, how many of them a network sees at once, and which are this
+process's: all that is settled here, so that an algorithm reads as if it had one tensor.
 """
 
 from __future__ import annotations

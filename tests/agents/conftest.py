@@ -70,7 +70,7 @@ def process():
 
 @pytest.fixture
 def make_mdp(process):
-    """A decision process on a correlated 2-D cluster; agents learn a critic unless given a reward."""
+    """A decision process on a correlated 2-D cluster; without a reward agents learn a critic."""
 
     def make(name="Cluster", schedule=None, reward=no_reward):
         schedule = schedule or Schedule.uniform(process, 4)

@@ -62,21 +62,13 @@ def test_noise_power_weights_the_gradient_of_each_step(make_pg):
         agent.train_round()
         return torch.cat([weight.grad.flatten() for weight in agent.denoiser.parameters()])
 
+    whole = {"n_generator": 1, "minibatch_size": steps * count, "max_grad_norm": 1e9}
     std = torch.tensor(make_pg()._tableau.noise)
     for power in (1.0, 2.0):
         weights = std**power / (std**power).mean()
         for step, weight in enumerate(weights.tolist()):
             plain, weighted = (
-                gradient(
-                    make_pg(
-                        noise_power=p,
-                        n_generator=1,
-                        minibatch_size=steps * count,
-                        max_grad_norm=1e9,
-                    ),
-                    step,
-                )
-                for p in (0.0, power)
+                gradient(make_pg(noise_power=p, **whole), step) for p in (0.0, power)
             )
             torch.testing.assert_close(weighted, weight * plain)
     with pytest.raises(ValueError, match="noise_power"):
