@@ -420,8 +420,9 @@ class Agent(ABC):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         return_trajectory: bool = False,
+        **options: Any,
     ) -> Tensor:
-        """Draw finished samples (n, *shape) on the device.
+        """Draw finished samples (n, *shape) on the device, in the agent's environment.
 
         Args:
             n: how many.
@@ -429,6 +430,7 @@ class Agent(ABC):
             generator: source of randomness; the agent's own for acting by default.
             noise: initial states (n, *shape) instead of fresh prior samples.
             return_trajectory: return all states (K + 1, n, *shape) instead, the noisiest first.
+            options: what the environment's `episodes` takes, such as `known` of `Inpainting`.
         """
         tableau = self.tableau if schedule is None else self.tableau_on(schedule)
         generator = self.acting_generator if generator is None else generator
@@ -441,6 +443,8 @@ class Agent(ABC):
             shape=self.mdp.shape,
             generator=generator,
             return_trajectory=return_trajectory,
+            mdp=self.mdp,
+            **options,
         )
 
     @property

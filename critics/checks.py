@@ -48,11 +48,9 @@ def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
 
     Raises:
         TypeError: the answer is neither a tensor nor an array of numbers.
-        ValueError: it has another shape or device, or holds NaN or infinity for samples that are
-            finite.
+        ValueError: it has another shape or device.
     """
-    name = getattr(reward, "__qualname__", type(reward).__name__).rpartition("<locals>.")[2]
-    wanted = f"the reward {name!r} must return one number a sample"
+    wanted = f"the reward {_name(reward)!r} must return one number a sample"
     answer = reward(samples)
     kind = type(answer).__name__
     if isinstance(answer, np.ndarray) and answer.dtype.kind in "biuf":
@@ -72,13 +70,25 @@ def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
         )
     if not answer.is_floating_point():
         answer = answer.to(torch.float32)
+    return answer
+
+
+def check_rewards(reward: object, answer: Tensor, samples: Tensor) -> None:
+    """Raise ValueError if a reward holds NaN or infinity for samples that are finite.
+
+    On a GPU this waits for the device.
+    """
     # A finite sum proves all terms finite in one pass; only an overflow needs the closer look.
     if not math.isfinite(answer.detach().sum().item()):
         bad = (~answer.isfinite()).nonzero()
         # What a reward says of a sampler that has diverged is not the reward's fault.
         if len(bad) and samples.isfinite().all():
             raise ValueError(
-                f"the reward {name!r} returned NaN or infinity for {len(bad)} of {len(samples)} "
-                f"finite samples, the first at index {int(bad[0])}: a reward must be finite"
+                f"the reward {_name(reward)!r} returned NaN or infinity for {len(bad)} of "
+                f"{len(samples)} finite samples, the first at index {int(bad[0])}: a reward must "
+                "be finite"
             )
-    return answer
+
+
+def _name(reward: object) -> str:
+    return getattr(reward, "__qualname__", type(reward).__name__).rpartition("<locals>.")[2]

@@ -7,6 +7,7 @@ Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
 """
 
 from ..common.names import unknown_name
+from .inpainting import Inpainting
 from .mdp import DiffusionMDP
 from .numpy_vector import NumpyVectorEnv
 from .processes.process import VE, DiscreteVP, NoiseProcess, make_process
@@ -27,6 +28,7 @@ __all__ = [
     "DiffusionMDP",
     "DiffusionVectorEnv",
     "DiscreteVP",
+    "Inpainting",
     "NoiseProcess",
     "NumpyVectorEnv",
     "SB3VecEnv",

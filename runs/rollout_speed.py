@@ -1,4 +1,4 @@
-"""Speed of SFT-PG's rollout on a U-Net, against a bare loop of the same network calls.
+"""Speed of the rollouts that SFT-PG trains in, on a U-Net, against a bare loop of the same calls.
 
 One process, the loops by turns, so that a busy machine slows all alike. On a GPU the CIFAR-10 U-Net
 is timed in each precision, plain and compiled; on a CPU a small U-Net on MNIST's shape.
@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..agents import Denoiser
 from ..agents.denoisers.networks.small import SmallUNet
+from ..agents.policy_gradient.buffer import Trajectories
+from ..agents.policy_gradient.settings import Buffer
 from ..agents.samplers.gaussian import GaussianChain
 from ..agents.solvers import ancestral
 from ..common.precision import Precision
-from ..envs import DiscreteVP, Schedule
+from ..envs import DiffusionMDP, DiscreteVP, Schedule, Target
+from ..envs.mdp import no_reward
 from .sampling_speed import by_turns
 from .settings.train import resolve_device
 from .tables import table
@@ -31,9 +33,13 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
     where = resolve_device(device)
     name, shape, batch, body = _subject(where)
     process = DiscreteVP.linear(1000)
-    tableau = ancestral(Schedule.uniform(process, STEPS), last_std=0.001)
+    schedule = Schedule.uniform(process, STEPS)
+    tableau = ancestral(schedule, last_std=0.001)
     denoiser = Denoiser(body.to(where), process)
     chain = GaussianChain(denoiser, tableau).to(where)
+    # An environment of this shape: what its samples are does not matter here.
+    target = Target.from_samples(torch.zeros(1, *shape)).to(where)
+    mdp = DiffusionMDP(target, process, schedule, no_reward)
     noise = torch.randn(batch, *shape, device=where)
     times = tableau.times[:-1].tolist()
 
@@ -44,26 +50,22 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
             sample = denoiser.epsilon(sample, t)
         _finish(where)
 
-    def rollout(store: Tensor | None) -> Callable[[], None]:
+    def rollout(buffer: Buffer) -> Callable[[], None]:
         @torch.no_grad()
         def run() -> None:
-            chain.rollout(noise, store=store)
+            mdp.rollout(chain, batch, recorder=Trajectories(STEPS, batch, where, buffer))
             _finish(where)
 
         return run
 
-    size = (STEPS + 1, *noise.shape)
-    buffers = {
-        "float32 buffer": None,
-        "float16 buffer": torch.empty(size, dtype=torch.float16, device=where),
-    }
+    buffers: dict[str, Buffer] = {"float32 buffer": "float32", "float16 buffer": "float16"}
     if where.type == "cuda":
-        buffers["buffer on the CPU"] = torch.empty(size, pin_memory=True)
+        buffers["buffer on the CPU"] = "cpu"
     figures: dict[str, Any] = {}
     rows = []
     for label, precision, compiled in _ways(where):
         denoiser.run_with(precision, channels_last=where.type == "cuda", compile=compiled)
-        loops = [bare, *(rollout(store) for store in buffers.values())]
+        loops = [bare, *(rollout(buffer) for buffer in buffers.values())]
         for loop in loops:  # compile and choose kernels
             loop()
         seconds = by_turns(loops, 20)

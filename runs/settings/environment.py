@@ -29,6 +29,7 @@ def build_environment(
     image_size: int | None = None,
     default_schedule: str | None = None,
     target: Target | None = None,
+    inpaint: str | None = None,
 ) -> DiffusionMDP:
     """Build the environment's decision process.
 
@@ -60,6 +61,7 @@ def build_environment(
         data_dir=data_dir,
         download=download,
         image_size=image_size,
+        inpaint=inpaint,
     )
 
 

@@ -96,7 +96,8 @@ def load(
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER
     shape = denoiser.shape or ()
-    without = not needs_data and is_image(shape)
+    inpaint = run.inpaint if run else None
+    without = not needs_data and is_image(shape) and inpaint is None
     name = settings.env or (run.env if run else None)
     if name is None and without:
         name = "ImageFolder"  # has the defaults of all images
@@ -116,6 +117,7 @@ def load(
         data_dir=settings.data_dir or (run.data_dir if run else None),
         download=settings.download,
         image_size=settings.image_size or (run.image_size if run else None),
+        inpaint=inpaint,
     )
     check_fits(denoiser, mdp, settings.denoiser)
     check_body(denoiser, mdp.shape, settings.body)
@@ -157,7 +159,7 @@ def finite_sampler(
     settings: PretrainedSettings, mdp: DiffusionMDP, denoiser: Denoiser, tableau: Tableau
 ) -> Sampler:
     """Return a sampler that raises ValueError instead of giving NaN or infinity."""
-    draw = sampler_of(tableau, denoiser, mdp.shape)
+    draw = sampler_of(tableau, denoiser, mdp.shape, mdp)
 
     def checked(n: int, generator: torch.Generator) -> Tensor:
         try:

@@ -89,6 +89,9 @@ class TrainSettings(AnySettings):
     """Fetch missing data files into that folder."""
     image_size: int | None = None
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
+    inpaint: str | None = None
+    """A part of each sample is known, and put back after every step: half, quarter or random; if
+    omitted nothing is known."""
     checkpoint_seconds: float = bounded(20.0, least=0)
     """Seconds between two checkpoints; 0 writes one every round."""
     log_interval: int = bounded(10, least=1)

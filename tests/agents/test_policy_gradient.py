@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fewstep.agents import SFT, SFTPG, Denoiser
+from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solvers import ancestral
 from fewstep.envs import Schedule
@@ -87,24 +88,24 @@ def assert_agrees(estimate, exact, sharpness):
     assert (error < sharpness * exact.norm()).all(), (error, exact)
 
 
-def test_policy_pathwise_and_closed_form_gradients_agree(chain, process, generator):
+def test_policy_pathwise_and_closed_form_gradients_agree(chain, process, play, generator):
     exact = gradient(expected_reward(chain, process), chain)
     assert exact.abs().min() > 0.05
 
     def by_score(noise, rng):
         with torch.no_grad():
-            states = chain.rollout(noise, rng)
+            states = play(chain, noise, rng)
         reward = quadratic(states[-1])
         return score_function(chain, states, reward.expand(chain.steps, -1))
 
     def by_path(noise, rng):
-        return gradient(quadratic(chain.rollout(noise, rng)[-1]).mean(), chain)
+        return gradient(quadratic(play(chain, noise, rng)[-1]).mean(), chain)
 
     assert_agrees(batches(chain, generator, by_score), exact, sharpness=0.05)
     assert_agrees(batches(chain, generator, by_path), exact, sharpness=0.01)
 
 
-def test_any_baseline_leaves_the_expectation_unchanged(chain, generator):
+def test_any_baseline_leaves_the_expectation_unchanged(chain, play, generator):
     """S.4: E[V(x_t, t) grad log p(x_s | x_t)] = 0, whatever V; but not if V saw the next state."""
     rng = generator(1)
     direction = torch.randn(4, 2, 1, generator=rng, dtype=torch.float64)
@@ -113,7 +114,7 @@ def test_any_baseline_leaves_the_expectation_unchanged(chain, generator):
     def contribution(first):
         def estimate(noise, rng):
             with torch.no_grad():
-                states = chain.rollout(noise, rng)
+                states = play(chain, noise, rng)
                 seen = states[first : first + chain.steps]
                 values = 3 * torch.sin(2 * seen @ direction).squeeze(-1) + offset
             return score_function(chain, states, values)
@@ -217,11 +218,19 @@ def make_pg(mdp, make_denoiser, **changes):
     )
 
 
+def kept(agent, states):
+    """Put states (K + 1, M, *shape) into a buffer of the agent's."""
+    trajectories = Trajectories(len(states) - 1, states.shape[1], agent.device)
+    for step, sample in enumerate(states):
+        trajectories.keep(step, sample)
+    return trajectories
+
+
 def test_advantages_with_lambda_1_are_reward_minus_value(mdp, make_denoiser, generator):
     agent = make_pg(mdp, make_denoiser, gae_lambda=1)
     states = torch.randn(5, 6, 2, generator=generator())
     expected = quadratic(states[-1]) - agent.critic.value(states[:-1])
-    torch.testing.assert_close(agent.advantages(states), expected)
+    torch.testing.assert_close(agent.advantages(kept(agent, states)), expected)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.6, 0.95])
@@ -234,12 +243,14 @@ def test_advantages_below_lambda_1_are_generalised_ones(lam, mdp, make_denoiser,
     for j in range(4):
         for i in range(j, 4):
             expected[j] += lam ** (i - j) * (values[i + 1] - values[i])
-    torch.testing.assert_close(agent.advantages(states), expected)
+    torch.testing.assert_close(agent.advantages(kept(agent, states)), expected)
 
 
 def test_the_baseline_sees_the_state_before_the_step(mdp, make_denoiser):
     agent = make_pg(mdp, make_denoiser, gae_lambda=1)
-    buffer, _ = agent.train_critic()
+    trajectories = agent.collect()
+    agent.train_critic(trajectories)
+    buffer = trajectories.states
     assert buffer.shape == (5, 16, 2)
     assert set(agent.critic.steps.tolist()) <= {0, 1, 2, 3}
     assert torch.equal(agent.critic.states, buffer[agent.critic.steps, 8:])

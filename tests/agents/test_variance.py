@@ -333,7 +333,7 @@ def test_sft_differentiates_through_the_noise_of_each_pixel(mdp, prepared):
 
 
 @pytest.mark.parametrize("solver", SAMPLERS)
-def test_the_chain_is_the_table(solver, mdp, prepared, generator):
+def test_the_chain_is_the_table(solver, mdp, prepared, play, generator):
     """Same states from the same draws; and so for the table with what was learned."""
     denoiser = prepared(solver)
     table = make_solver(solver, mdp.schedule, denoiser, **options_of(solver))
@@ -342,7 +342,7 @@ def test_the_chain_is_the_table(solver, mdp, prepared, generator):
     for factors in (torch.zeros(4), torch.tensor([0.3, -0.5, 0.1, 0.7])):
         with torch.no_grad():
             chain.log_std += factors
-            states = chain.rollout(noise, generator(1))
+            states = play(chain, noise, generator(1))
             expected = chain.export().sample(
                 denoiser, noise, generator=generator(1), return_trajectory=True
             )

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, make_target
+from fewstep.envs import (
+    VE,
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    Schedule,
+    make_target,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -34,7 +41,7 @@ def test_observe_tells_the_time_of_each_state(mdp):
 
 def test_transition_is_the_identity_and_keeps_the_gradient(mdp):
     action = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    after = mdp.transition(torch.zeros(3, 2), action)
+    after = mdp.transition(torch.zeros(3, 2), action, 0)
     assert after.dtype == torch.float32
     torch.testing.assert_close(after, action.float())
     mdp.terminal_reward(after).sum().backward()
@@ -44,13 +51,13 @@ def test_transition_is_the_identity_and_keeps_the_gradient(mdp):
 @pytest.mark.parametrize("action", [None, [[0.0, 0.0]] * 3, torch.zeros(3, 2, dtype=torch.int64)])
 def test_actions_of_the_wrong_type_are_refused(mdp, action):
     with pytest.raises(TypeError, match="action must be a floating torch tensor"):
-        mdp.transition(torch.zeros(3, 2), action)
+        mdp.check_action(torch.zeros(3, 2), action)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3,), (3, 2, 1), (6,)])
 def test_actions_of_the_wrong_shape_are_refused(mdp, shape):
     with pytest.raises(ValueError, match=r"action must have shape \(3, 2\)"):
-        mdp.transition(torch.zeros(3, 2), torch.zeros(shape))
+        mdp.check_action(torch.zeros(3, 2), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -58,29 +65,23 @@ def test_actions_that_are_not_finite_are_refused(mdp, value):
     action = torch.zeros(3, 2)
     action[1] = value
     with pytest.raises(ValueError, match=r"action holds NaN or infinity for 1 of 3 .* index 1"):
-        mdp.transition(torch.zeros(3, 2), action)
+        mdp.check_action(torch.zeros(3, 2), action)
 
 
 def test_a_finite_action_whose_sum_overflows_is_accepted(mdp):
     action = torch.full((3, 2), 3e38)
-    assert torch.equal(mdp.transition(torch.zeros(3, 2), action), action)
+    mdp.check_action(torch.zeros(3, 2), action)
+    assert torch.equal(mdp.transition(torch.zeros(3, 2), action, 0), action)
 
 
 def test_actions_on_another_device_are_refused(mdp):
     with pytest.raises(ValueError, match="action is on meta, the environment on cpu"):
-        mdp.transition(torch.zeros(3, 2), torch.zeros(3, 2, device="meta"))
+        mdp.check_action(torch.zeros(3, 2), torch.zeros(3, 2, device="meta"))
 
 
 @pytest.mark.parametrize(
     ("reward", "error", "complaint"),
     [
-        (
-            lambda x: x.sum(1) * math.nan,
-            ValueError,
-            "returned NaN or infinity for 3 of 3 finite samples",
-        ),
-        (lambda x: x.sum(1) + math.inf, ValueError, "'<lambda>' returned NaN or infinity"),
-        (lambda x: x.sum(1).numpy() * math.nan, ValueError, "returned NaN or infinity for 3 of 3"),
         (
             lambda x: x[:, :1],
             ValueError,
@@ -96,6 +97,24 @@ def test_bad_rewards_are_refused(mdp, reward, error, complaint):
     mdp = mdp.with_reward(reward)
     with pytest.raises(error, match=complaint):
         mdp.terminal_reward(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("reward", "complaint"),
+    [
+        (lambda x: x.sum(1) * math.nan, "returned NaN or infinity for 3 of 3 finite samples"),
+        (lambda x: x.sum(1) + math.inf, "'<lambda>' returned NaN or infinity"),
+        (lambda x: x.sum(1).numpy() * math.nan, "returned NaN or infinity for 3 of 3"),
+    ],
+)
+def test_rewards_that_are_not_finite_are_refused_at_the_end_of_an_episode(mdp, reward, complaint):
+    """The shells refuse them; an agent's own critic may diverge, which is for the agent to say."""
+    env = DiffusionVectorEnv(mdp.with_reward(reward), 3)
+    observation, _ = env.reset(seed=0)
+    for _ in range(mdp.steps - 1):
+        observation, *_ = env.step(observation["sample"])
+    with pytest.raises(ValueError, match=complaint):
+        env.step(observation["sample"])
 
 
 @pytest.mark.parametrize(
