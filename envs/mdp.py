@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..critics.checks import rewards_of
 from ..critics.mmd import MMDCritic
-from .processes.process import NoiseProcess
-from .schedules.schedule import Schedule
+from .processes import NoiseProcess
+from .schedules import Schedule
 from .targets.target import Target
 
 Observation = dict[str, Tensor]

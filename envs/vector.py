@@ -26,10 +26,10 @@ from ..common.names import unknown_name
 from ..common.shapes import is_vector
 from .clock import TimestepSpace
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
-from .processes.process import NoiseProcess
+from .processes import NoiseProcess
 from .registration import make_mdp
 from .rendering import MAX_REAL, frame
-from .schedules.schedule import Schedule, make_schedule
+from .schedules import Schedule, make_schedule
 from .targets.target import Target
 
 RESET_OPTIONS = ("schedule", "sample", "reset_mask")
