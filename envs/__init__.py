@@ -10,10 +10,10 @@ from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP
 from .numpy_vector import NumpyVectorEnv
-from .processes.process import VE, DiscreteVP, NoiseProcess, make_process
+from .processes import VE, DiscreteVP, NoiseProcess, make_process
 from .registration import ENVIRONMENTS, make_mdp, register_environments
 from .sb3 import SB3VecEnv
-from .schedules.schedule import Schedule, make_schedule
+from .schedules import Schedule, make_schedule
 from .schedules.spacings import refine_times
 from .single import DiffusionEnv
 from .targets.target import Target, make_target

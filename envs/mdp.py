@@ -23,9 +23,9 @@ from torch import Tensor
 from ..common.distributed import ALONE, Processes
 from ..critics.checks import rewards_of
 from ..critics.mmd import MMDCritic
-from .processes.process import NoiseProcess
+from .processes import NoiseProcess
+from .schedules import Schedule
 from .schedules.ends import warn_of_ends
-from .schedules.schedule import Schedule
 from .targets.target import Target
 
 Observation = dict[str, Tensor]

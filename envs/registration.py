@@ -19,8 +19,8 @@ from ..common.arguments import checked
 from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP, Reward
-from .processes.process import DiscreteVP, NoiseProcess
-from .schedules.schedule import Schedule, listed_times, make_schedule
+from .processes import DiscreteVP, NoiseProcess
+from .schedules import Schedule, listed_times, make_schedule
 from .targets.images import IMAGE_SETS
 from .targets.target import Target, make_target
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..common.arguments import checked
 from .mdp import DiffusionMDP, Observation, Reward
-from .processes.process import NoiseProcess
-from .schedules.schedule import Schedule
+from .processes import NoiseProcess
+from .schedules import Schedule
 from .targets.target import Target
 from .vector import DiffusionVectorEnv, observation_space, to_tensor, with_horizon
 

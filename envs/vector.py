@@ -29,10 +29,10 @@ from ..common.shapes import is_vector
 from ..critics.checks import check_rewards
 from .clock import TimestepSpace
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
-from .processes.process import NoiseProcess
+from .processes import NoiseProcess
 from .registration import make_mdp
 from .rendering import MAX_REAL, frame
-from .schedules.schedule import Schedule, make_schedule
+from .schedules import Schedule, make_schedule
 from .targets.target import Target
 
 RESET_OPTIONS = ("schedule", "sample", "reset_mask")

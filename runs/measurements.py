@@ -21,7 +21,7 @@ from torch import Tensor
 from ..agents import DODE, SFTPG
 from ..agents.solvers import default_schedule
 from ..envs.mdp import no_reward
-from ..envs.processes.process import make_process
+from ..envs.processes import make_process
 from ..envs.registration import make_mdp
 from .memory import gradient_memory, memory
 from .rollout_speed import rollout_speed

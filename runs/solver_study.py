@@ -26,7 +26,7 @@ from ..agents.solvers import make_solver, solver_within
 from ..critics.metrics.evaluation import Evaluation
 from ..envs import VE, DiffusionMDP, Schedule
 from ..envs.mdp import no_reward
-from ..envs.processes.process import NoiseProcess, make_process
+from ..envs.processes import NoiseProcess, make_process
 from ..envs.registration import make_mdp
 from .commands.train import Run
 from .reports.console import console
@@ -237,7 +237,7 @@ class World:
         """Return the held-out samples of Heun's method in many steps between two times."""
         key = (start, end)
         if key not in self._references:
-            if isinstance(self.process, VE):
+            if self.process.grid == "karras":
                 schedule = Schedule.karras(
                     self.process, self._reference_steps, append_zero=end == 0, start=start
                 )

@@ -9,7 +9,7 @@ from torch import nn
 from ...common.names import unknown_name
 from ...common.optimisation import seeded
 from ...common.shapes import is_image
-from ...envs import VE, DiffusionMDP
+from ...envs import DiffusionMDP
 from ..solvers import Options
 from .denoiser import Denoiser, edm_time_range
 from .networks.small import MLP, ResidualMLP, SmallUNet, make_body
@@ -87,8 +87,8 @@ def new_denoiser(
     """
     process = mdp.process
     time_range = None
-    if isinstance(process, VE):
-        if prediction not in (None, "edm"):
+    if process.prediction is not None:
+        if prediction not in (None, process.prediction):
             raise ValueError(f"A ve process is cloned with prediction 'edm', not {prediction!r}.")
         prediction, levels, time_range = "edm", EDM_LEVELS, edm_time_range(process)
     else:

@@ -22,7 +22,7 @@ from ...common.arguments import checked
 from ...common.checkpoint import CheckpointError, ForeignBodyError, load_checkpoint, save_checkpoint
 from ...common.precision import Precision, check_precision, lower_precision
 from ...common.reading import damage_named, reason
-from ...envs.processes.process import VE, DiscreteVP, NoiseProcess
+from ...envs.processes import VE, DiscreteVP, NoiseProcess
 from ..variance.head import HeadInputs, VarianceHead
 from .networks.small import body_from_config, built_for, check_times, declared, own_config
 
@@ -470,7 +470,7 @@ class Denoiser(nn.Module):
         return shaped(alpha, sample), shaped(sigma, sample)
 
 
-def edm_time_range(process: VE) -> tuple[float, float]:
+def edm_time_range(process: NoiseProcess) -> tuple[float, float]:
     """Range of the network times log(sigma) / 4 of an "edm" denoiser, for a body's `time_range`."""
     return math.log(process.t_min) / 4, math.log(process.t_max) / 4
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...envs.processes.process import VE
+from ...envs.processes import VE
 from .denoiser import Denoiser
 
 

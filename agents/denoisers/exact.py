@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...envs import DiscreteVP, NoiseProcess, Target
+from ...envs import NoiseProcess, Target
 from .denoiser import Denoiser, Prediction
 
 
@@ -53,7 +53,7 @@ class MixtureBody(nn.Module):
     def forward(self, sample: Tensor, time: Tensor) -> Tensor:
         """Return the prediction (N, d) for samples (N, d) at network times (N,)."""
         t = time[:1] if time.stride(0) == 0 else time
-        t = t + 1 if isinstance(self.process, DiscreteVP) else t  # undoes network_time
+        t = self.process.time_of_network(t)
         alpha = self.process.alpha(t).to(sample).unsqueeze(-1)
         sigma = self.process.sigma(t).to(sample).unsqueeze(-1)
         means = self.means.to(sample)

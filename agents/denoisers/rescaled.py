@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ...common.precision import Precision
-from ...envs.processes.process import MOST_LEVELS, VE, DiscreteVP, NoiseProcess
+from ...envs.processes import NoiseProcess
+from ...envs.processes.base import MOST_LEVELS
 from ..variance.head import HeadInputs
 from .denoiser import Denoiser, shaped
 
@@ -69,7 +70,7 @@ class RescaledDenoiser(Denoiser):
             )
         if isinstance(denoiser, RescaledDenoiser):
             raise ValueError("This denoiser is rescaled already: rescale the one it is made of.")
-        process = same_times(denoiser.process, scale) if process is None else process
+        process = denoiser.process.rescaled(scale) if process is None else process
         aligned = _aligned(denoiser.process, process, scale)
         if denoiser.head is not None or (denoiser.gamma is not None and not aligned):
             raise ValueError(
@@ -192,7 +193,7 @@ class RescaledDenoiser(Denoiser):
         if self._aligned and not t.is_floating_point():
             return t
         theirs = self.network.process
-        if isinstance(theirs, VE) and isinstance(self.process, VE):
+        if theirs.time_is_level and self.process.time_is_level:
             tau = t * abs(self.scale)
             self._check(t, tau)
             return tau.clamp(max=theirs.t_max)
@@ -226,29 +227,10 @@ class RescaledDenoiser(Denoiser):
             )
 
 
-def same_times(process: NoiseProcess, scale: float) -> NoiseProcess:
-    """Return the process of data x on which a network of y = scale x + shift knows every time.
-
-    On a `VE` noise levels are divided by |scale|. On a `DiscreteVP` the chain has other betas, such
-    that sigma / alpha after n noisings is that of the network's chain divided by |scale|.
-    """
-    if abs(scale) == 1:
-        return process
-    if isinstance(process, VE):
-        return VE(process.t_min / abs(scale), process.t_max / abs(scale))
-    if not isinstance(process, DiscreteVP):
-        raise ValueError(
-            f"For a {type(process).__name__} name the process of the rescaled denoiser."
-        )
-    # -log abar' = log(1 + (abar^-1 - 1) / scale^2), by differences for each noising.
-    decay = -torch.log1p(-process.betas).cumsum(0)
-    decay = torch.log1p(torch.expm1(decay) / scale**2)
-    return DiscreteVP(-torch.expm1(-decay.diff(prepend=decay.new_zeros(1))))
-
-
 def _aligned(theirs: NoiseProcess, ours: NoiseProcess, scale: float) -> bool:
     """Tell whether the whole noisings of two chains are the same, up to rounding."""
-    if not isinstance(theirs, DiscreteVP) or not isinstance(ours, DiscreteVP):
+    if theirs.betas is None or ours.betas is None:
         return False
-    betas = same_times(theirs, scale).betas  # type: ignore[attr-defined]
+    betas = theirs.rescaled(scale).betas
+    assert betas is not None
     return len(betas) == len(ours.betas) and torch.allclose(betas, ours.betas, rtol=1e-8, atol=0)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...common.checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from ...common.reading import DAMAGE, INFINITIES, damage_named, read_json, reason, shown
-from ...envs.processes.process import DiscreteVP, NoiseProcess
+from ...envs.processes import DiscreteVP, NoiseProcess
 from ..denoisers.denoiser import Denoiser, Prediction, Variance
 from ..denoisers.networks.unet import PREDICTIONS, UNet2D, check_config, require_diffusers
 

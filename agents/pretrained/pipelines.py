@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from ...common.files import remove_leftovers, temporary_suffix, unwritable, write_atomically
 from ...common.reading import damage_named, read_json
-from ...envs.processes.process import VE, DiscreteVP
-from ...envs.schedules.schedule import Schedule
+from ...envs.processes import VE, DiscreteVP
+from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Denoiser
 from ..denoisers.networks.unet import PREDICTIONS, UNet2D, require_diffusers
 from ..denoisers.rescaled import RescaledDenoiser

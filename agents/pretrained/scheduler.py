@@ -21,7 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor, nn
 
-from ...envs.processes.process import VE, DiscreteVP
+from ...envs.processes import VE, DiscreteVP
 from ..denoisers.denoiser import Denoiser, Prediction
 from ..denoisers.networks.unet import PREDICTIONS, network_time_of_unet, unet_time
 from ..samplers.tableau import Tableau

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...common.distributed import ALONE
 from ...envs.mdp import DiffusionMDP
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Denoiser
 from .tableau import Tableau
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from ...common.files import write_atomically
 from ...common.names import unknown_name
 from ...common.reading import damage_named, read_text
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
 from .sparse import NOT_LOWER, SparseRows, read_only
 from .tableau_json import read_table, write_table

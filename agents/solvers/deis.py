@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ...common.arguments import checked
-from ...envs.processes.process import NoiseProcess
-from ...envs.schedules.schedule import Schedule
+from ...envs.processes import NoiseProcess
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .exponential import scale
 from .rows import Node, Rows, check_budget, check_order, nodes_of

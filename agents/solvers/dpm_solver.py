@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ...common.arguments import checked
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .multistep import multistep
 from .singlestep import SolverType, singlestep

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...common.arguments import checked
+from ...envs.schedules import Schedule
 from ...envs.schedules.fast_dpm import fast_levels
-from ...envs.schedules.schedule import Schedule
 from ..samplers.tableau import Tableau
 from .ddim import first_order
 from .rows import with_last_std

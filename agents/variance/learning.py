@@ -27,7 +27,6 @@ from ...common.optimisation import (
     seeded,
     set_learning_rate,
 )
-from ...envs import DiscreteVP
 from ..base import Agent, Environment
 from ..denoisers.denoiser import Denoiser
 from ..samplers.tableau import Tableau
@@ -231,7 +230,7 @@ class VarianceLearning(Agent):
 
     def _begin_sums(self) -> None:
         process = self.mdp.process
-        if not isinstance(process, DiscreteVP):
+        if process.betas is None:
             raise ValueError(
                 f"kind 'gamma' has one number a noising of a DiscreteVP, and this is {process!r}; "
                 "'sn' and 'npr' learn on any process."

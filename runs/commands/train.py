@@ -26,7 +26,7 @@ from ...common.optimisation import TrainingDivergedError, seeded
 from ...common.shapes import is_vector
 from ...critics.metrics.evaluation import NOISE_SEED, Evaluation
 from ...envs import DiffusionMDP
-from ...envs.processes.process import NoiseProcess, make_process
+from ...envs.processes import NoiseProcess, make_process
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..reports.plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure

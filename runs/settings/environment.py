@@ -9,9 +9,9 @@ from ...agents.solvers import Options
 from ...agents.solvers import default_schedule as solver_schedule
 from ...common.checkpoint import CheckpointError
 from ...envs import DiffusionMDP, Schedule, Target
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
 from ...envs.registration import ENVIRONMENTS, make_mdp
-from ...envs.schedules.schedule import listed_times
+from ...envs.schedules import listed_times
 from .train import resolve_device
 
 

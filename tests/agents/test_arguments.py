@@ -19,7 +19,7 @@ from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.critics import IPMCritic, MMDCritic
 from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, Schedule
 from fewstep.envs.registration import make_mdp
-from fewstep.envs.schedules.schedule import SCHEDULES
+from fewstep.envs.schedules import SCHEDULES
 from fewstep.envs.targets.target import make_target
 from fewstep.runs.settings.train import Settings, parse
 
