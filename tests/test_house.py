@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import house
@@ -60,6 +61,17 @@ def test_runs_know_agents_by_their_table_alone():
         if path.is_relative_to(house.ROOT / "runs")
     }
     assert {path: found for path, found in known.items() if found} == {}
+
+
+def test_the_library_speaks_of_no_flags():
+    spoken = []
+    for path in house.files():
+        if path.is_relative_to(house.ROOT / "runs"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and re.search(r"(?<![\w-])--\w", str(node.value)):
+                spoken.append(f"{path.relative_to(house.ROOT)}:{node.lineno}")
+    assert spoken == []
 
 
 @pytest.mark.xfail(strict=True, reason="libraries load at once")
