@@ -6,19 +6,34 @@ learning measures how much noise its steps want. A `Tableau` is a sampler as a t
 which `solvers` build.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .base import Agent
 from .checkpoint import CheckpointError
 from .cloning import BehaviorCloning
 from .denoiser import Denoiser
 from .dode import DODE
-from .policies import DenoiserPolicy, SolverPolicy
 from .schedule_learning import ScheduleLearning
 from .sft import SFT
 from .sft_pg import SFTPG
+from .solver_policy import SolverPolicy
 from .tableau import Tableau
 from .training import TrainingDivergedError
 from .unet import UNet2D
 from .variance import VarianceLearning
+
+if TYPE_CHECKING:
+    from .policies import DenoiserPolicy
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load the policy of Stable-Baselines3, which takes long, when it is first asked for."""
+        if name != "DenoiserPolicy":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .policies import DenoiserPolicy
+
+        return DenoiserPolicy
+
 
 AGENTS: dict[str, type[Agent]] = {
     agent.name: agent

@@ -16,19 +16,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import (
-    BaseCallback,
-    CallbackList,
-    ConvertCallback,
-    ProgressBarCallback,
-)
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
 from ..critics.arguments import check_arguments
@@ -45,15 +37,19 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .denoiser import Denoiser
-from .policies import SolverPolicy
 from .presets import preset as look_up_preset
 from .sampling import sample
+from .solver_policy import SolverPolicy
 from .solvers import Options, build_solver, default_schedule, default_solver_options
 from .tableau import Tableau
 from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
+
 Environment = DiffusionVectorEnv | DiffusionMDP | str
-Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
+Callback: TypeAlias = "BaseCallback | list[BaseCallback] | Callable[..., bool] | None"
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
 
 
@@ -280,6 +276,8 @@ class Agent(ABC):
             self.num_timesteps = self.rounds = 0
         self._total_timesteps = total_timesteps + self.num_timesteps
         if self._custom_logger is None:
+            from stable_baselines3.common.utils import configure_logger
+
             self._logger = configure_logger(
                 self.verbose, self.tensorboard_log, tb_log_name or self.name, reset_num_timesteps
             )
@@ -334,6 +332,13 @@ class Agent(ABC):
         return
 
     def _callbacks(self, callback: Callback, progress_bar: bool) -> BaseCallback:
+        from stable_baselines3.common.callbacks import (
+            BaseCallback,
+            CallbackList,
+            ConvertCallback,
+            ProgressBarCallback,
+        )
+
         if isinstance(callback, list):
             callback = CallbackList(callback)
         elif callback is not None and not isinstance(callback, BaseCallback):

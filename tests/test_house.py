@@ -74,7 +74,6 @@ def test_the_library_speaks_of_no_flags():
     assert spoken == []
 
 
-@pytest.mark.xfail(strict=True, reason="libraries load at once")
 @pytest.mark.parametrize("module", ["fewstep.envs", "fewstep.agents"])
 def test_an_import_loads_the_core_alone(module):
     assert house.heavy_modules(module) == []

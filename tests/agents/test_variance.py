@@ -13,7 +13,8 @@ from fewstep.agents import SFT, SFTPG, CheckpointError, Denoiser, VarianceLearni
 from fewstep.agents.chain import GaussianChain
 from fewstep.agents.exact import MixtureBody
 from fewstep.agents.networks import SmallUNet
-from fewstep.agents.policies import DenoiserPolicy, SolverPolicy
+from fewstep.agents.policies import DenoiserPolicy
+from fewstep.agents.solver_policy import SolverPolicy
 from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
