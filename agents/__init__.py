@@ -8,19 +8,19 @@ which `solvers` build.
 
 from typing import TYPE_CHECKING, Any
 
+from ..common.checkpoint import CheckpointError
+from ..common.optimisation import TrainingDivergedError
 from .base import Agent
-from .checkpoint import CheckpointError
 from .cloning import BehaviorCloning
-from .denoiser import Denoiser
-from .dode import DODE
-from .schedule_learning import ScheduleLearning
-from .sft import SFT
-from .sft_pg import SFTPG
-from .solver_policy import SolverPolicy
-from .tableau import Tableau
-from .training import TrainingDivergedError
-from .unet import UNet2D
-from .variance import VarianceLearning
+from .denoisers.denoiser import Denoiser
+from .denoisers.networks.unet import UNet2D
+from .policy_gradient.sft import SFT
+from .policy_gradient.sft_pg import SFTPG
+from .samplers.solver_policy import SolverPolicy
+from .samplers.tableau import Tableau
+from .solver_learning.dode import DODE
+from .solver_learning.schedule_learning import ScheduleLearning
+from .variance.learning import VarianceLearning
 
 if TYPE_CHECKING:
     from .policies import DenoiserPolicy

@@ -23,12 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..critics.arguments import check_arguments
-from ..critics.processes import Processes
-from ..critics.reading import damage_named, shown
-from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
-from ..envs.names import unknown_name
-from .checkpoint import (
+from ..common.arguments import check_arguments
+from ..common.checkpoint import (
     CheckpointError,
     NotFiniteError,
     counter,
@@ -36,13 +32,17 @@ from .checkpoint import (
     not_finite,
     save_checkpoint,
 )
-from .denoiser import Denoiser
+from ..common.distributed import Processes
+from ..common.names import unknown_name
+from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
+from ..common.reading import damage_named, shown
+from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
+from .denoisers.denoiser import Denoiser
 from .presets import preset as look_up_preset
-from .sampling import sample
-from .solver_policy import SolverPolicy
+from .samplers.sampling import sample
+from .samplers.solver_policy import SolverPolicy
+from .samplers.tableau import Tableau
 from .solvers import Options, build_solver, default_schedule, default_solver_options
-from .tableau import Tableau
-from .training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback

@@ -17,23 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..critics.arguments import checked
-from ..critics.precision import Precision
-from ..envs import VE
-from .base import Agent, Environment
-from .checks import at_least, not_negative, positive
-from .denoiser import Denoiser
-from .execution import Execution, as_executed
-from .solvers import Options
-from .training import (
+from ..common.arguments import checked
+from ..common.checks import at_least, not_negative, positive
+from ..common.optimisation import (
     Averaged,
     adam,
-    draw_times,
     learning_rate,
     learning_rate_schedule,
     seeded,
     set_learning_rate,
 )
+from ..common.precision import Precision
+from ..envs import VE
+from .base import Agent, Environment
+from .denoisers.denoiser import Denoiser
+from .policy_gradient.execution import Execution, as_executed
+from .solvers import Options
 
 
 class BehaviorCloning(Agent):
@@ -193,7 +192,7 @@ class BehaviorCloning(Agent):
         """
         process, device = self.mdp.process, self.device
         if self.denoiser.prediction != "edm" or not isinstance(process, VE):
-            return draw_times(process, self._size, self.generator, device)
+            return process.draw_times(self._size, self.generator, device)
         normal = torch.randn(
             self._size, generator=self.generator, device=device, dtype=torch.float64
         )

@@ -15,12 +15,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
+from ..common.arguments import checked
 from ..critics import make_baseline
-from ..critics.arguments import checked
 from ..envs.clock import TimestepSpace
-from .chain import TIME_ROUNDING, GaussianChain, Reduction, gaussian_log_density
-from .denoiser import Denoiser
-from .tableau import Tableau
+from .denoisers.denoiser import Denoiser
+from .samplers.gaussian import TIME_ROUNDING, GaussianChain, Reduction, gaussian_log_density
+from .samplers.tableau import Tableau
 
 
 class _PassThrough(BaseFeaturesExtractor):

@@ -4,7 +4,7 @@ Each entry overrides the agent's own defaults. An environment without an entry g
 command line takes its defaults from here, and so does `Agent.for_environment`:
 
     mdp = make_mdp("SwissRoll", steps=10)
-    denoiser = new_denoiser(mdp)  # of fewstep.agents.bodies
+    denoiser = new_denoiser(mdp)  # of fewstep.agents.denoisers.bodies
     for agent in (BehaviorCloning, SFTPG):
         agent = agent.for_environment(mdp, denoiser)
         agent.learn(agent.total_timesteps)
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..envs.names import unknown_name
+from ..common.names import unknown_name
 
 Values = dict[str, Any]
 

@@ -8,15 +8,15 @@ Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
 
 from typing import TYPE_CHECKING, Any
 
+from ..common.names import unknown_name
 from .mdp import DiffusionMDP
-from .names import unknown_name
 from .numpy_vector import NumpyVectorEnv
-from .process import VE, DiscreteVP, NoiseProcess, make_process
+from .processes.process import VE, DiscreteVP, NoiseProcess, make_process
 from .registration import ENVIRONMENTS, make_mdp, register_environments
-from .schedule import Schedule, make_schedule
+from .schedules.schedule import Schedule, make_schedule
+from .schedules.spacings import refine_times
 from .single import DiffusionEnv
-from .spacings import refine_times
-from .targets import Target, make_target
+from .targets.target import Target, make_target
 from .vector import DiffusionVectorEnv
 
 if TYPE_CHECKING:

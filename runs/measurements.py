@@ -21,12 +21,12 @@ from torch import Tensor
 from ..agents import DODE, SFTPG
 from ..agents.solvers import default_schedule
 from ..envs.mdp import no_reward
-from ..envs.process import make_process
+from ..envs.processes.process import make_process
 from ..envs.registration import make_mdp
 from .memory import gradient_memory, memory
 from .rollout_speed import rollout_speed
 from .sampling_speed import by_turns, sampling
-from .settings import resolve_device
+from .settings.train import resolve_device
 from .subjects import swiss_roll, untrained
 from .tables import table
 

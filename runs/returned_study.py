@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from ..agents import DODE, ScheduleLearning
-from ..agents.selection import coordinate_errors
-from ..agents.tableau import Tableau
+from ..agents.samplers.tableau import Tableau
+from ..agents.solver_learning.selection import coordinate_errors
 from ..envs import DiffusionMDP
 from ..envs.mdp import no_reward
-from .console import console
-from .folder import read_record, write_json
+from .reports.console import console
+from .run.folder import read_record, write_json
 from .solver_studies import MIXTURE, Variant
 from .solver_study import World
 from .tables import table

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from ..agents import DODE, SFTPG, Denoiser, VarianceLearning
-from ..agents.sampling import sampler_of
+from ..agents.samplers.sampling import sampler_of
+from ..agents.samplers.tableau import Tableau
 from ..agents.solvers import make_solver, solver_within
-from ..agents.tableau import Tableau
-from ..critics.evaluation import Evaluation
+from ..critics.metrics.evaluation import Evaluation
 from ..envs import DiffusionMDP, Schedule, Target, make_schedule, make_target
 from ..envs.mdp import no_reward
-from .console import console
-from .features import features_for, real_distances
-from .folder import RunFolder, read_record, write_json
-from .plots import dots_figure, save_figure
+from .commands.train import Run
+from .reports.console import console
+from .reports.features import features_for, real_distances
+from .reports.plots import dots_figure, save_figure
+from .run.folder import RunFolder, read_record, write_json
 from .sampler_studies import FastSampler, SamplerStudy
-from .settings import Settings, defaults, resolve_device
+from .settings.train import Settings, defaults, resolve_device
 from .solver_study import denoiser_name, trained_denoiser
 from .tables import spread, table
-from .train import Run
 
 
 def run_sampler_study(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ..agents import DODE, ScheduleLearning
-from ..agents.scheduling.levels import schedule_at
+from ..agents.solver_learning.scheduling.levels import schedule_at
 from ..agents.solvers import default_schedule, make_solver
 from ..envs import DiffusionMDP, Schedule
 from ..envs.mdp import no_reward
-from .console import console
-from .folder import read_record, write_json
-from .plots import factors_figure, save_figure
+from .reports.console import console
+from .reports.plots import factors_figure, save_figure
+from .run.folder import read_record, write_json
 from .schedule_studies import Learner, ScheduleStudy
 from .solver_study import HELD_OUT, REFERENCE_STEPS, UNIT, World
 from .tables import spread, table

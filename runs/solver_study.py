@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 
 from ..agents import DODE, BehaviorCloning, Denoiser
-from ..agents.exact import mixture
-from ..agents.sampling import sampler_of
-from ..agents.selection import coordinate_errors
+from ..agents.denoisers.exact import mixture
+from ..agents.samplers.sampling import sampler_of
+from ..agents.samplers.tableau import Tableau
+from ..agents.solver_learning.selection import coordinate_errors
 from ..agents.solvers import make_solver, solver_within
-from ..agents.tableau import Tableau
-from ..critics.evaluation import Evaluation
+from ..critics.metrics.evaluation import Evaluation
 from ..envs import VE, DiffusionMDP, Schedule
 from ..envs.mdp import no_reward
-from ..envs.process import NoiseProcess, make_process
+from ..envs.processes.process import NoiseProcess, make_process
 from ..envs.registration import make_mdp
-from .console import console
-from .folder import RunFolder, read_record, write_json
-from .plots import factors_figure, save_figure
-from .settings import Settings, defaults, resolve_device
+from .commands.train import Run
+from .reports.console import console
+from .reports.plots import factors_figure, save_figure
+from .run.folder import RunFolder, read_record, write_json
+from .settings.train import Settings, defaults, resolve_device
 from .solver_studies import MIXTURE, SolverStudy, Variant
 from .tables import spread, table
-from .train import Run
 
 # What a cell's errors are; cells of an older version, which summed over coordinates, are run anew.
 UNIT = "mean square of a coordinate"
