@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -195,18 +194,27 @@ def constructor_arguments() -> list[str]:
     """Return the arguments of SFTPG's constructor that are not groups of settings."""
     from fewstep.agents import SFTPG
 
-    hints = typing.get_type_hints(SFTPG.__init__)
+    arguments: dict[str, inspect.Parameter] = {}
+    for kind in SFTPG.__mro__:
+        own = inspect.signature(kind).parameters
+        arguments = {**own, **arguments}
+        # Only what a constructor takes as keywords may be an argument of the class above.
+        if not any(argument.kind is argument.VAR_KEYWORD for argument in own.values()):
+            break
     return [
         name
-        for name, argument in inspect.signature(SFTPG).parameters.items()
-        # The environment is a dataclass, too, but no setting: it has no default.
-        if argument.default is argument.empty or not _is_group(hints[name])
+        for name, argument in arguments.items()
+        if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        and "Settings" not in str(argument.annotation)
     ]
 
 
-def _is_group(hint: Any) -> bool:
-    """Say whether a type is a dataclass, or one of those in a union is."""
-    return any(dataclasses.is_dataclass(kind) for kind in (hint, *typing.get_args(hint)))
+def settings_in_no_group() -> list[str]:
+    """Return the settings of SFT-PG that stand beside its groups of settings."""
+    from fewstep.agents import SFTPG
+
+    fields = dataclasses.fields(SFTPG.Settings) if hasattr(SFTPG, "Settings") else ()
+    return [field.name for field in fields if "Settings" not in str(field.type)]
 
 
 def import_seconds(module: str = "fewstep.envs", times: int = 5) -> float:
@@ -372,6 +380,7 @@ def main() -> None:
         ("lines of study code", lines(study_files(root)), 700),
         ("lines of README.md", lines([root / "README.md"]), 180),
         ("arguments of SFTPG that are no settings groups", len(constructor_arguments()), 12),
+        ("settings of SFTPG in no group", len(settings_in_no_group()), "-"),
         ("import fewstep.envs beyond torch, CPU seconds", f"{import_seconds():.2f}", 0.3),
         ("import fewstep.agents beyond torch", f"{import_seconds('fewstep.agents'):.2f}", "-"),
     ]
