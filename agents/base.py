@@ -15,19 +15,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import (
-    BaseCallback,
-    CallbackList,
-    ConvertCallback,
-    ProgressBarCallback,
-)
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 
 from ..common.checkpoint import (
@@ -44,15 +36,19 @@ from ..common.reading import damage_named, shown
 from ..common.settings import Settings
 from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
 from .denoisers.denoiser import Denoiser
-from .policies import SolverPolicy
 from .presets import preset as look_up_preset
 from .presets import preset_settings
 from .samplers.sampling import sample
+from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solvers import Options, build_solver, default_schedule, default_solver_options
 
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
+
 Environment = DiffusionVectorEnv | DiffusionMDP | str
-Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
+Callback: TypeAlias = "BaseCallback | list[BaseCallback] | Callable[..., bool] | None"
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
 
 
@@ -283,6 +279,8 @@ class Agent(ABC):
             self.num_timesteps = self.rounds = 0
         self._total_timesteps = total_timesteps + self.num_timesteps
         if self._custom_logger is None:
+            from stable_baselines3.common.utils import configure_logger
+
             self._logger = configure_logger(
                 self.verbose, self.tensorboard_log, tb_log_name or self.name, reset_num_timesteps
             )
@@ -337,6 +335,13 @@ class Agent(ABC):
         return
 
     def _callbacks(self, callback: Callback, progress_bar: bool) -> BaseCallback:
+        from stable_baselines3.common.callbacks import (
+            BaseCallback,
+            CallbackList,
+            ConvertCallback,
+            ProgressBarCallback,
+        )
+
         if isinstance(callback, list):
             callback = CallbackList(callback)
         elif callback is not None and not isinstance(callback, BaseCallback):

@@ -12,8 +12,9 @@ from torch import nn
 from fewstep.agents import SFT, SFTPG, CheckpointError, Denoiser, VarianceLearning
 from fewstep.agents.denoisers.exact import MixtureBody
 from fewstep.agents.denoisers.networks.small import SmallUNet
-from fewstep.agents.policies import DenoiserPolicy, SolverPolicy
+from fewstep.agents.policies import DenoiserPolicy
 from fewstep.agents.samplers.gaussian import GaussianChain
+from fewstep.agents.samplers.solver_policy import SolverPolicy
 from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
