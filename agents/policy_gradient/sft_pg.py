@@ -8,7 +8,8 @@ with K beyond the stored trajectories.
 
 from __future__ import annotations
 
-from itertools import repeat, zip_longest
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -86,13 +87,14 @@ class SFTPG(ShortcutAgent):
         compared = len(minibatches) if self.settings.policy.clip_range else int(self.will_log)
         old = [self._log_densities(trajectories, chosen) for chosen in minibatches[:compared]]
         updated = []
-        for minibatch, before in zip_longest(minibatches, old, fillvalue=repeat(None)):
+        for number, minibatch in enumerate(minibatches):
+            before: Iterable[Tensor | None] = old[number] if number < compared else repeat(None)
             loss, densities = weighted.new_zeros(()), []
             self.optimizer.zero_grad()
             for piece, old_density in zip(trajectories.pieces(minibatch), before, strict=False):
                 log_density = self._log_density(piece)
                 share = len(log_density) / self.minibatch_size
-                part = share * self.policy_loss(log_density, weighted[piece.index], old_density)
+                part = share * self.policy_loss(log_density, weighted[piece.place], old_density)
                 part.backward()
                 loss += part.detach()
                 densities.append(log_density.detach())
