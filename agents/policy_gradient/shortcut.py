@@ -153,11 +153,6 @@ class ShortcutAgent(Agent):
         self.optimizer.step()
         return norm
 
-    @property
-    def critic_alone(self) -> bool:
-        """Whether this is one of the first rounds, in which the critic learns alone."""
-        return self.rounds < self.settings.critic_rounds
-
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
         done, update = self.progress, self.rounds - self.settings.critic_rounds
