@@ -74,6 +74,7 @@ class Agent(ABC):
         generator: the source of the training's randomness.
         processes: those that train together, under `torchrun`; else this one alone.
         data_parallel: whether several processes can train it together.
+        obeys_transitions: whether it can train where the next state is not the action.
         checkpoint_name: what a run calls the file that `save` writes.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
@@ -81,6 +82,7 @@ class Agent(ABC):
     name: ClassVar[str]
     Settings: ClassVar[type[Settings]]
     data_parallel: ClassVar[bool] = False
+    obeys_transitions: ClassVar[bool] = True
     checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
 
     def __init__(
@@ -104,6 +106,12 @@ class Agent(ABC):
             raise ValueError(
                 f"The denoiser was made for {denoiser.process!r}, the environment has "
                 f"{self.mdp.process!r}: build the environment with process=denoiser.process."
+            )
+        if not (self.mdp.is_plain or self.obeys_transitions):
+            raise ValueError(
+                f"'{self.name}' learns a solver for samples that move freely, and "
+                f"{type(self.mdp).__name__} has transitions of its own: train in the plain "
+                "environment, and sample in this one."
             )
         denoiser.check_shape(self.mdp.shape)
         self.device = torch.device(self.mdp.device)

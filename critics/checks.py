@@ -50,22 +50,23 @@ def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
         TypeError: the answer is neither a tensor nor an array of numbers.
         ValueError: it has another shape or device.
     """
-    wanted = f"the reward {_name(reward)!r} must return one number a sample"
     answer = reward(samples)
-    kind = type(answer).__name__
     if isinstance(answer, np.ndarray) and answer.dtype.kind in "biuf":
         answer = torch.from_numpy(np.array(answer, dtype=np.float32)).to(samples.device)
     if not isinstance(answer, Tensor) or answer.is_complex():
+        kind = type(answer).__name__
         detail = f" of {answer.dtype}" if isinstance(answer, Tensor | np.ndarray) else ""
-        raise TypeError(f"{wanted}, a tensor or array of shape (N,); it returned {kind}{detail}")
+        raise TypeError(
+            f"{_wanted(reward)}, a tensor or array of shape (N,); it returned {kind}{detail}"
+        )
     if answer.shape != samples.shape[:1]:
         hint = "; drop the last dimension" if answer.shape == (len(samples), 1) else ""
         raise ValueError(
-            f"{wanted}, shape ({len(samples)},); it returned shape {_shape(answer)}{hint}"
+            f"{_wanted(reward)}, shape ({len(samples)},); it returned shape {_shape(answer)}{hint}"
         )
     if answer.device != samples.device:
         raise ValueError(
-            f"{wanted} on {samples.device}, where the samples are; it returned them "
+            f"{_wanted(reward)} on {samples.device}, where the samples are; it returned them "
             f"on {answer.device}"
         )
     if not answer.is_floating_point():
@@ -88,6 +89,10 @@ def check_rewards(reward: object, answer: Tensor, samples: Tensor) -> None:
                 f"{len(samples)} finite samples, the first at index {int(bad[0])}: a reward must "
                 "be finite"
             )
+
+
+def _wanted(reward: object) -> str:
+    return f"the reward {_name(reward)!r} must return one number a sample"
 
 
 def _name(reward: object) -> str:

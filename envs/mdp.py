@@ -115,17 +115,17 @@ class DiffusionMDP:
     def _times(self) -> list[float]:
         return self.schedule.times.tolist()
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """The horizon `K`."""
         return self.schedule.steps
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Shape of one sample."""
         return self.target.shape
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where samples, actions and rewards live."""
         return self.target.device

@@ -32,13 +32,13 @@ class Piece(NamedTuple):
         sample: the states x_t (n, *shape).
         action: the next samples that the policy asked for (n, *shape).
         step: the steps (n,) int64.
-        index: (n,) int64, the places of the transitions in tensors (K, M), flattened.
+        place: (n,) int64, which of the flattened (K, M) transitions these are.
     """
 
     sample: Tensor
     action: Tensor
     step: Tensor
-    index: Tensor
+    place: Tensor
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Trajectories:
             yield self.fetch(part)
 
     def minibatches(self, count: int, size: int, generator: torch.Generator) -> list[Tensor]:
-        """Draw `count` minibatches of `size` transitions, none twice; see `Piece.index`.
+        """Draw `count` minibatches of `size` transitions, none twice; see `Piece.place`.
 
         Several processes draw from the transitions of all of them, and each keeps its own: it may
         have no share in a tiny minibatch.

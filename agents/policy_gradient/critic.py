@@ -78,10 +78,8 @@ def critic_of(
         if reward is None:
             return _learned(mdp, settings, execution)
         baseline = _baseline(mdp, settings)
-    rates = {}
-    if isinstance(settings, CriticAndBaselineSettings):
-        rates["learning_rate"] = settings.baseline_learning_rate
-    return RewardCritic(reward, baseline, **rates).to(mdp.device)
+    rate = getattr(settings, "baseline_learning_rate", settings.learning_rate)
+    return RewardCritic(reward, baseline, rate).to(mdp.device)
 
 
 def _own_reward(mdp: DiffusionMDP) -> Reward | None:

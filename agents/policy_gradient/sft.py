@@ -45,7 +45,7 @@ class SFT(ShortcutAgent):
         """
         self.anneal()
         metrics = self.train_critic(self.collect())
-        if self.critic_alone:
+        if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
             return metrics
         for _ in range(self.settings.n_generator):
             samples = self.mdp.rollout(

@@ -8,7 +8,8 @@ with K beyond the stored trajectories.
 
 from __future__ import annotations
 
-from itertools import repeat, zip_longest
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ...envs.mdp import Reward
 from ..base import Environment
 from ..denoisers.denoiser import Denoiser
-from .buffer import Piece, Trajectories
+from .buffer import Trajectories
 from .critic import Critic
 from .execution import as_executed
 from .settings import SFTPGSettings
@@ -72,27 +73,31 @@ class SFTPG(ShortcutAgent):
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
         """Do one round of S.7."""
+        settings = self.settings
         self.anneal()
         trajectories = self.collect()
         metrics = self.train_critic(trajectories)
-        if self.critic_alone:
+        if self.rounds < settings.critic_rounds:  # the critic learns alone at first
             return metrics
         advantages = self.advantages(trajectories)
         weighted = (self._step_weights.unsqueeze(1) * advantages).flatten()
         minibatches = trajectories.minibatches(
-            self.settings.n_generator, self.minibatch_size, self.generator
+            settings.n_generator, self.minibatch_size, self.generator
         )
         # Under the policy that acted, by the same calls as below: the first ratio is exactly 1.
-        compared = len(minibatches) if self.settings.policy.clip_range else int(self.will_log)
+        compared = len(minibatches) if settings.policy.clip_range else int(self.will_log)
         old = [self._log_densities(trajectories, chosen) for chosen in minibatches[:compared]]
         updated = []
-        for minibatch, before in zip_longest(minibatches, old, fillvalue=repeat(None)):
+        for number, minibatch in enumerate(minibatches):
+            before: Iterable[Tensor | None] = old[number] if number < compared else repeat(None)
             loss, densities = weighted.new_zeros(()), []
             self.optimizer.zero_grad()
             for piece, old_density in zip(trajectories.pieces(minibatch), before, strict=False):
-                log_density = self._log_density(piece)
+                log_density = self.policy.log_density(
+                    piece.action, piece.sample, piece.step, settings.policy.log_density
+                )
                 share = len(log_density) / self.minibatch_size
-                part = share * self.policy_loss(log_density, weighted[piece.index], old_density)
+                part = share * self.policy_loss(log_density, weighted[piece.place], old_density)
                 part.backward()
                 loss += part.detach()
                 densities.append(log_density.detach())
@@ -138,14 +143,14 @@ class SFTPG(ShortcutAgent):
             advantages = advantages / self.processes.std(advantages).clamp_min(1e-8)
         return advantages
 
-    def _log_density(self, piece: Piece) -> Tensor:
-        reduction = self.settings.policy.log_density
-        return self.policy.log_density(piece.action, piece.sample, piece.step, reduction)
-
     @torch.no_grad()
     def _log_densities(self, trajectories: Trajectories, minibatch: Tensor) -> list[Tensor]:
         """Return log p (n,) of each piece of a minibatch under the policy as it is."""
-        return [self._log_density(piece) for piece in trajectories.pieces(minibatch)]
+        reduction = self.settings.policy.log_density
+        return [
+            self.policy.log_density(piece.action, piece.sample, piece.step, reduction)
+            for piece in trajectories.pieces(minibatch)
+        ]
 
     def _divergence(
         self, old: list[Tensor], updated: list[Tensor], after: list[Tensor]

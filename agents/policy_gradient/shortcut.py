@@ -76,8 +76,10 @@ class ShortcutAgent(Agent):
         self.execution = Execution(self.denoiser, execution)
         self.critic = critic_of(self.mdp, critic, self.settings.critic, execution, self.seed)
         # A critic of one's own comes with rates of its own.
-        its = getattr(self.critic, "optimizer", None)
-        self._critic_rates = [group["lr"] for group in its.param_groups] if its else []
+        self._critic_optimizer: torch.optim.Optimizer | None
+        self._critic_optimizer = getattr(self.critic, "optimizer", None)
+        groups = self._critic_optimizer.param_groups if self._critic_optimizer else []
+        self._critic_rates = [group["lr"] for group in groups]
         # The agent's own decision process pays what the critic says; the caller's stays as it is.
         self.mdp = self.mdp.with_reward(self.critic)
 
@@ -151,26 +153,17 @@ class ShortcutAgent(Agent):
         self.optimizer.step()
         return norm
 
-    @property
-    def critic_alone(self) -> bool:
-        """Whether this is one of the first rounds, in which the critic learns alone."""
-        return self.rounds < self.settings.critic_rounds
-
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
         done, update = self.progress, self.rounds - self.settings.critic_rounds
-        peak, schedule = (
-            self.settings.optimizer.learning_rate,
-            self.settings.optimizer.lr_schedule,
-        )
-        set_learning_rate(
-            self.optimizer, learning_rate(peak, schedule, done, update, WARMUP_ROUNDS)
-        )
-        if self._critic_rates:
-            optimizer: torch.optim.Optimizer = self.critic.optimizer  # type: ignore[union-attr]
+        of_theta = self.settings.optimizer
+        peak, schedule = of_theta.learning_rate, of_theta.lr_schedule
+        rate = learning_rate(peak, schedule, done, update, WARMUP_ROUNDS)
+        set_learning_rate(self.optimizer, rate)
+        if self._critic_optimizer is not None:
             schedule = self.settings.critic.lr_schedule
             rates = (learning_rate(peak, schedule, done) for peak in self._critic_rates)
-            set_learning_rate(optimizer, *rates)
+            set_learning_rate(self._critic_optimizer, *rates)
 
     def state(self) -> dict[str, Any]:
         """Return optimizer, critic, and the standard deviations."""

@@ -203,18 +203,17 @@ class GaussianChain(nn.Module):
         """
         sample = observation["sample"]
         noise = draw(sample)
-        if torch.is_grad_enabled() or self.micro_batch_size is None:
-            return self.move(sample, step, noise)
-        parts = sample.split(self.micro_batch_size), noise.split(self.micro_batch_size)
-        return torch.cat([self.move(x, step, z) for x, z in zip(*parts, strict=True)])
-
-    def move(self, sample: Tensor, step: int, noise: Tensor) -> Tensor:
-        """Return x_s (N, *shape) for states x_t and standard normal noise, both (N, *shape)."""
-        if self.checkpointing and torch.is_grad_enabled():
-            mean, std = checkpoint(self.distribution, sample, step, use_reentrant=False)
-        else:
-            mean, std = self.distribution(sample, step)
-        return torch.addcmul(mean, std, noise)
+        if torch.is_grad_enabled():
+            if self.checkpointing:
+                mean, std = checkpoint(self.distribution, sample, step, use_reentrant=False)
+            else:
+                mean, std = self.distribution(sample, step)
+            return torch.addcmul(mean, std, noise)
+        size, moved = self.micro_batch_size or len(sample), []
+        for part, fresh in zip(sample.split(size), noise.split(size), strict=True):
+            mean, std = self.distribution(part, step)
+            moved.append(torch.addcmul(mean, std, fresh))
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
 
     def export(self) -> Tableau:
         """Return the tableau with the standard deviations as they are now."""

@@ -77,6 +77,7 @@ class DODE(Agent):
     """
 
     name = "dode"
+    obeys_transitions = False
     checkpoint_name = "tableau.json"
 
     settings: DODESettings

@@ -84,6 +84,7 @@ class ScheduleLearning(Agent):
     """
 
     name = "schedule"
+    obeys_transitions = False
 
     settings: ScheduleSettings
     Settings = ScheduleSettings

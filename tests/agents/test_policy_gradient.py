@@ -4,6 +4,8 @@ The chain is linear and Gaussian and f quadratic, so E f(x_0) follows from propa
 covariance; autograd of that expression is the closed form. All of it is float64.
 """
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from fewstep.agents import SFT, SFTPG, Denoiser
 from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solvers import ancestral
-from fewstep.envs import Schedule
+from fewstep.envs import DiffusionMDP, Schedule
 
 pytestmark = pytest.mark.numeric
 
@@ -45,8 +47,21 @@ def chain(process):
     return GaussianChain(denoiser, ancestral(schedule, "beta"), learn_std=True).double()
 
 
-def expected_reward(chain, process):
-    """E f(x_0) for x_s = (x_t - beta e / sigma) / sqrt(1 - beta) + s z."""
+@dataclass(frozen=True, eq=False)
+class Squeezed(DiffusionMDP):
+    """A decision process that takes each action to a smaller and shifted one, with noise on it."""
+
+    def transition(self, sample, action, step, draw=torch.randn_like):
+        return 0.8 * action + 0.1 + 0.3 * draw(action)
+
+
+# Of the transition x_s = factor action + shift + std z.
+TRANSITIONS = {DiffusionMDP: (1.0, 0.0, 0.0), Squeezed: (0.8, 0.1, 0.3)}
+
+
+def expected_reward(chain, process, transition=(1.0, 0.0, 0.0)):
+    """E f(x_0) for the action (x_t - beta e / sigma) / sqrt(1 - beta) + s z."""
+    factor, shift, std = transition
     body = chain.denoiser.body
     mean = torch.zeros(2, dtype=torch.float64)
     covariance = torch.eye(2, dtype=torch.float64)
@@ -57,7 +72,9 @@ def expected_reward(chain, process):
         matrix = (torch.eye(2, dtype=torch.float64) + push * body.A) / (1 - beta).sqrt()
         mean = matrix @ mean + push * body.b / (1 - beta).sqrt()
         noise = torch.eye(2, dtype=torch.float64) * (2 * chain.log_std[step]).exp()
-        covariance = matrix @ covariance @ matrix.T + noise
+        covariance = factor**2 * (matrix @ covariance @ matrix.T + noise)
+        covariance = covariance + std**2 * torch.eye(2, dtype=torch.float64)
+        mean = factor * mean + shift
     return (CURVATURE * covariance).sum() + mean @ CURVATURE @ mean + SLOPE @ mean
 
 
@@ -168,10 +185,12 @@ def settings():
     return {"batch_size": 4000, "n_critic": 1, "n_generator": 1, "learning_rate": 0.0}
 
 
+@pytest.mark.parametrize("kind", TRANSITIONS)
 @pytest.mark.parametrize("clip_range", [None, 0.2])
-def test_sft_pg_descends_that_gradient(clip_range, chain, mdp, process, settings):
+def test_sft_pg_descends_that_gradient(clip_range, kind, chain, mdp, process, settings):
+    """In an environment of other transitions that of the action's density, not the next state's."""
     agent = SFTPG(
-        mdp,
+        kind(mdp.target, process, mdp.schedule),
         Denoiser(Linear().float(), process),
         critic=StubCritic(baseline=2.0),
         max_grad_norm=1e9,
@@ -182,20 +201,22 @@ def test_sft_pg_descends_that_gradient(clip_range, chain, mdp, process, settings
         **settings,
     )
     # The loss is a mean over transitions, the theorem has a sum over the K steps.
-    exact = -gradient(expected_reward(chain, process), chain) / 4
+    exact = -gradient(expected_reward(chain, process, TRANSITIONS[kind]), chain) / 4
     assert_agrees(agent_gradients(agent, rounds=40), order_as(agent, exact), sharpness=0.05)
 
 
-def test_sft_descends_that_gradient(chain, mdp, process, settings):
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_sft_descends_that_gradient(kind, chain, mdp, process, settings):
+    """In an environment of other transitions through them."""
     agent = SFT(
-        mdp,
+        kind(mdp.target, process, mdp.schedule),
         Denoiser(Linear().float(), process),
         critic=StubCritic(),
         max_grad_norm=1e9,
         learn_std=True,
         **settings,
     )
-    exact = -gradient(expected_reward(chain, process), chain)
+    exact = -gradient(expected_reward(chain, process, TRANSITIONS[kind]), chain)
     assert_agrees(agent_gradients(agent, rounds=40), order_as(agent, exact), sharpness=0.02)
 
 

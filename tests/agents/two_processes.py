@@ -21,7 +21,7 @@ AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG}
 
 def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     """Return the weights after some rounds; batches are shared among `count` processes."""
-    mdp = make_mdp("Digits", steps=4)
+    mdp = make_mdp("Digits", steps=4, inpaint=case.get("inpaint"))
     with seeded(0):
         body = ResidualMLP(mdp.shape, hidden=16, blocks=1)
     settings = dict(case["settings"])

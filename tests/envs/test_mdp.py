@@ -1,17 +1,21 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from fewstep.common.distributed import Processes
 from fewstep.envs import (
     VE,
     DiffusionMDP,
     DiffusionVectorEnv,
     DiscreteVP,
     Schedule,
+    make_mdp,
     make_target,
 )
+from fewstep.envs.mdp import no_reward
 
 pytestmark = pytest.mark.numeric
 
@@ -135,3 +139,79 @@ def test_numbers_of_any_kind_are_rewards(mdp, reward):
 def test_a_schedule_of_another_process_is_refused(mdp):
     with pytest.raises(ValueError, match="the schedule is made for VE"):
         mdp.with_schedule(Schedule.karras(VE(), 5))
+
+
+# -- rollouts ------------------------------------------------------------------------------------
+
+
+class Jumping:
+    """A policy that halves each sample and adds noise; `weight` may require a gradient."""
+
+    def __init__(self, weight=0.5):
+        self.weight = weight
+        self.seen = []
+
+    def act(self, observation, step, draw):
+        self.seen.append((step, observation["timestep"].tolist()))
+        return self.weight * observation["sample"] + draw(observation["sample"])
+
+
+class Rounding:
+    """A recorder that keeps what it is given and hands whole numbers back."""
+
+    def __init__(self):
+        self.kept = []
+
+    def keep(self, step, sample, action=None):
+        self.kept.append((step, sample, action))
+        return sample.round()
+
+
+def test_a_rollout_is_the_loop_of_the_decision_process(mdp):
+    policy, rng = Jumping(), torch.Generator().manual_seed(3)
+    found = mdp.rollout(policy, 6, torch.Generator().manual_seed(3))
+    sample = mdp.initial(6, rng)
+    for _ in range(5):
+        sample = 0.5 * sample + torch.randn(6, 2, generator=rng)
+    assert torch.equal(found, sample)
+    times = mdp.schedule.times.float().tolist()
+    assert policy.seen == [(j, [times[j]] * 6) for j in range(5)]
+
+
+def test_a_rollout_goes_on_from_what_its_recorder_returns(mdp):
+    recorder = Rounding()
+    found = mdp.rollout(Jumping(), 3, recorder=recorder)
+    assert [step for step, _, _ in recorder.kept] == list(range(6))
+    assert recorder.kept[0][2] is None
+    for (_, before, _), (_, after, action) in pairwise(recorder.kept):
+        # The transition is the identity: nothing was copied.
+        assert after is action
+        assert (after - 0.5 * before.round()).abs().max() < 6
+    assert torch.equal(found, recorder.kept[-1][1].round())
+
+
+def test_gradients_flow_through_a_rollout(mdp):
+    """Of x_K = w^K x_0 + ... with respect to w; without one nothing is recorded."""
+    weight = torch.tensor(0.5, requires_grad=True)
+    (exact,) = torch.autograd.grad(mdp.rollout(Jumping(weight), 4, rng()).sum(), weight)
+    with torch.no_grad():
+        assert not mdp.rollout(Jumping(weight), 4, rng()).requires_grad
+    with torch.no_grad():
+        ends = [float(mdp.rollout(Jumping(0.5 + h), 4, rng()).sum()) for h in (1e-3, -1e-3)]
+    assert float(exact) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-3)
+
+
+def rng():
+    return torch.Generator().manual_seed(8)
+
+
+@pytest.mark.parametrize("inpaint", [None, "half"])
+def test_processes_share_the_episodes_that_one_would_play(inpaint):
+    """Each group of episodes in equal parts, known pixels and all noise included."""
+    mdp = make_mdp("Digits", steps=3, inpaint=inpaint, reward=no_reward)
+    alone = mdp.rollout(Jumping(), 12, rng())
+    shares = [
+        mdp.rollout(Jumping(), 6, rng(), processes=Processes(rank, 2), groups=3) for rank in (0, 1)
+    ]
+    together = torch.cat([share.unflatten(0, (3, 2)) for share in shares], dim=1).flatten(0, 1)
+    assert torch.equal(together, alone)
