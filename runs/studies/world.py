@@ -1,0 +1,145 @@
+"""What a cell is measured on: an environment under a seed, and the scores of its samplers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ...agents import Denoiser, Tableau
+from ...agents.exact import mixture
+from ...agents.sampling import sampler_of
+from ...agents.selection import coordinate_errors
+from ...agents.solvers import make_solver
+from ...critics.evaluation import Evaluation
+from ...envs import Schedule, Target, make_target
+from ...envs.process import make_process
+from ..features import features_for, real_distances
+from ..settings import resolve_device
+from .engine import Options
+
+# The environment whose denoiser is exact instead of cloned, and its noisings.
+MIXTURE, LONG = "Mixture", 1000
+# Added to a cell's seed: noise that no fit has seen.
+HELD_OUT_SEED = 20_001
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How samplers are scored.
+
+    Attributes:
+        samples: most samples of a metric of the distance to real data; 0 leaves these metrics out.
+        held_out: how many noises the error of finished samples is measured on, the mean square of
+            a coordinate, to what the pretrained network's ODE makes of them; 0 leaves it out.
+        reference_steps: of Heun's method, which solves the ODE.
+        before: whether what the learners were given is scored, too.
+        own_noise: whether each seed scores samples of noise of its own.
+        features: whether images are compared in a classifier's features, too.
+    """
+
+    samples: int = 200_000
+    held_out: int = 0
+    reference_steps: int = 1000
+    before: bool = True
+    own_noise: bool = True
+    features: bool = True
+
+
+@lru_cache(maxsize=1)
+def world_of(env: str, seed: int, scoring: Scoring, options: Options) -> World:
+    """Return an environment under a seed: the same one while cells ask for the same."""
+    return World(env, seed, scoring, options)
+
+
+class World:
+    """An environment under a seed: its data, and what samples should be.
+
+    Attributes:
+        calls: network calls of the cell that is run.
+        rounds: of every training, if not the presets'.
+    """
+
+    def __init__(self, env: str, seed: int, scoring: Scoring, options: Options) -> None:
+        self.env, self.seed, self.calls = env, seed, 0
+        self.rounds = options.rounds
+        self._scoring, self._options = scoring, options
+        self._references: dict[tuple[str, float, float], Tensor] = {}
+
+    @cached_property
+    def target(self) -> Target:
+        """The data."""
+        if self.env == MIXTURE:
+            return mixture(make_process(f"linear-{LONG}"), seed=self.seed)[1]
+        device = resolve_device(self._options.device)
+        return make_target(self.env, device=device, data_dir=self._options.data_dir)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The metrics of the data."""
+        options, features = self._options, None
+        if self._scoring.features:
+            weights = options.inception_weights
+            features = features_for(
+                self.target, inception_weights=weights, data_dir=options.data_dir
+            )
+        samples = options.evaluation_samples or self._scoring.samples
+        return Evaluation(self.target, samples, features, real_distances)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """What real samples score."""
+        return self.evaluation.floors if self._scoring.samples else {}
+
+    @property
+    def higher_is_better(self) -> list[str]:
+        """The metrics whose way is up."""
+        if not self._scoring.samples:
+            return []
+        return [name for name, up in self.evaluation.higher_is_better.items() if up]
+
+    def score(
+        self, origin: str, pretrained: Denoiser, tableau: Tableau, denoiser: Denoiser
+    ) -> dict[str, float]:
+        """Score a sampler.
+
+        Args:
+            origin: name of the pretrained network.
+            pretrained: that network, to whose ODE the error is measured.
+            tableau: the sampler's table.
+            denoiser: what the table asks.
+        """
+        scores: dict[str, float] = {}
+        if self._scoring.held_out:
+            start, end = float(tableau.times[0]), float(tableau.times[-1])
+            with torch.no_grad():
+                samples = tableau.sample(denoiser, self._noise(pretrained, start))
+                goal = self._reference(origin, pretrained, start, end)
+            scores["error"] = float(coordinate_errors(samples, goal).mean())
+        if self._scoring.samples:
+            seed = self.seed if self._scoring.own_noise else 0
+            draw = sampler_of(tableau, denoiser, tuple(self.target.shape))
+            scores |= self.evaluation(draw, seed)
+        return scores
+
+    def _noise(self, denoiser: Denoiser, start: float) -> Tensor:
+        """Return noise at time `start` that no fit has seen, (N, *shape)."""
+        generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
+        shape = (self._scoring.held_out, *self.target.shape)
+        return denoiser.process.prior_sample(shape, generator, t=start, device=self.target.device)
+
+    def _reference(self, origin: str, denoiser: Denoiser, start: float, end: float) -> Tensor:
+        """Return what the ODE of a denoiser makes of that noise, by many steps of Heun's method."""
+        process, steps = denoiser.process, self._scoring.reference_steps
+        key = (origin, start, end)
+        if key not in self._references:
+            if process.grid == "karras":
+                schedule = Schedule.karras(process, steps, append_zero=end == 0, start=start)
+            else:
+                ramp = torch.linspace(start, end, steps + 1, dtype=torch.float64)
+                schedule = Schedule(process, ramp)
+            noise = self._noise(denoiser, start)
+            self._references[key] = make_solver("heun", schedule).sample(denoiser, noise)
+        return self._references[key]
