@@ -94,8 +94,10 @@ def headline(columns: Sequence[str]) -> str:
     return (frechet or list(columns))[0]
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """Return a table of strings in Markdown."""
+def markdown(frame: pd.DataFrame, index: str = "") -> str:
+    """Return a table of strings in Markdown; with the index as a first column, if it is named."""
+    if index:
+        frame = frame.rename_axis(index).reset_index()
     lines = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy()]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
