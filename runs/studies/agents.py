@@ -16,6 +16,12 @@ SCORING = Scoring(own_noise=False)
 COLUMNS = ("sliced_wasserstein", "sliced_wasserstein_fresh", "seconds")
 
 
+def _study(title: str, *contenders: Contender, env: str = "SwissRoll", **more: Any) -> Study:
+    """Return a study of agents in one environment."""
+    columns = more.pop("columns", COLUMNS)
+    return Study(title, Grid((env,), contenders, scoring=SCORING, **more), columns)
+
+
 def _tuned(label: str, clone: Clone, agent: str = "sft-pg", **settings: Any) -> Contender:
     return Contender(label, (clone, DDPM, fine_tune(agent, **settings)))
 
@@ -29,8 +35,8 @@ STEP: dict[str, Any] = {
     "schedule": "fast_dpm",
     "schedule_options": {"kind": "step", "spacing": "quadratic"},
 }
+BODY: dict[str, Any] = {"width": 16, "levels": 3}
 T_MIN: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
-TEN_NOISINGS = Clone("linear-1000/10", seed=0, body="small-unet")
 YARDSTICK = "DDPM, every noising"
 
 
@@ -42,90 +48,57 @@ def _variance(kind: str) -> Learn:
     return Learn("variance", {"kind": kind})
 
 
+def _mnist(label: str, n_generator: int, **settings: Any) -> Contender:
+    clone = Clone("linear-1000/10", seed=0, body="small-unet", body_options=BODY)
+    return _tuned(label, clone, evaluations=2, n_generator=n_generator, **settings)
+
+
 STUDIES = {
-    "main": Study(
+    "main": _study(
         "The main job, from nothing, five seeds",
-        Grid(
-            ("SwissRoll",),
-            (_tuned("SFT-PG (B)", OWN),),
-            seeds=(0, 1, 2, 3, 4),
-            scoring=SCORING,
-        ),
-        COLUMNS,
+        _tuned("SFT-PG (B)", OWN),
+        seeds=(0, 1, 2, 3, 4),
     ),
-    "long": Study(
+    "long": _study(
         "The long preset, from nothing",
-        Grid(
-            ("SwissRoll",),
-            (_tuned("SFT-PG (B), long", OWN, preset="long"),),
-            seeds=(0, 1),
-            scoring=SCORING,
-        ),
-        COLUMNS,
+        _tuned("SFT-PG (B), long", OWN, preset="long"),
+        seeds=(0, 1),
     ),
-    "gradients": Study(
-        "Pathwise gradient or policy gradient, gradient penalty or baseline (Fan & Lee 2023, 6.2.2)",
-        Grid(
-            ("SwissRoll",),
-            (
-                _tuned("SFT (GP)", SHARED, "sft"),
-                _tuned("SFT-PG (GP)", SHARED, regularizer="gradient-penalty", coefficient=0.1),
-                SFT_PG_B,
-            ),
-            scoring=SCORING,
-        ),
-        COLUMNS,
+    "gradients": _study(
+        "Pathwise or policy gradient, gradient penalty or baseline (Fan & Lee 2023, 6.2.2)",
+        _tuned("SFT (GP)", SHARED, "sft"),
+        _tuned("SFT-PG (GP)", SHARED, regularizer="gradient-penalty", coefficient=0.1),
+        SFT_PG_B,
     ),
-    "steps": Study(
+    "steps": _study(
         "How few steps (Fan & Lee 2023, Table 1)",
-        Grid(
-            ("SwissRoll",),
-            (SFT_PG_B, Contender("DDPM", (OWN, DDPM), calls=(10, 100, 1000))),
-            calls=(3, 5, 8, 10),
-            scoring=SCORING,
-        ),
-        COLUMNS,
+        SFT_PG_B,
+        Contender("DDPM", (OWN, DDPM), calls=(10, 100, 1000)),
+        calls=(3, 5, 8, 10),
     ),
-    "ingredients": Study(
+    "ingredients": _study(
         "What our additions to SFT-PG (B) earn",
-        Grid(
-            ("SwissRoll",),
-            (
-                SFT_PG_B,
-                _tuned("V alone", SHARED, residual_baseline=False),
-                _tuned("GAE lambda = 1", SHARED, gae_lambda=1.0),
-                _tuned("all states for V", SHARED, baseline_states=10),
-                _tuned("PPO ratio clip 0.2", SHARED, clip_range=0.2),
-            ),
-            scoring=SCORING,
-        ),
-        COLUMNS,
+        SFT_PG_B,
+        _tuned("V alone", SHARED, residual_baseline=False),
+        _tuned("GAE lambda = 1", SHARED, gae_lambda=1.0),
+        _tuned("all states for V", SHARED, baseline_states=10),
+        _tuned("PPO ratio clip 0.2", SHARED, clip_range=0.2),
     ),
-    "digits": Study(
+    "digits": _study(
         "Real 8x8 digits in ten steps",
-        Grid(("Digits",), (SFT_PG_B,), scoring=SCORING),
-        ("sliced_wasserstein", "sliced_wasserstein_fresh", "mmd", "seconds"),
+        SFT_PG_B,
+        env="Digits",
+        columns=("sliced_wasserstein", "sliced_wasserstein_fresh", "mmd", "seconds"),
     ),
-    "mnist": Study(
+    "mnist": _study(
         "MNIST: a DDPM of ten steps, then SFT-PG (B) (Fan & Lee 2023, Table 2)",
-        Grid(
-            ("MNIST",),
-            (
-                _tuned("1 generator step", TEN_NOISINGS, n_generator=1, evaluations=2),
-                # The gradient's norm is about 0.01: never clipped, now and then, always.
-                *(
-                    _tuned(
-                        f"5 generator steps, gamma {gamma:g}",
-                        TEN_NOISINGS,
-                        n_generator=5,
-                        max_grad_norm=gamma,
-                        evaluations=2,
-                    )
-                    for gamma in (1.0, 0.01, 0.003)
-                ),
-            ),
-            scoring=SCORING,
-        ),
+        _mnist("1 generator step", 1),
+        # The gradient's norm is about 0.01: never clipped, now and then, always.
+        _mnist("5 generator steps, gamma 1", 5, max_grad_norm=1.0),
+        _mnist("5 generator steps, gamma 0.01", 5, max_grad_norm=0.01),
+        _mnist("5 generator steps, gamma 0.003", 5, max_grad_norm=0.003),
+        env="MNIST",
+        columns=(),
     ),
     "samplers": Study(
         "Few-step samplers of one DDPM on the digits (the shape of Fan & Lee 2023, Table 3)",
@@ -145,9 +118,7 @@ STUDIES = {
                 _sampler("DPM-Solver++ (2M)", Sample("dpm-solver++-2m", **T_MIN)),
                 _sampler("D-DDIM", Sample("ddim", **EVEN), Learn("dode")),
                 _sampler(
-                    "SFT-PG (B)",
-                    Sample("fast-dpm", {"last_std": 0.05}, **VAR),
-                    fine_tune("sft-pg"),
+                    "SFT-PG (B)", Sample("fast-dpm", {"last_std": 0.05}, **VAR), fine_tune("sft-pg")
                 ),
             ),
             calls=(10, 5),

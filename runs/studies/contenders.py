@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 
 from ...critics.shapes import is_vector
+from ..benchmark_settings import BenchmarkSettings
 from ..threads import threads
-from .engine import Cell, Options, Record
+from .engine import Cell, Record
 from .stages import Stage, run_chain
 from .tables import BEFORE, FLOOR
-from .world import Scoring, world_of
+from .world import Scoring, World
+
+# The same world while cells ask for the same.
+_world = lru_cache(maxsize=1)(World)
+PLAIN = Scoring()
 
 
 @dataclass(frozen=True)
@@ -32,78 +36,52 @@ class Contender:
     envs: tuple[str, ...] | None = None
     calls: tuple[int, ...] | None = None
 
+    def run(
+        self, env: str, seed: int, calls: int, scoring: Scoring, settings: BenchmarkSettings
+    ) -> Record:
+        """Run the chain and score what it ends in."""
+        world = _world(env, seed, scoring, settings)
+        with threads(settings.threads or (1 if is_vector(world.target.shape) else None)):
+            sampler = run_chain(self.stages, world, calls)
+            assert sampler.tableau is not None, "A chain chooses a solver."
+            origin = sampler.origin, sampler.pretrained
+            scores: Record = world.score(*origin, sampler.tableau, sampler.denoiser)
+            if sampler.before is not None and scoring.before:
+                before = world.score(*origin, *sampler.before)
+                scores |= {name + BEFORE: value for name, value in before.items()}
+        if scoring.samples:
+            metrics = world.evaluation.metrics
+            scores |= {metric.name + FLOOR: metric.floor for metric in metrics}
+            scores["higher_is_better"] = [m.name for m in metrics if m.higher_is_better]
+        where = {"env": env, "process": repr(sampler.denoiser.process), "solver": self.solver}
+        who = {"contender": self.label, "calls": sampler.tableau.nfe, "seed": seed}
+        return {**where, **who, **scores, "seconds": 0.0, **sampler.facts}
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a study: environment x seed x contender x network calls."""
+    """The cells of a study: environment x seed x contender x network calls; flags win."""
 
     envs: tuple[str, ...]
     contenders: tuple[Contender, ...]
     calls: tuple[int, ...] = (10,)
     seeds: tuple[int, ...] = (0,)
-    scoring: Scoring = Scoring()
+    scoring: Scoring = PLAIN
 
-    def __call__(self, options: Options, folder: Path) -> list[Cell]:
-        """Return the cells; the options' seeds and calls win."""
-        return [
-            self._cell(env, seed, contender, calls, options, folder)
-            for env in self.envs
-            for seed in options.seeds or self.seeds
-            for contender in self.contenders
-            if env in (contender.envs or self.envs)
-            for calls in contender.calls or options.steps or self.calls
-        ]
-
-    def _cell(
-        self,
-        env: str,
-        seed: int,
-        contender: Contender,
-        calls: int,
-        options: Options,
-        folder: Path,
-    ) -> Cell:
-        parts = [env, contender.solver, contender.label, str(calls), f"seed{seed}"]
-        parts += [f"rounds{options.rounds}"] if options.rounds else []
-        key = "__".join("-".join(_words(part)) for part in parts if part)
-        run = partial(run_contender, contender, env, seed, calls, self.scoring, options, folder)
-        return Cell(key, run)
+    def __call__(self, settings: BenchmarkSettings) -> list[Cell]:
+        """Return the cells."""
+        cells = []
+        for env in self.envs:
+            for seed in settings.seeds or self.seeds:
+                for each in self.contenders:
+                    for calls in each.calls or settings.steps or self.calls:
+                        if env in (each.envs or self.envs):
+                            parts = [env, each.solver, each.label, f"{calls}", f"seed{seed}"]
+                            parts += [f"rounds{settings.rounds}"] if settings.rounds else []
+                            run = partial(each.run, env, seed, calls, self.scoring, settings)
+                            cells.append(Cell("__".join(_slug(p) for p in parts if p), run))
+        return cells
 
 
-def run_contender(
-    contender: Contender,
-    env: str,
-    seed: int,
-    calls: int,
-    scoring: Scoring,
-    options: Options,
-    folder: Path,
-) -> Record:
-    """Run a contender's chain and score what it ends in; return the record."""
-    world = world_of(env, seed, scoring, options)
-    world.calls = calls
-    with threads(options.threads or (1 if is_vector(world.target.shape) else None)):
-        sampler = run_chain(contender.stages, world, folder.parent / "denoisers", folder / "stages")
-        assert sampler.tableau is not None, "A chain has a Sample stage."
-        origin = sampler.origin, sampler.pretrained
-        scores = world.score(*origin, sampler.tableau, sampler.denoiser)
-        if sampler.before is not None and scoring.before:
-            before = world.score(*origin, *sampler.before)
-            scores |= {name + BEFORE: value for name, value in before.items()}
-    return {
-        "env": env,
-        "process": repr(sampler.denoiser.process),
-        "solver": contender.solver,
-        "contender": contender.label,
-        "calls": sampler.tableau.nfe,
-        "seed": seed,
-        **scores,
-        **{name + FLOOR: value for name, value in world.floors.items()},
-        "higher_is_better": world.higher_is_better,
-        "seconds": 0.0,
-        **sampler.facts,
-    }
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() or c == "+" else " " for c in text).lower().split()
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c == "+" else " " for c in text).lower().split())

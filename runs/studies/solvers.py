@@ -19,26 +19,29 @@ SCORING = Scoring(20_000, held_out=2000, features=False)
 COLUMNS = ("error", "factor error", "sliced_wasserstein_fresh", "mmd", "returned", "seconds")
 
 Start = tuple[str, Clone, Sample]
-DDIM: Start = ("DDIM", VP, Sample("ddim", **UNIFORM))
-IPNDM: Start = ("iPNDM-4", VP, Sample("ipndm", **UNIFORM))
-DPM_2M: Start = ("DPM-Solver++ 2M", VP, Sample("dpm-solver++-2m", **UNIFORM))
+
+
+def _vp(label: str, solver: str) -> Start:
+    return label, VP, Sample(solver, **UNIFORM)
+
+
+DDIM, IPNDM, DPM_2M = (
+    _vp("DDIM", "ddim"),
+    _vp("iPNDM-4", "ipndm"),
+    _vp("DPM-Solver++ 2M", "dpm-solver++-2m"),
+)
 EDM_EULER: Start = ("DDIM (EDM)", EDM, Sample("euler", **KARRAS))
 EDM_HEUN: Start = ("EDM Heun", EDM, Sample("heun", **KARRAS))
-STARTS: tuple[Start, ...] = (
+STARTS = (
     DDIM,
     IPNDM,
-    *(
-        (label, VP, Sample(solver, **UNIFORM))
-        for label, solver in (
-            ("DEIS-3", "deis"),
-            ("DPM-Solver-2", "dpm-solver-2"),
-            ("DPM-Solver-3", "dpm-solver-3"),
-            ("DDIM (data)", "euler"),
-        )
-    ),
+    _vp("DEIS-3", "deis"),
+    _vp("DPM-Solver-2", "dpm-solver-2"),
+    _vp("DPM-Solver-3", "dpm-solver-3"),
+    _vp("DDIM (data)", "euler"),
     DPM_2M,
-    ("DPM-Solver++ 2S", VP, Sample("dpm-solver++-2s", **UNIFORM)),
-    ("DPM-Solver++ 3S", VP, Sample("dpm-solver++-3s", **UNIFORM)),
+    _vp("DPM-Solver++ 2S", "dpm-solver++-2s"),
+    _vp("DPM-Solver++ 3S", "dpm-solver++-3s"),
     EDM_EULER,
     EDM_HEUN,
 )
@@ -83,12 +86,19 @@ LEARNERS = (
 )
 
 
-def _weak(learner: Contender, clone: Clone, grid: dict[str, Any], name: str) -> Contender:
+def _weak(learner: Contender, start: Start) -> Contender:
+    solver, clone, sample = start
     network = "EDM, to level 80" if clone is EDM else "noise predictor, linear-1000"
-    solver = {"ddim": "DDIM", "dpm-solver++-2m": "DPM-Solver++ 2M"}[name]
-    stages = (replace(clone, rounds=WEAK_ROUNDS), Sample(name, **grid), *learner.stages)
+    stages = (replace(clone, rounds=WEAK_ROUNDS), sample, *learner.stages)
     return replace(learner, stages=stages, solver=f"{solver} ({network})")
 
+
+WEAK_STARTS = (
+    DDIM,
+    DPM_2M,
+    ("DDIM", EDM, Sample("ddim", **KARRAS)),
+    ("DPM-Solver++ 2M", EDM, Sample("dpm-solver++-2m", **KARRAS)),
+)
 
 STUDIES = {
     "dode": _distilled(
@@ -128,12 +138,7 @@ STUDIES = {
         "What learners return, and what they were given, on exact denoisers and weak networks",
         Grid(
             (MIXTURE, "Digits"),
-            tuple(
-                _weak(learner, clone, grid, name)
-                for clone, grid in ((VP, UNIFORM), (EDM, KARRAS))
-                for name in ("ddim", "dpm-solver++-2m")
-                for learner in LEARNERS
-            ),
+            tuple(_weak(learner, start) for start in WEAK_STARTS for learner in LEARNERS),
             (6, 10),
             (0, 1, 2),
             Scoring(0, held_out=1000, reference_steps=400),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from ...agents.solvers import make_solver
 from ...critics.evaluation import Evaluation
 from ...envs import Schedule, Target, make_target
 from ...envs.process import make_process
+from ..benchmark_settings import BenchmarkSettings
 from ..features import features_for, real_distances
 from ..settings import resolve_device
-from .engine import Options
 
-# The environment whose denoiser is exact instead of cloned, and its noisings.
+# The environment whose denoiser is exact instead of cloned; the noisings of a long process.
 MIXTURE, LONG = "Mixture", 1000
 # Added to a cell's seed: noise that no fit has seen.
 HELD_OUT_SEED = 20_001
@@ -32,8 +32,8 @@ class Scoring:
 
     Attributes:
         samples: most samples of a metric of the distance to real data; 0 leaves these metrics out.
-        held_out: how many noises the error of finished samples is measured on, the mean square of
-            a coordinate, to what the pretrained network's ODE makes of them; 0 leaves it out.
+        held_out: how many noises the error is measured on, the mean square of a coordinate of what
+            a sampler and the pretrained network's ODE make of the same noise; 0 leaves it out.
         reference_steps: of Heun's method, which solves the ODE.
         before: whether what the learners were given is scored, too.
         own_noise: whether each seed scores samples of noise of its own.
@@ -48,57 +48,34 @@ class Scoring:
     features: bool = True
 
 
-@lru_cache(maxsize=1)
-def world_of(env: str, seed: int, scoring: Scoring, options: Options) -> World:
-    """Return an environment under a seed: the same one while cells ask for the same."""
-    return World(env, seed, scoring, options)
-
-
+@dataclass(frozen=True)
 class World:
-    """An environment under a seed: its data, and what samples should be.
+    """An environment under a seed: its data, and what samples should be."""
 
-    Attributes:
-        calls: network calls of the cell that is run.
-        rounds: of every training, if not the presets'.
-    """
-
-    def __init__(self, env: str, seed: int, scoring: Scoring, options: Options) -> None:
-        self.env, self.seed, self.calls = env, seed, 0
-        self.rounds = options.rounds
-        self._scoring, self._options = scoring, options
-        self._references: dict[tuple[str, float, float], Tensor] = {}
+    env: str
+    seed: int
+    scoring: Scoring
+    settings: BenchmarkSettings
+    _references: dict[tuple[str, float, float], Tensor] = field(default_factory=dict, compare=False)
 
     @cached_property
     def target(self) -> Target:
         """The data."""
         if self.env == MIXTURE:
             return mixture(make_process(f"linear-{LONG}"), seed=self.seed)[1]
-        device = resolve_device(self._options.device)
-        return make_target(self.env, device=device, data_dir=self._options.data_dir)
+        device = resolve_device(self.settings.device)
+        return make_target(self.env, device=device, data_dir=self.settings.data_dir)
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The metrics of the data."""
-        options, features = self._options, None
-        if self._scoring.features:
-            weights = options.inception_weights
+        """The metrics of the distance to the data."""
+        given, features = self.settings, None
+        if self.scoring.features:
             features = features_for(
-                self.target, inception_weights=weights, data_dir=options.data_dir
+                self.target, inception_weights=given.inception_weights, data_dir=given.data_dir
             )
-        samples = options.evaluation_samples or self._scoring.samples
+        samples = given.evaluation_samples or self.scoring.samples
         return Evaluation(self.target, samples, features, real_distances)
-
-    @property
-    def floors(self) -> dict[str, float]:
-        """What real samples score."""
-        return self.evaluation.floors if self._scoring.samples else {}
-
-    @property
-    def higher_is_better(self) -> list[str]:
-        """The metrics whose way is up."""
-        if not self._scoring.samples:
-            return []
-        return [name for name, up in self.evaluation.higher_is_better.items() if up]
 
     def score(
         self, origin: str, pretrained: Denoiser, tableau: Tableau, denoiser: Denoiser
@@ -112,27 +89,26 @@ class World:
             denoiser: what the table asks.
         """
         scores: dict[str, float] = {}
-        if self._scoring.held_out:
+        if self.scoring.held_out:
             start, end = float(tableau.times[0]), float(tableau.times[-1])
             with torch.no_grad():
                 samples = tableau.sample(denoiser, self._noise(pretrained, start))
                 goal = self._reference(origin, pretrained, start, end)
             scores["error"] = float(coordinate_errors(samples, goal).mean())
-        if self._scoring.samples:
-            seed = self.seed if self._scoring.own_noise else 0
+        if self.scoring.samples:
             draw = sampler_of(tableau, denoiser, tuple(self.target.shape))
-            scores |= self.evaluation(draw, seed)
+            scores |= self.evaluation(draw, self.seed if self.scoring.own_noise else 0)
         return scores
 
     def _noise(self, denoiser: Denoiser, start: float) -> Tensor:
         """Return noise at time `start` that no fit has seen, (N, *shape)."""
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
-        shape = (self._scoring.held_out, *self.target.shape)
+        shape = (self.scoring.held_out, *self.target.shape)
         return denoiser.process.prior_sample(shape, generator, t=start, device=self.target.device)
 
     def _reference(self, origin: str, denoiser: Denoiser, start: float, end: float) -> Tensor:
         """Return what the ODE of a denoiser makes of that noise, by many steps of Heun's method."""
-        process, steps = denoiser.process, self._scoring.reference_steps
+        process, steps = denoiser.process, self.scoring.reference_steps
         key = (origin, start, end)
         if key not in self._references:
             if process.grid == "karras":
