@@ -26,9 +26,8 @@ from ...agents.bodies import new_denoiser
 from ...agents.exact import mixture
 from ...agents.presets import preset
 from ...agents.solvers import default_schedule, make_solver, solver_within
-from ...envs import DiffusionMDP, Schedule, make_schedule
-from ...envs.mdp import no_reward
-from ...envs.process import NoiseProcess, make_process
+from ...envs import Schedule, make_schedule
+from ...envs.process import make_process
 from ...envs.registration import ENVIRONMENTS
 from ..folder import read_record, write_json
 from ..logs import make_logger, read_live_metric
@@ -102,7 +101,7 @@ class Clone:
         body = self.body or budget.body
         what = (process.to_config(), body, self.body_options, rounds)
         folder = world.settings.folder.parent / "denoisers" / _name(world.env, "clone", seed, what)
-        mdp = _mdp(world, process)
+        mdp = world.mdp(process)
         new = new_denoiser(mdp, seed, budget.prediction, body, self.body_options)
         agent = BehaviorCloning.for_environment(mdp, new, seed=seed)
         _train(agent, folder, rounds)
@@ -193,7 +192,7 @@ class Learn:
             settings["solver"], options = sampler.solver
             settings |= {"solver_options": dict(options)} if options else {}
         return AGENTS[self.agent].for_environment(
-            _mdp(world, sampler.denoiser.process, sampler.schedule),
+            world.mdp(sampler.denoiser.process, sampler.schedule),
             copy.deepcopy(sampler.denoiser),
             preset=self.preset,
             seed=world.seed + self.seed_offset,
@@ -259,12 +258,6 @@ def _train(
             facts["curve"] = curve
         write_json(folder / DONE, facts)
         return facts
-
-
-def _mdp(world: World, process: NoiseProcess, schedule: Schedule | None = None) -> DiffusionMDP:
-    """Return the environment, with a reward that costs nothing; agents bring their own."""
-    times = schedule or Schedule.uniform(process, 10)
-    return DiffusionMDP(world.target, process, times, no_reward)
 
 
 def _name(env: str, what: str, seed: int, *parts: object) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..plots import curve_figure, dots_figure
 
 BEFORE, FLOOR, FACTOR = " before", " floor", "factor "
-COORDINATES = ["env", "process", "solver", "contender", "calls"]
+COORDINATES = ["env", "solver", "contender", "calls"]
 FORMATS = {"seconds": "{:.0f}", "training calls": "{:.2e}"}
 
 
@@ -50,13 +50,13 @@ def report(
 
 
 def summary(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the table as strings, one row a group; process and solver only where they vary.
+    """Return the table as strings, one row a group, with the solver only where it varies.
 
     Args:
         frame: the records.
         columns: names of scores; "factor NAME" is before / after; what is no number is counted.
     """
-    shown = [c for c in COORDINATES if c not in ("process", "solver") or frame[c].nunique() > 1]
+    shown = [name for name in COORDINATES if name != "solver" or frame[name].nunique() > 1]
     rows = [
         {name: str(rows[name].iloc[0]) for name in shown} | {c: _entry(rows, c) for c in columns}
         for rows in groups(frame)
@@ -148,9 +148,8 @@ def _values(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    """Return what a group is called: its coordinates, without the process."""
-    first = rows.iloc[0]
-    return [str(first[name]) for name in COORDINATES if name != "process" and first[name] != ""]
+    """Return what a group is called: its coordinates, as far as they say something."""
+    return [str(value) for value in rows.iloc[0][COORDINATES] if value != ""]
 
 
 def _where(frame: pd.DataFrame, holds: Callable[[pd.DataFrame], bool]) -> str:

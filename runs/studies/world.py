@@ -14,8 +14,9 @@ from ...agents.sampling import sampler_of
 from ...agents.selection import coordinate_errors
 from ...agents.solvers import make_solver
 from ...critics.evaluation import Evaluation
-from ...envs import Schedule, Target, make_target
-from ...envs.process import make_process
+from ...envs import DiffusionMDP, Schedule, Target, make_target
+from ...envs.mdp import no_reward
+from ...envs.process import NoiseProcess, make_process
 from ..benchmark_settings import BenchmarkSettings
 from ..features import features_for, real_distances
 from ..settings import resolve_device
@@ -76,6 +77,11 @@ class World:
             )
         samples = given.evaluation_samples or self.scoring.samples
         return Evaluation(self.target, samples, features, real_distances)
+
+    def mdp(self, process: NoiseProcess, schedule: Schedule | None = None) -> DiffusionMDP:
+        """Return the environment, with a reward that costs nothing; agents bring their own."""
+        times = schedule or Schedule.uniform(process, 10)
+        return DiffusionMDP(self.target, process, times, no_reward)
 
     def score(
         self, origin: str, pretrained: Denoiser, tableau: Tableau, denoiser: Denoiser
