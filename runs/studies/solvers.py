@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,7 @@ STARTS = (
 def _distilled(
     title: str,
     starts: Iterable[Start],
-    treatments: Mapping[str, Mapping[str, Any]],
+    treatments: dict[str, dict[str, Any]],
     calls: tuple[int, ...] = (5, 10, 15),
 ) -> Study:
     """Return the study of D-ODE with several settings on several solvers."""

@@ -13,7 +13,7 @@ import copy
 import time
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from stable_baselines3.common.logger import Logger
 from ...agents import AGENTS, BehaviorCloning, Denoiser, Tableau
 from ...agents.base import Agent
 from ...agents.bodies import new_denoiser
+from ...agents.denoiser import Prediction
 from ...agents.exact import mixture
 from ...agents.presets import preset
 from ...agents.solvers import default_schedule, make_solver, solver_within
@@ -37,7 +38,7 @@ from .world import LONG, MIXTURE, World
 
 # Written when a stage is finished: what the record says of it.
 DONE = "done.json"
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Clone:
         seed = world.seed if self.seed is None else self.seed
         if world.env == MIXTURE:
             process = make_process(self.process or f"linear-{LONG}")
-            prediction = "sample" if process.grid == "karras" else "epsilon"
-            exact = mixture(process, prediction=prediction, seed=seed)[0].to(world.target.device)
+            predicts: Prediction = "sample" if process.grid == "karras" else "epsilon"
+            exact = mixture(process, prediction=predicts, seed=seed)[0].to(world.target.device)
             return Sampler(exact, exact, repr(process))
         process = ENVIRONMENTS[world.env].process(self.noisings or calls)
         if self.process is not None:

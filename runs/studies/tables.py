@@ -7,7 +7,7 @@ have beside it "NAME before", of what the contender was given, and "NAME floor",
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -36,16 +36,16 @@ def report(
     ]
     for column in columns:
         if column.startswith(FACTOR):
-            names = _where(frame, lambda rows, name=column: (_values(rows, name) <= 1).any())
-            notes.append(f"{column.capitalize()} not above 1 for every seed: {names}.")
+            worse = [rows for rows in groups(frame) if (_values(rows, column) <= 1).any()]
+            notes.append(f"{column.capitalize()} not above 1 for every seed: {_listed(worse)}.")
     if "collapsed" in frame:
-        names = _where(frame, lambda rows: rows["collapsed"].eq(True).any())
-        notes.append(f"Stopped because the samples' variance fell, for some seed: {names}.")
+        fell = [rows for rows in groups(frame) if rows["collapsed"].eq(True).any()]
+        notes.append(f"Stopped because the samples' variance fell, in a seed: {_listed(fell)}.")
     if yardstick is not None:
         metric = headline(columns)
         yard = frame[frame["contender"] == yardstick].set_index("seed")[metric]
-        names = _where(frame, lambda rows: (rows[metric] < rows["seed"].map(yard)).all())
-        notes.append(f"Better than '{yardstick}' in {metric} for every seed: {names}.")
+        better = [r for r in groups(frame) if (r[metric] < r["seed"].map(yard)).all()]
+        notes.append(f"Better than '{yardstick}' in {metric} for every seed: {_listed(better)}.")
     return "\n\n".join([f"**{title}**", markdown(summary(frame, columns)), *notes])
 
 
@@ -152,6 +152,6 @@ def _names(rows: pd.DataFrame) -> list[str]:
     return [str(value) for value in rows.iloc[0][COORDINATES] if value != ""]
 
 
-def _where(frame: pd.DataFrame, holds: Callable[[pd.DataFrame], bool]) -> str:
-    """Name the groups that something holds for."""
-    return "; ".join(", ".join(_names(rows)) for rows in groups(frame) if holds(rows)) or "none"
+def _listed(some: Sequence[pd.DataFrame]) -> str:
+    """Name groups in one line."""
+    return "; ".join(", ".join(_names(rows)) for rows in some) or "none"
