@@ -5,7 +5,7 @@ Everything else (name, version, dependencies, the ``fewstep`` command) is in pyp
 
 from setuptools import find_packages, setup
 
-TOP = ["envs", "agents", "critics", "runs"]
+TOP = ["common", "envs", "agents", "critics", "runs"]
 SUB = find_packages(include=[pattern for top in TOP for pattern in (top, f"{top}.*")])
 
 setup(

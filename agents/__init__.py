@@ -6,19 +6,19 @@ learning measures how much noise its steps want. A `Tableau` is a sampler as a t
 which `solvers` build.
 """
 
+from ..common.checkpoint import CheckpointError
+from ..common.optimisation import TrainingDivergedError
 from .base import Agent
-from .checkpoint import CheckpointError
 from .cloning import BehaviorCloning
-from .denoiser import Denoiser
-from .dode import DODE
+from .denoisers.denoiser import Denoiser
+from .denoisers.networks.unet import UNet2D
 from .policies import DenoiserPolicy, SolverPolicy
-from .schedule_learning import ScheduleLearning
-from .sft import SFT
-from .sft_pg import SFTPG
-from .tableau import Tableau
-from .training import TrainingDivergedError
-from .unet import UNet2D
-from .variance import VarianceLearning
+from .policy_gradient.sft import SFT
+from .policy_gradient.sft_pg import SFTPG
+from .samplers.tableau import Tableau
+from .solver_learning.dode import DODE
+from .solver_learning.schedule_learning import ScheduleLearning
+from .variance.learning import VarianceLearning
 
 AGENTS: dict[str, type[Agent]] = {
     agent.name: agent

@@ -19,13 +19,13 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
+from ..common.arguments import checked
 from ..critics import make_baseline
-from ..critics.arguments import checked
 from ..envs.clock import TimestepSpace
-from .chain import TIME_ROUNDING, GaussianChain, Reduction, gaussian_log_density
-from .denoiser import Denoiser
-from .sampling import sample
-from .tableau import Tableau
+from .denoisers.denoiser import Denoiser
+from .samplers.gaussian import TIME_ROUNDING, GaussianChain, Reduction, gaussian_log_density
+from .samplers.sampling import sample
+from .samplers.tableau import Tableau
 
 State = tuple[np.ndarray, ...]
 

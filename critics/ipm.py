@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .arguments import checked
+from ..common.arguments import checked
+from ..common.distributed import Processes
+from ..common.names import unknown_name
+from ..common.precision import Precision, check_precision, lower_precision
 from .checks import check_finite, check_samples
-from .names import unknown_name
-from .precision import Precision, check_precision, lower_precision
-from .processes import Processes
 
 # Each regulariser and the default of its coefficient; None where there is none to set.
 REGULARIZERS: dict[str, float | None] = {

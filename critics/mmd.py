@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import checked
+from ..common.arguments import checked
+from ..common.names import unknown_name
 from .checks import check_finite, check_samples
-from .names import unknown_name
 
 KERNELS = ("energy", "gaussian")
 

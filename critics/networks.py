@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import checked
-from .precision import in_full_precision
-from .shapes import is_image
+from ..common.arguments import checked
+from ..common.precision import in_full_precision
+from ..common.shapes import is_image
 
 
 class FourierFeatures(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.distributed import Processes
 from .checks import rewards_of
-from .processes import Processes
 
 
 class RewardCritic(nn.Module):

@@ -6,16 +6,16 @@ Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
 ``fewstep/CIFAR10-v0``, ``fewstep/CelebA64-v0`` and ``fewstep/ImageFolder-v0``.
 """
 
+from ..common.names import unknown_name
 from .mdp import DiffusionMDP
-from .names import unknown_name
 from .numpy_vector import NumpyVectorEnv
-from .process import VE, DiscreteVP, NoiseProcess, make_process
+from .processes.process import VE, DiscreteVP, NoiseProcess, make_process
 from .registration import ENVIRONMENTS, make_mdp, register_environments
 from .sb3 import SB3VecEnv
-from .schedule import Schedule, make_schedule
+from .schedules.schedule import Schedule, make_schedule
+from .schedules.spacings import refine_times
 from .single import DiffusionEnv
-from .spacings import refine_times
-from .targets import Target, make_target
+from .targets.target import Target, make_target
 from .vector import DiffusionVectorEnv
 
 register_environments()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from .process import NoiseProcess
-from .schedule import Schedule
+from .processes.process import NoiseProcess
+from .schedules.schedule import Schedule
 
 
 class TimestepSpace(gym.spaces.Box):

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..critics.checks import rewards_of
 from ..critics.mmd import MMDCritic
-from .process import NoiseProcess
-from .schedule import Schedule
-from .targets import Target
+from .processes.process import NoiseProcess
+from .schedules.schedule import Schedule
+from .targets.target import Target
 
 Observation = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]

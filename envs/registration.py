@@ -15,13 +15,13 @@ from typing import Any
 import gymnasium as gym
 import torch
 
-from ..critics.arguments import checked
-from .images import IMAGE_SETS
+from ..common.arguments import checked
+from ..common.names import unknown_name
 from .mdp import DiffusionMDP, Reward
-from .names import unknown_name
-from .process import DiscreteVP, NoiseProcess
-from .schedule import Schedule, listed_times, make_schedule
-from .targets import Target, make_target
+from .processes.process import DiscreteVP, NoiseProcess
+from .schedules.schedule import Schedule, listed_times, make_schedule
+from .targets.images import IMAGE_SETS
+from .targets.target import Target, make_target
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..critics.shapes import is_image, is_vector
+from ..common.shapes import is_image, is_vector
 
 BACKGROUND, REAL, GENERATED = (255, 255, 255), (205, 210, 220), (214, 69, 65)
 MAX_REAL = 5_000

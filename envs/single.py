@@ -10,11 +10,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from ..critics.arguments import checked
+from ..common.arguments import checked
 from .mdp import DiffusionMDP, Observation, Reward
-from .process import NoiseProcess
-from .schedule import Schedule
-from .targets import Target
+from .processes.process import NoiseProcess
+from .schedules.schedule import Schedule
+from .targets.target import Target
 from .vector import DiffusionVectorEnv, observation_space, to_tensor, with_horizon
 
 NumpyObservation = dict[str, np.ndarray]

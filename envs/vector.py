@@ -21,16 +21,16 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ..critics.arguments import checked
-from ..critics.shapes import is_vector
+from ..common.arguments import checked
+from ..common.names import unknown_name
+from ..common.shapes import is_vector
 from .clock import TimestepSpace
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
-from .names import unknown_name
-from .process import NoiseProcess
+from .processes.process import NoiseProcess
 from .registration import make_mdp
 from .rendering import MAX_REAL, frame
-from .schedule import Schedule, make_schedule
-from .targets import Target
+from .schedules.schedule import Schedule, make_schedule
+from .targets.target import Target
 
 RESET_OPTIONS = ("schedule", "sample", "reset_mask")
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TextIO
 
-from .flags import with_flags
+from .settings.flags import with_flags
 
 LONGEST_MESSAGE = 2000
 
@@ -29,9 +29,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("analyze", "show what a solver and its distilled version do on the way"),
     "sample": ("sample", "draw samples to a file"),
     "export": ("export", "write a denoiser and its sampler as a pipeline of diffusers"),
-    "benchmark": ("commands.benchmark", "run a declared study: a table and a plot"),
-    "envs": ("listing", "list the environments"),
-    "agents": ("listing", "list the agents and solvers"),
+    "benchmark": ("benchmark", "run a declared study: a table and a plot"),
+    "envs": ("list", "list the environments"),
+    "agents": ("list", "list the agents and solvers"),
 }
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error, code=2)
     except RuntimeError as error:
-        from ..agents.training import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
+        from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
         if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             advice = "Take fewer samples, smaller batches or --device cpu."
@@ -86,10 +86,10 @@ def usage() -> str:
 
 def _command(name: str) -> Callable[[list[str]], None]:
     if name not in COMMANDS:
-        from ..envs.names import unknown_name
+        from ..common.names import unknown_name
 
         raise unknown_name("command", name, COMMANDS)
-    module = import_module(f".{COMMANDS[name][0]}", __package__)
+    module = import_module(f".commands.{COMMANDS[name][0]}", __package__)
     return getattr(module, name if name in ("envs", "agents") else "main")
 
 
@@ -132,7 +132,7 @@ def quiet_writers() -> Iterator[None]:
 
 
 def _lost_peer(error: RuntimeError) -> bool:
-    from .distributed import LostPeerError
+    from .run.joining import LostPeerError
 
     return isinstance(error, LostPeerError)
 

@@ -20,17 +20,17 @@ from image_files import write_celeba, write_cifar10, write_folder, write_mnist
 from mutations import mutated_bytes, mutated_text, mutated_tree
 
 from fewstep.agents import Denoiser, Tableau, VarianceLearning
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.agents.networks import MLP, ResidualMLP
+from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP
+from fewstep.agents.denoisers.networks.unet import UNet2D
 from fewstep.agents.solvers import ddim
-from fewstep.agents.unet import UNet2D
-from fewstep.critics.classifier import ClassifierFeatures
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.critics.metrics.classifier import ClassifierFeatures
 from fewstep.envs import DiscreteVP, Schedule, make_target
 from fewstep.envs.registration import make_mdp
 from fewstep.runs.cli import main
-from fewstep.runs.folder import RunFolder
-from fewstep.runs.settings import Settings, defaults
-from fewstep.runs.train import Run
+from fewstep.runs.commands.train import Run
+from fewstep.runs.run.folder import RunFolder
+from fewstep.runs.settings.train import Settings, defaults
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 REFUSALS = (ValueError, OSError)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...envs.names import unknown_name
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...common.names import unknown_name
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral
 from .ddim import ddim
@@ -21,7 +21,7 @@ from .singlestep import singlestep_orders
 from .table import SOLVERS, Options, Solver
 
 if TYPE_CHECKING:
-    from ..denoiser import Denoiser
+    from ..denoisers.denoiser import Denoiser
 
 
 def make_solver(

@@ -18,10 +18,10 @@ import math
 import numpy as np
 from torch import Tensor
 
-from ...critics.arguments import checked
-from ...envs.process import DiscreteVP
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...common.arguments import checked
+from ...envs.processes.process import DiscreteVP
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .ancestral import ancestral
 from .ddim import ddim
 from .rows import with_last_std

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...critics.arguments import checked
-from ...envs.schedule import Schedule
-from ..denoiser import Variance
-from ..tableau import Tableau, one_step_tableau
+from ...common.arguments import checked
+from ...envs.schedules.schedule import Schedule
+from ..denoisers.denoiser import Variance
+from ..samplers.tableau import Tableau, one_step_tableau
 from .rows import with_last_std
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...critics.arguments import checked
-from ...envs.schedule import Schedule
-from ..tableau import Output, Tableau, one_step_tableau
+from ...common.arguments import checked
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Output, Tableau, one_step_tableau
 
 
 @checked

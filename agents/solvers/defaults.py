@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...envs.ends import default_first_time, is_clean
-from ...envs.names import unknown_name
-from ...envs.process import NoiseProcess
-from ...envs.schedule import SCHEDULES, Schedule, make_schedule, schedule_options
+from ...common.names import unknown_name
+from ...envs.processes.process import NoiseProcess
+from ...envs.schedules.ends import default_first_time, is_clean
+from ...envs.schedules.schedule import SCHEDULES, Schedule, make_schedule, schedule_options
 from .table import SOLVERS, Options
 
 if TYPE_CHECKING:
-    from ..denoiser import Denoiser
+    from ..denoisers.denoiser import Denoiser
 
 
 def default_solver_options(

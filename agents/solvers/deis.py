@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ...critics.arguments import checked
-from ...envs.process import NoiseProcess
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...common.arguments import checked
+from ...envs.processes.process import NoiseProcess
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .exponential import scale
 from .rows import Node, Rows, check_budget, check_order, nodes_of
 

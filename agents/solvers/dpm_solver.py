@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ...critics.arguments import checked
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...common.arguments import checked
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .multistep import multistep
 from .singlestep import SolverType, singlestep
 

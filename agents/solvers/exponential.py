@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from ..tableau import Output
+from ..samplers.tableau import Output
 from .rows import Node
 
 # Below this the closed forms of E_2 and E_3 lose digits and the series has them all.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ...critics.arguments import checked
-from ...envs.fast_dpm import fast_levels
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...common.arguments import checked
+from ...envs.schedules.fast_dpm import fast_levels
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .ddim import first_order
 from .rows import with_last_std
 

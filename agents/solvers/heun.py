@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-from ...critics.arguments import checked
-from ...envs.ends import warn_of_empty_start
-from ...envs.schedule import Schedule
-from ..tableau import Output, Tableau
+from ...common.arguments import checked
+from ...envs.schedules.ends import warn_of_empty_start
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Output, Tableau
 from .ddim import ddim
 from .rows import Node, Rows, nodes_of
 

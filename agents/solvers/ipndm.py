@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...critics.arguments import checked
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...common.arguments import checked
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .exponential import coefficient, scale
 from .rows import Rows, check_budget, check_order, nodes_of
 

@@ -6,8 +6,8 @@ log-SNR), data prediction DPM-Solver++ 2M and 3M.
 
 from __future__ import annotations
 
-from ...envs.schedule import Schedule
-from ..tableau import Output, Tableau
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Output, Tableau
 from .exponential import coefficient, scale
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
 from .singlestep import SolverType, check_solver_type

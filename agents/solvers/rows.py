@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...envs.process import NoiseProcess
-from ...envs.schedule import Schedule
-from ..sparse import SparseRows
-from ..tableau import Output, Tableau
+from ...envs.processes.process import NoiseProcess
+from ...envs.schedules.schedule import Schedule
+from ..samplers.sparse import SparseRows
+from ..samplers.tableau import Output, Tableau
 
 
 class Node(NamedTuple):

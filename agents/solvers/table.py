@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...envs.schedule import Schedule
-from ..tableau import Tableau
+from ...envs.schedules.schedule import Schedule
+from ..samplers.tableau import Tableau
 from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral
 from .ddim import ddim
@@ -19,7 +19,7 @@ from .heun import euler, heun
 from .ipndm import ipndm
 
 if TYPE_CHECKING:
-    from ..denoiser import Denoiser
+    from ..denoisers.denoiser import Denoiser
 
 # Options of a solver or a schedule by name, as they come from a command line or a JSON file.
 Options = dict[str, bool | int | float | str]

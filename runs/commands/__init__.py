@@ -1,1 +1,1 @@
-"""The subcommands of `fewstep`, one file each."""
+"""TODO."""

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 import tyro
 from rich.table import Table
 
-from ...agents.checks import at_least
-from ...envs.files import write_atomically
-from ...envs.names import unknown_name
-from ..benchmark_settings import BenchmarkSettings
-from ..console import console, print_report
-from ..folder import write_json
-from ..settings import check_seed
+from ...common.checks import at_least
+from ...common.files import write_atomically
+from ...common.names import unknown_name
+from ..reports.console import console, print_report
+from ..run.folder import write_json
+from ..run.threads import threads
+from ..settings.benchmark import BenchmarkSettings
+from ..settings.train import check_seed
 from ..speed import MEASUREMENTS
 from ..studies import STUDIES
 from ..studies.engine import run_study
-from ..threads import threads
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ import torch
 
 from ...agents import SFT, SFTPG, Denoiser, ScheduleLearning
 from ...agents.base import Agent
-from ...agents.denoiser import edm_time_range
-from ...agents.networks import ResidualMLP
+from ...agents.denoisers.denoiser import edm_time_range
+from ...agents.denoisers.networks.small import ResidualMLP
 from ...envs import VE, Schedule
-from ..settings import resolve_device
+from ..settings.train import resolve_device
 from ..studies.tables import markdown
 from .subjects import swiss_roll, untrained
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ...agents import Denoiser
-from ...agents.chain import GaussianChain
-from ...agents.networks import SmallUNet
+from ...agents.denoisers.networks.small import SmallUNet
+from ...agents.samplers.gaussian import GaussianChain
 from ...agents.solvers import ancestral
-from ...critics.precision import Precision
+from ...common.precision import Precision
 from ...envs import DiscreteVP, Schedule
-from ..settings import resolve_device
+from ..settings.train import resolve_device
 from ..studies.tables import markdown
 from .sampling import by_turns
 
@@ -84,7 +84,7 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
 def _subject(device: torch.device) -> tuple[str, tuple[int, ...], int, torch.nn.Module]:
     """Choose the network by what the device can carry."""
     if device.type == "cuda":
-        from ...agents.unet import UNet2D
+        from ...agents.denoisers.networks.unet import UNet2D
 
         return "CIFAR-10 U-Net", (3, 32, 32), 256, UNet2D((3, 32, 32), preset="cifar10")
     return "small U-Net, 28 x 28", (1, 28, 28), 64, SmallUNet((1, 28, 28))

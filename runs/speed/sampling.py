@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...agents import Denoiser
-from ...agents.networks import MLP, ResidualMLP
+from ...agents.denoisers.networks.small import MLP, ResidualMLP
+from ...agents.samplers.tableau import Tableau
 from ...agents.solvers import make_solver
-from ...agents.tableau import Tableau
 from ...envs import DiscreteVP, Schedule
-from ..settings import resolve_device
+from ..settings.train import resolve_device
 from ..studies.tables import markdown
 
 STEPS = 10

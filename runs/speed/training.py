@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, record_function
 from ...agents import DODE, SFTPG
 from ...agents.solvers import default_schedule
 from ...envs.mdp import no_reward
-from ...envs.process import make_process
+from ...envs.processes.process import make_process
 from ...envs.registration import make_mdp
-from ..settings import resolve_device
+from ..settings.train import resolve_device
 from ..studies.tables import markdown
 from .sampling import by_turns
 from .subjects import swiss_roll, untrained

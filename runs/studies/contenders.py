@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from ...critics.shapes import is_vector
-from ..benchmark_settings import BenchmarkSettings
-from ..threads import threads
+from ...common.shapes import is_vector
+from ..run.threads import threads
+from ..settings.benchmark import BenchmarkSettings
 from .engine import Cell, Record
 from .stages import Stage, run_chain
 from .tables import BEFORE, FLOOR

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...envs.files import write_atomically
-from ..benchmark_settings import BenchmarkSettings
-from ..console import console
-from ..folder import read_record, unwritable_folder, write_json
-from ..plots import save_figure
-from ..threads import threads
+from ...common.files import write_atomically
+from ..reports.console import console
+from ..reports.plots import save_figure
+from ..run.folder import read_record, unwritable_folder, write_json
+from ..run.threads import threads
+from ..settings.benchmark import BenchmarkSettings
 from .tables import figure, report
 
 Record = dict[str, Any]

@@ -22,17 +22,17 @@ from stable_baselines3.common.logger import Logger
 
 from ...agents import AGENTS, BehaviorCloning, Denoiser, Tableau
 from ...agents.base import Agent
-from ...agents.bodies import new_denoiser
-from ...agents.denoiser import Prediction
-from ...agents.exact import mixture
+from ...agents.denoisers.bodies import new_denoiser
+from ...agents.denoisers.denoiser import Prediction
+from ...agents.denoisers.exact import mixture
 from ...agents.presets import preset
 from ...agents.solvers import default_schedule, make_solver, solver_within
 from ...envs import Schedule, make_schedule
-from ...envs.process import make_process
+from ...envs.processes.process import make_process
 from ...envs.registration import ENVIRONMENTS
-from ..folder import read_record, write_json
-from ..logs import make_logger, read_live_metric
-from ..monitor import Monitor
+from ..run.folder import read_record, write_json
+from ..run.logs import make_logger, read_live_metric
+from ..run.monitor import Monitor
 from .engine import Record, locked
 from .world import LONG, MIXTURE, World
 

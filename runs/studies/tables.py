@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..plots import curve_figure, dots_figure
+from ..reports.plots import curve_figure, dots_figure
 
 BEFORE, FLOOR, FACTOR = " before", " floor", "factor "
 COORDINATES = ["env", "solver", "contender", "calls"]

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from ...agents import Denoiser, Tableau
-from ...agents.exact import mixture
-from ...agents.sampling import sampler_of
-from ...agents.selection import coordinate_errors
+from ...agents.denoisers.exact import mixture
+from ...agents.samplers.sampling import sampler_of
+from ...agents.solver_learning.selection import coordinate_errors
 from ...agents.solvers import make_solver
-from ...critics.evaluation import Evaluation
+from ...critics.metrics.evaluation import Evaluation
 from ...envs import DiffusionMDP, Schedule, Target, make_target
 from ...envs.mdp import no_reward
-from ...envs.process import NoiseProcess, make_process
-from ..benchmark_settings import BenchmarkSettings
-from ..features import features_for, real_distances
-from ..settings import resolve_device
+from ...envs.processes.process import NoiseProcess, make_process
+from ..reports.features import features_for, real_distances
+from ..settings.benchmark import BenchmarkSettings
+from ..settings.train import resolve_device
 
 # The environment whose denoiser is exact instead of cloned; the noisings of a long process.
 MIXTURE, LONG = "Mixture", 1000

@@ -21,9 +21,9 @@ from fewstep.agents import (
     Denoiser,
     TrainingDivergedError,
 )
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.agents.networks import MLP, make_body
+from fewstep.agents.denoisers.networks.small import MLP, make_body
 from fewstep.agents.solvers import ancestral, ddim
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import (
     DiffusionEnv,
     DiffusionVectorEnv,
@@ -397,7 +397,7 @@ def after_prior(generator, n):
 
 
 def test_large_requests_are_drawn_in_chunks(make_agent, generator, monkeypatch):
-    monkeypatch.setattr("fewstep.agents.sampling.CHUNK", 8)
+    monkeypatch.setattr("fewstep.agents.samplers.sampling.CHUNK", 8)
     agent = make_agent("cloning", solver="ddim")
     noise = torch.randn(21, 2, generator=generator())
     whole = ddim(agent.mdp.schedule).sample(agent.sampling_denoiser, noise)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fewstep.agents import Denoiser
 from fewstep.agents.solvers import analytic_dpm, ancestral, ddim, make_solver, per_pixel_dpm
-from fewstep.agents.variance_head import VarianceHead
+from fewstep.agents.variance.head import VarianceHead
 from fewstep.envs import VE, DiscreteVP, Schedule
 
 pytestmark = pytest.mark.numeric

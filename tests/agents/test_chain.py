@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.agents.chain import GaussianChain, gaussian_log_density
+from fewstep.agents.samplers.gaussian import GaussianChain, gaussian_log_density
+from fewstep.agents.samplers.tableau import Tableau
 from fewstep.agents.solvers import ancestral, ddim
-from fewstep.agents.tableau import Tableau
 from fewstep.envs import Schedule
 
 pytestmark = pytest.mark.numeric

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fewstep.agents import CheckpointError
-from fewstep.agents import checkpoint as module
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.critics import tensor_files
+from fewstep.common import checkpoint as module
+from fewstep.common import tensor_files
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 
 tensors = st.builds(
     lambda shape, dtype, seed: (

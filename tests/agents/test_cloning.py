@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fewstep.agents import BehaviorCloning, Denoiser
-from fewstep.agents.denoiser import edm_time_range
-from fewstep.agents.networks import MLP
-from fewstep.critics.metrics import sliced_wasserstein
+from fewstep.agents.denoisers.denoiser import edm_time_range
+from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.critics.metrics.distances import sliced_wasserstein
 from fewstep.envs import VE, DiffusionMDP, Schedule, Target
 
 pytestmark = pytest.mark.numeric

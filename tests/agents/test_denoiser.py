@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewstep.agents import CheckpointError, Denoiser
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.agents.denoiser import edm_time_range
-from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet, body_from_config, make_body
+from fewstep.agents.denoisers.denoiser import edm_time_range
+from fewstep.agents.denoisers.networks.small import (
+    MLP,
+    ResidualMLP,
+    SmallUNet,
+    body_from_config,
+    make_body,
+)
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import VE, DiscreteVP
 
 pytestmark = pytest.mark.numeric

@@ -16,13 +16,19 @@ from numpy.polynomial import Polynomial
 from torch import nn
 
 from fewstep.agents import Denoiser, Tableau
-from fewstep.agents.distillation.fit import GRID, Batch, best_constant, final_error, fit
-from fewstep.agents.distillation.forms import directions, distilled
-from fewstep.agents.distillation.refine import Refinement
-from fewstep.agents.distillation.teacher import Teacher, make_teacher
-from fewstep.agents.exact import mixture as exact_mixture
+from fewstep.agents.denoisers.exact import mixture as exact_mixture
+from fewstep.agents.solver_learning.distillation.fit import (
+    GRID,
+    Batch,
+    best_constant,
+    final_error,
+    fit,
+)
+from fewstep.agents.solver_learning.distillation.forms import directions, distilled
+from fewstep.agents.solver_learning.distillation.refine import Refinement
+from fewstep.agents.solver_learning.distillation.teacher import Teacher, make_teacher
 from fewstep.agents.solvers import SOLVERS, make_solver
-from fewstep.agents.training import frozen
+from fewstep.common.optimisation import frozen
 from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule
 
 pytestmark = pytest.mark.numeric

@@ -13,10 +13,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
 from fewstep.agents import DODE, CheckpointError, Denoiser, SolverPolicy, Tableau
-from fewstep.agents.distillation.fit import GRID, final_error, noise_errors
-from fewstep.agents.distillation.forms import directions, distilled
-from fewstep.agents.distillation.refine import ITERATIONS
-from fewstep.agents.exact import mixture as exact_mixture
+from fewstep.agents.denoisers.exact import mixture as exact_mixture
+from fewstep.agents.solver_learning.distillation.fit import GRID, final_error, noise_errors
+from fewstep.agents.solver_learning.distillation.forms import directions, distilled
+from fewstep.agents.solver_learning.distillation.refine import ITERATIONS
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import (
     DiffusionEnv,
@@ -159,7 +159,7 @@ def test_timesteps_of_the_refinement_are_the_calls_of_its_gradient(count_calls, 
         measured.append(calls.samples - start)
         return errors
 
-    monkeypatch.setattr("fewstep.agents.dode.noise_errors", measure)
+    monkeypatch.setattr("fewstep.agents.solver_learning.dode.noise_errors", measure)
     agent.learn(agent.timesteps_until(5), reset_num_timesteps=False)
     assert agent.rounds == 5
     counted = agent.num_timesteps - before

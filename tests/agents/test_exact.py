@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewstep.agents import Denoiser
-from fewstep.agents.exact import MixtureBody, mixture
+from fewstep.agents.denoisers.exact import MixtureBody, mixture
 from fewstep.envs import VE, DiscreteVP
 
 pytestmark = pytest.mark.numeric

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fewstep.agents import SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.networks import ResidualMLP
-from fewstep.agents.training import OutOfMemoryError, seeded
+from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.common.optimisation import OutOfMemoryError, seeded
 from fewstep.envs.registration import make_mdp
 
 SETTINGS = {"batch_size": 16, "n_critic": 2, "n_generator": 2, "minibatch_size": 50}

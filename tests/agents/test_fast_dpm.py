@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fewstep.agents.solvers import ancestral, ddim, fast_dpm, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
-from fewstep.envs.fast_dpm import noise_levels
+from fewstep.envs.schedules.fast_dpm import noise_levels
 
 pytestmark = pytest.mark.numeric
 

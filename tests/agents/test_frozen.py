@@ -9,7 +9,7 @@ from torch import nn
 
 from fewstep.agents import DODE, SFT, SFTPG, BehaviorCloning, Denoiser, ScheduleLearning, Tableau
 from fewstep.agents.solvers import make_solver
-from fewstep.agents.variance import VarianceLearning
+from fewstep.agents.variance.learning import VarianceLearning
 from fewstep.envs import VE, DiffusionMDP, DiffusionVectorEnv, DiscreteVP, Schedule, Target
 
 PROCESS = DiscreteVP.linear(6, 0.1, 0.4)

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler,
 from safetensors.torch import load_file, save_file
 
 from fewstep.agents import DODE, CheckpointError, Denoiser
-from fewstep.agents.networks import MLP
+from fewstep.agents.denoisers.networks.small import MLP
 from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 
@@ -563,7 +563,7 @@ def test_a_network_larger_than_its_file_is_never_built(folder, monkeypatch):
 
 
 def test_the_schedulers_we_name_are_those_diffusers_has():
-    from fewstep.agents.hub import SCHEDULERS as NAMES
+    from fewstep.agents.pretrained.diffusers import SCHEDULERS as NAMES
 
     declared = {name: inspect.signature(getattr(diffusers, name)).parameters for name in NAMES}
     for parameters in declared.values():

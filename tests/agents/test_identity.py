@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fewstep.agents import BehaviorCloning, CheckpointError
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import DiffusionMDP, Schedule, Target
 
 

@@ -15,9 +15,9 @@ from diffusers import (
 )
 
 from fewstep.agents import Denoiser, Tableau
-from fewstep.agents.denoiser import edm_time_range
-from fewstep.agents.networks import MLP
-from fewstep.agents.pipeline_scheduler import TableauScheduler
+from fewstep.agents.denoisers.denoiser import edm_time_range
+from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.pretrained.scheduler import TableauScheduler
 from fewstep.agents.solvers import ancestral, ddim, dpm_solver_pp, heun, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 
@@ -213,7 +213,7 @@ def test_the_folder_names_our_scheduler_and_holds_the_table(make, tmp_path):
     make().export_pipeline(tmp_path, tableau)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "DDPMPipeline"
-    assert index["scheduler"] == ["fewstep.agents.pipeline_scheduler", "TableauScheduler"]
+    assert index["scheduler"] == ["fewstep.agents.pretrained.scheduler", "TableauScheduler"]
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     again = Tableau.from_json(json.dumps(config["tableau"]))
     assert again.to_json() == tableau.to_json()

@@ -11,7 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from fewstep.agents import SFTPG, Denoiser, DenoiserPolicy, SolverPolicy, Tableau
-from fewstep.agents.chain import GaussianChain
+from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solvers import ancestral, ddim, heun
 from fewstep.envs import (
     DiffusionEnv,

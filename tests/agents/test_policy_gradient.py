@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fewstep.agents import SFT, SFTPG, Denoiser
-from fewstep.agents.chain import GaussianChain
+from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solvers import ancestral
 from fewstep.envs import Schedule
 

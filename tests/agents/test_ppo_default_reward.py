@@ -7,8 +7,8 @@ import torch
 from stable_baselines3 import PPO
 
 from fewstep.agents import BehaviorCloning, Denoiser, DenoiserPolicy
-from fewstep.agents.networks import MLP
-from fewstep.critics.metrics import SlicedWasserstein
+from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.critics.metrics.distances import SlicedWasserstein
 from fewstep.envs import SB3VecEnv
 
 SEEDS, EPISODES, ROLLOUTS = (0, 1, 2), 128, 32  # 40,960 steps; docs/rl-tools.md has 100,000

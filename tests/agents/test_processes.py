@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.critics.processes import Processes
+from fewstep.common.distributed import Processes
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 PG = {"batch_size": 32, "n_critic": 3, "n_generator": 2, "minibatch_size": 64}

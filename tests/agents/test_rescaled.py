@@ -17,10 +17,10 @@ from fewstep.agents import (
     SolverPolicy,
     VarianceLearning,
 )
-from fewstep.agents.exact import MixtureBody
-from fewstep.agents.networks import MLP, SmallUNet
+from fewstep.agents.denoisers.exact import MixtureBody
+from fewstep.agents.denoisers.networks.small import MLP, SmallUNet
+from fewstep.agents.denoisers.networks.unet import UNet2D
 from fewstep.agents.solvers import make_solver
-from fewstep.agents.unet import UNet2D
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 from fewstep.envs.mdp import no_reward
 

@@ -13,13 +13,13 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
-from fewstep.agents.exact import mixture as exact_mixture
-from fewstep.agents.networks import MLP, ResidualMLP
-from fewstep.agents.scheduling.levels import EVEN
-from fewstep.agents.scheduling.objective import Objective
-from fewstep.agents.scheduling.tuning import tuning_loss
-from fewstep.agents.scheduling.watch import PATIENCE
-from fewstep.agents.scheduling.weights import diffusion_loss
+from fewstep.agents.denoisers.exact import mixture as exact_mixture
+from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP
+from fewstep.agents.solver_learning.scheduling.levels import EVEN
+from fewstep.agents.solver_learning.scheduling.objective import Objective
+from fewstep.agents.solver_learning.scheduling.tuning import tuning_loss
+from fewstep.agents.solver_learning.scheduling.watch import PATIENCE
+from fewstep.agents.solver_learning.scheduling.weights import diffusion_loss
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import (
     VE,
@@ -400,7 +400,7 @@ def test_every_schedule_that_fits_is_a_start(process, name, to_zero):
     assert_sound(agent.schedule, expected)
 
 
-@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.UnfinishedWarning")
+@pytest.mark.filterwarnings("ignore::fewstep.envs.schedules.ends.UnfinishedWarning")
 def test_the_environment_s_schedule_is_a_start():
     for schedule in (
         Schedule(EDM, [60.0, 20.0, 3.0, 0.5, 0.01, 0.0]),
@@ -415,7 +415,7 @@ def test_the_environment_s_schedule_is_a_start():
         assert_sound(agent.schedule, schedule)
 
 
-@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.UnfinishedWarning")
+@pytest.mark.filterwarnings("ignore::fewstep.envs.schedules.ends.UnfinishedWarning")
 def test_the_environment_s_schedule_gives_the_ends():
     """As the argument `env` says, whatever the levels between them start from."""
     for schedule in (

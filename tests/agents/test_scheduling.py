@@ -16,10 +16,14 @@ from scipy.optimize import brentq
 from torch import nn
 
 from fewstep.agents import Denoiser
-from fewstep.agents.denoiser import edm_time_range
-from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet
-from fewstep.agents.scheduling.adjoint import Sensitivity, backpropagate, by_log_level
-from fewstep.agents.scheduling.levels import (
+from fewstep.agents.denoisers.denoiser import edm_time_range
+from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.solver_learning.scheduling.adjoint import (
+    Sensitivity,
+    backpropagate,
+    by_log_level,
+)
+from fewstep.agents.solver_learning.scheduling.levels import (
     LevelMap,
     check_levels,
     level_of_time,
@@ -27,18 +31,22 @@ from fewstep.agents.scheduling.levels import (
     schedule_at,
     time_of_level,
 )
-from fewstep.agents.scheduling.objective import Objective
-from fewstep.agents.scheduling.pool import Batch, data_batch
-from fewstep.agents.scheduling.probe import check_differentiable
-from fewstep.agents.scheduling.programmes import (
+from fewstep.agents.solver_learning.scheduling.objective import Objective
+from fewstep.agents.solver_learning.scheduling.pool import Batch, data_batch
+from fewstep.agents.solver_learning.scheduling.probe import check_differentiable
+from fewstep.agents.solver_learning.scheduling.programmes import (
     cheapest_path,
     diffusion_programme,
     trajectory_programme,
 )
-from fewstep.agents.scheduling.rollout import path_of
-from fewstep.agents.scheduling.surrogate import Reading, surrogate_gradient
-from fewstep.agents.scheduling.tuning import tuning_loss
-from fewstep.agents.scheduling.weights import denoising_errors, diffusion_loss, step_weights
+from fewstep.agents.solver_learning.scheduling.rollout import path_of
+from fewstep.agents.solver_learning.scheduling.surrogate import Reading, surrogate_gradient
+from fewstep.agents.solver_learning.scheduling.tuning import tuning_loss
+from fewstep.agents.solver_learning.scheduling.weights import (
+    denoising_errors,
+    diffusion_loss,
+    step_weights,
+)
 from fewstep.agents.solvers import SOLVERS, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
@@ -49,7 +57,7 @@ EDM = VE(0.002, 80.0)
 STOCHASTIC = {"ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
 ODE_SOLVERS = sorted(set(SOLVERS) - STOCHASTIC)
 SPACES = ["sigma", "log", "rho"]
-STORED_NUMBERS = "fewstep.agents.scheduling.rollout.STORED_NUMBERS"
+STORED_NUMBERS = "fewstep.agents.solver_learning.scheduling.rollout.STORED_NUMBERS"
 
 # MATH.md A.4 and 3.2.
 KARRAS = [80, 42.415189, 21.108677, 9.7232014, 4.0661236, 1.501742, 0.46997906, 0.11663856]
@@ -1155,7 +1163,7 @@ def test_the_trajectory_programme_jumps_best(solver, name, worlds, mixture, prio
         seen.append(table)
         return cheapest_path(table, nodes)
 
-    monkeypatch.setattr("fewstep.agents.scheduling.programmes.cheapest_path", spy)
+    monkeypatch.setattr("fewstep.agents.solver_learning.scheduling.programmes.cheapest_path", spy)
     for stored in (2**22, 1):
         monkeypatch.setattr(STORED_NUMBERS, stored)
         for count in (3, 4, 5, 7):

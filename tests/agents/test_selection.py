@@ -20,14 +20,18 @@ from fewstep.agents import (
     ScheduleLearning,
     VarianceLearning,
 )
-from fewstep.agents.checkpoint import load_checkpoint
-from fewstep.agents.exact import mixture
-from fewstep.agents.networks import ResidualMLP
-from fewstep.agents.scheduling.amplification import _Costs, adjoints, amplified_programmes
-from fewstep.agents.scheduling.rollout import path_of
-from fewstep.agents.selection import best_of, coordinate_errors, is_better
+from fewstep.agents.denoisers.exact import mixture
+from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.solver_learning.scheduling.amplification import (
+    _Costs,
+    adjoints,
+    amplified_programmes,
+)
+from fewstep.agents.solver_learning.scheduling.rollout import path_of
+from fewstep.agents.solver_learning.selection import best_of, coordinate_errors, is_better
 from fewstep.agents.solvers import make_solver
-from fewstep.agents.training import TrainingDivergedError
+from fewstep.common.checkpoint import load_checkpoint
+from fewstep.common.optimisation import TrainingDivergedError
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule
 from fewstep.runs.cli import main
 

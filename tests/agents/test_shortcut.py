@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fewstep.agents import SFT, SFTPG, BehaviorCloning
-from fewstep.agents.sft_pg import Minibatch
-from fewstep.agents.shortcut import WARMUP_ROUNDS
+from fewstep.agents.policy_gradient.sft_pg import Minibatch
+from fewstep.agents.policy_gradient.shortcut import WARMUP_ROUNDS
 from fewstep.critics import IPMCritic, MLPCritic, make_baseline, make_critic
-from fewstep.critics.metrics import sliced_wasserstein
+from fewstep.critics.metrics.distances import sliced_wasserstein
 from fewstep.envs import Schedule
 
 SMALL = {"batch_size": 16, "n_critic": 2, "n_generator": 2}  # a buffer of 128 transitions

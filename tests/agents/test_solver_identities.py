@@ -287,7 +287,7 @@ def schedules(draw):
 
 
 # Some of the schedules start where no signal is left, which is no trouble if it is constant.
-@pytest.mark.filterwarnings("ignore::fewstep.envs.ends.EmptyStartWarning")
+@pytest.mark.filterwarnings("ignore::fewstep.envs.schedules.ends.EmptyStartWarning")
 @settings(max_examples=60, deadline=None)
 @given(schedule=schedules())
 def test_constant_predictions_are_integrated_exactly(schedule):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fewstep.agents import Tableau
+from fewstep.agents.samplers.sparse import SparseRows
 from fewstep.agents.solvers import make_solver
-from fewstep.agents.sparse import SparseRows
 from fewstep.envs import VE, DiscreteVP, Schedule
 
 PROCESS = DiscreteVP.linear(1000)

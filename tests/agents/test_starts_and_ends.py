@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from fewstep.agents import DODE, Denoiser, SolverPolicy
-from fewstep.agents.exact import MixtureBody
+from fewstep.agents.denoisers.exact import MixtureBody
 from fewstep.agents.solvers import SOLVERS, default_schedule, heun, make_solver, solver_within
 from fewstep.envs import VE, DiscreteVP, Schedule, make_mdp, make_process
-from fewstep.envs.ends import EmptyStartWarning, LateStartWarning, UnfinishedWarning
+from fewstep.envs.schedules.ends import EmptyStartWarning, LateStartWarning, UnfinishedWarning
 
 pytestmark = pytest.mark.numeric
 

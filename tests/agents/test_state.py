@@ -17,9 +17,9 @@ from fewstep.agents import (
     TrainingDivergedError,
     VarianceLearning,
 )
-from fewstep.agents.checkpoint import load_checkpoint, not_finite, save_checkpoint
-from fewstep.agents.training import LEARNING_RATE_SCHEDULES, learning_rate
-from fewstep.critics.tensor_files import read_tensors, write_tensors
+from fewstep.common.checkpoint import load_checkpoint, not_finite, save_checkpoint
+from fewstep.common.optimisation import LEARNING_RATE_SCHEDULES, learning_rate
+from fewstep.common.tensor_files import read_tensors, write_tensors
 
 
 def trained(kind, mdp, denoiser):

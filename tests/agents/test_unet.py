@@ -13,10 +13,10 @@ from torch import nn
 
 import fewstep.agents
 from fewstep.agents import Denoiser
-from fewstep.agents.checkpoint import save_checkpoint
-from fewstep.agents.denoiser import edm_time_range
-from fewstep.agents.networks import body_from_config
-from fewstep.agents.unet import PRESETS, UNet2D
+from fewstep.agents.denoisers.denoiser import edm_time_range
+from fewstep.agents.denoisers.networks.small import body_from_config
+from fewstep.agents.denoisers.networks.unet import PRESETS, UNet2D
+from fewstep.common.checkpoint import save_checkpoint
 from fewstep.envs import VE, DiscreteVP
 
 SHAPES = {

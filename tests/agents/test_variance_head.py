@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from fewstep.agents import Denoiser
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.agents.networks import MLP, ResidualMLP, SmallUNet
-from fewstep.agents.unet import UNet2D
-from fewstep.agents.variance_head import VarianceHead
+from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.denoisers.networks.unet import UNet2D
+from fewstep.agents.variance.head import VarianceHead
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import VE, DiscreteVP
 
 pytestmark = pytest.mark.numeric

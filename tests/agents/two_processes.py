@@ -11,8 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from fewstep.agents import SFT, SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.networks import ResidualMLP
-from fewstep.agents.training import seeded
+from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
 from fewstep.envs.registration import make_mdp
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fewstep.agents import SolverPolicy
-from fewstep.agents.exact import mixture
+from fewstep.agents.denoisers.exact import mixture
 from fewstep.agents.solvers import make_solver
 from fewstep.critics import evaluate
-from fewstep.critics.evaluation import NOISE_SEED, Evaluation
-from fewstep.critics.metrics import mmd, sliced_wasserstein
+from fewstep.critics.metrics.distances import mmd, sliced_wasserstein
+from fewstep.critics.metrics.evaluation import NOISE_SEED, Evaluation
 from fewstep.envs import DiscreteVP, Schedule, Target, make_target
-from fewstep.runs.reports import combine
+from fewstep.runs.reports.results import combine
 
 
 @pytest.fixture(scope="module")

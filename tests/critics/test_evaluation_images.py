@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.critics import evaluation as module
-from fewstep.critics.evaluation import FRESH_SEED, Evaluation
-from fewstep.critics.features import INCEPTION
-from fewstep.critics.metrics import fid, kid, precision_recall, sliced_wasserstein
+from fewstep.critics.metrics import evaluation as module
+from fewstep.critics.metrics.distances import fid, kid, precision_recall, sliced_wasserstein
+from fewstep.critics.metrics.evaluation import FRESH_SEED, Evaluation
+from fewstep.critics.metrics.features import INCEPTION
 from fewstep.envs import Target, make_target
-from fewstep.runs.console import print_results
-from fewstep.runs.reports import combine
+from fewstep.runs.reports.console import print_results
+from fewstep.runs.reports.results import combine
 
 
 class Pixels:

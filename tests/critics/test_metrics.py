@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fewstep.critics import metrics
-from fewstep.critics.metrics import SlicedWasserstein, mmd, sliced_wasserstein, wasserstein
+from fewstep.critics.metrics.distances import (
+    SlicedWasserstein,
+    mmd,
+    sliced_wasserstein,
+    wasserstein,
+)
 
 pytestmark = pytest.mark.numeric
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule
-from fewstep.envs.fast_dpm import fast_levels, noise_levels
+from fewstep.envs.schedules.fast_dpm import fast_levels, noise_levels
 
 pytestmark = pytest.mark.numeric
 

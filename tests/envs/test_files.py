@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.agents.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.envs.files import cache_root, remove_leftovers, temporary_suffix, write_atomically
-from fewstep.envs.images import default_data_dir
-from fewstep.runs.features import cache_folder
+from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.common.files import cache_root, remove_leftovers, temporary_suffix, write_atomically
+from fewstep.envs.targets.images import default_data_dir
+from fewstep.runs.reports.features import cache_folder
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])

@@ -26,7 +26,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fewstep.envs import ENVIRONMENTS, Schedule, Target, make_mdp, make_target
-from fewstep.envs.images import IMAGE_SETS, decode
+from fewstep.envs.targets.images import IMAGE_SETS, decode
 
 IMAGE_ENVIRONMENTS = ["MNIST", "CIFAR10", "CelebA64", "ImageFolder"]
 REAL_MNIST = Path("/work/shared/data/MNIST/raw")

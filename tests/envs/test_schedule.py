@@ -7,8 +7,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewstep.envs import VE, DiscreteVP, Schedule, files, make_schedule, refine_times
-from fewstep.envs.schedule import SCHEDULES
+from fewstep.common import files
+from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule, refine_times
+from fewstep.envs.schedules.schedule import SCHEDULES
 
 pytestmark = pytest.mark.numeric
 

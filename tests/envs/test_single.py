@@ -9,7 +9,7 @@ from gymnasium.wrappers import RecordVideo
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from fewstep.envs import ENVIRONMENTS, Schedule
-from fewstep.envs.images import IMAGE_SETS
+from fewstep.envs.targets.images import IMAGE_SETS
 
 # tests/envs/test_images.py has those that need data files.
 every_environment = pytest.mark.parametrize(

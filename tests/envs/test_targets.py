@@ -219,7 +219,7 @@ def test_bytes_are_kept_and_not_copied():
 @given(images=image_sets, chunk=st.integers(1, 50))
 def test_the_standard_deviation_of_bytes_is_exact(images, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fewstep.envs.targets._CHUNK", chunk)
+        patch.setattr("fewstep.envs.targets.target._CHUNK", chunk)
         std = Target("bytes", images).std
     if images.size > 1:
         expected = (images.astype(np.float64) / 127.5 - 1).std(ddof=1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.critics import classifier
-from fewstep.runs import plots
+from fewstep.critics.metrics import classifier
 from fewstep.runs.cli import main
+from fewstep.runs.reports import plots
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fewstep.agents.checkpoint import load_checkpoint
+from fewstep.common.checkpoint import load_checkpoint
 
 
 def torchrun(*flags: object) -> subprocess.CompletedProcess[str]:

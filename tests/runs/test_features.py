@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
-from fewstep.critics.features import Cifar10ResNet
+from fewstep.critics.metrics.features import Cifar10ResNet
 from fewstep.envs import Target, make_target
-from fewstep.runs import features as module
-from fewstep.runs.features import cache_folder, features_for, real_distances
+from fewstep.runs.reports import features as module
+from fewstep.runs.reports.features import cache_folder, features_for, real_distances
 
 
 @pytest.fixture(autouse=True)

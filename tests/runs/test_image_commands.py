@@ -11,9 +11,9 @@ import torch
 from image_files import without_checksums, write_cifar10, write_folder, write_mnist
 
 from fewstep.agents import Denoiser
-from fewstep.agents.unet import UNet2D
+from fewstep.agents.denoisers.networks.unet import UNet2D
 from fewstep.envs import DiscreteVP
-from fewstep.runs.settings import parse
+from fewstep.runs.settings.train import parse
 
 SMALL = {
     "block_out_channels": (8, 16),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stable_baselines3.common.logger import Logger
 
-from fewstep.runs.logs import ProgressFile, read_live_metric, read_progress
+from fewstep.runs.run.logs import ProgressFile, read_live_metric, read_progress
 
 
 def log(path, timesteps, rows):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.runs.plots import (
+from fewstep.runs.reports.plots import (
     curve_figure,
     dots_figure,
     image_grid,

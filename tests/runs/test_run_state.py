@@ -17,20 +17,20 @@ import pytest
 import torch
 
 from fewstep.agents import SFTPG, BehaviorCloning
-from fewstep.agents.checkpoint import load_checkpoint
-from fewstep.agents.training import TrainingDivergedError
-from fewstep.envs.files import write_atomically
+from fewstep.common.checkpoint import load_checkpoint
+from fewstep.common.files import write_atomically
+from fewstep.common.optimisation import TrainingDivergedError
 from fewstep.runs.cli import quiet_writers
-from fewstep.runs.distributed import is_lost_peer
-from fewstep.runs.folder import RunFolder, new_folder
-from fewstep.runs.interrupts import Interrupts
-from fewstep.runs.logs import ResumableTensorBoard
-from fewstep.runs.settings import parse
+from fewstep.runs.run.folder import RunFolder, new_folder
+from fewstep.runs.run.interrupts import Interrupts
+from fewstep.runs.run.joining import is_lost_peer
+from fewstep.runs.run.logs import ResumableTensorBoard
+from fewstep.runs.settings.train import parse
 
 MAKE = """
 import sys
 from pathlib import Path
-from fewstep.runs.folder import new_folder
+from fewstep.runs.run.folder import new_folder
 print(flush=True)
 sys.stdin.readline()
 for _ in range(20):

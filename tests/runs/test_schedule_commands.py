@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fewstep.agents import Denoiser, ScheduleLearning, Tableau
 from fewstep.envs import VE, Schedule
-from fewstep.runs.settings import Settings
-from fewstep.runs.train import build_mdp
+from fewstep.runs.commands.train import build_mdp
+from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=60", "--pretrain.batch-size=256", "--evaluation-samples=500"]
 FEW = ["--schedule-rounds=12", "--tuning-rounds=4", "--batch-size=60", "--batches=1"]

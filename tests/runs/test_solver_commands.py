@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewstep.agents import DODE, Denoiser, Tableau
 from fewstep.agents.solvers import SOLVERS
 from fewstep.envs import VE
-from fewstep.runs.settings import Settings
-from fewstep.runs.train import build_mdp
+from fewstep.runs.commands.train import build_mdp
+from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]
 

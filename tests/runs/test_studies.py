@@ -14,7 +14,7 @@ from image_files import write_mnist
 
 from fewstep.agents import DODE, SFTPG, ScheduleLearning
 from fewstep.agents.base import Agent
-from fewstep.runs.benchmark_settings import BenchmarkSettings
+from fewstep.runs.settings.benchmark import BenchmarkSettings
 from fewstep.runs.studies import STUDIES, agents
 from fewstep.runs.studies.contenders import Contender
 from fewstep.runs.studies.stages import Clone, Learn, Sample, fine_tune, run_chain

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import study_cells
 
-from fewstep.runs.benchmark_settings import BenchmarkSettings
+from fewstep.runs.settings.benchmark import BenchmarkSettings
 from fewstep.runs.studies import STUDIES
 from fewstep.runs.studies.engine import Cell, CellError, Study, carry_out, locked, run_study
 from fewstep.runs.studies.tables import figure, report, summary

@@ -20,12 +20,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fewstep.agents import SFTPG
-from fewstep.agents.checkpoint import load_checkpoint
+from fewstep.common.checkpoint import load_checkpoint
 from fewstep.envs import make_mdp
-from fewstep.runs.folder import described_changes
-from fewstep.runs.logs import read_live_metric
-from fewstep.runs.settings import defaults, parse
-from fewstep.runs.train import check
+from fewstep.runs.commands.train import check
+from fewstep.runs.run.folder import described_changes
+from fewstep.runs.run.logs import read_live_metric
+from fewstep.runs.settings.train import defaults, parse
 
 SCALARS = {
     "rollout/ep_rew_mean",

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fewstep.agents import Denoiser, Tableau, VarianceLearning
-from fewstep.agents.sampling import sampler_of
+from fewstep.agents.samplers.sampling import sampler_of
 from fewstep.agents.solvers import fast_dpm
 from fewstep.envs import Schedule
-from fewstep.runs.settings import Settings
-from fewstep.runs.train import build_mdp
+from fewstep.runs.commands.train import build_mdp
+from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]
 AGENT = ["--agent=variance", "--steps=4", "--process=linear-20", "--batch-size=32", "--hidden=8"]

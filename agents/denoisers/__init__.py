@@ -1,0 +1,1 @@
+"""Denoisers: a network, what it predicts, and the process that it was trained on."""

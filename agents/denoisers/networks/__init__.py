@@ -1,0 +1,1 @@
+"""Networks that a denoiser may hold: small ones of ours, and the U-Nets of diffusers."""

@@ -1,0 +1,225 @@
+"""U-Nets for images: diffusers' `UNet2DModel` as a body, with the sizes of the literature by name.
+
+It is the network of Ho et al. 2020 (appendix B) in the form that the hub's checkpoints have, so
+that `Denoiser.from_pretrained` and `save_pretrained` exchange weights with diffusers as they are.
+diffusers is imported when a U-Net is built, not before: `pip install "fewstep[images]"`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ....common.names import unknown_name
+from ....common.shapes import is_image
+from .small import BODIES, check_range, stretched
+
+if TYPE_CHECKING:
+    from ..denoiser import Prediction
+
+
+# What a network predicts, in diffusers' words and in ours.
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "sample": "sample",
+    "v_prediction": "v",
+}
+
+
+def _preset(
+    channels: Sequence[int], attention: int | None, layers: int, groups: int, dropout: float
+) -> dict[str, Any]:
+    """Ho et al.'s architecture: per-level channels, and the level that has self-attention."""
+    levels = range(len(channels))
+    return {
+        "block_out_channels": list(channels),
+        "down_block_types": [
+            "AttnDownBlock2D" if level == attention else "DownBlock2D" for level in levels
+        ],
+        "up_block_types": [
+            "AttnUpBlock2D" if level == attention else "UpBlock2D" for level in reversed(levels)
+        ],
+        "layers_per_block": layers,
+        "norm_num_groups": groups,
+        "dropout": dropout,
+        # How the original code pads, embeds times and normalises; one attention head.
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    }
+
+
+# Weights for the usual channels (1, 1, 3, 3): 0.43, 1.11, 35.7 and 78.7 million.
+PRESETS: dict[str, dict[str, Any]] = {
+    # 8x8 digits and up; the sides are even.
+    "tiny": _preset((32, 48), None, layers=1, groups=8, dropout=0.0),
+    # 28x28, which halves twice; attention at 14x14. A CPU can train it.
+    "mnist": _preset((32, 64, 64), 1, layers=1, groups=8, dropout=0.0),
+    # Ho et al. 2020, appendix B, attention at 16x16: the network of google/ddpm-cifar10-32.
+    "cifar10": _preset((128, 256, 256, 256), 1, layers=2, groups=32, dropout=0.1),
+    # Song et al. 2021 (DDIM), the CelebA configuration, attention at 16x16.
+    "celeba64": _preset((128, 256, 256, 256, 512), 2, layers=2, groups=32, dropout=0.1),
+}
+
+
+class UNet2D(nn.Module):
+    """diffusers' `UNet2DModel` as a body ``body(sample, time)``.
+
+    Args:
+        shape: (channels, height, width) of one sample; both sides can be halved once for each level
+            but the last.
+        preset: a key of `PRESETS`, "tiny" (8x8 and up), "mnist" (28x28), "cifar10" (32x32) or
+            "celeba64" (64x64); None starts from diffusers' own defaults, a network of 114 million
+            weights.
+        time_range: (low, high) of times that are mapped linearly onto 0 .. 1000 first, as in
+            `SinusoidalTime`. None takes times as they are.
+        diffusers_options: arguments of `UNet2DModel`, which win over the preset's.
+
+    Attributes:
+        unet: the `UNet2DModel`.
+        config: what `body_from_config` rebuilds the body from.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        ValueError: unknown preset or option, sides that cannot be halved, a network that wants
+            classes or other times than numbers, or a bad `time_range`.
+    """
+
+    unet: Any
+    config: dict[str, Any]
+    time_range: list[float] | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        preset: str | None = None,
+        time_range: Sequence[float] | None = None,
+        **diffusers_options: Any,
+    ) -> None:
+        super().__init__()
+        require_diffusers("UNet2D")
+        from diffusers import UNet2DModel
+
+        if preset is not None and preset not in PRESETS:
+            raise unknown_name("U-Net preset", preset, PRESETS)
+        known = set(inspect.signature(UNet2DModel).parameters) - _FROM_SHAPE
+        for option in diffusers_options:
+            if option not in known:
+                raise unknown_name("option of UNet2DModel", option, known)
+        if not is_image(shape):
+            raise ValueError(
+                f"UNet2D is for images, (channels, height, width); got shape {tuple(shape)}."
+            )
+        channels, height, width = (int(size) for size in shape)
+        model = UNet2DModel(
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
+            out_channels=channels,
+            **{**(PRESETS[preset] if preset else {}), **diffusers_options},
+        )
+        self._hold(model, time_range)
+
+    @classmethod
+    def from_model(cls, model: Any, time_range: Sequence[float] | None = None) -> UNet2D:
+        """Make a body of a `UNet2DModel` that exists, sharing its weights.
+
+        Args:
+            model: the network; its config says `sample_size`.
+            time_range: as for the class.
+
+        Raises:
+            ValueError: as for the class; or the model predicts other channels than it reads, or
+                names no sample size.
+        """
+        body = cls.__new__(cls)
+        nn.Module.__init__(body)
+        body._hold(model, time_range)
+        return body
+
+    def _hold(self, model: Any, time_range: Sequence[float] | None) -> None:
+        shape = check_config(model.config)
+        self.unet = model
+        self.time_range = check_range(time_range)
+        options = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        self.config = {
+            "kind": "unet2d",
+            "shape": shape,
+            "time_range": self.time_range,
+            **{
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in options.items()
+                if key not in _FROM_SHAPE
+            },
+        }
+
+    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
+        """Return the prediction (N, C, H, W) for samples (N, C, H, W) at network times (N,)."""
+        time = unet_time(time, self.time_range)
+        return self.unet(sample, time, return_dict=False)[0]
+
+    @property
+    def out(self) -> nn.Module:
+        """The last layer; its input (N, channels of the first level, H, W) are the features."""
+        return self.unet.conv_out
+
+
+BODIES["unet2d"] = UNet2D
+
+# Options of UNet2DModel that the shape decides.
+_FROM_SHAPE = {"sample_size", "in_channels", "out_channels"}
+
+
+def unet_time(time: Tensor, time_range: Sequence[float] | None) -> Tensor:
+    """Map network times to those that the `UNet2DModel` inside a `UNet2D` is asked at."""
+    return time if time_range is None else stretched(time, time_range, 1000.0)
+
+
+def network_time_of_unet(time: Tensor, time_range: Sequence[float] | None) -> Tensor:
+    """Map times that a `UNet2DModel` is asked at back to network times: undoes `unet_time`."""
+    if time_range is None:
+        return time
+    low, high = time_range
+    return low + time * ((high - low) / 1000.0)
+
+
+def require_diffusers(what: str) -> None:
+    """Raise ImportError with the command that helps if diffusers is not installed."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'{what} needs diffusers ({error}): pip install "fewstep[images]".'
+        ) from None
+
+
+def check_config(config: Any) -> list[int]:
+    """Return (C, H, W) of a UNet2DModel's samples; ValueError if it cannot be a plain body."""
+    size = config["sample_size"]
+    if size is None:
+        raise ValueError("The UNet2DModel's config names no sample_size, the sides of its images.")
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(
+            f"The UNet2DModel reads {config['in_channels']} channels and predicts "
+            f"{config['out_channels']}: fewstep reads networks that predict one number a pixel, "
+            "without a learned variance."
+        )
+    if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
+        raise ValueError("The UNet2DModel is class-conditional; fewstep reads unconditional ones.")
+    if config["time_embedding_type"] != "positional":
+        raise ValueError(
+            "UNet2D embeds times with time_embedding_type='positional', "
+            f"not {config['time_embedding_type']!r}."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    halvings = len(config["block_out_channels"]) - 1
+    if height % 2**halvings or width % 2**halvings:
+        raise ValueError(
+            f"This U-Net halves the image {halvings} times: its sides must be multiples of "
+            f"{2**halvings}, got {height}x{width}."
+        )
+    return [config["in_channels"], height, width]

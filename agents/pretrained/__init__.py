@@ -1,0 +1,1 @@
+"""Checkpoints and pipelines of other libraries: in, and out."""

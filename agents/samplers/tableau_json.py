@@ -1,0 +1,104 @@
+"""A tableau as human-readable JSON that any program can run: the format of `Tableau.save`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...common.reading import parse_json, quoted, reason
+from ...envs.processes.process import NoiseProcess
+from .sparse import SparseRows
+
+if TYPE_CHECKING:
+    from .tableau import Tableau
+
+FORMAT = "fewstep-tableau"
+VERSION = 4
+
+# What every version holds. Up to version 3 the weights were a matrix, with all its zeros.
+_ARRAYS = ("times", "scale", "weights", "noise")
+# What a table that says nothing of them does without. The anchors may be missing since version 4;
+# version 1 had none of the others, version 2 the first.
+_OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap")
+
+
+def write_table(tableau: Tableau, extra: Mapping[str, Any]) -> str:
+    """Return the JSON of a tableau, and further entries after its own.
+
+    Its weights are K lists of pairs [k, W_jk], one list a row, without the zeros. What `Tableau`
+    has as the default of an optional array is left out.
+    """
+    arrays: dict[str, Any] = {
+        "times": tableau.times.tolist(),
+        "scale": tableau.scale.tolist(),
+        "weights": tableau.sparse_weights.pairs(),
+        "noise": tableau.noise.tolist(),
+    }
+    for name in _OPTIONAL:
+        if not tableau.is_default(name):
+            arrays[name] = getattr(tableau, name).tolist()
+    if "cap" in arrays:
+        # JSON knows no infinity.
+        arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
+    table = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": tableau.name,
+        "output": tableau.output,
+        "process": tableau.process.to_config(),
+        **arrays,
+        **extra,
+    }
+    lines = [f" {json.dumps(key)}: {_lines(value)}" for key, value in table.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
+    """Read the JSON of `write_table`, and build the tableau by its constructor.
+
+    Raises:
+        ValueError: not JSON, not a tableau, a newer version, or an invalid table.
+    """
+    try:
+        table = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"Not a tableau: {error}.") from None
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        raise ValueError(f"Not a tableau: the JSON has no 'format': '{FORMAT}'.")
+    if table.get("version") not in range(1, VERSION + 1):
+        raise ValueError(
+            f"This tableau has version {quoted(table.get('version'))}; this fewstep reads 1 to "
+            f"{VERSION}."
+        )
+    dense = table["version"] < 4
+    needed = ("name", *_ARRAYS, *(["anchors"] if dense else []), "output", "process")
+    missing = [name for name in needed if name not in table]
+    if missing:
+        raise ValueError(f"The tableau lacks {', '.join(missing)}.")
+    values = {name: table[name] for name in needed}
+    values |= {name: table.get(name) for name in _OPTIONAL}
+    if isinstance(values["cap"], list):
+        values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
+    for name in ("times", "scale", "noise", *_OPTIONAL):
+        # NumPy reads numbers out of strings.
+        if isinstance(values[name], list) and any(isinstance(each, str) for each in values[name]):
+            raise ValueError(f"The tableau is malformed: {name} holds text instead of numbers.")
+    try:
+        if not dense:
+            # "" and {} would pass for rows without weights.
+            if not all(isinstance(row, list) for row in values["weights"]):
+                raise TypeError("weights must be lists of [index, weight] pairs, one a step")
+            values["weights"] = SparseRows.from_pairs(values["weights"])
+        values["process"] = NoiseProcess.from_config(values["process"])
+        return build(**values)
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"The tableau is malformed: {reason(error)}.") from None
+
+
+def _lines(value: Any) -> str:
+    """Write a JSON value on one line, but lists of lists or objects one a line."""
+    if isinstance(value, list) and value and isinstance(value[0], list | tuple | dict):
+        return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+    return json.dumps(value)

@@ -1,0 +1,184 @@
+"""The teacher: a solver of many steps, and which of its states each step of the student should hit.
+
+By default the teacher's times refine the student's, so that both are compared at the same noise
+level. The official code of D-ODE compares states by their index instead, and for most variants at
+different noise levels (MATH.md 2.6): `align="index"`, for reproduction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....common.names import unknown_name
+from ....envs.schedules.ends import EmptyStartWarning
+from ....envs.schedules.schedule import Schedule
+from ....envs.schedules.spacings import SUBSETS, refine_times
+from ...denoisers.denoiser import Denoiser
+from ...samplers.tableau import Tableau
+from ...solvers import SOLVERS, make_solver
+from .fit import Batch, final_error
+
+Align = Literal["time", "index"]
+
+# A teacher is judged against this solver in this many times its steps (two calls each), on about
+# so many numbers, but no fewer samples than this. It is of another kind than the default teacher:
+# on a network that is rough in time, a finer run of the same solver would share its errors.
+FINER_SOLVER, FINER_SCALE = "heun", 2
+CHECKED_NUMBERS, CHECKED_SAMPLES = 25_000, 25
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A many-step sampler with the indices (K,) of the states that the student's K rows lead to."""
+
+    tableau: Tableau
+    targets: tuple[int, ...]
+
+    @torch.no_grad()
+    def states(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
+        """Return the states (K, N, *shape) that the student's rows should lead to from `noise`."""
+        wanted: dict[int, Tensor] = {}
+        for index, state in enumerate(self.tableau.states(denoiser, noise)):
+            if index in self.targets:
+                wanted[index] = state
+        return torch.stack([wanted[index] for index in self.targets])
+
+
+def make_teacher(
+    student: Tableau,
+    schedule: Schedule,
+    solver: str,
+    options: dict[str, Any] | None = None,
+    scale: int = 10,
+    align: Align = "time",
+    integer: bool = False,
+) -> Teacher:
+    """Build a teacher for a student's tableau.
+
+    Args:
+        student: the base solver.
+        schedule: the schedule it was built on, for its spacing.
+        solver: the teacher's solver, a key of `SOLVERS`; deterministic.
+        options: of that solver.
+        scale: C, the teacher's steps for each step of the student.
+        align: "time" or "index". With "index" the student's j-th state is compared with the
+            teacher's C j-th, on a schedule of the same recipe with C times the student's calls, or
+            as many as there are noisings.
+        integer: round the teacher's times to whole noisings, for networks that know no others.
+
+    Raises:
+        ValueError: an unknown name, a scale below 1, a stochastic teacher, or index alignment on a
+            schedule without a recipe or with a teacher of more than one call a step.
+    """
+    if align not in get_args(Align):
+        raise unknown_name("align", align, get_args(Align))
+    if scale < 1:
+        raise ValueError(f"scale, the teacher's steps a student's step, must be >= 1; got {scale}.")
+    if align == "time":
+        nodes = np.unique(student.times)[::-1].copy()
+        rho = schedule.recipe[1].get("rho", 7.0) if schedule.recipe else 7.0
+        times = refine_times(
+            schedule.process, nodes.tolist(), scale, schedule.spacing, integer, rho=rho
+        )
+        tableau = _on_every_time(solver, Schedule(schedule.process, times), options or {})
+        targets = [_landing(tableau, time) for time in student.times[1:]]
+    else:
+        if schedule.recipe is not None and schedule.recipe[0] in SUBSETS:
+            # Whole noisings: there are no more of them than there are.
+            scale = min(scale, int(schedule.process.t_max) // student.steps)
+        fine = schedule.respaced(scale * student.steps)
+        tableau = _on_every_time(solver, fine, options or {})
+        if tableau.steps != fine.steps:
+            raise ValueError("align='index' needs a teacher with one network call a step.")
+        targets = [scale * (j + 1) for j in range(student.steps)]
+    if not tableau.linear:
+        raise ValueError(
+            f"The teacher '{tableau.name}' adds noise or clamps its predictions; take a "
+            "deterministic one without clip."
+        )
+    return Teacher(tableau, tuple(targets))
+
+
+@torch.no_grad()
+def errors_against_finer(
+    teacher: Teacher,
+    student: Tableau,
+    schedule: Schedule,
+    scale: int,
+    denoiser: Denoiser,
+    noise: Tensor,
+    integer: bool = False,
+) -> tuple[float, float]:
+    """Measure a teacher and the student's base solver against a much finer solver.
+
+    Args:
+        teacher: the teacher.
+        student: the base solver.
+        schedule: the schedule it was built on.
+        scale: the teacher's steps for each of the student's.
+        denoiser: the network.
+        noise: (N, *shape) of which no more is used than needed.
+        integer: round the finer solver's times to whole noisings.
+
+    Returns:
+        The mean squared errors per coordinate of the finished samples of teacher and student.
+    """
+    checked = noise[: max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES)]
+    with warnings.catch_warnings():
+        # It has to start where the student does, and in very many steps it may.
+        warnings.simplefilter("ignore", EmptyStartWarning)
+        finer = make_teacher(
+            student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale, integer=integer
+        )
+    truth = [Batch(checked, finer.states(denoiser, checked)[-1].unsqueeze(0))]
+    return (
+        final_error(teacher.tableau, denoiser, truth),
+        final_error(student, denoiser, truth),
+    )
+
+
+def judge_teacher(
+    teacher: Teacher,
+    student: Tableau,
+    schedule: Schedule,
+    scale: int,
+    denoiser: Denoiser,
+    noise: Tensor,
+    integer: bool = False,
+) -> float:
+    """Return the teacher's error of `errors_against_finer`; warn unless the student's is larger."""
+    error, base = errors_against_finer(teacher, student, schedule, scale, denoiser, noise, integer)
+    if error >= base > 0:
+        warnings.warn(
+            f"The teacher {teacher.tableau.name} of {teacher.tableau.nfe} calls is no better than "
+            f"{student.name} of {student.nfe}: their mean squared errors are {error:.2e} and "
+            f"{base:.2e}. Take a larger scale or a teacher of higher order, such as dpm-solver-3m "
+            "or heun.",
+            stacklevel=3,
+        )
+    return error
+
+
+def _on_every_time(solver: str, schedule: Schedule, options: dict[str, Any]) -> Tableau:
+    """Build a solver whose states land on every time of the schedule.
+
+    A singlestep solver would group the times into blocks, with cruder stages between their ends:
+    here each step is a block of its own.
+    """
+    if solver in SOLVERS and SOLVERS[solver].singlestep and "orders" not in options:
+        orders = [SOLVERS[solver].fixed["order"]] * schedule.steps
+        if schedule.times[-1] == 0:
+            orders[-1] = 1
+        options = {**options, "orders": orders}
+    return make_solver(solver, schedule, **options)
+
+
+def _landing(tableau: Tableau, time: float) -> int:
+    """Return the state that a step ends with at this time: the last one, stages come before it."""
+    return int(np.flatnonzero(tableau.times == time)[-1])

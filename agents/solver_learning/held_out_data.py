@@ -1,0 +1,56 @@
+"""Noised real samples that no training saw: to choose by, and others to report on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...envs import DiffusionMDP
+
+# Added to a training's seed: the noise is other noise.
+_SEED_OFFSET = 1_000_003
+
+
+class Noised(NamedTuple):
+    """Samples at times of their own.
+
+    Attributes:
+        noisy: (N, *shape) noised samples.
+        t: (N,) their times.
+        noise: (N, *shape) the noise in them.
+    """
+
+    noisy: Tensor
+    t: Tensor
+    noise: Tensor
+
+
+def held_out_samples(
+    mdp: DiffusionMDP, n: int, draw_times: Callable[[int, torch.Generator], Tensor], seed: int
+) -> tuple[Noised, Noised]:
+    """Return n noised samples to choose by, and n others to report on.
+
+    The clean ones are fresh samples, not among those trained on, where the target has 2 n of them;
+    else training samples with noise of their own.
+
+    Args:
+        mdp: gives target and process.
+        n: how many.
+        draw_times: draws times (n,).
+        seed: of the training, >= 0.
+    """
+    generator = torch.Generator(mdp.device).manual_seed(_SEED_OFFSET + seed)
+    limit = mdp.target.fresh_limit
+    if limit is None or limit >= 2 * n:
+        clean = mdp.target.sample_fresh(2 * n, seed)
+    else:
+        clean = mdp.target.sample(2 * n, generator)
+    noise = torch.empty_like(clean).normal_(generator=generator)
+    parts = []
+    for part in (slice(0, n), slice(n, 2 * n)):
+        t = draw_times(n, generator)
+        parts.append(Noised(mdp.process.add_noise(clean[part], t, noise[part]), t, noise[part]))
+    return parts[0], parts[1]

@@ -1,0 +1,218 @@
+"""The exact gradient of a rollout's error by its noise levels, in memory independent of K.
+
+A sampler is a table of numbers, and its samples depend on the levels through them: through the
+levels at which the network is asked, and through p, q and W. So the gradient has two factors.
+`backpropagate` finds the error's derivative by every number of the table: the states are stored,
+and each network call is repeated with its graph when the adjoint passes it, so that one graph is
+alive at a time (MATH.md 3.5; gradient rematerialisation in paper B's words). `by_log_level` then
+follows the numbers back to the levels through the solver's builder, whichever it is.
+
+The times of a discrete process bend at its whole noisings, and with them whatever reads times: a
+network, the polynomials of DEIS. A derivative at such a level is the one towards more noise, in
+both factors, and a level within rounding of a whole noising counts as it (`DiscreteVP`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....envs.processes.process import NoiseProcess
+from ....envs.schedules.schedule import Schedule
+from ...denoisers.denoiser import Denoiser
+from ...samplers.tableau import Tableau
+from .levels import level_of_time, noise_levels, schedule_at, time_of_level
+from .rollout import chunk_size, rollout
+
+# A builder is differentiated by five-point differences in the log of a level, this far apart
+# (relative to the gap beside it): truncation and rounding leave 1e-12 to 1e-9. They lie around the
+# level, or all on one side of it where the process bends too near on the other.
+_DISTANCE = 1e-3
+_CENTRED = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+_ONE_SIDED = ((1, 4.0), (2, -3.0), (3, 4 / 3), (4, -1 / 4))  # and -25 / 12 at the level itself
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Derivatives of an error by the numbers of a tableau of K steps; see `Tableau`.
+
+    Attributes:
+        levels: (K,) by the logarithm of the noise level at which each call is made.
+        scale: (K,).
+        weights: (K, K).
+        current: (K,).
+    """
+
+    levels: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    current: np.ndarray
+
+    @classmethod
+    def zeros(cls, steps: int) -> Sensitivity:
+        """Return one that is 0 everywhere."""
+        shapes = (steps,), (steps,), (steps, steps), (steps,)
+        return cls(*(np.zeros(shape) for shape in shapes))
+
+    def along(self, tableau: Tableau, other: Tableau) -> float:
+        """Return the first-order change of the error from one tableau to another like it."""
+        moved = _log_levels(other) - _log_levels(tableau)
+        return float((self.levels * moved).sum()) + sum(
+            float((getattr(self, name) * (getattr(other, name) - getattr(tableau, name))).sum())
+            for name in ("scale", "weights", "current")
+        )
+
+
+def _log_levels(tableau: Tableau) -> np.ndarray:
+    """Return the logarithms of the noise levels (K,) at which the calls are made."""
+    return -tableau.process.log_snr(torch.tensor(tableau.times[:-1])).numpy()
+
+
+def backpropagate(
+    tableau: Tableau,
+    denoiser: Denoiser,
+    noise: Tensor,
+    target: Tensor,
+    steps: int,
+    parameters: Sequence[Tensor] = (),
+) -> tuple[float, Tensor, Sensitivity]:
+    """Return a rollout's error with its derivatives.
+
+    Args:
+        tableau: a deterministic sampler.
+        denoiser: the network; differentiable in its time.
+        noise: (N, *shape) initial states z_0.
+        target: (N, *shape) what the rollout should end at.
+        steps: rows of the tableau to run.
+        parameters: of the network; the error's derivatives are added to their `grad`.
+
+    Returns:
+        The mean over samples of ||z_steps - target||^2, z_steps (N, *shape), and the error's
+        derivatives.
+    """
+    sensitivity = Sensitivity.zeros(tableau.steps)
+    size = chunk_size(2 * (steps + 1), noise)
+    ends, error = [], 0.0
+    for start, goal in zip(noise.split(size), target.split(size), strict=True):
+        states, _ = rollout(tableau, denoiser, start, steps)
+        missed = states[-1] - goal
+        error += float(missed.double().square().sum()) / len(noise)
+        ends.append(states[-1])
+        _descend(tableau, denoiser, states, missed * (2 / len(noise)), sensitivity, parameters)
+    return error, torch.cat(ends), sensitivity
+
+
+def _descend(
+    tableau: Tableau,
+    denoiser: Denoiser,
+    states: list[Tensor],
+    cotangent: Tensor,
+    total: Sensitivity,
+    parameters: Sequence[Tensor],
+) -> None:
+    """Pass the adjoint from the last state to the first; add the derivatives to `total`.
+
+    States are dropped from the list as they are passed.
+
+    `cotangents[j]` is the error's derivative by z_{j+1}. An output's weights in later rows meet it
+    when its own call is repeated, so no output is ever stored.
+    """
+    steps = len(states) - 1
+    cotangents: dict[int, Tensor] = {steps - 1: cotangent}
+    by_state: list[Tensor | None] = [None] * (steps + 1)
+    logs = torch.from_numpy(_log_levels(tableau))
+    rows = [dict(tableau.row(j).weights) for j in range(tableau.steps)]
+    first_output = [min(row, default=j) for j, row in enumerate(rows)]
+    for j in reversed(range(steps)):
+        if j < steps - 1:
+            arrived = by_state[j + 1]
+            assert arrived is not None
+            cotangents[j] = arrived
+            by_state[j + 1] = None
+        row = tableau.row(j)
+        now = cotangents[j]
+        total.scale[j] += _dot(now, states[row.anchor])
+        _add(by_state, row.anchor, row.scale * now)
+        if row.current:
+            total.current[j] += _dot(now, states[j])
+            _add(by_state, j, row.current * now)
+        readers = [i for i in range(j, steps) if first_output[i] <= j]
+        state = states[j].detach().requires_grad_()
+        # By the level, not by the time: a discrete process's times have kinks, its levels none.
+        level = logs[j].to(state.device).requires_grad_()
+        with torch.enable_grad():
+            output = tableau.output_at(denoiser, state, tableau.process.time_of_log_snr(-level))
+        value = output.detach()
+        pull = torch.zeros_like(value)
+        for i in readers:
+            total.weights[i, j] += _dot(cotangents[i], value)
+            pull.add_(cotangents[i], alpha=rows[i].get(j, 0.0))
+        torch.autograd.backward(output, pull, inputs=[state, level, *parameters])
+        assert state.grad is not None
+        total.levels[j] += 0.0 if level.grad is None else float(level.grad)
+        _add(by_state, j, state.grad)
+        del states[j + 1 :]
+        for i in [i for i in cotangents if first_output[i] >= j]:
+            del cotangents[i]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.flatten().double(), b.flatten().double()))
+
+
+def _add(sums: list[Tensor | None], index: int, value: Tensor) -> None:
+    before = sums[index]
+    sums[index] = value if before is None else before + value
+
+
+def by_log_level(
+    build: Callable[[Schedule], Tableau], schedule: Schedule, sensitivity: Sensitivity
+) -> Tensor:
+    """Follow derivatives by a table's numbers back to the noise levels.
+
+    Args:
+        build: the solver's builder.
+        schedule: where it was built.
+        sensitivity: the derivatives at `build(schedule)`.
+
+    Returns:
+        (T,) float64 derivatives by the logarithm of each level of the schedule, towards more noise
+        where they jump; 0 for the first and the last one, which stay fixed.
+    """
+    logs = noise_levels(schedule).log()
+    gaps = -logs.diff()
+    here = build(schedule)
+    gradient = torch.zeros_like(logs)
+    for i in range(1, len(logs) - 1):
+        distance = _DISTANCE * min(1.0, float(gaps[i - 1 : i + 1].min()))
+        less, more = _smooth_room(schedule.process, logs[i - 1 : i + 2])
+        stencil = _CENTRED
+        if min(less, more) < 2 * distance:
+            stencil = _ONE_SIDED
+            distance = min(distance, max(less, more) / 4) * (1 if more >= less else -1)
+        for offset, weight in stencil:
+            moved = logs.clone()
+            moved[i] += offset * distance
+            there = build(schedule_at(moved.exp(), schedule))
+            gradient[i] += weight / distance * sensitivity.along(here, there)
+    return gradient
+
+
+def _smooth_room(process: NoiseProcess, logs: Tensor) -> tuple[float, float]:
+    """Return how far the log level logs[1] can fall, and rise, before the process bends.
+
+    It is looked at between its neighbours logs[2] and logs[0].
+    """
+    times = time_of_level(process, logs.exp())
+    here = float(times[1])
+    kinks = process.kinks(float(times[2]), float(times[0]))
+    bends = level_of_time(process, kinks).log()
+    less, more = bends[kinks <= here], bends[kinks > here]
+    return (
+        float(logs[1] - (less[-1] if len(less) else logs[2])),
+        float((more[0] if len(more) else logs[0]) - logs[1]),
+    )

@@ -1,0 +1,122 @@
+"""Where the levels start: a named grid, the environment's own, or what a programme finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....envs import Schedule
+from ...denoisers.denoiser import Denoiser
+from ...samplers.tableau import Tableau
+from ...solvers import make_solver
+from .amplification import amplified_programmes
+from .levels import LevelMap, check_levels, even_schedule, noise_levels, schedule_at
+from .pool import Pool
+from .programmes import diffusion_programme, trajectory_programme
+
+Programme = Literal["diffusion-dp", "trajectory-dp"]
+ENVIRONMENT = "environment"
+
+# The dynamic programmes choose from a grid of so many levels, those that see the end from a coarser
+# one: there may be a cost for each triple of them.
+GRID, COARSE_GRID = 200, 100
+
+
+def starting_schedule(here: Schedule, start: str, integer_times: bool) -> Schedule:
+    """Return the schedule to start from, or for the programmes the one that gives the ends.
+
+    Args:
+        here: the environment's.
+        start: a programme, a grid's name, or "environment".
+        integer_times: keep the environment's, whose times are whole.
+
+    Raises:
+        ValueError: fewer than three noise levels, or times that should be whole and are not.
+    """
+    check_levels(noise_levels(here))
+    if integer_times:
+        if not torch.equal(here.times, here.times.round()):
+            raise ValueError(
+                "integer_times needs an environment whose schedule has whole times, such as "
+                "'trailing' or 'uniform'."
+            )
+        return here
+    if start == ENVIRONMENT:
+        return here
+    return even_schedule(here, "karras" if start in get_args(Programme) else start)
+
+
+def programme_for(start: str, like: Schedule, integer_times: bool) -> LevelProgramme | None:
+    """Return the dynamic programme of this name, or None for the other starts."""
+    if start not in get_args(Programme):
+        return None
+    return LevelProgramme(start, like, integer_times)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LevelProgramme:
+    """Levels that a dynamic programme finds.
+
+    Attributes:
+        programme: which one.
+        like: a schedule of as many levels, with the same ends.
+        integer_times: choose from whole times only.
+    """
+
+    programme: Programme
+    like: Schedule
+    integer_times: bool
+
+    def grid(self, size: int = GRID) -> Schedule:
+        """Return the times to choose from, even on Karras's scale."""
+        ends = noise_levels(self.like)
+        even = LevelMap(float(ends[-1]), float(ends[0]))
+        grid = schedule_at(even.levels(torch.ones(size - 2, dtype=torch.float64)), self.like)
+        if not self.integer_times:
+            return grid
+        return Schedule(grid.process, grid.times.round().unique().flip(0))
+
+    @property
+    def calls(self) -> int:
+        """Network calls a sample."""
+        calls = int((self.grid().times > 0).sum())
+        if self.programme == "diffusion-dp":
+            return calls
+        # A trajectory's last positive level is only arrived at. The adjoint repeats each call.
+        return calls - 1 + 2 * (int((self.grid(COARSE_GRID).times > 0).sum()) - 1)
+
+    def levels(self, pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Tensor]:
+        """Find levels (T,), descending; of several answers the best has to be tried out.
+
+        Args:
+            pool: the source of noise and data, and of the network whose trajectories count.
+            denoiser: the network that samples, whose errors on data count.
+            student: the solver on some schedule of as many levels.
+        """
+        count, generator = len(noise_levels(self.like)), pool.fresh_generator()
+        if self.programme == "diffusion-dp":
+            times = self.grid().times
+            clean = pool.mdp.target.sample(pool.batch_size, generator)
+            return [diffusion_programme(denoiser, times[times > 0], count, clean, generator)]
+        noise = pool.mdp.initial(pool.batch_size, generator)
+        teacher = make_solver("dpm-solver-2m", self.grid())
+        plain = trajectory_programme(teacher, pool.denoiser, noise, count)
+        teacher = make_solver("dpm-solver-2m", self.grid(COARSE_GRID))
+        orders = [_outputs_read(student, j) for j in range(count - 1)]
+        return [
+            plain,
+            *amplified_programmes(teacher, student.output, pool.denoiser, noise, orders, generator),
+        ]
+
+
+def _outputs_read(student: Tableau, jump: int) -> int:
+    """Return how many outputs a jump of a solver reads; 2 for one with calls between its levels."""
+    rows = len(student.weights)
+    if student.one_step:
+        return 1
+    multistep = all(student.anchor(j) == j for j in range(rows))
+    return int(np.count_nonzero(student.weights[jump])) if multistep else 2

@@ -1,0 +1,227 @@
+"""Stage two: the denoiser tuned where the schedule asks it (paper B, Eq. 12; MATH.md 3.7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ....common.optimisation import Averaged, adam, learning_rate, set_learning_rate
+from ...denoisers.denoiser import Denoiser
+from ...samplers.tableau import Tableau
+from ..selection import is_better
+from .adjoint import backpropagate
+from .levels import time_of_level
+from .pool import Pool
+from .weights import step_weights
+
+TuningWeights = Literal["rollout", "lambda", "original"]
+
+# Updates of the network between two looks at held-out noise.
+CHECK_INTERVAL = 50
+
+
+class Tuning:
+    """Gradient steps on the denoiser, and the average of its weights.
+
+    A stage that is judged ends with the network that errs least on held-out noise: the one from
+    before the stage, or an average on the way that is better; see
+    `fewstep.agents.solver_learning.selection`.
+
+    Args:
+        denoiser: the network to tune, in place.
+        pool: the teacher's finished samples, and the source of real ones.
+        weights: what is minimised; see `ScheduleLearning`, as for the next ones.
+        rounds: updates a stage; 0 leaves the network as it is.
+        batch_size: samples an update.
+        learning_rate: of Adam, falling on a cosine.
+        last_weight: see `tuning_loss`.
+        max_grad_norm: the gradient is clipped here; None does not clip.
+        ema: decay of the average of the weights.
+
+    Attributes:
+        averaged: the average of the weights.
+        optimizer: Adam; None without rounds.
+        updates: how many of this stage are done.
+        tuned: whether the network that samples is a tuned one.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        pool: Pool,
+        *,
+        weights: TuningWeights,
+        rounds: int,
+        batch_size: int,
+        learning_rate: float,
+        last_weight: float,
+        max_grad_norm: float | None,
+        ema: float,
+    ) -> None:
+        self.denoiser = denoiser
+        self.pool = pool
+        self.weights: TuningWeights = weights
+        self.rounds = rounds
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.last_weight = last_weight
+        self.max_grad_norm = max_grad_norm
+        self.averaged = Averaged(denoiser, ema if rounds else 0.0)
+        self.optimizer = adam(denoiser.parameters()) if rounds else None
+        self.updates = 0
+        self.tuned = False
+        # The best network of the stage and its errors; None where it is not judged.
+        self._best: dict[str, Tensor] | None = None
+        self._errors: Tensor | None = None
+        self._improved = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage is done."""
+        return self.updates >= self.rounds
+
+    def calls(self, tableau: Tableau) -> int:
+        """Return the network calls on single samples of an update."""
+        return self.batch_size * (2 * tableau.steps if self.weights == "rollout" else 1)
+
+    def update(
+        self, tableau: Tableau, levels: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Take one gradient step.
+
+        Args:
+            tableau: the sampler.
+            levels: (T,) its descending noise levels.
+            generator: source of samples, levels and noise.
+
+        Returns:
+            What to log: the loss, for one coordinate, and the norm of the gradient (of the sum over
+            coordinates for "rollout") before it is clipped.
+        """
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        if self.weights == "rollout":
+            loss = self._rollout_loss(tableau, generator)
+        else:
+            loss = self._denoising_loss(levels, generator)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.denoiser.parameters(), self.max_grad_norm or math.inf
+        )
+        rate = learning_rate(self.learning_rate, "cosine", self.updates / self.rounds)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.averaged.update()
+        self.updates += 1
+        return {"loss": loss, "grad_norm": grad_norm}
+
+    def begin(self, errors: Tensor) -> None:
+        """Begin a stage that is judged, with the sampler's errors on held-out noise before it."""
+        self._best, self._errors, self._improved = self._weights(), errors, False
+
+    def judge(self, errors: Callable[[], Tensor]) -> float | None:
+        """Now and then, and at the end, compare the averaged network with the stage's best one.
+
+        Args:
+            errors: measures the sampler with the averaged network on held-out noise, (N,).
+
+        Returns:
+            The mean of the errors, or None if they were not measured.
+        """
+        if not self.done and self.updates % CHECK_INTERVAL:
+            return None
+        assert self._errors is not None
+        now = errors()
+        if is_better(now, self._errors):
+            self._best, self._errors, self._improved = self._weights(), now, True
+        return float(now.mean())
+
+    def finish(self) -> None:
+        """Take the best network of the stage, if it was judged."""
+        if self._best is None:
+            self.tuned = True
+            return
+        self.tuned = self.tuned or self._improved
+        if any(not torch.equal(w, self._best[name]) for name, w in self._weights().items()):
+            assert self.optimizer is not None
+            self.averaged.module.body.load_state_dict(self._best)
+            self.denoiser.body.load_state_dict(self._best)
+            # What it remembers belongs to other weights, and may not be finite.
+            self.optimizer.state.clear()
+        self._best = self._errors = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what the stage remembers beside the networks and how many updates are done."""
+        return {
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "best": self._best,
+            "best_errors": self._errors,
+            "improved": self._improved,
+            "tuned": self.tuned,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        # None: saved by an agent without stage two.
+        if self.optimizer is not None and state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self._best, self._errors = state["best"], state["best_errors"]
+        self._improved, self.tuned = state["improved"], state["tuned"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return a copy of the averaged network's weights."""
+        return {name: w.clone() for name, w in self.averaged.module.body.state_dict().items()}
+
+    def _denoising_loss(self, levels: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss on real samples at the schedule's levels, with its gradient."""
+        clean = self.pool.mdp.target.sample(self.batch_size, generator)
+        loss = tuning_loss(self.denoiser, levels, clean, self.weights, self.last_weight, generator)
+        loss.backward()
+        return loss.detach()
+
+    def _rollout_loss(self, tableau: Tableau, generator: torch.Generator) -> Tensor:
+        """Return the finished samples' distance from the teacher's, with its gradient."""
+        noise, finished = (
+            torch.cat([getattr(batch, part) for batch in self.pool.fitted])
+            for part in ("noise", "finished")
+        )
+        size = (self.batch_size,)
+        drawn = torch.randint(len(noise), size, generator=generator, device=noise.device)
+        trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
+        loss, _, _ = backpropagate(
+            tableau, self.denoiser, noise[drawn], finished[drawn], tableau.steps, trained
+        )
+        return torch.tensor(loss / noise[0].numel())
+
+
+def tuning_loss(
+    denoiser: Denoiser,
+    levels: Tensor,
+    clean: Tensor,
+    weights: TuningWeights,
+    last_weight: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the denoising loss on one batch, each sample at a level of the schedule.
+
+    Args:
+        denoiser: the network to tune.
+        levels: (T,) descending noise levels; each sample draws one of them uniformly.
+        clean: (N, *shape) real samples.
+        weights: "lambda" weighs the error of the denoised sample with lambda_j, as paper B;
+            "original" takes the loss that the denoiser was pretrained with.
+        last_weight: of the last level, at which Eq. 12 has none although its answer is the sample.
+        generator: source of levels and noise.
+    """
+    drawn = torch.randint(len(levels), (len(clean),), generator=generator, device=clean.device)
+    noise = torch.empty_like(clean).normal_(generator=generator)
+    t = time_of_level(denoiser.process, levels).to(clean)[drawn]
+    noisy = denoiser.process.add_noise(clean, t, noise)
+    if weights == "original":
+        return (denoiser(noisy, t) - denoiser.training_target(clean, noise, t)).square().mean()
+    shares = torch.cat([step_weights(levels), levels.new_tensor([last_weight])]).to(clean)
+    errors = (denoiser.denoised(noisy, t) - clean).square().flatten(1).mean(1)
+    return (shares[drawn] * errors).mean()

@@ -1,0 +1,1 @@
+"""Variance learning: how much noise each step of a sampler wants."""

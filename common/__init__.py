@@ -1,0 +1,1 @@
+"""What every folder may use, and knows nothing of diffusion."""

@@ -1,0 +1,148 @@
+"""Small pieces that every learning agent uses: Adam, learning-rate schedules, averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ..common.names import unknown_name
+from .checks import fraction
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Each maps the fraction of training done, 0 to 1, to a factor on the learning rate.
+LEARNING_RATE_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+class TrainingDivergedError(RuntimeError):
+    """Training left what can be computed with; `.quantity` names what did.
+
+    Args:
+        quantity: what became NaN or infinite.
+        timesteps: after how many.
+        message: says it in other words, where something else happened.
+    """
+
+    def __init__(self, quantity: str, timesteps: int, message: str | None = None) -> None:
+        super().__init__(
+            message
+            or f"Training went non-finite: {quantity} is NaN or infinite after {timesteps} "
+            "timesteps. Lower the learning rate or the clip; checkpoints written before are good."
+        )
+        self.quantity = quantity
+
+
+class OutOfMemoryError(RuntimeError):
+    """Something does not fit into memory."""
+
+    def __init__(self, advice: str, where: str = "in a round of training") -> None:
+        super().__init__(f"Out of memory {where}. {advice}")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error means that memory ran out, on a GPU or on the CPU."""
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def adam(parameters: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Build the fused Adam over parameters or groups; rates come from `set_learning_rate`.
+
+    Raises:
+        ValueError: none of the parameters is trainable.
+    """
+    given = list(parameters)
+    groups = (group["params"] if isinstance(group, dict) else [group] for group in given)
+    if not any(parameter.requires_grad for group in groups for parameter in group):
+        raise ValueError(
+            "There is nothing to train: no weight requires a gradient. The averaged denoiser of "
+            "another agent is such a one; save that agent, and load the denoiser from its file."
+        )
+    return torch.optim.Adam(given, lr=1e-3, betas=betas, fused=True)
+
+
+def learning_rate_schedule(name: str) -> Callable[[float], float]:
+    """Look up a schedule. Raises ValueError for a name that does not exist."""
+    if name not in LEARNING_RATE_SCHEDULES:
+        raise unknown_name("learning-rate schedule", name, LEARNING_RATE_SCHEDULES)
+    return LEARNING_RATE_SCHEDULES[name]
+
+
+def learning_rate(
+    peak: float, schedule: str, done: float, update: int = 0, warm_up: int = 0
+) -> float:
+    """Return the learning rate of an update, which is never negative.
+
+    Args:
+        peak: the rate that the schedule's factor and the warm-up, both 0 to 1, multiply.
+        schedule: "constant", "linear" or "cosine".
+        done: fraction of the training done; taken for 0 below and for 1 above.
+        update: which update, from 0; below 0 it is one before the warm-up, whose rate is 0.
+        warm_up: over so many updates the rate rises evenly; 0 has none.
+
+    Raises:
+        ValueError: a schedule that does not exist.
+    """
+    factor = learning_rate_schedule(schedule)(min(max(done, 0.0), 1.0))
+    if warm_up > 0:
+        factor *= min(max((update + 1) / warm_up, 0.0), 1.0)
+    return peak * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """Set the rate of each parameter group; one rate alone serves every group."""
+    groups = optimizer.param_groups
+    for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
+        group["lr"] = rate
+
+
+class Averaged(Generic[Module]):
+    """An exponential moving average of a module's parameters; decay 0 follows it exactly."""
+
+    def __init__(self, module: Module, decay: float) -> None:
+        fraction(with_one=False, ema=decay)
+        self.live = module
+        self.decay = decay
+        self.module = copy.deepcopy(module).requires_grad_(False) if decay else module
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average by (1 - decay) towards the live parameters."""
+        if self.decay:
+            averages: list[torch.Tensor] = list(self.module.parameters())
+            live: list[torch.Tensor] = list(self.live.parameters())
+            torch._foreach_lerp_(averages, live, 1 - self.decay)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise modules reproducibly: seed torch's global generator inside, restore it outside."""
+    # All GPUs would be asked for their state otherwise, with a warning.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """Keep a module's parameters out of the gradient for a while."""
+    parameters = () if module is None else module.parameters()
+    training = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in training:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)

@@ -1,0 +1,399 @@
+"""Evaluation: a sampler against the real distribution, each metric beside its sampling floor.
+
+`evaluate(agent, target)` scores whatever samples; `Evaluation` prepares the real side once, for
+several samplers. The command line's figures are these.
+
+`sliced_wasserstein` is paper A's metric: against the training set, 100 projections, up to 10,000
+samples. `sliced_wasserstein_fresh` is the honest one: 200 projections, up to 200,000 samples
+against as many fresh real points, so a sampler is not rewarded for reproducing the training set
+and its own sampling noise is small. `mmd` is the energy distance's square root on up to 2,000
+fresh points. The floor of a metric is its value between two independent real sets of the same size.
+
+Images take fewer samples (2,000 for the first metric, which is also the live one, at most 10,000
+for the others) and have the metrics of a feature extractor besides: `fid`, `kid`, `precision` and
+`recall` if it is Inception, else `frechet_distance[NAME]`, `kernel_distance[NAME]`,
+`precision[NAME]` and `recall[NAME]`. Their floor holds training against fresh images. A classifier
+knows its training images, which raises that floor where they are few (the digits' Frechet distance
+from about 0.45 to 0.8); a sampler can then go below it. All samplers meet the same one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...common.shapes import is_image
+from ..checks import check_samples
+from .distances import Samples, SlicedWasserstein, mmd
+from .features import INCEPTION, FeatureExtractor
+from .fidelity import FeatureDistances
+
+# Evaluation draws from these seeds, whatever the training seed, so that runs compare like with
+# like.
+NOISE_SEED, FRESH_SEED, FLOOR_SEED = 10_001, 10_002, 10_003
+
+# Most samples of vectors and of images for a metric; of images also most numbers, 256 MiB of
+# float64 for the sliced Wasserstein distance.
+_VECTORS, _IMAGES, _LIVE_IMAGES, _NUMBERS = 10_000, 10_000, 2_000, 2**25
+# Numbers in the images that a sampler makes in one call.
+_DRAWN = 2**20
+# With fewer real images than this, feature metrics are means over several sets of samples.
+_ENOUGH, _SETS = 2_000, 4
+
+# What FeatureDistances returns: its name where the extractor is not Inception, and which way is up.
+_FEATURE_METRICS = {
+    "fid": ("frechet_distance", False),
+    "kid": ("kernel_distance", False),
+    "precision": ("precision", True),
+    "recall": ("recall", True),
+}
+
+Sampler = Callable[[int, torch.Generator], Tensor]
+Distances = Callable[[Tensor, FeatureExtractor], FeatureDistances]
+
+
+class Real(Protocol):
+    """The real distribution, as `fewstep.envs.Target` is one.
+
+    Attributes:
+        name: what messages call it.
+        shape: of one sample.
+        device: where samples are.
+        fresh_limit: how many fresh samples there are; None for any number.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def fresh_limit(self) -> int | None: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def take(self, n: int, /) -> Tensor:
+        """Return the first n training samples (min(n, len), *shape)."""
+
+    def sample_fresh(self, n: int, seed: int, /) -> Tensor:
+        """Return n real samples (n, *shape) that are no training samples."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: `samples` it takes, `floor` is what real ones score."""
+
+    name: str
+    samples: int
+    floor: float
+    higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """A way to score samples (samples, *shape), which may give several metrics at once."""
+
+    samples: int
+    score: Callable[[Tensor], dict[str, float]]
+
+
+class Evaluation:
+    """All metrics of an environment, with the real side prepared once.
+
+    Args:
+        target: the real distribution, a `Target` for instance.
+        fresh_samples: most samples for any metric, at least 2. Images: at most 10,000, and for
+            `sliced_wasserstein_fresh` fewer of large ones, 2**25 numbers in all (2,730 RGB images
+            of 64 x 64).
+        features: extractor in whose space images are compared, too, see `features_for`; None
+            compares pixels alone. The reference is as many fresh images as there are, up to
+            `fresh_samples`, 10,000 and the number of training images, and a sampler gives as many.
+            Where that is below 2,000, the score is the mean over four such sets of samples, and the
+            floor over as many sets of training images as there are, up to four: less noise, and the
+            bias of either stays that of one set.
+        distances: makes the distances to real images (M, C, H, W) in an extractor's space; one of
+            your own may keep the features of the real images for the next time.
+
+    Attributes:
+        metrics: what is measured, in order.
+
+    Raises:
+        ValueError: fewer than two samples, too few for a metric, or features of vectors.
+    """
+
+    def __init__(
+        self,
+        target: Real,
+        fresh_samples: int = 200_000,
+        features: FeatureExtractor | None = None,
+        distances: Distances = FeatureDistances,
+    ) -> None:
+        if fresh_samples < 2:
+            raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
+        self._images = is_image(target.shape)
+        if features is not None and not self._images:
+            raise ValueError(
+                f"Feature metrics are for images; {target.name} has samples {tuple(target.shape)}."
+            )
+        limit = target.fresh_limit
+        self.target = target
+        self.metrics: list[Metric] = []
+        self._measurements: list[_Measurement] = []
+        most = self._affordable(_LIVE_IMAGES) if self._images else _VECTORS
+        training = target.take(min(most, fresh_samples))
+        score = SlicedWasserstein(training, n_projections=100)
+        if limit == 0:
+            # No fresh data: the floor is that between two halves, and there is no honest metric.
+            floor = SlicedWasserstein(training[::2], n_projections=100)(training[1::2])
+            self._add("sliced_wasserstein", score, len(training), floor)
+            return
+        size = len(training) if limit is None else min(len(training), limit)
+        floor = score(target.sample_fresh(size, FLOOR_SEED))
+        self._add("sliced_wasserstein", score, len(training), floor)
+        fresh_limit = fresh_samples if limit is None else min(fresh_samples, limit)
+        count = min(fresh_limit, self._affordable(_IMAGES)) if self._images else fresh_limit
+        honest = SlicedWasserstein(target.sample_fresh(count, FRESH_SEED), n_projections=200)
+        floor = honest(self._other_real(count))
+        self._add("sliced_wasserstein_fresh", honest, count, floor)
+        few = min(count, 2000)
+        fresh = target.sample_fresh(few, FRESH_SEED)
+        floor = mmd(self._other_real(few), fresh)
+        self._add("mmd", lambda samples: mmd(samples, fresh), few, floor)
+        if features is not None:
+            self._add_features(features, min(fresh_limit, _IMAGES), distances)
+
+    def _affordable(self, most: int) -> int:
+        """Cut a number of images to what fits in memory as float64."""
+        return max(2, min(most, _NUMBERS // math.prod(self.target.shape)))
+
+    def _add(self, name: str, score: Callable[[Tensor], float], samples: int, floor: float) -> None:
+        self.metrics.append(Metric(name, samples, float(floor)))
+        self._measurements.append(_Measurement(samples, lambda x: {name: float(score(x))}))
+
+    def _add_features(
+        self, features: FeatureExtractor, count: int, distances_to: Distances
+    ) -> None:
+        """Add the metrics of a feature extractor against `count` fresh images, or fewer."""
+        if self.target.fresh_limit is not None:
+            count = min(count, len(self.target))
+        sets = 1 if count >= _ENOUGH else _SETS
+        distances = distances_to(self.target.sample_fresh(count, FRESH_SEED), features)
+        official = features.name == INCEPTION
+        names = {
+            key: key if official else f"{ours}[{features.name}]"
+            for key, (ours, _) in _FEATURE_METRICS.items()
+        }
+
+        def score(samples: Tensor) -> dict[str, float]:
+            whole = len(samples) // count
+            found = [distances(part) for part in samples[: whole * count].split(count)]
+            return {name: sum(f[key] for f in found) / whole for key, name in names.items()}
+
+        floors = score(self._other_real(sets * count))
+        for key, (_, higher) in _FEATURE_METRICS.items():
+            self.metrics.append(Metric(names[key], sets * count, floors[names[key]], higher))
+        self._measurements.append(_Measurement(sets * count, score))
+
+    def _other_real(self, count: int) -> Tensor:
+        """Draw real samples independent of the fresh ones: fresh again, or training samples."""
+        if self.target.fresh_limit is None:
+            return self.target.sample_fresh(count, FLOOR_SEED)
+        return self.target.take(count)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Each metric's floor."""
+        return {metric.name: metric.floor for metric in self.metrics}
+
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        """Which way is up, for each metric."""
+        return {metric.name: metric.higher_is_better for metric in self.metrics}
+
+    def __call__(self, sample: Sampler, seed: int = 0) -> dict[str, float]:
+        """Score a sampler `sample(n, generator) -> (n, *shape)` on every metric.
+
+        All metrics share the same samples. Images are asked for in several calls with the same
+        generator, about a million numbers at a time, so that a network's activations fit.
+        """
+        generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED + seed)
+        return self.score(self._draw(sample, self.samples, generator))
+
+    @property
+    def samples(self) -> int:
+        """How many samples all metrics together look at."""
+        return max(measurement.samples for measurement in self._measurements)
+
+    def score(self, samples: Tensor) -> dict[str, float]:
+        """Score finished samples (N, *shape) on every metric, each on as many as it takes.
+
+        Raises:
+            ValueError: samples of another shape, or that are not finite; too few for a metric.
+        """
+        check_samples("samples", samples, self.target.shape)
+        scores: dict[str, float] = {}
+        for measurement in self._measurements:
+            scores |= measurement.score(samples[: measurement.samples])
+        return scores
+
+    def quick(self, sample: Sampler) -> float:
+        """Score a sampler on the first metric alone: the live figure of a training run."""
+        measurement = self._measurements[0]
+        generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED)
+        samples = self._draw(sample, measurement.samples, generator)
+        return measurement.score(samples)[self.metrics[0].name]
+
+    def _draw(self, sample: Sampler, count: int, generator: torch.Generator) -> Tensor:
+        if not self._images:
+            return sample(count, generator)
+        most = max(1, _DRAWN // math.prod(self.target.shape))
+        return torch.cat(
+            [sample(min(most, count - done), generator) for done in range(0, count, most)]
+        )
+
+
+@dataclass(frozen=True)
+class Score(Metric):
+    """What a sampler scores on one metric, and what real samples do.
+
+    Attributes:
+        name: of the metric.
+        samples: how many it was measured on.
+        floor: what as many real samples score.
+        higher_is_better: which way is up.
+        value: the sampler's score.
+    """
+
+    value: float = math.nan
+
+
+@dataclass(frozen=True)
+class Report(Mapping[str, Score]):
+    """The scores of a sampler by the metric's name; printed, they are a table.
+
+    Attributes:
+        scores: name of the metric -> score.
+        nfe: network evaluations a sample costs; None if the sampler does not say.
+    """
+
+    scores: dict[str, Score]
+    nfe: int | None = None
+
+    def __getitem__(self, name: str) -> Score:
+        return self.scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.scores))
+        head = f"{'metric':<{width}}  {'score':>9}  {'floor':>9}  samples"
+        rows = [
+            f"{name:<{width}}  {score.value:>9.2e}  {score.floor:>9.2e}  {score.samples:>7}"
+            for name, score in self.scores.items()
+        ]
+        cost = [] if self.nfe is None else [f"network calls a sample: {self.nfe}"]
+        return "\n".join([head, *rows, *cost])
+
+
+def evaluate(
+    sampler: Any,
+    target: Real | Samples,
+    n: int = 10_000,
+    *,
+    features: FeatureExtractor | None = None,
+    seed: int = 0,
+    nfe: int | None = None,
+    distances: Distances = FeatureDistances,
+) -> Report:
+    """Score a sampler against real samples; each metric has its sampling floor beside it.
+
+        report = evaluate(agent, mdp.target)
+        print(report)
+        report["mmd"].value, report["mmd"].floor, report.nfe
+
+    Args:
+        sampler: what samples: an agent or policy, a function `(n, generator) -> (n, *shape)`, or
+            samples that are there already, (N, *shape) tensor or array.
+        target: the real distribution, a `Target`; or real samples (M, *shape), tensor or array, of
+            which one half is compared with, and the other says the floors: M >= 4.
+        n: most samples for any metric, at least 2; of given samples all. See `Evaluation`.
+        features: in whose space images are compared, too; see `Evaluation`.
+        seed: of the sampler's noise.
+        nfe: network evaluations a sample costs; by default what the sampler says, `sampler.nfe`.
+        distances: see `Evaluation`.
+
+    Raises:
+        ValueError: too few samples, samples of another shape or that are not finite, or features of
+            vectors.
+        TypeError: nothing that samples.
+    """
+    real: Real = _Halves(target) if _is_array(target) else target  # type: ignore[arg-type,assignment]
+    given = torch.as_tensor(sampler).to(real.device) if _is_array(sampler) else None
+    evaluation = Evaluation(real, n if given is None else len(given), features, distances)
+    if given is None:
+        with torch.no_grad():
+            values = evaluation(_drawing(sampler, real.shape), seed)
+    else:
+        values = evaluation.score(given)
+    scores = {}
+    for metric in evaluation.metrics:
+        fields = asdict(metric)
+        if given is not None:
+            fields["samples"] = min(metric.samples, len(given))
+        scores[metric.name] = Score(**fields, value=values[metric.name])
+    return Report(scores, getattr(sampler, "nfe", None) if nfe is None else nfe)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array__")
+
+
+def _drawing(sampler: Any, shape: torch.Size) -> Sampler:
+    """Return a function `(n, generator) -> (n, *shape)` of an agent, a policy or a function."""
+    method = getattr(sampler, "sample", None)
+    if not callable(method):
+        if not callable(sampler):
+            raise TypeError(
+                "A sampler is an agent or a policy with a method `sample`, a function (n, "
+                f"generator) -> (n, *shape), or samples; got {type(sampler).__name__}."
+            )
+        return sampler
+    # A policy of a solver does not know the shape of its samples.
+    also = {"shape": tuple(shape)} if "shape" in inspect.signature(method).parameters else {}
+    return lambda n, generator: method(n, generator=generator, **also)
+
+
+class _Halves:
+    """Real samples that are there already: every second one is compared with."""
+
+    name = "the real samples"
+
+    def __init__(self, real: Samples) -> None:
+        samples = torch.as_tensor(real)
+        check_samples("target", samples)
+        if len(samples) < 4:
+            raise ValueError(f"target must hold at least 4 real samples, got {len(samples)}.")
+        self._training, self._fresh = samples[::2].float(), samples[1::2].float()
+        self.shape, self.device = torch.Size(samples.shape[1:]), samples.device
+        self.fresh_limit = len(self._fresh)
+
+    def __len__(self) -> int:
+        return len(self._training)
+
+    def take(self, n: int) -> Tensor:
+        return self._training[:n]
+
+    def sample_fresh(self, n: int, seed: int) -> Tensor:
+        rows = torch.randperm(len(self._fresh), generator=torch.Generator().manual_seed(seed))
+        return self._fresh[rows[:n].to(self.device)]

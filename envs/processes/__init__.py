@@ -1,0 +1,1 @@
+"""Noise processes, the physics of the environments: how data turn into noise."""

@@ -1,0 +1,1 @@
+"""Schedules: the times that a sampler visits, and how they are spaced."""

@@ -1,0 +1,1 @@
+"""Targets: the distributions of real samples, toys and sets of images."""

@@ -1,0 +1,430 @@
+"""The real distributions that samplers are to match.
+
+A ``Target`` holds the training samples on one device and can give *fresh* real samples, which an
+evaluation needs: a sampler must not be scored against the very points it was trained on. Toys draw
+fresh points from their generator with another seed, data sets keep a fixed held-out split. Sets of
+images stay bytes, a quarter of float32's memory, and become numbers in [-1, 1] as they are drawn.
+``make_target(name)`` builds the known ones; ``Target.from_samples`` and ``Target.from_sampler`` are
+for your own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.arguments import checked
+from ...common.names import unknown_name
+from ...common.shapes import is_image
+from .images import IMAGE_SETS, load_images
+
+Sampler = Callable[[int, int], Any]
+"""``(n, seed) -> (n, *shape)`` array or tensor; the same seed gives the same points."""
+
+TOY_SAMPLES = 10_000
+TRAINING_SEED = 0
+
+# Bytes counted at once for the standard deviation of a set of images, or hashed at once.
+_CHUNK = 2**24
+# Numbers of a generated set that its fingerprint holds, evenly spread, and how closely they agree.
+_REMEMBERED, _TOLERANCE = 64, 1e-4
+
+
+class Target:
+    """A real distribution: training samples and a source of fresh ones.
+
+    Samples are float32, or images as bytes: arrays ``(N, C, H, W)`` of dtype uint8 are kept as they
+    are, and whatever hands samples out gives ``byte / 127.5 - 1``, float32 in [-1, 1]. Floats are
+    copied, so that nobody else can change them; bytes are not, for there may be gigabytes.
+
+    Args:
+        name: What to call it in logs.
+        samples: Training samples ``(N, *shape)``, finite; bytes or stored as float32.
+        held_out: Fixed fresh samples ``(M, *shape)``, bytes if the training samples are.
+        sampler: Unlimited fresh samples; used in place of ``held_out``.
+        labels: Classes of the training samples, ``(N,)`` integers.
+        held_out_labels: Classes of the held-out samples, ``(M,)`` integers.
+        flip: Let ``sample`` mirror each image it draws left to right with probability 1/2.
+
+    Attributes:
+        name: The same.
+        labels: ``(N,)`` int64 on ``device``, or None.
+        held_out_labels: ``(M,)`` int64 on ``device``, or None.
+        flip: The same.
+
+    Raises:
+        ValueError: Samples are empty, not finite, or not of one shape; only one of the two sets is
+            bytes; labels do not fit their samples; or ``flip`` with samples that are no images.
+        TypeError: Labels are not integers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Any,
+        *,
+        held_out: Any = None,
+        sampler: Sampler | None = None,
+        labels: Any = None,
+        held_out_labels: Any = None,
+        flip: bool = False,
+    ) -> None:
+        self.name = name
+        self._training = _to_stored(samples, f"samples of {name}", own=True)
+        self._held_out = None
+        if held_out is not None:
+            self._held_out = _to_stored(held_out, f"held-out samples of {name}", own=True)
+            if self._held_out.shape[1:] != self.shape:
+                raise ValueError(
+                    f"held-out samples of {name} have shape {tuple(self._held_out.shape[1:])}, "
+                    f"its training samples {tuple(self.shape)}"
+                )
+            if self._held_out.dtype != self._training.dtype:
+                raise ValueError(
+                    f"held-out samples of {name} are {self._held_out.dtype}, its training samples "
+                    f"{self._training.dtype}; give both as bytes or neither"
+                )
+        self._sampler = sampler
+        self.labels = _to_labels(labels, self._training, f"labels of {name}")
+        self.held_out_labels = _to_labels(
+            held_out_labels, self._held_out, f"held-out labels of {name}"
+        )
+        if flip and not is_image(self.shape):
+            raise ValueError(
+                f"flip is for images (C, H, W); samples of {name} have shape {tuple(self.shape)}"
+            )
+        self.flip = flip
+
+    @classmethod
+    def from_samples(cls, samples: Any, name: str = "custom", *, held_out: Any = None) -> Target:
+        """Wrap your own samples ``(N, *shape)``, with a held-out split if you have one."""
+        return cls(name, samples, held_out=held_out)
+
+    @classmethod
+    def from_sampler(cls, sampler: Sampler, name: str = "custom", n: int = TOY_SAMPLES) -> Target:
+        """Wrap your own generator ``(n, seed) -> (n, *shape)``; trains on ``n`` of seed 0."""
+        return cls(name, sampler(n, TRAINING_SEED), sampler=sampler)
+
+    @property
+    def samples(self) -> Tensor:
+        """The whole training set, ``(N, *shape)`` float32 on ``device``.
+
+        A copy at each access, for a target never changes: of a large set use ``take``, ``subset``
+        or ``sample``.
+        """
+        return self.take(len(self))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one sample: ``(D,)``, ``(C, H, W)``, or any other."""
+        return self._training.shape[1:]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples live."""
+        return self._training.device
+
+    @property
+    def fresh_limit(self) -> int | None:
+        """How many fresh samples there are; None for a generator, which never runs out."""
+        if self._sampler is not None:
+            return None
+        return 0 if self._held_out is None else len(self._held_out)
+
+    @cached_property
+    def std(self) -> float:
+        """Standard deviation of all numbers of the training samples; exact for bytes."""
+        if self._training.dtype != torch.uint8:
+            return float(self._training.std())
+        flat = self._training.flatten()
+        counts = torch.zeros(256, dtype=torch.int64, device=self.device)
+        for part in flat.split(_CHUNK):
+            counts += torch.bincount(part, minlength=256)
+        share = counts.cpu().double() / flat.numel()
+        level = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+        variance = share @ (level - share @ level).square()
+        return float((variance * flat.numel() / max(flat.numel() - 1, 1)).sqrt())
+
+    @cached_property
+    def fingerprint(self) -> str | list[float]:
+        """What tells its training samples from another target's: a hash, or some of the numbers.
+
+        The samples of a generator (``from_sampler``) may differ in their last bits from one
+        processor to the next: of them it is 64 numbers, evenly spread; else the SHA-256 of samples
+        and labels. It is computed when it is first asked for, at some 0.5 GB a second.
+        """
+        if self._sampler is not None:
+            flat = self._training.flatten()
+            return flat[:: max(len(flat) // _REMEMBERED, 1)][:_REMEMBERED].tolist()
+        digest = hashlib.sha256()
+        for part in (self._training, self.labels):
+            if part is None:
+                continue
+            digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            rows = max(_CHUNK // (part[0].numel() * part.element_size()), 1)
+            for piece in part.split(rows):
+                digest.update(piece.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def matches(self, fingerprint: str | list[float]) -> bool:
+        """Whether its training samples are those that a ``fingerprint`` was taken of."""
+        own = self.fingerprint
+        if isinstance(own, str) or not isinstance(fingerprint, list):
+            return own == fingerprint
+        close = _TOLERANCE * max(self.max_abs, 1.0)
+        return len(own) == len(fingerprint) and all(
+            isinstance(b, float) and abs(a - b) <= close
+            for a, b in zip(own, fingerprint, strict=True)
+        )
+
+    @property
+    def max_abs(self) -> float:
+        """The largest absolute value in the training samples; for bytes 1, their bound."""
+        if self._training.dtype == torch.uint8:
+            return 1.0
+        return float(self._training.abs().max())
+
+    def take(self, n: int) -> Tensor:
+        """The first ``n`` training samples, or all if there are fewer: ``(min(n, N), *shape)``.
+
+        Raises:
+            ValueError: ``n`` is negative.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0; got {n}")
+        return _to_float(self._training[:n]).clone()
+
+    def subset(self, n: int, seed: int = 0) -> Tensor:
+        """A seeded choice of ``n`` training samples without replacement; all if there are no more.
+
+        Raises:
+            ValueError: ``n`` is negative.
+        """
+        if n >= len(self):
+            return self.samples
+        if n < 0:
+            raise ValueError(f"n must be at least 0; got {n}")
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return _to_float(self._training[rows[:n].to(self.device)])
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(n, *shape)`` training samples, with replacement; mirrored by chance if ``flip``.
+
+        The generator may live on any device; the global one of ``device`` if None.
+        """
+        source = self.device if generator is None else generator.device
+        rows = torch.randint(len(self), (n,), generator=generator, device=source)
+        drawn = self._training[rows.to(self.device)]
+        if self.flip:
+            mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
+            drawn = torch.where(mirrored.to(self.device), drawn.flip(-1), drawn)
+        return _to_float(drawn)
+
+    def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
+        """Draw ``(n, *shape)`` real samples that are not among the training samples.
+
+        Args:
+            n: How many; at most ``fresh_limit``.
+            seed: 0 to 2**32 - 2. A generator gives other points for every seed, a held-out split a
+                seeded choice without replacement. They are never mirrored.
+
+        Raises:
+            ValueError: ``n`` exceeds ``fresh_limit``, or the seed is out of range.
+        """
+        _check_seed(seed)
+        if self._sampler is not None:
+            # Shifted by one so that no seed is the training seed.
+            fresh = _to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
+            return _to_float(fresh.to(self.device))
+        if self._held_out is None or n > len(self._held_out):
+            raise ValueError(
+                f"{self.name} has {self.fresh_limit} fresh samples, {n} were asked for"
+            )
+        return _to_float(self._held_out[_fresh_rows(n, self._held_out, seed)])
+
+    def fresh_labels(self, n: int, seed: int = 0) -> Tensor:
+        """The labels ``(n,)`` int64 of the samples that ``sample_fresh(n, seed)`` draws.
+
+        Raises:
+            ValueError: Fresh samples have no labels, ``n`` exceeds ``fresh_limit``, or the seed is
+                out of range.
+        """
+        _check_seed(seed)
+        if self._sampler is not None or self.held_out_labels is None:
+            raise ValueError(f"the fresh samples of {self.name} have no labels")
+        if n > len(self.held_out_labels):
+            raise ValueError(
+                f"{self.name} has {self.fresh_limit} fresh samples, {n} were asked for"
+            )
+        return self.held_out_labels[_fresh_rows(n, self.held_out_labels, seed)]
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target with its samples on ``device``; bytes stay bytes."""
+        return Target(
+            self.name,
+            self._training.to(device),
+            held_out=None if self._held_out is None else self._held_out.to(device),
+            sampler=self._sampler,
+            labels=self.labels,
+            held_out_labels=self.held_out_labels,
+            flip=self.flip,
+        )
+
+    def __len__(self) -> int:
+        """How many training samples there are."""
+        return len(self._training)
+
+    def __repr__(self) -> str:
+        return f"Target({self.name!r}, {len(self)} samples of {tuple(self.shape)})"
+
+
+@checked
+def make_target(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+) -> Target:
+    """Build a known target.
+
+    ``SwissRoll``, ``Moons``, ``GaussianCluster`` and ``Digits`` need no files; ``MNIST``,
+    ``CIFAR10``, ``CelebA64`` and ``ImageFolder`` read images from ``data_dir``.
+
+    Args:
+        name: Which one.
+        device: Where its samples shall live.
+        data_dir: Folder of the data files, for targets that need one: torchvision's root, by
+            default ``images.default_data_dir()``; for ``ImageFolder`` the folder of images itself.
+        download: Fetch missing files of ``MNIST``, ``CIFAR10`` or ``CelebA64`` into ``data_dir``,
+            through torchvision.
+        image_size: Side in pixels, at least 1, that ``ImageFolder`` resizes to; 64 by default.
+
+    Raises:
+        ValueError: The name is unknown, ``image_size`` is below 1 or given for another target, or a
+            file is damaged.
+        FileNotFoundError: ``data_dir`` is given and is not a folder, or data files are missing.
+        ConnectionError: The download failed.
+        ImportError: torchvision is needed and not installed.
+    """
+    if name not in TARGETS and name not in IMAGE_SETS:
+        raise unknown_name("target", name, [*TARGETS, *IMAGE_SETS])
+    if image_size is not None and name != "ImageFolder":
+        raise ValueError(f"image_size is for ImageFolder; the size of {name} is fixed")
+    # A download makes its own folder.
+    if data_dir is not None and not download and not Path(data_dir).expanduser().is_dir():
+        found = "is a file" if Path(data_dir).expanduser().exists() else "does not exist"
+        raise FileNotFoundError(f"data folder {str(data_dir)!r} {found}")
+    if name in TARGETS:
+        return TARGETS[name]().to(device)
+    images = load_images(name, data_dir, download=download, image_size=image_size)
+    return Target(
+        name,
+        images.samples,
+        held_out=images.held_out,
+        labels=images.labels,
+        held_out_labels=images.held_out_labels,
+        flip=images.flip,
+    ).to(device)
+
+
+# scikit-learn takes a second to import, so only those who need it pay.
+
+
+def _swiss_roll(n: int, seed: int) -> np.ndarray:
+    """The toy of SFT-PG (MATH.md S.8): coordinates 0 and 2 of the 3-D roll, divided by 20."""
+    from sklearn.datasets import make_swiss_roll
+
+    points, _ = make_swiss_roll(n, noise=0.05, random_state=seed)
+    return points[:, [0, 2]] / 20
+
+
+def _moons(n: int, seed: int) -> np.ndarray:
+    """Two half circles, moved to the origin and divided by 1.5: about ``[-1, 1] x [-0.5, 0.5]``."""
+    from sklearn.datasets import make_moons
+
+    points, _ = make_moons(n, noise=0.05, random_state=seed)
+    return (points - (0.5, 0.25)) / 1.5
+
+
+def _gaussian_cluster(n: int, seed: int) -> np.ndarray:
+    """A single narrow cluster, ``N((0.5, 0.5), 0.01^2 I)``."""
+    return np.random.default_rng(seed).normal(0.5, 0.01, (n, 2))
+
+
+def _digits() -> Target:
+    """scikit-learn's 1,797 digits, 8 x 8 in [-1, 1]; 1,297 to train on and 500 held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = digits.images[:, None] / 8 - 1
+    order = np.random.default_rng(TRAINING_SEED).permutation(len(images))
+    return Target(
+        "Digits",
+        images[order[:-500]],
+        held_out=images[order[-500:]],
+        labels=digits.target[order[:-500]],
+        held_out_labels=digits.target[order[-500:]],
+    )
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "SwissRoll": lambda: Target.from_sampler(_swiss_roll, "SwissRoll"),
+    "Moons": lambda: Target.from_sampler(_moons, "Moons"),
+    "GaussianCluster": lambda: Target.from_sampler(_gaussian_cluster, "GaussianCluster"),
+    "Digits": _digits,
+}
+
+
+def _to_stored(values: Any, what: str, own: bool = False) -> Tensor:
+    """Check samples and bring them to what is kept: images as bytes, or else float32.
+
+    With ``own`` the floats are a copy.
+    """
+    samples = torch.as_tensor(values).detach()
+    if samples.ndim < 2 or not samples.numel():
+        raise ValueError(
+            f"{what} must be a non-empty (N, *shape) array; got {tuple(samples.shape)}"
+        )
+    if samples.dtype == torch.uint8 and is_image(samples.shape[1:]):
+        return samples
+    samples = samples.to(torch.float32, copy=own)
+    if not bool(samples.isfinite().all()):
+        raise ValueError(f"{what} hold NaN or infinity")
+    return samples
+
+
+def _to_float(stored: Tensor) -> Tensor:
+    if stored.dtype != torch.uint8:
+        return stored
+    return stored.to(torch.float32).div_(127.5).sub_(1)
+
+
+def _to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
+    if values is None:
+        return None
+    labels = torch.as_tensor(values)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{what} must be integers; got {labels.dtype}")
+    count = 0 if samples is None else len(samples)
+    if samples is None or labels.shape != (count,):
+        raise ValueError(f"{what} must have shape ({count},); got {tuple(labels.shape)}")
+    return labels.to(samples.device, torch.int64, copy=True)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32 - 1:
+        raise ValueError(f"seed must be 0 to 2**32 - 2; got {seed}")
+
+
+def _fresh_rows(n: int, held_out: Tensor, seed: int) -> Tensor:
+    rows = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
+    return rows[:n].to(held_out.device)

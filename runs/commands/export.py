@@ -1,0 +1,34 @@
+"""`fewstep export`: a denoiser and its sampler as a pipeline that diffusers opens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..reports.console import console
+from ..settings.pretrained import PretrainedSettings, load
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings(PretrainedSettings):
+    """Write a denoiser and its sampler as a diffusers pipeline."""
+
+    output: Annotated[Path, tyro.conf.Positional] = Path("pipeline")
+    """Folder to write."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `fewstep export` with these flags."""
+    settings = tyro.cli(ExportSettings, args=list(argv), prog="fewstep export")
+    if settings.output.exists() and not settings.output.is_dir():
+        raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
+    _, denoiser, tableau = load(settings, needs_data=False)
+    denoiser.export_pipeline(settings.output, tableau)
+    console.out(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
+    console.out("import fewstep.agents.pretrained.scheduler")
+    call = f"DDPMPipeline.from_pretrained({str(settings.output)!r})"
+    console.out(f"{call}(num_inference_steps={tableau.nfe})")

@@ -1,0 +1,329 @@
+"""The pictures of a run: samples, trajectories, curves. Figures without pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
+
+from ...common.files import write_atomically
+from ...common.shapes import is_image
+
+# Curves of no more points than this show each: a single point is invisible as a line.
+FEW = 30
+
+# Samples in a scatter: enough to show a density, few enough to draw; and images in a grid.
+PICTURED, GRID = 4000, 64
+
+DPI = 110
+
+REAL, FAKE, PATH = "#9aa0a6", "#1a73e8", "#d93025"
+
+
+def pictured(shape: Sequence[int]) -> int:
+    """Return how many samples of this shape a picture shows."""
+    return GRID if is_image(shape) else PICTURED
+
+
+def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its (rows, columns) array of axes."""
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, atomically."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def samples_figure(panels: Mapping[str, Tensor], real: Tensor) -> Figure:
+    """Draw one panel a set of samples (N, *shape), all with the same limits."""
+    figure, axes = new_figure(1, len(panels))
+    for axis, (title, samples) in zip(axes[0], panels.items(), strict=True):
+        draw_samples(axis, samples, real)
+        axis.set_title(title)
+    return figure
+
+
+def trajectories_figure(rows: Mapping[str, tuple[Tensor, Sequence[float]]], real: Tensor) -> Figure:
+    """Draw the chain of samples, one row a sampler, one column a step (six at most).
+
+    Args:
+        rows: title -> trajectory (K + 1, N, *shape), the noisiest state first, and the K + 1 times
+            of its states.
+        real: real samples (M, *shape), drawn faintly behind.
+    """
+    last = min(len(times) for _, times in rows.values()) - 1
+    steps = sorted({round(last * i / 5) for i in range(6)})
+    image = is_image(real.shape[1:])
+    figure, axes = new_figure(len(rows), len(steps), size=2.2)
+    for axes_row, (title, (trajectory, times)) in zip(axes, rows.items(), strict=True):
+        for axis, step in zip(axes_row, steps, strict=True):
+            if image:
+                draw_samples(axis, trajectory[step][:16], real)
+            else:
+                draw_samples(axis, trajectory[step][:2000], real, limits=2.0)
+                paths = trajectory[: step + 1, :24].cpu().numpy()
+                axis.plot(paths[..., 0], paths[..., 1], color=PATH, linewidth=0.5, alpha=0.7)
+            axis.set_title(f"{title}, t = {times[step]:.4g}", fontsize=8)
+    return figure
+
+
+def curve_figure(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    floor: float | None = None,
+) -> Figure:
+    """Draw named curves (x values, y values), a metric on a logarithmic axis, with its floor."""
+    figure, axes = new_figure(1, 1, size=4.5)
+    axis = axes[0, 0]
+    for label, (steps, values) in curves.items():
+        axis.plot(steps, values, label=label, linewidth=1.5, marker=marker(values), markersize=4)
+    if floor is not None:
+        axis.axhline(floor, color=REAL, linestyle="--", linewidth=1, label="floor")
+    axis.set_yscale("log")
+    axis.ticklabel_format(axis="x", scilimits=(-3, 4))
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    return figure
+
+
+def lambdas_figure(times: Sequence[float], lambdas: Sequence[np.ndarray]) -> Figure:
+    """Draw the D-ODE parameters over the network calls, labelled with their times.
+
+    Args:
+        times: the K + 1 times of the tableau.
+        lambdas: (n_j,) for each of the K calls, in the order of its `directions`: those along the
+            most recent output first.
+    """
+    figure, axes = new_figure(1, 1, size=4.5)
+    axis = axes[0, 0]
+    most = max((len(values) for values in lambdas), default=0)
+    for k in range(most):
+        calls = [j for j, values in enumerate(lambdas) if len(values) > k]
+        axis.plot(calls, [lambdas[j][k] for j in calls], marker="o", markersize=4, label=f"{k + 1}")
+    axis.axhline(0, color=REAL, linestyle="--", linewidth=1)
+    if max((float(np.abs(values).max()) for values in lambdas if len(values)), default=0.0) > 5:
+        # A misaligned or ill-determined step can have a lambda of hundreds.
+        axis.set_yscale("symlog", linthresh=2)
+    axis.set_xticks(range(len(lambdas)), [f"{t:.4g}" for t in times[: len(lambdas)]], rotation=60)
+    axis.set_xlabel("time of the network call")
+    axis.set_ylabel("lambda")
+    axis.grid(alpha=0.3)
+    if most > 1:
+        figure.legend(title="direction", fontsize=8, loc="outside right upper")
+    return figure
+
+
+def schedule_figure(
+    levels: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
+    history: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+) -> Figure:
+    """Draw a learned schedule, what it weighs, and how it was learned (paper B, Figs. 3 and 4).
+
+    Args:
+        levels: name -> (T,) noise levels, the noisiest first.
+        weights: name -> (T - 1,) weights lambda of the network's outputs.
+        history: name -> updates and values, of the losses and the "variance ratio"; it may be
+            empty, and then has no panel.
+    """
+    figure, axes = new_figure(1, 3 if history else 2, size=4.2)
+    for name, values in levels.items():
+        axes[0, 0].plot(range(len(values)), values, marker="o", markersize=4, label=name)
+    for name, values in weights.items():
+        axes[0, 1].plot(range(len(values)), values, marker="o", markersize=4, label=name)
+    for axis, what in zip(axes[0], ("noise level", "weight lambda"), strict=False):
+        axis.set_title(f"{what} of each call")
+        axis.set_xlabel("network call")
+        axis.xaxis.set_major_locator(whole_numbers())
+    if history:
+        draw_history(axes[0, 2], history)
+    for axis in axes[0]:
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    return figure
+
+
+def draw_history(
+    axis: Axes, history: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """Draw the losses of stage one, and the variance ratio on an axis of its own."""
+    ratio = axis.twinx()
+    for name, (updates, course) in history.items():
+        style: dict[str, Any] = {"marker": marker(course), "markersize": 4}
+        if name == "variance ratio":
+            ratio.plot(updates, course, color=REAL, linestyle="--", **style)
+        else:
+            axis.plot(updates, course, label=name, **style)
+    ratio.set_ylim(bottom=0)
+    ratio.set_ylabel("variance of samples / of targets (dashed)", color=REAL)
+    axis.set_title("stage one")
+    axis.set_xlabel("update")
+    axis.xaxis.set_major_locator(whole_numbers())
+
+
+def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) -> Figure:
+    """Draw how alike a network's outputs are at different times (paper C, Fig. 2).
+
+    Args:
+        times: (M + 1,) the first M belong to the rows and columns.
+        similarity: output -> mean cosine similarity (M, M).
+    """
+    figure, axes = new_figure(1, len(similarity), size=4.2)
+    count = len(times) - 1
+    ticks = np.unique(np.linspace(0, count - 1, 6).round().astype(int))
+    labels = [f"{times[tick]:.4g}" for tick in ticks]
+    for axis, (output, matrix) in zip(axes[0], similarity.items(), strict=True):
+        picture = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r", origin="lower")
+        axis.set_title({"epsilon": "predicted noise", "sample": "predicted sample"}[output])
+        axis.set_xticks(ticks, labels)
+        axis.set_yticks(ticks, labels)
+        axis.set_xlabel("time")
+    axes[0, 0].set_ylabel("time")
+    figure.colorbar(picture, ax=list(axes[0]), label="cosine similarity")
+    return figure
+
+
+def paths_figure(
+    paths: Mapping[str, tuple[np.ndarray, Tensor]], coordinates: Sequence[int]
+) -> Figure:
+    """Draw the mean norm of the states and coordinates of one sample (paper C, Fig. 5).
+
+    Args:
+        paths: name -> times (M,) and states (M, N, *shape); the first is the reference.
+        coordinates: which of the flattened first sample's to draw.
+    """
+    figure, axes = new_figure(1, 1 + len(coordinates), size=4.0)
+    for name, (times, states) in paths.items():
+        flat = states.flatten(2).cpu()
+        style = {"color": REAL, "linewidth": 3} if name == "reference" else {"marker": "o"}
+        curves = [flat.norm(dim=2).mean(1), *(flat[:, 0, index] for index in coordinates)]
+        for axis, curve in zip(axes[0], curves, strict=True):
+            axis.plot(times, curve, label=name, markersize=3, **style)
+    titles = ["mean norm of the state", *(f"coordinate {index}" for index in coordinates)]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("time")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    return figure
+
+
+def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], meaning: str) -> Figure:
+    """Draw by which factor learning reduces an error.
+
+    Args:
+        panels: environment -> series (a legend's entry) -> row -> factor.
+        meaning: what is divided by what.
+    """
+    return dots_figure(panels, f"{meaning} (right of the line is better)", line=1.0)
+
+
+def dots_figure(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, line: float
+) -> Figure:
+    """Draw positive numbers as dots on a logarithmic axis, with a line to compare them to.
+
+    Args:
+        panels: title -> series (a legend's entry) -> row -> number.
+        x: what the numbers are.
+        line: where the line is.
+    """
+    rows = list(
+        dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
+    )
+    figure = Figure(
+        figsize=(2 + 3 * len(panels), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=DPI
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (environment, series) in zip(axes, panels.items(), strict=True):
+        for label, factors in series.items():
+            axis.plot(
+                list(factors.values()),
+                [rows.index(row) for row in factors],
+                "o",
+                markersize=5,
+                alpha=0.8,
+                label=label,
+            )
+        axis.axvline(line, color=REAL, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        sparse_ticks(axis)
+        axis.set_title(environment)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize=8)
+    figure.supxlabel(x, fontsize=10)
+    return figure
+
+
+def whole_numbers() -> MaxNLocator:
+    """Return ticks at whole numbers only, be it one."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
+def sparse_ticks(axis: Axes) -> None:
+    """Label a logarithmic x axis with few plain numbers, which then do not overlap."""
+    low, high = axis.get_xlim()
+    narrow, wide = high < 4 * low, high > 100 * low
+    axis.xaxis.set_major_locator(
+        MaxNLocator(4)
+        if narrow
+        else LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=5)
+    )
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def marker(values: Sequence[float]) -> str | None:
+    """Return the marker of a curve: dots where it has few points."""
+    return "o" if len(values) <= FEW else None
+
+
+def draw_samples(axis: Axes, samples: Tensor, real: Tensor, limits: float = 1.15) -> None:
+    """Draw 2-D samples as a scatter over the real ones, images as a grid."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if is_image(samples.shape[1:]):
+        axis.imshow(image_grid(samples), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        return
+    centre = real.mean(0).tolist()
+    reach = limits * float((real - real.mean(0)).abs().max())
+    points, behind = samples[:PICTURED].cpu().numpy(), real[:PICTURED].cpu().numpy()
+    axis.scatter(behind[:, 0], behind[:, 1], s=1, color=REAL, alpha=0.25, linewidths=0)
+    axis.scatter(points[:, 0], points[:, 1], s=1.5, color=FAKE, alpha=0.6, linewidths=0)
+    axis.set_xlim(centre[0] - reach, centre[0] + reach)
+    axis.set_ylim(centre[1] - reach, centre[1] + reach)
+    axis.set_aspect("equal")
+
+
+def image_grid(samples: Tensor, columns: int | None = None, most: int = GRID) -> np.ndarray:
+    """Tile images (N, C, H, W) in [-1, 1], grey lines around, to one (H', W'[, 3]) in [0, 1]."""
+    images = ((samples[:most].detach().cpu().clamp(-1, 1) + 1) / 2).numpy()
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    n, channels, height, width = images.shape
+    tiles = np.full((rows * columns, channels, height + 1, width + 1), 0.5, images.dtype)
+    tiles[:n, :, :height, :width] = images
+    tiles = tiles.reshape(rows, columns, channels, height + 1, width + 1)
+    grid = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), -1)
+    grid = np.pad(grid, ((1, 0), (1, 0), (0, 0)), constant_values=0.5)
+    return grid[..., 0] if channels == 1 else grid

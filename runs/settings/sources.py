@@ -1,0 +1,71 @@
+"""Where a pretrained denoiser comes from: a file or run folder of ours, or diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...agents import Denoiser
+from ...common.checkpoint import ForeignBodyError
+from ..run.folder import denoiser_file
+from .foreign import foreign_body, needs_flag
+from .train import TrainSettings
+
+
+def find_denoiser(
+    source: Path,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    body: nn.Module | None = None,
+    body_name: str | None = None,
+) -> Denoiser:
+    """Load a denoiser from wherever it is.
+
+    Args:
+        source: a run folder, a .safetensors file, a folder that diffusers wrote, or the name of a
+            model on the hub, such as google/ddpm-cifar10-32.
+        device: where its weights go.
+        download: fetch it from the hub if it is not in the local cache.
+        body: the network, where it is the user's own.
+        body_name: what the user called it, for the sentence that asks for it.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        CheckpointError: a corrupt or foreign file.
+        ValueError: a pipeline that is not a DDPM.
+    """
+    diffusers = source.is_dir() and (
+        (source / "model_index.json").is_file() or "_class_name" in _text(source / "config.json")
+    )
+    try:
+        return Denoiser.load(denoiser_file(source), device, body)
+    except ForeignBodyError:
+        raise needs_flag(source, body_name) from None
+    except FileNotFoundError:
+        if not diffusers and (source.exists() or len(source.parts) != 2):
+            raise
+    if body is not None:
+        raise ValueError(f"{source} is of diffusers and brings its network: leave out --body.")
+    return Denoiser.from_pretrained(str(source), device=device, download=download)
+
+
+def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") -> Denoiser | None:
+    """Load the denoiser that a run starts from; None if it is to clone one.
+
+    Raises:
+        ValueError: both --denoiser and --pretrained; or what `find_denoiser` raises.
+    """
+    if run.denoiser is not None and run.pretrained is not None:
+        raise ValueError("Give --denoiser or --pretrained, not both.")
+    if run.pretrained is not None:
+        return Denoiser.from_pretrained(run.pretrained, device=device, download=run.download)
+    if run.denoiser is None:
+        return None
+    body = foreign_body(run.body, run.body_options)
+    return find_denoiser(run.denoiser, device, run.download, body)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
