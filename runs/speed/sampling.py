@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..agents import Denoiser
-from ..agents.denoisers.networks.small import MLP, ResidualMLP
-from ..agents.samplers.tableau import Tableau
-from ..agents.solvers import make_solver
-from ..envs import DiscreteVP, Schedule
-from .settings.train import resolve_device
-from .tables import table
+from ...agents import Denoiser
+from ...agents.denoisers.networks.small import MLP, ResidualMLP
+from ...agents.samplers.tableau import Tableau
+from ...agents.solvers import make_solver
+from ...envs import DiscreteVP, Schedule
+from ..settings.train import resolve_device
+from ..studies.tables import markdown
 
 STEPS = 10
 Loop = Callable[[], Any]
@@ -46,7 +47,6 @@ def sampling(device: str) -> tuple[dict[str, Any], str]:
         ),
     }
     figures: dict[str, Any] = {}
-    rows = []
     for name, (body, shape, repeats) in networks.items():
         denoiser = Denoiser(body.to(where), process)
         for solver in SCHEDULERS:
@@ -63,25 +63,12 @@ def sampling(device: str) -> tuple[dict[str, Any], str]:
                 "to_bare": to_bare,
                 "to_diffusers": to_theirs,
             }
-            rows.append(
-                [
-                    name,
-                    solver,
-                    *(f"{1e3 * value:.2f}" for value in medians.values()),
-                    f"{to_bare:.3f}",
-                    f"{to_theirs:.3f}",
-                ]
-            )
-    head = [
-        f"network, {STEPS} calls",
-        "solver",
-        "bare loop (ms)",
-        "fewstep (ms)",
-        "diffusers (ms)",
-        "fewstep / bare",
-        "fewstep / diffusers",
-    ]
-    return figures, table(head, rows)
+    frame = pd.DataFrame(figures).T
+    seconds = pd.DataFrame(list(frame["seconds"]), index=frame.index) * 1e3
+    shown = seconds.map("{:.2f}".format).add_suffix(" (ms)")
+    for name, title in (("to_bare", "fewstep / bare"), ("to_diffusers", "fewstep / diffusers")):
+        shown[title] = frame[name].map("{:.3f}".format)
+    return figures, markdown(shown, f"network, solver, {STEPS} calls")
 
 
 def by_turns(loops: Sequence[Loop], repeats: int) -> list[tuple[float, ...]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..agents import Denoiser
-from ..agents.denoisers.networks.small import make_body
-from ..common.optimisation import seeded
-from ..envs import DiffusionMDP
-from ..envs.mdp import no_reward
-from ..envs.registration import make_mdp
-from .settings.train import resolve_device
+from ...agents import Denoiser
+from ...agents.denoisers.networks.small import make_body
+from ...common.optimisation import seeded
+from ...envs import DiffusionMDP
+from ...envs.mdp import no_reward
+from ...envs.registration import make_mdp
+from ..settings.train import resolve_device
 
 
 def swiss_roll(steps: int, device: str) -> DiffusionMDP:

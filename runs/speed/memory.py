@@ -7,16 +7,17 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import torch
 
-from ..agents import SFT, SFTPG, Denoiser, ScheduleLearning
-from ..agents.base import Agent
-from ..agents.denoisers.denoiser import edm_time_range
-from ..agents.denoisers.networks.small import ResidualMLP
-from ..envs import VE, Schedule
-from .settings.train import resolve_device
+from ...agents import SFT, SFTPG, Denoiser, ScheduleLearning
+from ...agents.base import Agent
+from ...agents.denoisers.denoiser import edm_time_range
+from ...agents.denoisers.networks.small import ResidualMLP
+from ...envs import VE, Schedule
+from ..settings.train import resolve_device
+from ..studies.tables import markdown
 from .subjects import swiss_roll, untrained
-from .tables import table
 
 MIB = 2**20
 STEPS = (10, 100)
@@ -30,28 +31,19 @@ def memory(device: str) -> tuple[dict[str, Any], str]:
         ("SFT, gradient checkpointing", SFT, {"gradient_checkpointing": True}),
     ]
     trajectory = 4 * 2 * 101 * 2048 * 2 / MIB
-    figures: dict[str, Any] = {}
-    rows = []
-    for label, agent, options in cases:
-        peaks = peaks_of_round(agent, options, device)
-        figures[label] = {"K=10": peaks[0], "K=100": peaks[1], "trajectory_K=100": trajectory}
-        rows.append([label, *_row(peaks)])
-    head = ["peak of a round, batch 2048, 2 critic steps (MiB)", "K = 10", "K = 100", "growth"]
+    peaks = {label: peaks_of_round(agent, options, device) for label, agent, options in cases}
+    figures, text = _growth(peaks, "peak of a round, batch 2048, 2 critic steps (MiB)")
     note = f"The stored trajectories are {trajectory:.1f} MiB at K = 100."
-    return figures, f"{table(head, rows)}\n\n{note}"
+    return figures, f"{text}\n\n{note}"
 
 
 def gradient_memory(device: str) -> tuple[dict[str, Any], str]:
     """Measure the peak memory of the gradient of a rollout's error at K = 10 and K = 100."""
-    figures: dict[str, Any] = {}
-    rows = []
-    for label in ("exact (adjoint)", "eq14", "autograd through the unrolled chain"):
-        peaks = peaks_of_gradient(label, device)
-        figures[label] = {"K=10": peaks[0], "K=100": peaks[1]}
-        rows.append([label, *_row(peaks)])
-    head = ["gradient, 1024 images of 64 numbers (MiB)", "K = 10", "K = 100", "growth"]
+    kinds = ("exact (adjoint)", "eq14", "autograd through the unrolled chain")
+    peaks = {kind: peaks_of_gradient(kind, device) for kind in kinds}
+    figures, text = _growth(peaks, "gradient, 1024 images of 64 numbers (MiB)")
     stored = 4 * 64 * 1024 * 101 / MIB
-    return figures, f"{table(head, rows)}\n\nThe states are {stored:.1f} MiB at K = 100."
+    return figures, f"{text}\n\nThe states are {stored:.1f} MiB at K = 100."
 
 
 def peaks_of_round(agent: type[Agent], options: dict[str, Any], device: str) -> list[float]:
@@ -70,8 +62,12 @@ def _apart(function: Callable[..., float], *arguments: Any) -> float:
         return pool.apply(function, arguments)
 
 
-def _row(peaks: list[float]) -> list[str]:
-    return [*(f"{peak:.0f}" for peak in peaks), f"{peaks[1] - peaks[0]:+.0f}"]
+def _growth(peaks: dict[str, list[float]], title: str) -> tuple[dict[str, Any], str]:
+    """Return the peaks as figures, and as a table with their growth."""
+    frame = pd.DataFrame(peaks, index=[f"K={steps}" for steps in STEPS]).T
+    growth = frame.iloc[:, 1] - frame.iloc[:, 0]
+    shown = frame.map("{:.0f}".format).assign(growth=growth.map("{:+.0f}".format))
+    return frame.to_dict("index"), markdown(shown, title)
 
 
 def peak_of_round(

@@ -10,20 +10,21 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import torch
 
-from ..agents import Denoiser
-from ..agents.denoisers.networks.small import SmallUNet
-from ..agents.policy_gradient.buffer import Trajectories
-from ..agents.policy_gradient.settings import Buffer
-from ..agents.samplers.gaussian import GaussianChain
-from ..agents.solvers import ancestral
-from ..common.precision import Precision
-from ..envs import DiffusionMDP, DiscreteVP, Schedule, Target
-from ..envs.mdp import no_reward
-from .sampling_speed import by_turns
-from .settings.train import resolve_device
-from .tables import table
+from ...agents import Denoiser
+from ...agents.denoisers.networks.small import SmallUNet
+from ...agents.policy_gradient.buffer import Trajectories
+from ...agents.policy_gradient.settings import Buffer
+from ...agents.samplers.gaussian import GaussianChain
+from ...agents.solvers import ancestral
+from ...common.precision import Precision
+from ...envs import DiffusionMDP, DiscreteVP, Schedule, Target
+from ...envs.mdp import no_reward
+from ..settings.train import resolve_device
+from ..studies.tables import markdown
+from .sampling import by_turns
 
 STEPS = 10
 
@@ -62,7 +63,6 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
     if where.type == "cuda":
         buffers["buffer on the CPU"] = "cpu"
     figures: dict[str, Any] = {}
-    rows = []
     for label, precision, compiled in _ways(where):
         denoiser.run_with(precision, channels_last=where.type == "cuda", compile=compiled)
         loops = [bare, *(rollout(buffer) for buffer in buffers.values())]
@@ -73,16 +73,20 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
         for index, buffer in enumerate(buffers, 1):
             share = statistics.median(turn[0] / turn[index] for turn in seconds)
             figures[f"{label}, {buffer}"] = {"throughput": share, "bare_seconds": plain}
-            images = batch * STEPS / plain
-            rows.append([label, buffer, f"{images:,.0f}", f"{100 * share:.1f} %"])
-    head = [f"{name}, batch {batch}", "buffer", "calls a second, bare", "rollout / bare loop"]
-    return figures, table(head, rows)
+    frame = pd.DataFrame(figures).T
+    shown = pd.DataFrame(
+        {
+            "calls a second, bare": (batch * STEPS / frame["bare_seconds"]).map("{:,.0f}".format),
+            "rollout / bare loop": (100 * frame["throughput"]).map("{:.1f} %".format),
+        }
+    )
+    return figures, markdown(shown, f"{name}, batch {batch}")
 
 
 def _subject(device: torch.device) -> tuple[str, tuple[int, ...], int, torch.nn.Module]:
     """Choose the network by what the device can carry."""
     if device.type == "cuda":
-        from ..agents.denoisers.networks.unet import UNet2D
+        from ...agents.denoisers.networks.unet import UNet2D
 
         return "CIFAR-10 U-Net", (3, 32, 32), 256, UNet2D((3, 32, 32), preset="cifar10")
     return "small U-Net, 28 x 28", (1, 28, 28), 64, SmallUNet((1, 28, 28))
