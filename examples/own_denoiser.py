@@ -1,8 +1,7 @@
 """A network of your own as a denoiser: any module `body(x, t)`.
 
 Here it is untrained, so it is cloned from data before SFT-PG fine-tunes it. One that is trained
-already goes to SFT-PG as it is, with the noise process that it was trained on. On the command line:
-`fewstep train --body own_denoiser:MyNetwork`.
+already goes to SFT-PG as it is, with the noise process that it was trained on.
 """
 
 import torch

@@ -22,6 +22,6 @@ policy = {
 }
 settings = {"n_steps": 10, "batch_size": 256, "learning_rate": 1e-4, "gamma": 1.0}
 model = PPO(DenoiserPolicy, env, gae_lambda=1.0, policy_kwargs=policy, **settings)
-print("mean reward before:", evaluate_policy(model, env, n_eval_episodes=1280)[0])
+print("mean reward before:", evaluate_policy(model, env, n_eval_episodes=1280, warn=False)[0])
 model.learn(100_000)
-print("mean reward after:", evaluate_policy(model, env, n_eval_episodes=1280)[0])
+print("mean reward after:", evaluate_policy(model, env, n_eval_episodes=1280, warn=False)[0])
