@@ -5,7 +5,7 @@ Needs `pip install -e ".[images]"`. Any unconditional DDPM will do, from a folde
 
 from diffusers import DDPMPipeline
 
-import fewstep.agents.pipeline_scheduler  # so that diffusers knows our scheduler  # noqa: F401
+import fewstep.agents.pretrained.scheduler  # so that diffusers knows our scheduler  # noqa: F401
 from fewstep.agents import Denoiser, UNet2D
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import DiscreteVP, Schedule

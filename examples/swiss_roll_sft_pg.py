@@ -6,7 +6,7 @@ three minutes on one CPU core.
 """
 
 from fewstep.agents import SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.bodies import new_denoiser
+from fewstep.agents.denoisers.bodies import new_denoiser
 from fewstep.critics import evaluate
 from fewstep.envs import make_mdp
 
