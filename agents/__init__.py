@@ -13,7 +13,7 @@ from ..common.optimisation import TrainingDivergedError
 from .base import Agent
 from .cloning import BehaviorCloning
 from .denoisers.denoiser import Denoiser
-from .denoisers.networks.unet import UNet2D
+from .denoisers.networks import UNet2D
 from .policy_gradient.sft import SFT
 from .policy_gradient.sft_pg import SFTPG
 from .samplers.solver_policy import SolverPolicy

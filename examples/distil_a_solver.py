@@ -5,7 +5,7 @@ samples with the same network.
 """
 
 from fewstep.agents import DODE, Denoiser, SolverPolicy, Tableau
-from fewstep.agents.denoisers.networks.small import SmallUNet
+from fewstep.agents.denoisers.networks import SmallUNet
 from fewstep.envs import DiscreteVP, Schedule
 
 process = DiscreteVP.linear(1000)  # the noise process that the network was trained with

@@ -6,7 +6,7 @@ that results; here D-ODE distils a solver on it.
 """
 
 from fewstep.agents import DODE, Denoiser, ScheduleLearning
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.envs import VE, Schedule
 
 process = VE(0.002, 80)  # EDM's noise levels; a DiscreteVP does as well

@@ -8,7 +8,7 @@ this one pulls them to the point (0.5, 0.5).
 import torch
 
 from fewstep.agents import SFTPG, Denoiser
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.envs import make_mdp
 
 

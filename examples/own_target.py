@@ -6,7 +6,7 @@ The target, a noise process and a schedule make an environment, in which every a
 import torch
 
 from fewstep.agents import SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.critics import evaluate
 from fewstep.envs import DiffusionMDP, DiscreteVP, Schedule, Target
 

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from fewstep.agents import Denoiser, DenoiserPolicy
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import SB3VecEnv
 

@@ -1,6 +1,6 @@
 """Exact denoisers of Gaussian mixtures: networks without error, to judge solvers by (MATH.md A.5).
 
-For data ``sum_k w_k N(mu_k, s^2 I)`` the best prediction of the clean sample is known in closed
+For data `sum_k w_k N(mu_k, s^2 I)` the best prediction of the clean sample is known in closed
 form, so that all of a sampler's error is the solver's.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...envs import NoiseProcess, Target
-from .denoiser import Denoiser, Prediction
+from .denoiser import Denoiser
 
 
 class MixtureBody(nn.Module):
@@ -35,7 +35,7 @@ class MixtureBody(nn.Module):
         process: NoiseProcess,
         means: Tensor,
         std: float,
-        prediction: Prediction = "epsilon",
+        prediction: str = "epsilon",
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class MixtureBody(nn.Module):
 def mixture(
     process: NoiseProcess,
     *,
-    prediction: Prediction = "epsilon",
+    prediction: str = "epsilon",
     components: int = 6,
     dimension: int = 16,
     std: float = 0.15,

@@ -1,4 +1,4 @@
-"""Solvers: pure functions ``(schedule, **options) -> Tableau``, also by name with `make_solver`."""
+"""Solvers: pure functions `(schedule, **options) -> Tableau`, also by name with `make_solver`."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ from ...common.optimisation import (
 )
 from ..base import Agent, Environment
 from ..denoisers.denoiser import Denoiser
+from ..denoisers.variance_head import VarianceHead
 from ..samplers.tableau import Tableau
 from ..solver_learning.held_out_data import Noised, held_out_samples
 from ..solver_learning.selection import is_better
 from ..solvers import ancestral
-from .head import VarianceHead
 from .settings import VarianceSettings
 
 # Rounds of a head's training between two looks at held-out samples.

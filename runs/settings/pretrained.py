@@ -11,8 +11,8 @@ import tyro
 from torch import Tensor, nn
 
 from ...agents import Denoiser, Tableau
-from ...agents.denoisers.denoiser import STAGES
-from ...agents.pretrained.pipelines import pipeline_tableau
+from ...agents.denoisers.files import STAGES
+from ...agents.pretrained import pipeline_tableau
 from ...agents.samplers.sampling import sampler_of
 from ...agents.solver_learning.no_data import no_data
 from ...agents.solvers import Options, default_solver_options, make_solver

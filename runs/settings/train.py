@@ -60,8 +60,8 @@ class TrainSettings(AnySettings):
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""
     body: str | None = None
-    """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-mnist,
-    unet-cifar10, unet-celeba64 (the last four through diffusers), or a network of your own,
+    """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-cifar10,
+    unet-celeba64 (the last three through diffusers), or a network of your own,
     package.module:factory, a function or class that is imported and returns a torch module
     body(x, t); if omitted by the sample's shape. With --denoiser, the network that it holds, if
     that is your own."""

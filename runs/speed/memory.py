@@ -12,8 +12,8 @@ import torch
 
 from ...agents import SFT, SFTPG, Denoiser, ScheduleLearning
 from ...agents.base import Agent
-from ...agents.denoisers.denoiser import edm_time_range
-from ...agents.denoisers.networks.small import ResidualMLP
+from ...agents.denoisers.networks import ResidualMLP
+from ...agents.denoisers.parameterisations import time_range_of
 from ...envs import VE, Schedule
 from ..settings.train import resolve_device
 from ..studies.tables import markdown
@@ -83,7 +83,7 @@ def peak_of_round(
 def peak_of_gradient(kind: str, steps: int, device: str, batch_size: int = 1024) -> float:
     """Return by how many MiB one gradient by the levels raises this process's peak memory."""
     process = VE()
-    body = ResidualMLP((1, 8, 8), time_range=edm_time_range(process))
+    body = ResidualMLP((1, 8, 8), time_range=time_range_of("edm", process))
     torch.nn.init.normal_(body.out.weight, std=0.01)
     denoiser = Denoiser(body, process, "edm").to(resolve_device(device))
     schedule = Schedule.karras(process, steps)

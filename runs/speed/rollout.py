@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ...agents import Denoiser
-from ...agents.denoisers.networks.small import SmallUNet
+from ...agents.denoisers.networks import SmallUNet
 from ...agents.policy_gradient.buffer import Trajectories
 from ...agents.policy_gradient.settings import Buffer
 from ...agents.samplers.gaussian import GaussianChain
@@ -86,7 +86,7 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
 def _subject(device: torch.device) -> tuple[str, tuple[int, ...], int, torch.nn.Module]:
     """Choose the network by what the device can carry."""
     if device.type == "cuda":
-        from ...agents.denoisers.networks.unet import UNet2D
+        from ...agents.denoisers.networks import UNet2D
 
         return "CIFAR-10 U-Net", (3, 32, 32), 256, UNet2D((3, 32, 32), preset="cifar10")
     return "small U-Net, 28 x 28", (1, 28, 28), 64, SmallUNet((1, 28, 28))

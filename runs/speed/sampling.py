@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...agents import Denoiser
-from ...agents.denoisers.networks.small import MLP, ResidualMLP
+from ...agents.denoisers.networks import MLP, ResidualMLP
 from ...agents.samplers.tableau import Tableau
 from ...agents.solvers import make_solver
 from ...envs import DiscreteVP, Schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...agents import Denoiser
-from ...agents.denoisers.networks.small import make_body
+from ...agents.denoisers.networks import make_body
 from ...common.optimisation import seeded
 from ...envs import DiffusionMDP
 from ...envs.mdp import no_reward

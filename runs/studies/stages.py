@@ -23,7 +23,6 @@ from stable_baselines3.common.logger import Logger
 from ...agents import AGENTS, BehaviorCloning, Denoiser, Tableau
 from ...agents.base import Agent
 from ...agents.denoisers.bodies import new_denoiser
-from ...agents.denoisers.denoiser import Prediction
 from ...agents.denoisers.exact import mixture
 from ...agents.presets import preset
 from ...agents.solvers import default_schedule, make_solver, solver_within
@@ -91,7 +90,7 @@ class Clone:
         seed = world.seed if self.seed is None else self.seed
         if world.env == MIXTURE:
             process = make_process(self.process or f"linear-{LONG}")
-            predicts: Prediction = "sample" if process.grid == "karras" else "epsilon"
+            predicts = "sample" if process.grid == "karras" else "epsilon"
             exact = mixture(process, prediction=predicts, seed=seed)[0].to(world.target.device)
             return Sampler(exact, exact, repr(process))
         process = ENVIRONMENTS[world.env].process(self.noisings or calls)

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from fewstep.agents import Denoiser
-from fewstep.agents.denoisers.networks.small import MLP
-from fewstep.agents.denoisers.networks.unet import UNet2D
+from fewstep.agents.denoisers.networks import MLP, UNet2D
 from fewstep.envs import DiffusionMDP, DiscreteVP, NoiseProcess, Schedule, Target, make_schedule
 from fewstep.envs.mdp import no_reward
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.agents import SFT, SFTPG, Denoiser
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.samplers.sampling import sample
 from fewstep.agents.solvers import ddim, make_solver

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fewstep.agents import SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import OutOfMemoryError, seeded
 from fewstep.envs.registration import make_mdp
 

@@ -7,7 +7,7 @@ import torch
 from stable_baselines3 import PPO
 
 from fewstep.agents import BehaviorCloning, Denoiser, DenoiserPolicy
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.critics.metrics.distances import SlicedWasserstein
 from fewstep.envs import SB3VecEnv
 

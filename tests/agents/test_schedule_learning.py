@@ -14,7 +14,7 @@ from torch import nn
 
 from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
 from fewstep.agents.denoisers.exact import mixture as exact_mixture
-from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP
+from fewstep.agents.denoisers.networks import MLP, ResidualMLP
 from fewstep.agents.solver_learning.scheduling.levels import EVEN
 from fewstep.agents.solver_learning.scheduling.objective import Objective
 from fewstep.agents.solver_learning.scheduling.tuning import tuning_loss

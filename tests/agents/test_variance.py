@@ -11,7 +11,7 @@ from torch import nn
 
 from fewstep.agents import SFT, SFTPG, CheckpointError, Denoiser, VarianceLearning
 from fewstep.agents.denoisers.exact import MixtureBody
-from fewstep.agents.denoisers.networks.small import SmallUNet
+from fewstep.agents.denoisers.networks import SmallUNet
 from fewstep.agents.policies import DenoiserPolicy
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.samplers.solver_policy import SolverPolicy

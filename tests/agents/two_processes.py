@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from fewstep.agents import SFT, SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
 from fewstep.envs.registration import make_mdp

@@ -132,7 +132,7 @@ def test_loops_are_timed_by_turns(monkeypatch):
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++-2m", "dpm-solver-3m"])
 def test_the_loops_whose_speed_is_compared_do_the_same_work(solver):
     from fewstep.agents import Denoiser
-    from fewstep.agents.denoisers.networks.small import MLP
+    from fewstep.agents.denoisers.networks import MLP
     from fewstep.envs import DiscreteVP
     from fewstep.runs.speed.sampling import STEPS, _loops
 

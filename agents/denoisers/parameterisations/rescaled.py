@@ -1,4 +1,4 @@
-"""Denoisers in other units than those of the data that their network was trained on.
+"""A network of data in other units than those of the data that its denoiser serves.
 
 A network of data y = scale x + shift serves an environment of data x. With
 x_t = alpha x_0 + sigma eps, the sample without its alpha, scaled and shifted as the data are, is
@@ -14,7 +14,7 @@ about y = alpha'(tau) (scale x_t / alpha(t) + shift), and its answers come back 
 x_0 = (y_0 - shift) / scale and eps = sign(scale) eps_y. Nothing is approximated: the posterior mean
 of scaled data is the scaled posterior mean. On a VE process tau = |scale| t; on a
 variance-preserving one rescaling the data changes the signal-to-noise ratio, so the time moves.
-`Denoiser.rescaled` is this class.
+`Denoiser.rescaled` makes a denoiser of it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...common.precision import Precision
-from ...envs.processes import NoiseProcess
-from ...envs.processes.base import MOST_LEVELS
-from ..variance.head import HeadInputs
-from .denoiser import Denoiser, shaped
+from ....envs.processes import NoiseProcess
+from ....envs.processes.base import MOST_LEVELS, shaped
+from .base import Parameterisation
 
 # Times nearer than this to a whole noising are meant to be one: what remains is rounding.
 _ROUNDING = 1e-7
@@ -38,18 +36,18 @@ _ROUNDING = 1e-7
 _SLACK = 1e-6
 
 
-class RescaledDenoiser(Denoiser):
-    """A denoiser that asks another one's network in the network's own units.
-
-    It shares the body with the denoiser it is made of: training either trains both. `prediction` is
-    what the body returns, in the network's units; `sigma_data` and `clip` speak of this denoiser's.
+class Rescaled(Parameterisation):
+    """Another parameterisation, whose network is asked in its own units.
 
     Args:
-        denoiser: as the network was trained.
+        network: as the network was trained.
         scale: see the module, not 0.
         shift: a number.
-        process: of the new denoiser; see `Denoiser.rescaled`.
-        clip: see `Denoiser`, in the new units.
+        process: of the denoiser in the new units; see `Denoiser.rescaled`.
+
+    Attributes:
+        name: the network's: what it answers, in its own units.
+        aligned: whether the whole noisings of two chains are the same, up to rounding.
 
     Raises:
         ValueError: see `Denoiser.rescaled`.
@@ -57,111 +55,85 @@ class RescaledDenoiser(Denoiser):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        network: Parameterisation,
         scale: float,
         shift: float = 0.0,
         process: NoiseProcess | None = None,
-        clip: bool = False,
     ) -> None:
         if not (math.isfinite(scale) and scale != 0 and math.isfinite(shift)):
             raise ValueError(
                 "scale must be a finite number other than 0 and shift a finite number, got "
                 f"{scale} and {shift}."
             )
-        if isinstance(denoiser, RescaledDenoiser):
+        if isinstance(network, Rescaled):
             raise ValueError("This denoiser is rescaled already: rescale the one it is made of.")
-        process = denoiser.process.rescaled(scale) if process is None else process
-        aligned = _aligned(denoiser.process, process, scale)
-        if denoiser.head is not None or (denoiser.gamma is not None and not aligned):
-            raise ValueError(
-                "Its Gamma or second head holds variances of the network's own process and units: "
-                "rescale a denoiser without, and train `VarianceLearning` on the new one."
-            )
-        nn.Module.__init__(self)
+        process = network.process.rescaled(scale) if process is None else process
+        super().__init__(process, network.sigma_data / abs(scale))
+        self.name, self.indexed = network.name, network.indexed
+        self.network = network
         self.scale, self.shift = float(scale), float(shift)
-        self.body = denoiser.body
-        # Its own wrapper of the same body, so that its precision is its own as well.
-        self.network = Denoiser(
-            denoiser.body, denoiser.process, denoiser.prediction, denoiser.sigma_data
-        )
-        self.process = process
-        self.prediction = denoiser.prediction
-        self.sigma_data = denoiser.sigma_data / abs(scale)
-        self.clip = bool(clip)
-        # The pipeline's own variance goes with its own process.
-        self.variance = None
-        self.gamma, self.head = denoiser.gamma, None
-        self.precision = "float32"
-        self._aligned = aligned
+        self.aligned = _aligned(network.process, process, scale)
+        self._sign = math.copysign(1.0, self.scale)
         self._known: dict[float, tuple[float, float, float]] = {}
-        self.eval()
 
-    def __repr__(self) -> str:
-        return (
-            f"RescaledDenoiser(scale={self.scale:g}, shift={self.shift:g}, "
-            f"process={self.process!r}, network={type(self.body).__name__} on "
-            f"{self.network.process!r})"
-        )
+    def epsilon(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
+        """See `Parameterisation.epsilon`."""
+        epsilon = self.network.epsilon(raw, *self._in_its_units(sample, t))
+        return epsilon if self.scale > 0 else -epsilon
 
-    def run_with(
-        self, precision: Precision = "float32", channels_last: bool = False, compile: bool = False
-    ) -> Denoiser:
-        """See `Denoiser.run_with`."""
-        self.network.run_with(precision, channels_last, compile)
-        self.precision = precision
-        return self
-
-    def forward(self, sample: Tensor, t: float | Tensor) -> Tensor:
-        """Return the body's raw prediction (N, *shape), in its units; see `Denoiser.forward`."""
-        return self.network(*self._question(sample, t))
-
-    def network_time(self, t: float) -> float:
-        """Return the body's own time for time t > 0 of this denoiser's process."""
-        return self.network.network_time(self._levels_at(t)[0])
+    def denoised(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
+        """See `Parameterisation.denoised`."""
+        clean = self.network.denoised(raw, *self._in_its_units(sample, t))
+        return (clean - self.shift) / self.scale
 
     def training_target(self, clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-        """Return what the body should predict, in its units; see `Denoiser.training_target`."""
+        """See `Parameterisation.training_target`: in the network's units."""
         tau = self._answers(clean, t)[0]
         return self.network.training_target(
             self.scale * clean + self.shift, self._sign * noise, tau
         )
 
-    def head_inputs(self, sample: Tensor, t: float | Tensor) -> tuple[Tensor, HeadInputs]:
-        """See `Denoiser.head_inputs`; the noise and the levels are those of this denoiser."""
-        raw, read = self.network.head_inputs(*self._question(sample, t))
-        levels = self._levels(t, sample)
-        return raw, HeadInputs(read.features, self._sign * read.epsilon, *levels)
+    def question(self, sample: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterisation.question`."""
+        return self.network.question(*self._in_its_units(sample, t))
 
-    def to_tree(self) -> dict[str, Any]:
-        """See `Denoiser.to_tree`: the network as it was trained, and how it is rescaled."""
+    def network_time(self, t: float) -> float:
+        """See `Parameterisation.network_time`."""
+        return self.network.network_time(self._levels_at(t)[0])
+
+    @property
+    def network_times(self) -> tuple[float, float]:
+        """Those that the network was trained at."""
+        return self.network.network_times
+
+    def draw_times(
+        self,
+        process: NoiseProcess,
+        n: int,
+        generator: torch.Generator,
+        device: torch.device,
+        mean: float,
+        std: float,
+    ) -> Tensor:
+        """See `Parameterisation.draw_times`."""
+        return self.network.draw_times(process, n, generator, device, mean, std)
+
+    def to_config(self) -> dict[str, Any]:
+        """See `Parameterisation.to_config`: the network as it was trained, and what is new."""
         rescaled = {
             "scale": self.scale,
             "shift": self.shift,
             "process": self.process.to_config(),
-            "clip": self.clip,
         }
-        own = {key: value for key, value in super().to_tree().items() if key in ("gamma", "head")}
-        return {**self.network.to_tree(), **own, "rescaled": rescaled}
+        return {**self.network.to_config(), "rescaled": rescaled}
 
     @classmethod
-    def of_tree(cls, network: Denoiser, tree: Mapping[str, Any]) -> RescaledDenoiser:
-        """Rebuild it from its network and the entry "rescaled" of `to_tree`."""
-        process = NoiseProcess.from_config(tree["process"])
-        return cls(network, tree["scale"], tree["shift"], process, tree["clip"])
+    def from_config(cls, network: Parameterisation, config: Mapping[str, Any]) -> Rescaled:
+        """Rebuild it from its network and the entry "rescaled" of `to_config`."""
+        process = NoiseProcess.from_config(config["process"])
+        return cls(network, config["scale"], config["shift"], process)
 
-    @property
-    def _sign(self) -> float:
-        return math.copysign(1.0, self.scale)
-
-    def _epsilon_of(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
-        epsilon = self.network._epsilon_of(raw, *self._question(sample, t))
-        return epsilon if self.scale > 0 else -epsilon
-
-    def _denoised_of(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
-        clean = self.network._denoised_of(raw, *self._question(sample, t))
-        return (clean - self.shift) / self.scale
-
-    def _question(self, sample: Tensor, t: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    def _in_its_units(self, sample: Tensor, t: float | Tensor) -> tuple[Tensor, float | Tensor]:
         """Return the network's sample y (N, *shape) and its time tau for a sample x_t at time t."""
         tau, factor, offset = self._answers(sample, t)
         return factor * sample + offset, tau
@@ -190,7 +162,7 @@ class RescaledDenoiser(Denoiser):
 
     def _time(self, t: Tensor) -> Tensor:
         """Return the network's time tau for times t, () or (N,), differentiable."""
-        if self._aligned and not t.is_floating_point():
+        if self.aligned and not t.is_floating_point():
             return t
         theirs = self.network.process
         if theirs.time_is_level and self.process.time_is_level:
@@ -201,7 +173,7 @@ class RescaledDenoiser(Denoiser):
         least = float(theirs.log_snr(theirs.t_max))
         self._check(t, level.neg().exp(), math.exp(-least))
         tau = theirs.time_of_log_snr(level.clamp(min=least))
-        if not self._aligned:
+        if not self.aligned:
             return tau
         # The log-SNR has kinks at whole noisings, where rounding would choose the side on which it
         # is differentiated: it is the later one, as everywhere, and at the last time the earlier.

@@ -1,6 +1,6 @@
 """EDM's networks as denoisers: those that come with their preconditioning inside.
 
-`Denoiser.from_edm` is this function. A network without it is a body with prediction "edm".
+A network without it is a body with prediction "edm".
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...envs.processes import VE
-from .denoiser import Denoiser
+from ..denoisers.denoiser import Denoiser
 
 
 def from_edm(module: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Denoiser:

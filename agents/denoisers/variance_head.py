@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from ...common.arguments import checked
 from ...common.names import unknown_name
+from ...envs.processes.base import Level
 
 HeadKind = Literal["sn", "npr"]
-
-# A coefficient: one number for all samples, or (N, 1, ...).
-Level = float | Tensor
 
 
 class HeadInputs(NamedTuple):
