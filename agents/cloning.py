@@ -27,8 +27,9 @@ from ..common.optimisation import (
 )
 from ..common.settings import bounded
 from ..envs import VE
-from .base import Agent, Environment
+from .base import Agent
 from .denoisers.denoiser import Denoiser
+from .environments import Environment
 from .policy_gradient.execution import Execution, as_executed
 from .settings import AgentSettings, ExecutionSettings, OptimizerSettings
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...envs.mdp import Reward
-from ..base import Environment
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
 from .execution import as_executed
 from .settings import SFTPGSettings
 from .shortcut import Critic, ShortcutAgent

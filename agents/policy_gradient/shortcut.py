@@ -25,8 +25,9 @@ from ...common.optimisation import (
 )
 from ...critics import IPMCritic, MLPBaseline, RewardCritic, make_baseline, make_critic
 from ...envs.mdp import Reward
-from ..base import Agent, Environment
+from ..base import Agent
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
 from ..samplers.gaussian import GaussianChain
 from ..samplers.tableau import Tableau
 from .execution import Execution, as_executed

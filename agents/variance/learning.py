@@ -28,8 +28,9 @@ from ...common.optimisation import (
     set_learning_rate,
 )
 from ...envs import DiscreteVP
-from ..base import Agent, Environment
+from ..base import Agent
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
 from ..samplers.tableau import Tableau
 from ..solver_learning.held_out_data import Noised, held_out_samples
 from ..solver_learning.selection import is_better
