@@ -67,7 +67,7 @@ class DODESettings(AgentSettings):
 
 @dataclass(frozen=True)
 class PaperSettings(Settings):
-    """What only reproduces the readings of Huang (2024), all of it for stage one but last_weight."""
+    """What only reproduces the readings of Huang (2024)."""
 
     residual: Residual = "rollout"
     """Of gradient eq14: rollout, one-shot or convex; the latter two need target data."""

@@ -1,4 +1,4 @@
-"""L_diff, the denoising errors on data at the schedule's levels (Huang 2024, Eq. 12), and its uses."""
+"""L_diff (Huang 2024, Eq. 12): the denoising errors on data at the schedule's levels."""
 
 from __future__ import annotations
 
