@@ -47,6 +47,7 @@ class Trainee(Actor, ABC):
         checkpoint_name: what a run calls the file that `save` writes.
     """
 
+    settings: Any
     name: ClassVar[str]
     Settings: ClassVar[type[Settings]]
     checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
@@ -56,8 +57,9 @@ class Trainee(Actor, ABC):
     ) -> None:
         if not isinstance(settings, self.Settings | None):
             raise TypeError(f"settings must be {self.Settings.__name__}, got {settings!r}.")
-        self.settings: Any = (settings or self.Settings()).replace(**changes)
-        super().__init__(env, denoiser, self._solver(), self.settings.solver_options, seed)
+        told: Any = (settings or self.Settings()).replace(**changes)
+        self.settings = told
+        super().__init__(env, denoiser, self._solver(), told.solver_options, seed)
         self.seed = seed
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.num_timesteps = 0

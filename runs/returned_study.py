@@ -180,7 +180,7 @@ def _cell(world: World, variant: Variant, budget: int, learner: str) -> dict[str
     with warnings.catch_warnings():
         # A teacher of a weak network may be weak, too; the table shows what follows.
         warnings.simplefilter("ignore", UserWarning)
-        agent.learn(agent.total_timesteps)
+        agent.learn()
     returned = agent.returned
     if isinstance(agent, ScheduleLearning) and agent.tuned:
         returned = "tuned"

@@ -164,7 +164,7 @@ class SamplerWorld:
                 seed=self.seed,
                 **sampler.settings,
             )
-            agent.learn(agent.total_timesteps)
+            agent.learn()
             return agent.tableau, denoiser
         tableau = solver_within(
             sampler.solver,
@@ -217,8 +217,7 @@ class SamplerWorld:
         file = self.folder / "runs" / f"variance-{kind}__seed{self.seed}.safetensors"
         if file.is_file():
             agent.resume(file)
-        rounds = agent.planned_rounds or 0
-        agent.learn(agent.timesteps_until(rounds), reset_num_timesteps=False)
+        agent.learn(reset_num_timesteps=False)
         agent.save(file)
         return agent.sampling_denoiser
 

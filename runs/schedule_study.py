@@ -102,7 +102,7 @@ def _learn(world: World, solver: str, schedule: Schedule, learner: Learner) -> d
     with warnings.catch_warnings():
         # The table says which schedules collapsed.
         warnings.simplefilter("ignore", UserWarning)
-        agent.learn(agent.total_timesteps)
+        agent.learn()
         tableau = agent.tableau
         if learner.dode is not None:
             distiller = DODE(
@@ -112,7 +112,7 @@ def _learn(world: World, solver: str, schedule: Schedule, learner: Learner) -> d
                 seed=world.seed,
                 **learner.dode,
             )
-            distiller.learn(distiller.total_timesteps)
+            distiller.learn()
             tableau = distiller.tableau
     return {
         **world.score(tableau, agent.sampling_denoiser),

@@ -169,7 +169,7 @@ class World:
             with warnings.catch_warnings():
                 # The table says which distilled solvers are worse, and why is in the records.
                 warnings.simplefilter("ignore", UserWarning)
-                agent.learn(agent.total_timesteps)
+                agent.learn()
             scores[label] = self.score(agent.tableau)
             fits[label] = agent.state()["fits"]
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...envs import DiffusionMDP, Schedule, Target
 from ...envs.mdp import no_reward
@@ -30,7 +30,7 @@ class SolverAgent(Agent):
         denoiser: Denoiser,
         schedule: Schedule,
         shape: tuple[int, ...],
-        **settings: object,
+        **settings: Any,
     ) -> AnySolverAgent:
         """Learn for a pretrained network alone: what has a teacher needs noise, but no data.
 

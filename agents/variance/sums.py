@@ -107,9 +107,8 @@ class GammaSums(VarianceLearner):
 
     def load_state(self, state: dict[str, Any], returned: str) -> None:
         """Restore what `state` returned."""
-        self._sums, self._counts, self._given = (
-            torch.tensor(state[name], dtype=torch.float64) for name in ("sums", "counts", "given")
-        )
+        for mine, name in ((self._sums, "sums"), (self._counts, "counts"), (self._given, "given")):
+            mine.copy_(torch.tensor(state[name], dtype=torch.float64))
         self.returned = returned
         self._hand_over()
 

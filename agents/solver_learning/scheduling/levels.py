@@ -5,7 +5,7 @@ greatest level the others are a softmax's running sums on the scale of an increa
 
     f(level_t) = f(level_min) + (f(level_max) - f(level_min)) sum_{j < t} w_j,  w = softmax(v, 1)
 
-(Huang 2024, Eq. 13, made consistent; levels count upwards there, in sampling order here).
+(Huang 2024, Eq. 13, made consistent; there levels count upwards, here in sampling order).
 """
 
 from __future__ import annotations
