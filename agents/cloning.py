@@ -26,8 +26,9 @@ from ..common.optimisation import (
     set_learning_rate,
 )
 from ..common.settings import bounded
-from .base import Agent, Environment
+from .base import Agent
 from .denoisers.denoiser import Denoiser
+from .environments import Environment
 from .policy_gradient.execution import Execution, as_executed
 from .settings import AgentSettings, ExecutionSettings, OptimizerSettings
 

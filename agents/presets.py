@@ -7,7 +7,7 @@ command line takes its defaults from here, and so does `Agent.for_environment`:
     denoiser = new_denoiser(mdp)  # of fewstep.agents.denoisers.bodies
     for agent in (BehaviorCloning, SFTPG):
         agent = agent.for_environment(mdp, denoiser)
-        agent.learn(agent.total_timesteps)
+        agent.learn()
 """
 
 from __future__ import annotations

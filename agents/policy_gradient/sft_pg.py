@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...envs.mdp import Reward
-from ..base import Environment
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
 from .buffer import Trajectories
 from .critic import Critic
 from .execution import as_executed

@@ -22,8 +22,9 @@ from ...common.optimisation import (
     set_learning_rate,
 )
 from ...envs.mdp import Reward
-from ..base import Agent, Environment
+from ..base import Agent
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
 from ..samplers.gaussian import GaussianChain
 from ..samplers.tableau import Tableau
 from .buffer import Trajectories

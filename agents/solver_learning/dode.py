@@ -1,14 +1,13 @@
 """DODE: distil a many-step solver into the weights of a few-step one, the network untouched.
 
-Kim, Tang and Yu, "Distilling ODE Solvers of Diffusion Models into Smaller Steps" (CVPR 2024, paper
-C; MATH.md 2). Each network evaluation gets one parameter, which mixes the last output into the
-newest; least squares against a teacher's states fits them in closed form, in seconds. What is
-learned is a tableau: a small table of numbers, saved as JSON.
+Kim, Tang & Yu (2024), "Distilling ODE Solvers of Diffusion Models into Smaller Steps" (MATH.md 2).
+Each network evaluation gets one parameter, which mixes the last output into the newest; least
+squares against a teacher's states fits them in closed form, in seconds. What is learned is a
+tableau: a small table of numbers, saved as JSON.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,20 @@ from ...common.checkpoint import CheckpointError, counter
 from ...common.files import write_atomically
 from ...common.reading import damage_named
 from ...envs import Schedule
-from ..base import Agent, AnyAgent, Environment, settings_of
+from ..base import AnyAgent
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
+from ..report import Panel, Report
 from ..samplers.tableau import Tableau
+from .agent import SolverAgent, comparison
 from .distillation.files import read_distilled, write_distilled
-from .distillation.fit import Batch, StepFit, best_constant, fit, noise_errors
+from .distillation.fit import StepFit, best_constant, fit, noise_errors
 from .distillation.forms import CONSTANT, directions, distilled
-from .distillation.refine import ITERATIONS, Refiner
+from .distillation.pool import Pool
+from .distillation.refine import Refiner
 from .distillation.teacher import judge_teacher, make_teacher
-from .no_data import mdp_without_data
 from .selection import best_of, is_better
 from .settings import DODESettings
-
-# By default a fit sees about this many numbers, in at most so many batches.
-_FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
-
-# As many noises as this share of the fitted ones, and at least so many unless those are fewer, are
-# held out to choose the table by; as many more to report its error.
-_HELD_OUT_SHARE, _LEAST_HELD_OUT = 4, 25
 
 GIVEN, DISTILLED, REFINED = "given", "distilled", "refined"
 _TABLES = {
@@ -48,19 +43,17 @@ _TABLES = {
 }
 
 
-class DODE(Agent):
+class DODE(SolverAgent):
     """Distil a many-step ODE solver into a few-step one, the network untouched.
 
     The first round is the fit, each later one a round of the refinement, if there is one. The agent
     keeps the base solver's table unless the distilled one errs less on noise that was not fitted,
     and that unless a refined one does, not by chance (`fewstep.agents.solver_learning.selection`).
-    What counts is
-    the finished sample's distance from the teacher's, not the steps'. `returned` says which table
-    it is.
+    What counts is the finished sample's distance from the teacher's, not the steps'. `returned`
+    says which table it is.
 
-    Timesteps are the calls of teacher and student on single samples, a round of the refinement
-    counted as `ITERATIONS` passes (its line search may take a few more or less); what measures
-    them, such as the check of the teacher, is not counted.
+    Timesteps are all calls of teacher and student on single samples, also those that measure. A
+    resumed run draws its batches from the teacher again, and counts those calls again.
 
     Args:
         env: the environment; its schedule is the student's, its process gives the noise.
@@ -74,6 +67,7 @@ class DODE(Agent):
             that was neither fitted nor chosen by, of the base solver ("given"), the greedy fit
             ("distilled"), the refinement ("refined") and of what is returned ("returned"); and the
             teacher's own from a finer solver's ("teacher").
+        pool: the noises, with the teacher's states.
     """
 
     name = "dode"
@@ -97,28 +91,14 @@ class DODE(Agent):
             settings.align,
             settings.integer_times,
         )
+        self.pool = Pool(self.mdp, self.teacher, self.denoiser, settings, self.seed)
         self.fits: list[StepFit] = []
-        self.errors: dict[str, float] = {}
+        self.errors = {}
         self.returned = GIVEN
-        self._pool: list[Batch] = []
         self._kept_errors: Tensor | None = None
         # The table that the refinement starts from.
         self._refined_from = DISTILLED
         self._refiner = self._new_refiner(self.base)
-
-    @classmethod
-    def without_data(
-        cls, denoiser: Denoiser, schedule: Schedule, shape: tuple[int, ...], **settings: Any
-    ) -> DODE:
-        """Distil for a pretrained network alone: fitting a solver needs noise, but no data.
-
-        Args:
-            denoiser: the network; its device is where everything is done.
-            schedule: the times of the student, on the denoiser's process.
-            shape: of one sample.
-            settings: the constructor's keyword arguments.
-        """
-        return cls(mdp_without_data(denoiser, schedule, shape), denoiser, **settings)
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -132,54 +112,22 @@ class DODE(Agent):
         """One sentence on what is returned, and why."""
         if "returned" not in self.errors:
             return f"There is {_TABLES[self.returned]}; nothing was compared with it."
-        return (
-            f"Returned, as the best on held-out noise: {_TABLES[self.returned]}. Mean squared "
-            f"error per coordinate: {self.errors['returned']:.2e}, of what was given "
-            f"{self.errors['given']:.2e}."
-        )
+        what = _TABLES[self.returned]
+        return f"Returned, as the best on held-out noise: {what}. {comparison(self.errors)}"
 
     @property
-    def noise_counts(self) -> tuple[int, int, int]:
-        """How many noises are fitted, held out to choose by, and kept to report on."""
-        fitted = self._fitted_count * self.settings.batch_size
-        share = max(fitted // _HELD_OUT_SHARE, min(fitted, _LEAST_HELD_OUT))
-        return fitted, fitted if self.settings.refine == "end-to-end" else share, share
-
-    @property
-    def _fitted_count(self) -> int:
-        numbers = self.settings.batch_size * math.prod(self.mdp.shape)
-        return self.settings.batches or min(-(-_FITTED_NUMBERS // numbers), _MOST_BATCHES)
-
-    @property
-    def planned_rounds(self) -> int:
+    def budget(self) -> int:
         """The fit, and the steps of the refinement."""
-        return 1 + (self.settings.refine_steps if self.settings.refine == "end-to-end" else 0)
+        return 1 + (self.settings.refine_steps if self._refines else 0)
 
     @property
-    def timesteps_per_round(self) -> int:
-        """Denoiser calls on single samples of the next round: of the fit, or of the refinement."""
-        return self._refinement_cost if self._refines_next else self._fit_cost
+    def finished(self) -> bool:
+        """Whether there is a fit, and no refinement to go on with."""
+        return self.rounds > 0 and not self._refines
 
     @property
-    def _refines_next(self) -> bool:
-        return self.settings.refine == "end-to-end" and self.rounds > 0
-
-    @property
-    def _refinement_cost(self) -> int:
-        return ITERATIONS * self._fitted_count * self.settings.batch_size * self.base.nfe
-
-    @property
-    def _fit_cost(self) -> int:
-        counts = self.noise_counts
-        return sum(counts) * self.teacher.tableau.nfe + counts[0] * self.base.nfe
-
-    def timesteps_until(self, rounds: int) -> int:
-        """Return the timesteps left until `rounds` rounds are done; the first one is dearer."""
-        left = max(rounds - self.rounds, 0)
-        if self.settings.refine == "none" or not left:
-            return left * self._fit_cost
-        first = self._fit_cost if self.rounds == 0 else self._refinement_cost
-        return first + (left - 1) * self._refinement_cost
+    def _refines(self) -> bool:
+        return self.settings.refine == "end-to-end"
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the solver on another schedule of as many steps, with the same parameters.
@@ -202,107 +150,108 @@ class DODE(Agent):
     # -- learning ------------------------------------------------------------------------------
 
     def train_round(self) -> dict[str, Tensor]:
-        """Fit all steps, or go on with the refinement."""
-        cost = self.timesteps_per_round
-        metrics = self._refine_once() if self._refines_next else self._fit()
-        self.num_timesteps += cost
+        """Fit all steps; in the rounds after that go on with the refinement."""
+        metrics = self._refine() if self._refines and self.rounds > 0 else self._fit()
+        metrics["returned"] = float(list(_TABLES).index(self.returned))
         return {f"train/{key}": torch.tensor(value) for key, value in metrics.items()}
 
     def _fit(self) -> dict[str, float]:
-        pool = self._fitted
-        self.errors, self._kept_errors = {}, None
-        if self.settings.check_teacher:
-            self.errors["teacher"] = judge_teacher(
-                self.teacher,
-                self.base,
-                self.mdp.schedule,
-                self.settings.scale,
-                self.denoiser,
-                pool[0].noise,
-                self.settings.integer_times,
-            )
+        """Fit each step's parameters, one after the other; keep the better table."""
+        settings, fitted = self.settings, self.pool.fitted
+        self.errors = self._judge_teacher() if settings.check_teacher else {}
         constant = None
-        if self.settings.form in CONSTANT:
-            constant = best_constant(self.base, self._rows, self.denoiser, pool)
-        self.fits = fit(self.base, self._rows, self.denoiser, pool, self.settings.ridge, constant)
+        if settings.form in CONSTANT:
+            constant = best_constant(self.base, self._rows, self.denoiser, fitted)
+        self.fits = fit(self.base, self._rows, self.denoiser, fitted, settings.ridge, constant)
         tables = {GIVEN: self.base, DISTILLED: distilled(self.base, self._rows, self.lambdas)}
-        held_out = {name: self._errors_of(table) for name, table in tables.items()}
+        held_out = {name: self._held_out_errors(table) for name, table in tables.items()}
         self.returned = self._refined_from = best_of(held_out)
         self._tableau, self._kept_errors = tables[self.returned], held_out[self.returned]
         self._refiner = self._new_refiner(self._tableau)
-        for name, table in tables.items():
-            self.errors[name] = self._reported_error(table)
+        self.errors |= {name: self._reported_error(table) for name, table in tables.items()}
         self.errors["returned"] = self.errors[self.returned]
         if self.returned == GIVEN:
-            means = [float(held_out[name].mean()) for name in (GIVEN, DISTILLED)]
+            before, after = (float(held_out[name].mean()) for name in tables)
             warnings.warn(
                 f"Distillation made {self.base.name} no better, and it is kept: on held-out "
-                f"noise the mean squared error of finished samples was {means[0]:.2e}, distilled "
-                f"{means[1]:.2e}. More batches, a larger ridge or refine='end-to-end' may help.",
+                f"noise the mean squared error of finished samples was {before:.2e}, distilled "
+                f"{after:.2e}. More batches, a larger ridge or refine='end-to-end' may help.",
                 stacklevel=2,
             )
-        per_step = {"returned": float(list(_TABLES).index(self.returned))}
-        per_step |= {
-            f"lambda_{j:03d}": float(fit.lambdas[0])
-            for j, fit in enumerate(self.fits)
-            if len(fit.lambdas)
+        firsts = {j: values[0] for j, values in enumerate(self.lambdas) if len(values)}
+        return {
+            **{f"{name}_error": error for name, error in self.errors.items()},
+            **{f"lambda_{j:03d}": float(value) for j, value in firsts.items()},
         }
-        return {f"{key}_error": value for key, value in self.errors.items()} | per_step
 
-    def _refine_once(self) -> dict[str, float]:
+    def _refine(self) -> dict[str, float]:
         """Go on with the refinement; keep the table if it is the best so far on held-out noise."""
-        loss = self._refiner.step(self.denoiser, self._fitted)
+        loss = self._refiner.step(self.denoiser, self.pool.fitted)
         candidate = self._refiner.module.export()
         if self._kept_errors is None:  # after a resume
-            self._kept_errors = self._errors_of(self._tableau)
-        errors = self._errors_of(candidate)
+            self._kept_errors = self._held_out_errors(self._tableau)
+        errors = self._held_out_errors(candidate)
         if better := is_better(errors, self._kept_errors):
             self._tableau, self._kept_errors, self.returned = candidate, errors, REFINED
         if better or self.returned != REFINED:
             self.errors["refined"] = self._reported_error(candidate)
         self.errors["returned"] = self.errors[self.returned]
-        return {
-            "loss": loss,
-            "refined_error": self.errors["refined"],
-            "held_out_error": float(errors.mean()),
-            "returned": float(list(_TABLES).index(self.returned)),
-        }
+        refined, held_out = self.errors["refined"], float(errors.mean())
+        return {"loss": loss, "refined_error": refined, "held_out_error": held_out}
 
-    def _errors_of(self, table: Tableau) -> Tensor:
+    def _judge_teacher(self) -> dict[str, float]:
+        error = judge_teacher(
+            self.teacher,
+            self.base,
+            self.mdp.schedule,
+            self.settings.scale,
+            self.denoiser,
+            self.pool.fitted[0].noise,
+            self.settings.integer_times,
+        )
+        return {"teacher": error}
+
+    def _held_out_errors(self, table: Tableau) -> Tensor:
         """Return a table's errors (N,) on the noise that it is chosen by."""
-        return noise_errors(table, self.denoiser, self.make_batches()[self._fitted_count : -1])
+        return noise_errors(table, self.denoiser, self.pool.held_out)
 
     def _reported_error(self, table: Tableau) -> float:
         """Return a table's mean error on the noise that is only reported on."""
-        return float(noise_errors(table, self.denoiser, self.make_batches()[-1:]).mean())
+        return float(noise_errors(table, self.denoiser, self.pool.reported).mean())
 
     def _new_refiner(self, start: Tableau) -> Refiner:
         return Refiner(start, self.base.weights, self.device)
 
-    def make_batches(self) -> list[Batch]:
-        """Return noise and the teacher's states, made once: to fit, to choose by, to report on.
+    # -- what a run shows and writes -----------------------------------------------------------
 
-        They follow from the seed alone: a resumed run makes the same ones again.
-        """
-        if not self._pool:
-            generator = torch.Generator(self.device).manual_seed(self.seed)
-            fitted, chosen_by, reported = self.noise_counts
-            sizes = [self.settings.batch_size] * self._fitted_count
-            sizes += (
-                sizes if chosen_by == fitted and self.settings.refine != "none" else [chosen_by]
-            )
-            for i, size in enumerate([*sizes, reported]):
-                noise = self.mdp.initial(size, generator)
-                states = self.teacher.states(self.denoiser, noise)
-                # Of noise that is not fitted only the finished samples count.
-                states = states if i < self._fitted_count else states[-1:].clone()
-                self._pool.append(Batch(noise, states))
-        return self._pool
+    def report(self) -> Report:
+        """Return what each step's parameters did, and what all of them did together."""
+        times = self.base.times.tolist()
+        most = max((len(values) for values in self.lambdas), default=0)
+        curves = {}
+        for k in range(most):
+            calls = [j for j, values in enumerate(self.lambdas) if len(values) > k]
+            curves[f"{k + 1}"] = calls, [float(self.lambdas[j][k]) for j in calls]
+        table = {
+            "call": [str(j + 1) for j in range(len(self.fits))],
+            "from": times[: len(self.fits)],
+            "to": times[1 : len(self.fits) + 1],
+            "lambda": [", ".join(f"{v:.3f}" for v in fit.lambdas) or "-" for fit in self.fits],
+            "squared error": [fit.before for fit in self.fits],
+            "with lambda": [fit.after for fit in self.fits],
+            "removed": [f"{100 * fit.removed:.1f} %" for fit in self.fits],
+        }
+        state = self.state()
+        return Report(
+            self.verdict,
+            {key: state[key] for key in ("errors", "fits", "returned")},
+            {f"What distillation did to {self.base.name}": table},
+            {"lambdas.png": [Panel("lambda", "network call", curves, scale="symlog")]},
+        )
 
-    @property
-    def _fitted(self) -> list[Batch]:
-        """The batches that are fitted: all but those that judge."""
-        return self.make_batches()[: self._fitted_count]
+    def files(self) -> dict[str, Any]:
+        """Return nothing: the checkpoint is the tableau."""
+        return {}
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -326,30 +275,29 @@ class DODE(Agent):
             for fit in state["fits"]
         ]
         self.errors = dict(state["errors"])
-        # Files of before the comparison: what was found last was returned.
-        last = REFINED if state["refinement"] else DISTILLED if self.fits else GIVEN
-        self.returned = state.get("returned", last)
-        self._refined_from = state.get("refined_from", DISTILLED)
+        self.returned, self._refined_from = state["returned"], state["refined_from"]
         self._kept_errors = None
         starts_at_fit = self.fits and self._refined_from == DISTILLED
         start = distilled(self.base, self._rows, self.lambdas) if starts_at_fit else self.base
         self._refiner = self._new_refiner(start)
         self._refiner.load_state(state["refinement"])
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the table was distilled for; it tells of process and times itself."""
+        return {
+            "target": self.mdp.target.name,
+            "shape": list(self.mdp.shape),
+            "solver": self.solver,
+            "solver_options": dict(self.solver_options),
+            "form": self.settings.form,
+        }
+
     def save(self, path: str | Path) -> None:
         """Write the tableau as JSON, with what its training needs to go on beside it.
 
         `Tableau.load` reads the same file; the denoiser, which is not trained, is not in it.
         """
-        training = {
-            "agent": self.name,
-            "settings": self.settings.to_tree(),
-            "seed": self.seed,
-            "environment": {"target": self.mdp.target.name, "shape": list(self.mdp.shape)},
-            "num_timesteps": self.num_timesteps,
-            "rounds": self.rounds,
-        }
-        text = write_distilled(self.tableau, training, **self.state())
+        text = write_distilled(self.tableau, self.header(), **self.state())
         write_atomically(path, lambda temporary: temporary.write_text(text))
 
     @classmethod
@@ -376,11 +324,8 @@ class DODE(Agent):
         _, tree = read_distilled(path, cls.name)
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
-        with damage_named(path, CheckpointError):
-            settings = settings_of(cls, tree["training"], path)
-            overrides.setdefault("seed", tree["training"]["seed"])
-        agent = cls(env, overrides.pop("denoiser"), settings, **overrides)
-        agent.check_device(device)
+        denoiser = overrides.pop("denoiser")
+        agent = cls._rebuilt(tree["training"], path, env, denoiser, device, overrides)
         agent.resume(path)
         return agent
 
@@ -391,31 +336,13 @@ class DODE(Agent):
             CheckpointError: a missing, corrupt or foreign file, or another environment's.
         """
         with damage_named(path, CheckpointError):
-            self._take_over(path)
-
-    def _take_over(self, path: str | Path) -> None:
-        tableau, tree = read_distilled(path, self.name)
-        training = tree["training"]
-        here = {
-            "target": self.mdp.target.name,
-            "shape": list(self.mdp.shape),
-            "solver": self.solver,
-            "solver_options": self.solver_options,
-            "form": self.settings.form,
-        }
-        there = {**training["environment"], **training["settings"]}
-        for key, value in here.items():
-            if there.get(key) != value:
-                raise CheckpointError(
-                    f"{path} was distilled on another environment or with other settings: {key} "
-                    f"is {there.get(key)!r}, here it is {value!r}."
-                )
-        if tableau.process != self.base.process or not np.array_equal(
-            tableau.times, self.base.times
-        ):
-            raise CheckpointError(f"{path} was distilled on another schedule or solver.")
-        num_timesteps = counter(training, "num_timesteps", str(path))
-        rounds = counter(training, "rounds", str(path))
-        self.load_state(tree)
-        self.num_timesteps, self.rounds = num_timesteps, rounds
-        self._tableau = tableau
+            tableau, tree = read_distilled(path, self.name)
+            training = tree["training"]
+            self.check_identity(training["environment"], str(path))
+            same_times = np.array_equal(tableau.times, self.base.times)
+            if tableau.process != self.base.process or not same_times:
+                raise CheckpointError(f"{path} was distilled on another schedule or solver.")
+            counts = {key: counter(training, key, str(path)) for key in ("num_timesteps", "rounds")}
+            self.load_state(tree)
+            self.num_timesteps, self.rounds = counts["num_timesteps"], counts["rounds"]
+            self._tableau = tableau

@@ -1,37 +1,44 @@
 """ScheduleLearning: learn which noise levels to visit, then tune the denoiser there.
 
-The two stages of Huang, "Optimizing Few-step Sampler for Diffusion Probabilistic Model" (paper B;
-MATH.md 3). Stage one moves the levels of the schedule so that the rollout ends where it should;
-stage two tunes the denoiser on the levels it will be asked at. Paper B compares the rollout with
-data, an objective whose optimum is a sampler that returns the mean of the data (MATH.md 3.6); the
-default here compares it with a fine solver from the same noise, and needs no data.
+The two stages of Huang (2024), "Optimizing Few-step Sampler for Diffusion Probabilistic Model"
+(MATH.md 3). Stage one moves the levels of the schedule so that the rollout ends where it should;
+stage two tunes the denoiser on the levels it will be asked at. Both compare the rollout with a fine
+solver from the same noise, and need no data. The paper compares it with data, an objective whose
+optimum is a sampler that returns the mean of the data (MATH.md 3.6): see `scheduling.paper`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...common.checkpoint import CheckpointError, counter
+from ...common.checkpoint import counter
 from ...envs import Schedule
-from ..base import Agent, Environment
 from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
+from ..report import Panel, Report
 from ..samplers.tableau import Tableau
 from ..solvers import build_solver
+from .agent import SolverAgent, comparison
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
-from .no_data import NO_DATA, mdp_without_data
 from .scheduling.descent import GIVEN, GRID, LEARNED, PROGRAMME, Descent
+from .scheduling.levels import noise_levels, step_weights
 from .scheduling.objective import Objective, Slope
-from .scheduling.plan import Plan, Position
+from .scheduling.paper.parts import (
+    DataDescent,
+    DataPool,
+    DataTuning,
+    DiffusionProgramme,
+    PaperObjective,
+)
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
-from .scheduling.starts import programme_for, starting_schedule
+from .scheduling.starts import LevelProgramme, Programme, starting_schedule
 from .scheduling.tuning import Tuning
-from .scheduling.weights import step_weights
 from .settings import ScheduleSettings
 
 # The origins of a schedule in words; their order is that of the numbers in the log.
@@ -43,21 +50,20 @@ _SCHEDULES = {
 }
 
 
-class ScheduleLearning(Agent):
+class ScheduleLearning(SolverAgent):
     """Learn the noise levels of a few-step sampler, then tune the denoiser on them.
 
     A round is one update of the levels (stage one) or of the denoiser (stage two); the stages
-    alternate. Timesteps are the network calls on single samples of both, and of the teacher; what
-    only measures, on held-out noise, is not counted.
+    alternate. Timesteps are all network calls on single samples, those of the teacher and those
+    that only measure among them. A resumed run asks the teacher again, and counts that again.
 
-    With a teacher each stage keeps what there was before it unless it found something better: the
-    error of finished samples from the pretrained network's fine solver, on noise that was not
-    learned on, has to fall, and not by chance (`fewstep.agents.solver_learning.selection`).
-    Compared are the
+    Each stage keeps what there was before it unless it found something better: the error of
+    finished samples from the pretrained network's fine solver, on noise that was not learned on,
+    has to fall, and not by chance (`fewstep.agents.solver_learning.selection`). Compared are the
     environment's own schedule, the start, and the best levels that the descent met; then the
     network before and during its tuning, whatever that minimises. `returned` and `tuned` say what
-    it was. With target="data", which is there to reproduce paper B, nothing is compared: what
-    was learned last is returned, and may be worse than what was given.
+    it was. With target="data" nothing is compared: what was learned last is returned, and may be
+    worse than what was given.
 
     Args:
         env: the environment; its schedule gives the number of steps and the ends.
@@ -66,16 +72,14 @@ class ScheduleLearning(Agent):
 
     Attributes:
         converged: whether the alternation ended because the levels stayed.
-        collapsed: whether stage one ended because the samples' variance fell.
-        returned: where `schedule` comes from: "given" (the environment's own), "grid" or
-            "programme" (the start), or "learned".
-        tuned: whether the network that samples is a tuned one, or the one that was given.
         errors: mean squared errors per coordinate of finished samples from the fine solver's, on
             noise that was neither learned on nor chosen by: of the environment's own schedule
             ("given"), the start ("grid", "programme"), the best levels of the last stage one
             ("learned"), the tuned network of the last stage two ("tuned") and of what is returned
             ("returned"); and the teacher's from a finer solver's ("teacher"). With target="data"
             those of rollouts at the smallest level from the noised data.
+        optimizer: Adam on the denoiser; None without a stage two.
+        averaged: the average of the denoiser's weights.
 
     Raises:
         ValueError: a setting that is unknown or out of range, settings that do not go together,
@@ -91,94 +95,59 @@ class ScheduleLearning(Agent):
 
     def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
         super().__init__(env, denoiser, *args, **arguments)
-        settings, tuning = self.settings, self.settings.tuning
-        if self.mdp.target.name == NO_DATA:
+        settings = self.settings
+        if not self.mdp.target.has_samples:
             settings.check_without_data()
-
         like = starting_schedule(self.mdp.schedule, settings.start, settings.integer_times)
-        reading = settings.reading if settings.gradient == "eq14" else None
-        self._objective = Objective(
-            self._build, like, reading, settings.gamma, settings.diffusion_share
-        )
         self._base = self._build(like)
         if not self._base.linear:
             raise ValueError(
                 f"The solver '{self._base.name}' adds noise or clamps its predictions; a schedule "
                 "is learned for a deterministic one, such as euler, dpm-solver++-2m or ipndm."
             )
+        self._objective = self._new_objective(like)
         self.teacher = self._new_teacher()
         if settings.gradient != "none":
             check_differentiable(self.denoiser, like.times[:-1].tolist(), self.mdp.shape)
         # Stage two changes the network; the teacher is the network as it was given.
-        self._original = (
-            copy.deepcopy(self.denoiser).requires_grad_(False) if tuning.rounds else self.denoiser
+        self._original = self.denoiser
+        if settings.tuning.rounds:
+            self._original = copy.deepcopy(self.denoiser).requires_grad_(False)
+        self._pool = (Pool if self._judges else DataPool)(
+            self.mdp,
+            like,
+            self.teacher,
+            self._original,
+            settings.batch_size,
+            settings.batches,
+            self.seed,
         )
-        wanted = self.teacher if settings.target == "teacher" else None
-        self._pool = Pool(
-            self.mdp, like, wanted, self._original, settings.batch_size, settings.batches, self.seed
-        )
-        self._programme = programme_for(settings.start, like, settings.integer_times)
-        same = torch.allclose(like.times, self.mdp.schedule.times, rtol=1e-9, atol=0.0)
-        kind = PROGRAMME if self._programme else GIVEN if same else GRID
-        self._descent = Descent(
-            self._objective,
-            self._pool,
-            given=self.mdp.schedule,
-            start=kind,
-            space=settings.space,
-            moves=settings.gradient != "none",
-            integer_times=settings.integer_times,
-            rounds=1 if settings.gradient == "none" else settings.schedule_rounds,
-            learning_rate=settings.level_rate,
-            collapse=settings.collapse,
-        )
-        self._tuning = Tuning(
-            self.denoiser,
-            self._pool,
-            weights=settings.tuning_weights,
-            rounds=tuning.rounds,
-            batch_size=tuning.batch_size,
-            learning_rate=tuning.learning_rate,
-            last_weight=tuning.last_weight,
-            max_grad_norm=tuning.max_grad_norm,
-            ema=tuning.ema,
-        )
+        self._programme = self._new_programme(like)
+        self._descent = self._new_descent(like)
+        self._tuning = self._new_tuning()
         self.averaged, self.optimizer = self._tuning.averaged, self._tuning.optimizer
-        self._plan = Plan(
-            settings.alternations,
-            self._descent.rounds,
-            tuning.rounds,
-            pool_calls=self._pool.calls,
-            programme_calls=self._programme.calls * settings.batch_size if self._programme else 0,
-            programme_again=settings.gradient == "none",
-            level_calls=(
-                self._objective.calls(self._base) * settings.batch_size
-                if settings.gradient != "none"
-                else 0
-            ),
-            tuning_calls=self._tuning.calls(self._base),
-        )
-
         self.converged = False
-        self.errors: dict[str, float] = {}
+        self.errors = {}
         self._alternation = 0
 
-    @classmethod
-    def without_data(
-        cls, denoiser: Denoiser, schedule: Schedule, shape: tuple[int, ...], **settings: Any
-    ) -> ScheduleLearning:
-        """Learn for a pretrained network alone: with a teacher, neither stage needs data.
-
-        Args:
-            denoiser: the network; its device is where everything is done.
-            schedule: gives the number of steps and the ends, on the denoiser's process.
-            shape: of one sample.
-            settings: the constructor's keyword arguments.
-        """
-        return cls(mdp_without_data(denoiser, schedule, shape), denoiser, **settings)
+    # -- its parts -----------------------------------------------------------------------------
 
     def _build(self, schedule: Schedule) -> Tableau:
         return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
+
+    def _new_objective(self, like: Schedule) -> Objective:
+        settings = self.settings
+        if not settings.as_in_paper:
+            return Objective(self._build, like)
+        return PaperObjective(
+            self._build,
+            like,
+            self.mdp.target,
+            of_data=settings.target == "data",
+            reading=settings.reading if settings.gradient == "eq14" else None,
+            gamma=settings.paper.gamma,
+            diffusion_weight=settings.diffusion_share,
+        )
 
     def _new_teacher(self) -> Teacher:
         """Build the teacher; of its states, those at the smallest level and the end are wanted."""
@@ -193,12 +162,40 @@ class ScheduleLearning(Agent):
         smallest = self._objective.rows(self._base) - 1
         return dataclasses.replace(teacher, targets=teacher.targets[smallest:])
 
+    def _new_programme(self, like: Schedule) -> LevelProgramme | None:
+        start = self.settings.start
+        if start not in get_args(Programme):
+            return None
+        kind = DiffusionProgramme if start == "diffusion-dp" else LevelProgramme
+        return kind(like, self.settings.integer_times)
+
+    def _new_descent(self, like: Schedule) -> Descent:
+        same = torch.allclose(like.times, self.mdp.schedule.times, rtol=1e-9, atol=0.0)
+        start = PROGRAMME if self._programme else GIVEN if same else GRID
+        parts = self._objective, self._pool, self.mdp.schedule, start, self.settings
+        if self._judges:
+            return Descent(*parts)
+        return DataDescent(*parts, collapse=self.settings.paper.collapse)
+
+    def _new_tuning(self) -> Tuning:
+        parts, weights = (
+            (self.denoiser, self._pool, self.settings.tuning),
+            self.settings.tuning_weights,
+        )
+        if weights == "rollout":
+            return Tuning(*parts)
+        return DataTuning(*parts, weights=weights, last_weight=self.settings.paper.last_weight)
+
     # -- what there is -------------------------------------------------------------------------
 
     @property
     def sampling_denoiser(self) -> Denoiser:
         """The averaged denoiser."""
         return self.averaged.module
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks whose calls are counted; the teacher's is one of its own."""
+        return [*super().networks(), self._original]
 
     @property
     def levels(self) -> Tensor:
@@ -207,7 +204,7 @@ class ScheduleLearning(Agent):
 
     @property
     def weights(self) -> Tensor:
-        """Lambda of the levels, (T - 1,); see `solver_learning.scheduling.weights`."""
+        """Lambda of the levels, (T - 1,); see `solver_learning.scheduling.levels.step_weights`."""
         return step_weights(self.levels)
 
     @property
@@ -237,12 +234,9 @@ class ScheduleLearning(Agent):
         what = f"{_SCHEDULES[self.returned]}, with {network}"
         if not self._judges:
             return f"Returned without comparison, as target='data' asks: {what}."
-        if not self.done or "returned" not in self.errors:
+        if not self.finished or "returned" not in self.errors:
             return f"Training is not over; so far there is {what}."
-        return (
-            f"Returned, as the best on held-out noise: {what}. Mean squared error per coordinate: "
-            f"{self.errors['returned']:.2e}, of what was given {self.errors['given']:.2e}."
-        )
+        return f"Returned, as the best on held-out noise: {what}. {comparison(self.errors)}"
 
     @property
     def _judges(self) -> bool:
@@ -250,107 +244,94 @@ class ScheduleLearning(Agent):
 
     @property
     def collapsed(self) -> bool:
-        """Whether stage one ended because the samples' variance fell."""
-        return self._descent.collapsed
+        """Whether stage one ended because the samples' variance fell, with target="data"."""
+        return isinstance(self._descent, DataDescent) and self._descent.collapsed
 
     @property
-    def done(self) -> bool:
+    def budget(self) -> int:
+        """Rounds of all alternations, if none is cut short."""
+        settings = self.settings
+        return settings.alternations * (settings.level_rounds + settings.tuning.rounds)
+
+    @property
+    def finished(self) -> bool:
         """Whether all alternations are done, the levels stayed, or they had collapsed."""
         over = self.collapsed and self._alternation > 0
         return over or self.converged or self._alternation >= self.settings.alternations
 
     @property
-    def planned_rounds(self) -> int:
-        """Rounds of all alternations."""
-        return self._plan.rounds
-
-    @property
-    def timesteps_per_round(self) -> int:
-        """Denoiser calls on single samples of the next round."""
-        return self._plan.calls(self._position, 1, first=not self.num_timesteps)
-
-    def timesteps_until(self, rounds: int) -> int:
-        """Return the timesteps left until `rounds` rounds are done, if none is cut short."""
-        left = 0 if self.done else max(rounds - self.rounds, 0)
-        return self._plan.calls(self._position, left, first=not self.num_timesteps)
-
-    @property
-    def _position(self) -> Position:
-        return Position(self._alternation, self._descent.updates, self._tuning.updates)
+    def done(self) -> bool:
+        """Whether it is `finished`: learning anew does not begin anew."""
+        return self.finished
 
     # -- learning ------------------------------------------------------------------------------
 
     def train_round(self) -> dict[str, Tensor]:
-        """Do one update of the stage that it is at."""
-        cost = self.timesteps_per_round
+        """Update the levels, or where their stage is done the denoiser; then both anew."""
         metrics = self._tune() if self._descent.done else self._learn_levels()
-        self.num_timesteps += cost
         if self._descent.done and self._tuning.done:
-            self.errors["returned"] = self._reported_error()
-            metrics["returned_error"] = torch.tensor(self.errors["returned"])
+            self.errors["returned"] = metrics["returned_error"] = self._reported_error()
             self._alternation += 1
             self._descent.updates = self._tuning.updates = 0
-        return {f"train/{key}": value for key, value in metrics.items()}
+        return {f"train/{key}": torch.as_tensor(value) for key, value in metrics.items()}
 
-    def _tune(self) -> dict[str, Tensor]:
+    def _learn_levels(self) -> dict[str, Any]:
+        """Move the levels once; measure before and after the stage."""
+        denoiser, descent = self.sampling_denoiser, self._descent
+        if descent.updates == 0:
+            self._begin_levels(denoiser)
+        metrics: dict[str, Any] = dict(descent.update(denoiser, self.generator))
+        if descent.done:
+            self.errors |= descent.compared
+            metrics |= {f"{name}_error": error for name, error in descent.compared.items()}
+            metrics["returned"] = float(list(_SCHEDULES).index(self.returned))
+            self.converged = self._alternation > 0 and descent.moved < self.settings.tolerance
+        return metrics
+
+    def _begin_levels(self, denoiser: Denoiser) -> None:
+        """Measure the teacher, and find where the levels start."""
+        first = self._alternation == 0
+        if first and self.settings.check_teacher and self._judges:
+            self.errors["teacher"] = self._judge_teacher()
+        found = None
+        # Levels that do not descend are found anew for each network.
+        if self._programme and (first or self.settings.gradient == "none"):
+            found = self._programme.levels(self._pool, denoiser, self._base)
+        self._descent.begin(denoiser, first, found)
+        self.errors |= self._descent.compared
+
+    def _tune(self) -> dict[str, Any]:
         """Update the denoiser once; compare it with the one before the stage."""
-        denoiser = self.sampling_denoiser
-        if self._judges and self._tuning.updates == 0:
-            if self._alternation == 0 and not self._descent.rounds:
-                self._descent.skip(denoiser)
-                self.errors.update(self._descent.compared)
-            self._tuning.begin(self._descent.errors(denoiser, self._pool.held_out))
-        metrics = self._tuning.update(self.tableau, self.levels, self.generator)
+        denoiser, descent, tuning = self.sampling_denoiser, self._descent, self._tuning
+        if self._judges and tuning.updates == 0:
+            if self._alternation == 0 and not descent.rounds:
+                descent.skip(denoiser)
+                self.errors |= descent.compared
+            tuning.begin(descent.errors(denoiser, self._pool.held_out))
+        metrics: dict[str, Any] = tuning.update(self.tableau, self.levels, self.generator)
         if self._judges:
-            held_out = self._tuning.judge(
-                lambda: self._descent.errors(denoiser, self._pool.held_out)
-            )
-            if held_out is not None:
-                metrics["held_out_error"] = torch.tensor(held_out)
-        if self._tuning.done:
+            error = tuning.judge(lambda: descent.errors(denoiser, self._pool.held_out))
+            metrics |= {} if error is None else {"held_out_error": error}
+        if tuning.done:
             if self._judges:
                 self.errors["tuned"] = self._reported_error()
-            self._tuning.finish()
-            metrics["tuned"] = torch.tensor(float(self.tuned))
+            tuning.finish()
+            metrics["tuned"] = float(self.tuned)
         return metrics
 
     def _reported_error(self) -> float:
         """Return the sampler's error on the noise that is only reported on."""
         return float(self._descent.errors(self.sampling_denoiser, self._pool.reported).mean())
 
-    def _learn_levels(self) -> dict[str, Tensor]:
-        """Move the levels once; measure before and after the stage."""
-        denoiser = self.sampling_denoiser
-        if self._descent.updates == 0:
-            if (
-                self._alternation == 0
-                and self.settings.check_teacher
-                and self.settings.target == "teacher"
-            ):
-                self.errors["teacher"] = self._judge_teacher()
-            found = None
-            if self._programme and self._plan.begins_with_programme(self._alternation):
-                found = self._programme.levels(self._pool, denoiser, self._base)
-            self._descent.begin(denoiser, self._alternation == 0, found)
-            self.errors.update(self._descent.compared)
-        metrics = self._descent.update(denoiser, self.generator)
-        if self._descent.done:
-            self.errors.update(self._descent.compared)
-            metrics.update({f"{name}_error": e for name, e in self._descent.compared.items()})
-            metrics["returned"] = float(list(_SCHEDULES).index(self.returned))
-            self.converged = self._alternation > 0 and self._descent.moved < self.settings.tolerance
-        return {key: torch.tensor(value) for key, value in metrics.items()}
-
     def _judge_teacher(self) -> float:
         """Return the teacher's error; warn if it is no better than the sampler at the start."""
-        like, noise = self._objective.like, self._pool.held_out[-1].noise
         return judge_teacher(
             self.teacher,
             self._base,
-            like,
+            self._objective.like,
             self.settings.scale,
             self._original,
-            noise,
+            self._pool.held_out[-1].noise,
             self.settings.integer_times,
         )
 
@@ -365,6 +346,49 @@ class ScheduleLearning(Agent):
         """
         return self._pool.batches
 
+    # -- what a run shows and writes -----------------------------------------------------------
+
+    def report(self) -> Report:
+        """Return the levels beside those before, their weights, and how they were learned."""
+        before, after = noise_levels(self.mdp.schedule), self.levels
+        process, steps = self.mdp.process, len(before) - 1
+        named = {
+            "learned": after,
+            "Karras": noise_levels(Schedule.karras(process, steps, append_zero=False)),
+            "uniform": noise_levels(Schedule.uniform(process, steps, end=process.t_min)),
+        }
+        weights = {name: step_weights(named[name]) for name in ("learned", "Karras")}
+        calls, last = [str(j + 1) for j in range(len(before))], ["-"]
+        table = {
+            "call": calls,
+            "level before": before.tolist(),
+            "level learned": after.tolist(),
+            "lambda": [*self.weights.tolist(), *last],
+        }
+        history = {"error": "train/disc_loss", "error on held-out noise": "train/held_out_error"}
+        if self.settings.as_in_paper:
+            history |= {"L_diff": "train/diff_loss", "variance ratio": "train/variance_ratio"}
+        panels = [
+            _panel("noise level", named),
+            _panel("weight lambda", weights),
+            Panel("stage one", "update", logged=history, scale="log"),
+        ]
+        results = {
+            "levels": after.tolist(),
+            "weights": self.weights.tolist(),
+            "errors": self.errors,
+            "returned": self.returned,
+            "tuned": self.tuned,
+            "converged": self.converged,
+            "collapsed": self.collapsed,
+        }
+        tables = {"What schedule learning did": table}
+        return Report(self.verdict, results, tables, {"schedule.png": panels})
+
+    def files(self) -> dict[str, Any]:
+        """Return what a run writes beside each checkpoint: the table, and its schedule."""
+        return {"schedule.json": self.schedule, **super().files()}
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -374,22 +398,17 @@ class ScheduleLearning(Agent):
             **self._descent.state(),
             **self._tuning.state(),
             "original": self._original.body.state_dict() if tuned else None,
-            "position": list(self._position),
+            "position": [self._alternation, self._descent.updates, self._tuning.updates],
             "converged": self.converged,
             "errors": self.errors,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        if "origin" not in state:
-            raise CheckpointError(
-                "The checkpoint comes from a version of fewstep whose schedule learning did not "
-                "compare what it learned with what it was given, and cannot go on from there: its "
-                "schedule.json and denoiser still serve, or learn anew in another folder."
-            )
+        names = ("alternation", "updates", "tuned")
+        counts = dict(zip(names, state["position"], strict=True))
+        position = [counter(counts, name, "the checkpoint") for name in names]
         self._tuning.load_state(state)
-        counts = dict(zip(Position._fields, state["position"], strict=True))
-        position = [counter(counts, name, "the checkpoint") for name in Position._fields]
         # None: saved by an agent without stage two.
         if self.optimizer is not None and state["original"] is not None:
             self._original.body.load_state_dict(state["original"])
@@ -398,3 +417,9 @@ class ScheduleLearning(Agent):
         self._alternation, self._descent.updates, self._tuning.updates = position
         self.converged = state["converged"]
         self.errors = state["errors"]
+
+
+def _panel(what: str, curves: dict[str, Tensor]) -> Panel:
+    """Return a panel with one number for each network call."""
+    lines = {name: (list(range(len(values))), values.tolist()) for name, values in curves.items()}
+    return Panel(f"{what} of each call", "network call", lines, scale="log")

@@ -12,13 +12,13 @@ from ..solvers import Options
 from .distillation.forms import Form
 from .distillation.teacher import Align
 from .scheduling.levels import EVEN, Space
+from .scheduling.paper.surrogate import Input, Reading, Residual
 from .scheduling.starts import ENVIRONMENT, Programme
-from .scheduling.surrogate import Input, Reading, Residual
-from .scheduling.tuning import TuningWeights
 
 Refine = Literal["none", "end-to-end"]
 LevelTarget = Literal["teacher", "data"]
 Gradient = Literal["exact", "eq14", "none"]
+TuningWeights = Literal["rollout", "lambda", "original"]
 STARTS: tuple[str, ...] = (*get_args(Programme), *EVEN, ENVIRONMENT)
 
 
@@ -66,15 +66,25 @@ class DODESettings(AgentSettings):
 
 
 @dataclass(frozen=True)
-class Eq14Settings(Settings):
-    """How the paper's estimate of the gradient is read, for gradient eq14 only."""
+class PaperSettings(Settings):
+    """What only reproduces the readings of Huang (2024)."""
 
     residual: Residual = "rollout"
-    """rollout, one-shot or convex; the latter two need target data."""
+    """Of gradient eq14: rollout, one-shot or convex; the latter two need target data."""
     network_input: Input = "moving"
-    """moving, rollout or noised; the latter needs target data."""
+    """Of gradient eq14: moving, rollout or noised; the latter needs target data."""
     weight_term: bool = False
-    """Add the change of Euler's weights."""
+    """Of gradient eq14: add the change of Euler's weights."""
+    gamma: float = bounded(1.0, least=0)
+    """Weight of the rollout's error beside L_diff."""
+    diffusion_weight: float | None = bounded(None, least=0)
+    """Weight of L_diff, which needs data; None takes 1 for target data and 0 for teacher, which it
+    does not help."""
+    collapse: float = bounded(0.7, least=0)
+    """With target data stage one ends, and goes back, when the samples' variance falls below this
+    share of what it was; 0 never does."""
+    last_weight: float = bounded(1.0, least=0)
+    """Of tuning.weights lambda: weight of the smallest level, of which there is no lambda."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,6 @@ class TuningSettings(Settings):
     """What stage two minimises: rollout, the distance of finished samples from the teacher's,
     through the whole chain; on real samples at the schedule's levels lambda, the paper's L_diff, or
     original, the loss of pretraining. None takes rollout for target teacher and lambda for data."""
-    last_weight: float = bounded(1.0, least=0)
-    """Weight of the smallest level beside lambda, which is of no level there."""
     max_grad_norm: float | None = bounded(1.0, above=0)
     """The denoiser's gradient is clipped here; None does not clip."""
     ema: float = bounded(0.99, least=0, below=1)
@@ -132,11 +140,6 @@ class ScheduleSettings(AgentSettings):
     programmes' grid; needs gradient none."""
     check_teacher: bool = True
     """Warn if the teacher is no better than the sampler at the start."""
-    gamma: float = bounded(1.0, least=0)
-    """Weight of the rollout's error in stage one."""
-    diffusion_weight: float | None = bounded(None, least=0)
-    """Weight of the paper's L_diff there, which needs data; None takes 1 for target data and 0 for
-    teacher, which it does not help."""
     schedule_rounds: int = bounded(150, least=0)
     """Updates of the levels a stage; 50 to 500."""
     schedule_learning_rate: float | None = bounded(None, above=0)
@@ -151,11 +154,8 @@ class ScheduleSettings(AgentSettings):
     """How often the two stages are done at most."""
     tolerance: float = bounded(0.05, least=0)
     """They end before if stage one moved no level by this share."""
-    collapse: float = bounded(0.7, least=0)
-    """Stage one ends, and goes back, when the samples' variance falls below this share of what it
-    was; 0 never does."""
     tuning: TuningSettings = field(default_factory=TuningSettings)
-    eq14: Eq14Settings = field(default_factory=Eq14Settings)
+    paper: PaperSettings = field(default_factory=PaperSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,7 +181,7 @@ class ScheduleSettings(AgentSettings):
             )
         if self.reading.needs_data and self.target != "data":
             raise ValueError(
-                f"residual='{self.eq14.residual}' with network_input='{self.eq14.network_input}' "
+                f"residual='{self.paper.residual}' with network_input='{self.paper.network_input}' "
                 "compares with real samples: it needs target='data'."
             )
 
@@ -192,6 +192,11 @@ class ScheduleSettings(AgentSettings):
         return self.tuning.weights or default
 
     @property
+    def level_rounds(self) -> int:
+        """Updates of the levels a stage; a schedule that stays where it starts is one round."""
+        return 1 if self.gradient == "none" else self.schedule_rounds
+
+    @property
     def level_rate(self) -> float:
         """Adam's learning rate on the levels' parameters."""
         return self.schedule_learning_rate or (0.1 if self.gradient == "eq14" else 0.3)
@@ -199,15 +204,19 @@ class ScheduleSettings(AgentSettings):
     @property
     def diffusion_share(self) -> float:
         """Weight of the paper's L_diff in stage one."""
-        if self.diffusion_weight is not None:
-            return self.diffusion_weight
+        if self.paper.diffusion_weight is not None:
+            return self.paper.diffusion_weight
         return 1.0 if self.target == "data" else 0.0
 
     @property
     def reading(self) -> Reading:
         """How Eq. 14 is read."""
-        eq14 = self.eq14
-        return Reading(eq14.residual, eq14.network_input, eq14.weight_term)
+        return Reading(self.paper.residual, self.paper.network_input, self.paper.weight_term)
+
+    @property
+    def as_in_paper(self) -> bool:
+        """Whether stage one minimises something of the paper's, or in its way."""
+        return self.target == "data" or self.gradient == "eq14" or self.diffusion_share > 0
 
     def check_without_data(self) -> None:
         """Raise ValueError for what needs real samples, in an environment that has none."""
@@ -215,7 +224,7 @@ class ScheduleSettings(AgentSettings):
         users = {
             f"tuning.weights='{weights}'": weights != "rollout" and self.tuning.rounds,
             "target='data'": self.target == "data",
-            "diffusion_weight": self.diffusion_weight,
+            "diffusion_weight": self.paper.diffusion_weight,
             "start='diffusion-dp'": self.start == "diffusion-dp",
         }
         for what, used in users.items():

@@ -11,7 +11,7 @@ for your own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from .images import IMAGE_SETS, load_images
 
 Sampler = Callable[[int, int], Any]
 """``(n, seed) -> (n, *shape)`` array or tensor; the same seed gives the same points."""
+
+# Name of a target without samples.
+NO_DATA = "no data"
 
 TOY_SAMPLES = 10_000
 TRAINING_SEED = 0
@@ -58,6 +61,7 @@ class Target:
         labels: ``(N,)`` int64 on ``device``, or None.
         held_out_labels: ``(M,)`` int64 on ``device``, or None.
         flip: The same.
+        has_samples: False if it is one of ``without_samples``.
 
     Raises:
         ValueError: Samples are empty, not finite, or not of one shape; only one of the two sets is
@@ -77,6 +81,7 @@ class Target:
         flip: bool = False,
     ) -> None:
         self.name = name
+        self.has_samples = True
         self._training = _to_stored(samples, f"samples of {name}", own=True)
         self._held_out = None
         if held_out is not None:
@@ -111,6 +116,18 @@ class Target:
     def from_sampler(cls, sampler: Sampler, name: str = "custom", n: int = TOY_SAMPLES) -> Target:
         """Wrap your own generator ``(n, seed) -> (n, *shape)``; trains on ``n`` of seed 0."""
         return cls(name, sampler(n, TRAINING_SEED), sampler=sampler)
+
+    @classmethod
+    def without_samples(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> Target:
+        """Return a target for learners that need noise, but no data: it only has a shape.
+
+        Args:
+            shape: Of the samples that there would be.
+            device: Where they would live.
+        """
+        target = cls(NO_DATA, torch.zeros(1, *shape, device=device))
+        target.has_samples = False
+        return target
 
     @property
     def samples(self) -> Tensor:
@@ -218,7 +235,12 @@ class Target:
         """Draw ``(n, *shape)`` training samples, with replacement; mirrored by chance if ``flip``.
 
         The generator may live on any device; the global one of ``device`` if None.
+
+        Raises:
+            ValueError: There are no samples.
         """
+        if not self.has_samples:
+            raise ValueError("there are no samples to draw: this target only has a shape")
         device = self._training.device
         source = device if generator is None else generator.device
         rows = torch.randint(len(self._training), (n,), generator=generator, device=source)

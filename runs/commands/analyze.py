@@ -129,7 +129,7 @@ def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, 
     agent = DODE(
         mdp, denoiser, solver=solver, solver_options=settings.solver_options, seed=settings.seed
     )
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     return mdp, denoiser, agent
 
 

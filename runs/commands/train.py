@@ -199,10 +199,7 @@ class Run:
         self.processes.wait()
         if checkpoint.is_file():
             agent.resume(checkpoint)
-        rounds = agent.planned_rounds
-        assert rounds is not None
-        remaining = agent.timesteps_until(rounds)
-        if not remaining:
+        if agent.done:
             return agent
         progress = "progress.csv" if agent.name == run.agent else "cloning.csv"
         agent.set_logger(
@@ -213,7 +210,7 @@ class Run:
         monitor = Monitor(
             checkpoint,
             run.checkpoint_seconds,
-            rounds,
+            agent.budget,
             self.evaluation,
             run.evaluations,
             {"env": run.env, "agent": agent.name, "steps": self.mdp.steps}
@@ -224,7 +221,6 @@ class Run:
             # The other processes leave Ctrl-C to the first, which tells them to stop.
             with monitor if first else Interrupts(ignore=True):
                 agent.learn(
-                    remaining,
                     callback=monitor if first else None,
                     log_interval=run.log_interval,
                     reset_num_timesteps=False,

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from ...agents import DODE, BehaviorCloning, ScheduleLearning
 from ...agents.base import Agent
 from ...agents.policy_gradient.shortcut import ShortcutAgent
-from ...agents.solver_learning.scheduling.levels import noise_levels
-from ...agents.solver_learning.scheduling.weights import step_weights
+from ...agents.solver_learning.scheduling.levels import noise_levels, step_weights
 from ...envs import Schedule
 from ..run.folder import SCHEDULE, TABLEAU, RunFolder
 from ..run.logs import read_metric

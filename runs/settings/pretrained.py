@@ -14,11 +14,10 @@ from ...agents import Denoiser, Tableau
 from ...agents.denoisers.files import STAGES
 from ...agents.pretrained import pipeline_tableau
 from ...agents.samplers.sampling import sampler_of
-from ...agents.solver_learning.no_data import no_data
 from ...agents.solvers import Options, default_solver_options, make_solver
 from ...common.shapes import is_image
 from ...critics.metrics.evaluation import Sampler
-from ...envs import DiffusionMDP
+from ...envs import DiffusionMDP, Target
 from ...envs.registration import resolve_environment
 from ..run.folder import tableau_file
 from .environment import build_environment, check_fits
@@ -107,7 +106,7 @@ def load(
         )
     mdp = build_environment(
         resolve_environment(name),
-        target=no_data(shape, device) if without else None,
+        target=Target.without_samples(shape, device) if without else None,
         steps=settings.steps,
         schedule=settings.schedule,
         schedule_options=settings.schedule_options,

@@ -97,14 +97,14 @@ class Clone:
         if self.process is not None:
             process = make_process(self.process)
         budget = preset(world.env, BehaviorCloning.name)
-        rounds = world.settings.rounds or self.rounds or budget.rounds
+        rounds = world.settings.rounds or self.rounds or budget.agent["rounds"]
         body = self.body or budget.body
         what = (process.to_config(), body, self.body_options, rounds)
         folder = world.settings.folder.parent / "denoisers" / _name(world.env, "clone", seed, what)
         mdp = world.mdp(process)
         new = new_denoiser(mdp, seed, budget.prediction, body, self.body_options)
-        agent = BehaviorCloning.for_environment(mdp, new, seed=seed)
-        _train(agent, folder, rounds)
+        agent = BehaviorCloning.for_environment(mdp, new, seed=seed, rounds=rounds)
+        _train(agent, folder)
         denoiser = Denoiser.load(folder / agent.checkpoint_name, world.target.device)
         return Sampler(denoiser, denoiser, folder.name)
 
@@ -178,7 +178,7 @@ class Learn:
         """Train in a folder, or find it trained there."""
         agent = self._build(sampler, world)
         before = sampler.before or (agent.starting_tableau(sampler.denoiser), sampler.denoiser)
-        facts = _train(agent, folder, world.settings.rounds, world, self.evaluations)
+        facts = _train(agent, folder, world, self.evaluations)
         for name in ("seconds", "training calls"):
             facts[name] += sampler.facts.get(name, 0)
         learned = replace(sampler, denoiser=agent.sampling_denoiser, facts=sampler.facts | facts)
@@ -187,11 +187,13 @@ class Learn:
         return replace(learned, schedule=agent.schedule, tableau=agent.tableau, before=before)
 
     def _build(self, sampler: Sampler, world: World) -> Agent:
-        settings = dict(self.settings)
+        settings, kind = dict(self.settings), AGENTS[self.agent]
+        if world.settings.rounds and hasattr(kind.Settings(), "rounds"):
+            settings["rounds"] = world.settings.rounds
         if sampler.schedule is not None:
             settings["solver"], options = sampler.solver
             settings |= {"solver_options": dict(options)} if options else {}
-        return AGENTS[self.agent].for_environment(
+        return kind.for_environment(
             world.mdp(sampler.denoiser.process, sampler.schedule),
             copy.deepcopy(sampler.denoiser),
             preset=self.preset,
@@ -225,9 +227,7 @@ def run_chain(stages: Sequence[Stage], world: World, calls: int) -> Sampler:
     return sampler
 
 
-def _train(
-    agent: Agent, folder: Path, rounds: int | None, world: World | None = None, evaluations: int = 0
-) -> Record:
+def _train(agent: Agent, folder: Path, world: World | None = None, evaluations: int = 0) -> Record:
     """Train an agent, from its checkpoint if there is one; Ctrl-C leaves one.
 
     Returns:
@@ -239,15 +239,17 @@ def _train(
             agent.resume(checkpoint)
         if (folder / DONE).is_file():
             return read_record(folder / DONE)
-        rounds = agent.planned_rounds or rounds or agent.preset_rounds or 1
         live = world.evaluation if world is not None and evaluations else None
         progress = ("progress.csv", agent.num_timesteps)
         logger = Logger(None, []) if live is None else make_logger(folder, agent.name, *progress)
         agent.set_logger(logger)
-        with warnings.catch_warnings(), Monitor(checkpoint, 20, rounds, live, evaluations) as watch:
+        with (
+            warnings.catch_warnings(),
+            Monitor(checkpoint, 20, agent.budget, live, evaluations) as watch,
+        ):
             # The record says what a warning would: what was returned, and how good it is.
             warnings.simplefilter("ignore", UserWarning)
-            agent.learn(agent.timesteps_until(rounds), callback=watch, reset_num_timesteps=False)
+            agent.learn(callback=watch, reset_num_timesteps=False)
         logger.close()
         if watch.interrupted:
             raise KeyboardInterrupt

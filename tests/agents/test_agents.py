@@ -139,7 +139,7 @@ def test_a_loaded_agent_samples_what_the_saved_one_does(
     assert torch.equal(denoiser(noise, 2), agent.sampling_denoiser(noise, 2))
     changed = type(agent).load(tmp_path / "agent", make_mdp(), learning_rate=0.5)
     assert changed.learning_rate == 0.5
-    assert changed.batch_size == agent.batch_size
+    assert changed.settings.batch_size == agent.settings.batch_size
 
 
 def test_an_agent_with_a_foreign_body_is_loaded_with_it(

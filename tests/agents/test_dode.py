@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from rounds import learn_rounds
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
 from fewstep.agents import DODE, CheckpointError, Denoiser, SolverPolicy, Tableau
 from fewstep.agents.denoisers.exact import mixture as exact_mixture
-from fewstep.agents.solver_learning.distillation.fit import GRID, final_error, noise_errors
+from fewstep.agents.solver_learning.distillation.fit import GRID, final_error
 from fewstep.agents.solver_learning.distillation.forms import directions, distilled
-from fewstep.agents.solver_learning.distillation.refine import ITERATIONS
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import (
     DiffusionEnv,
@@ -54,11 +54,11 @@ def playable(solver, steps=6):
 
 def trained(mdp=None, **settings):
     agent = DODE(mdp or world(), DENOISER, **{**SMALL, **settings})
-    return agent.learn(agent.total_timesteps)
+    return agent.learn()
 
 
 def greedy_table(agent):
-    return distilled(agent.base, directions(agent.base, agent.form), agent.lambdas)
+    return distilled(agent.base, directions(agent.base, agent.settings.form), agent.lambdas)
 
 
 def assert_same_tables(one, other):
@@ -88,11 +88,9 @@ def test_learn_does_what_is_planned(solver, refine, generator):
     agent = DODE(world(), DENOISER, solver=solver, **(REFINED if refine else SMALL))
     assert agent.fits == [] and agent.rounds == 0
     assert_same_tables(agent.tableau, agent.base)
-    total = agent.total_timesteps
-    agent.learn(total)
-    assert agent.rounds == agent.planned_rounds == (7 if refine else 1)
-    assert agent.num_timesteps == total
-    assert agent.total_timesteps == agent.timesteps_until(agent.rounds) == 0
+    agent.learn()
+    assert agent.rounds == agent.budget == (7 if refine else 1)
+    assert agent.done and agent.finished == (not refine)
     assert agent.nfe == agent.tableau.nfe == agent.base.nfe == {"heun": 11}.get(solver, 6)
     assert len(agent.lambdas) == len(agent.fits) == agent.nfe
     # What is refined may have started from the base solver, where the fit was of no use.
@@ -118,73 +116,46 @@ def test_learn_does_what_is_planned(solver, refine, generator):
     assert (error(agent.tableau) == error(agent.base)) == (agent.returned == "given")
 
 
-@pytest.mark.parametrize("settings", [{}, {"batches": 3, "solver": "heun"}, {"form": "fixed"}])
-def test_timesteps_of_the_fit_are_the_calls_of_teacher_and_student(settings, count_calls):
-    """The evaluations and the check of the teacher come on top, see below."""
+@pytest.mark.parametrize(
+    "settings",
+    [SMALL, {**SMALL, "batches": 3, "solver": "heun"}, {**SMALL, "form": "fixed"}, REFINED],
+)
+def test_timesteps_are_the_calls_that_are_made(settings, count_calls):
     denoiser, _ = exact_mixture(VP, dimension=2, components=3)
-    agent = DODE(world(), denoiser, check_teacher=False, **{**SMALL, **settings})
-    fitted, chosen_by, reported = agent.noise_counts
-    assert fitted == (agent.batches or 10) * 20
-    assert chosen_by == reported == max(fitted // 4, min(fitted, 25))
-    student, judged = agent.base.nfe, chosen_by + reported
-    per_round = agent.timesteps_per_round
-    assert per_round == (fitted + judged) * agent.teacher.tableau.nfe + fitted * student
     calls = count_calls(denoiser.body)
-    agent.learn(agent.total_timesteps)
-    assert agent.num_timesteps == per_round
-    # The errors of both tables, and of the constants that are tried.
-    measured = 2 * judged + (len(GRID) * fitted if agent.form == "fixed" else 0)
-    assert calls.samples == agent.num_timesteps + measured * student
-
-    # The check: a finer teacher, then teacher and student, on a whole batch of small samples.
-    checked = DODE(world(), denoiser, **{**SMALL, **settings})
-    before = calls.samples
-    checked.learn(checked.total_timesteps)
-    assert checked.num_timesteps == per_round
-    finer = make_solver("heun", Schedule.uniform(VP, 2 * 3 * 6)).nfe
-    extra = 20 * (finer + agent.teacher.tableau.nfe + student)
-    assert calls.samples - before == agent.num_timesteps + measured * student + extra
+    agent = DODE(world(), denoiser, **settings)
+    agent.learn()
+    assert agent.num_timesteps == calls.samples > 0
+    # Looking at samples is no training.
+    agent.sample(5)
+    assert agent.num_timesteps == calls.samples - 5 * agent.nfe
 
 
-def test_timesteps_of_the_refinement_are_the_calls_of_its_gradient(count_calls, monkeypatch):
-    denoiser, _ = exact_mixture(VP, dimension=2, components=3)
-    agent = DODE(world(), denoiser, **REFINED)
-    agent.learn(agent.timesteps_until(2))
-    calls, before = count_calls(denoiser.body), agent.num_timesteps
-    measured = []
-
-    def measure(*arguments):
-        start = calls.samples
-        errors = noise_errors(*arguments)
-        measured.append(calls.samples - start)
-        return errors
-
-    monkeypatch.setattr("fewstep.agents.solver_learning.dode.noise_errors", measure)
-    agent.learn(agent.timesteps_until(5), reset_num_timesteps=False)
-    assert agent.rounds == 5
-    counted = agent.num_timesteps - before
-    assert counted == 3 * ITERATIONS * 4 * 20 * 6
-    # What is measured comes on top; the line search takes as many passes as it needs.
-    assert 0 < sum(measured) < 0.15 * counted
-    made = calls.samples - sum(measured)
-    assert made % (4 * 20 * 6) == 0
-    assert 0.3 * counted < made < 2 * counted
+def test_calls_of_the_fit(count_calls):
+    """Those of the teacher on all noises, of the student on the fitted ones; and what measures."""
+    agent = DODE(world(), DENOISER, check_teacher=False, **{**SMALL, "batches": 3})
+    fitted, held_out, reported = (
+        sum(len(batch.noise) for batch in batches)
+        for batches in (agent.pool.fitted, agent.pool.held_out, agent.pool.reported)
+    )
+    assert (fitted, held_out, reported) == (60, 25, 25)
+    agent = DODE(world(), DENOISER, check_teacher=False, **{**SMALL, "batches": 3})
+    agent.learn()
+    made = 110 * agent.teacher.tableau.nfe + 60 * 6
+    measured = 2 * (25 + 25) * 6  # both tables, to choose and to report
+    assert agent.num_timesteps == made + measured
 
 
-def test_timesteps_until():
+def test_a_number_of_timesteps_stops_a_refinement():
     agent = DODE(world(), DENOISER, **REFINED)
-    # Four batches and 25 noises that only judge need only their teacher.
-    first, later = (8 * 20 + 25) * 18 + 4 * 20 * 6, ITERATIONS * 4 * 20 * 6
-    assert [agent.timesteps_until(n) for n in range(4)] == [
-        0,
-        first,
-        first + later,
-        first + 2 * later,
-    ]
-    assert agent.total_timesteps == first + 6 * later
-    agent.learn(agent.timesteps_until(3))
-    assert agent.rounds == 3
-    assert [agent.timesteps_until(n) for n in (0, 3, 4, 7)] == [0, 0, later, 4 * later]
+    agent.learn(1)
+    assert agent.rounds == 1 and not agent.done
+    agent.learn(1, reset_num_timesteps=False)
+    assert agent.rounds == 2
+    agent.learn(reset_num_timesteps=False)
+    assert agent.rounds == 7 and agent.done
+    agent.learn(1, reset_num_timesteps=False)  # more than planned, as asked
+    assert agent.rounds == 8
 
 
 @pytest.mark.parametrize(
@@ -204,12 +175,11 @@ def test_same_seed_same_table(settings):
 @pytest.mark.parametrize("settings", [SMALL, LONGER])
 def test_learning_anew_is_learning_again(settings):
     agent = DODE(world(), DENOISER, **settings)
-    total, tables, errors = agent.total_timesteps, [], []
+    tables, errors = [], []
     for _ in range(2):
-        agent.learn(total)
+        agent.learn()
         tables.append(agent.tableau)
         errors.append(dict(agent.errors))
-        assert agent.num_timesteps == total
     assert errors[0] == errors[1]
     assert_same_tables(*tables)
 
@@ -217,7 +187,8 @@ def test_learning_anew_is_learning_again(settings):
 def test_more_time_does_not_refine_what_is_not_to_be_refined():
     agent = trained(refine="none")
     table = agent.tableau
-    agent.learn(3 * agent.timesteps_per_round, reset_num_timesteps=False)
+    agent.learn(10**9, reset_num_timesteps=False)
+    assert agent.rounds == 1
     assert_same_tables(agent.tableau, table)
     assert "refined" not in agent.errors
 
@@ -228,7 +199,7 @@ def test_more_time_does_not_refine_what_is_not_to_be_refined():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_refinement_never_does_harm_on_held_out_noise(solver):
     agent = trained(solver=solver, **LONGER)
-    held_out, reported = agent.make_batches()[4:8], agent.make_batches()[8:]
+    held_out, reported = agent.pool.held_out, agent.pool.reported
     greedy, refined, given = (
         final_error(table, DENOISER, held_out)
         for table in (greedy_table(agent), agent.tableau, agent.base)
@@ -237,7 +208,7 @@ def test_the_refinement_never_does_harm_on_held_out_noise(solver):
     assert agent.errors["returned"] == agent.errors[agent.returned]
     assert agent.errors["returned"] == final_error(agent.tableau, DENOISER, reported)
     # What judges takes no part in the fit: as many batches more, and a quarter as many noises.
-    assert [len(batch.noise) for batch in agent.make_batches()] == [100] * 9
+    assert [len(batch.noise) for batch in agent.pool.batches] == [100] * 9
     alone = trained(solver=solver, batches=4, batch_size=100)
     np.testing.assert_array_equal(np.concatenate(alone.lambdas), np.concatenate(agent.lambdas))
 
@@ -246,7 +217,7 @@ def test_the_network_is_left_as_it_is():
     denoiser = Denoiser(Ripple(), VP)
     before = {key: value.clone() for key, value in denoiser.state_dict().items()}
     agent = DODE(world(), denoiser, check_teacher=False, **REFINED)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     for key, value in denoiser.state_dict().items():
         assert torch.equal(value, before[key])
     assert denoiser.body.matrix.requires_grad and not denoiser.body.shift.requires_grad
@@ -263,7 +234,7 @@ def test_a_constant_is_the_best_of_the_grid(form):
 
     def error(value):
         table = distilled(agent.base, rows, [np.full(len(row), value) for row in rows])
-        return final_error(table, DENOISER, agent.make_batches()[:-2])
+        return final_error(table, DENOISER, agent.pool.fitted)
 
     assert error(values[0]) == min(map(error, GRID))
 
@@ -277,7 +248,7 @@ def test_a_teacher_worse_than_the_student_is_noticed(generator):
     settings = {"solver": "dpm-solver-2m", "teacher": "ddim", "scale": 1}
     agent = DODE(world(20), DENOISER, batch_size=4000, **settings)
     with pytest.warns(UserWarning, match=r"teacher ddim of 20 calls is no better.*dpm-solver-2m"):
-        agent.learn(agent.total_timesteps)
+        agent.learn()
     noise = VP.prior_sample((8000, 2), generator(9), t=VP.t_max)
     exact, ddim = (
         make_solver(solver, Schedule.uniform(VP, steps)).sample(DENOISER, noise)
@@ -292,7 +263,7 @@ def test_a_teacher_worse_than_the_student_is_noticed(generator):
         assert "teacher" not in silent.errors
         for solver in ("ddim", "ipndm", "dpm-solver-3"):
             agent = DODE(world(), DENOISER, solver=solver)
-            agent.learn(agent.total_timesteps)
+            agent.learn()
             assert agent.errors["teacher"] < agent.errors["given"]
 
 
@@ -328,7 +299,7 @@ def test_a_file_gives_the_agent_back(settings, generator, tmp_path):
     assert_same_tables(Tableau.load(path), agent.tableau)
 
     loaded = DODE.load(path, world(), device="cpu", denoiser=DENOISER)
-    assert loaded.settings() == agent.settings()
+    assert loaded.settings == agent.settings
     assert (loaded.seed, loaded.rounds, loaded.num_timesteps) == (
         5,
         agent.rounds,
@@ -344,7 +315,7 @@ def test_a_file_gives_the_agent_back(settings, generator, tmp_path):
     loaded.save(again)
     assert again.read_text() == path.read_text()
     changed = DODE.load(path, world(), denoiser=DENOISER, batch_size=7)
-    assert changed.batch_size == 7 and changed.scale == agent.scale
+    assert changed.settings.batch_size == 7 and changed.settings.scale == agent.settings.scale
 
 
 def test_a_changed_digit_is_refused_by_who_goes_on_from_it(tmp_path):
@@ -373,13 +344,16 @@ def test_a_resumed_refinement_is_the_uninterrupted_one(solver, stop, tmp_path):
     whole = trained(solver=solver, **REFINED)
     path, ends = tmp_path / "table.json", []
     first = DODE(world(), DENOISER, solver=solver, **REFINED)
-    first.learn(first.timesteps_until(stop)).save(path)
+    learn_rounds(first, stop).save(path)
     assert first.rounds == stop
     second = DODE.load(path, world(), denoiser=DENOISER)
-    second.learn(second.total_timesteps, reset_num_timesteps=False)
+    second.learn(reset_num_timesteps=False)
     for agent in (whole, second):
         agent.save(path)
         ends.append(json.loads(path.read_text()))
+        # A resumed run asks the teacher again.
+        for count in ("num_timesteps", "checksum"):
+            del ends[-1]["training"][count]
     assert ends[0] == ends[1]
     assert second.rounds == 7
 
@@ -398,7 +372,7 @@ def test_files_of_something_else_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="build it on meta"):
         load(device="meta")
     with pytest.raises(
-        CheckpointError, match=r"another environment.* target is 'Mixture'.*'Other'"
+        CheckpointError, match=r"another environment.* target is Mixture, here it is Other"
     ):
         other = type(TARGET).from_sampler(lambda n, seed: torch.zeros(n, 2), "Other", 10)
         load(world(target=other))

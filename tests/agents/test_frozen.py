@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from rounds import learn_rounds
 from torch import nn
 
 from fewstep.agents import DODE, SFT, SFTPG, BehaviorCloning, Denoiser, ScheduleLearning, Tableau
@@ -157,13 +158,13 @@ def test_training_leaves_the_precision_and_hands_over_what_it_learned():
     )
     weight = denoiser.body.first.weight.clone()
     agent = BehaviorCloning(mdp, denoiser, batch_size=8, precision="bf16")
-    agent.learn(agent.timesteps_until(2))
+    learn_rounds(agent, 2)
     assert seen == [True, True]
     assert denoiser.precision == "float32"
     assert not torch.equal(denoiser.body.first.weight, weight)
     learner = VarianceLearning(mdp, denoiser, kind="gamma", batch_size=8)
     assert denoiser.gamma is None
-    learner.learn(learner.timesteps_until(1))
+    learn_rounds(learner, 1)
     assert torch.equal(denoiser.gamma, learner.denoiser.gamma)
 
 

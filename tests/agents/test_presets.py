@@ -25,7 +25,7 @@ def test_presets_name_what_there_is():
     [
         ("SwissRoll", "sft-pg", [], {}),
         ("SwissRoll", "sft-pg", ["--preset=long"], {"preset": "long"}),
-        ("Moons", "sft", ["--learning-rate=1e-3"], {"learning_rate": 1e-3}),
+        ("Moons", "sft", ["--optimizer.learning-rate=1e-3"], {"learning_rate": 1e-3}),
         ("Digits", "sft-pg", ["--solver-options", "variance", "beta", "last_std", "0.1"],
          {"solver_options": {"variance": "beta", "last_std": 0.1}}),
         ("GaussianCluster", "dode", [], {}),
@@ -36,16 +36,14 @@ def test_the_agent_is_the_command_s(env, agent, flags, settings):
     """Every constructor argument, the budget, and the denoiser that would be cloned first."""
     parsed = parse([f"--env={env}", f"--agent={agent}", "--device=cpu", *flags])
     mdp = check(parsed)
-    theirs = AGENTS[agent](mdp, new_denoiser(mdp), **parsed.agent)
+    theirs = AGENTS[agent](mdp, new_denoiser(mdp), parsed.agent)
     budget = preset(env, agent, settings.get("preset", "default"))
     process = None if budget.process is None else make_process(budget.process)
     here = make_mdp(env, process=process, schedule=mdp.schedule, reward=no_reward)
     ours = AGENTS[agent].for_environment(here, new_denoiser(here), **settings)
-    assert ours.settings() == theirs.settings()
+    assert ours.settings == theirs.settings
     assert (ours.solver, ours.solver_options) == (theirs.solver, theirs.solver_options)
-    assert ours.preset_rounds == parsed.run.rounds
-    rounds = ours.planned_rounds or parsed.run.rounds
-    assert ours.total_timesteps == theirs.timesteps_until(rounds)
+    assert ours.budget == theirs.budget
     for one, other in zip(ours.denoiser.parameters(), theirs.denoiser.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -54,19 +52,17 @@ def test_another_solver_leaves_the_preset_s_options():
     mdp = make_mdp("Digits", reward=no_reward)
     agent = SFTPG.for_environment(mdp, new_denoiser(mdp), solver="fast-dpm")
     assert "variance" not in agent.solver_options
-    assert agent.log_density == "mean"  # the rest of the preset holds
+    assert agent.settings.policy.log_density == "mean"  # the rest of the preset holds
     same = SFTPG.for_environment(mdp, new_denoiser(mdp), solver="ancestral")
     assert same.solver_options == {"variance": "small", "last_std": 0.05}
 
 
 def test_an_environment_of_one_s_own_has_no_presets(make_mdp, make_denoiser):
     agent = BehaviorCloning.for_environment(make_mdp(), make_denoiser(), batch_size=8)
-    assert (agent.batch_size, agent.learning_rate) == (8, 5e-3)
-    assert agent.total_timesteps == 2000 * 8
+    assert (agent.settings.batch_size, agent.settings.optimizer.learning_rate) == (8, 5e-3)
+    assert agent.budget == 2000
     with pytest.raises(ValueError, match="unknown preset of behavior-cloning on Cluster 'long'"):
         BehaviorCloning.for_environment(make_mdp(), make_denoiser(), preset="long")
-    with pytest.raises(ValueError, match="yours to say"):
-        _ = BehaviorCloning(make_mdp(), make_denoiser()).total_timesteps
 
 
 @pytest.mark.parametrize("agent", [BehaviorCloning, SFTPG])

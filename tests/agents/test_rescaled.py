@@ -195,7 +195,7 @@ def test_solvers_policies_and_distillation_take_it(solver, theirs, tmp_path, gen
             for d in (rescaled, exact)
         ]
         for agent in fits:
-            agent.learn(agent.total_timesteps)
+            agent.learn()
         # The samples of both tables: where the first steps have next to nothing to correct, the
         # lambdas themselves are lost in the rounding of float32.
         first, second = (agent.tableau.sample(exact, noise) for agent in fits)
@@ -292,12 +292,12 @@ def test_what_agents_learn_of_it_is_what_they_learn_of_the_exact_denoiser():
     for denoiser in (rescaled, exact):
         mdp = DiffusionMDP(Target.from_samples(samples, "Mixture"), process, schedule, no_reward)
         agent = VarianceLearning(mdp, denoiser, batch_size=20, samples_per_time=20)
-        agent.learn(agent.total_timesteps)
+        agent.learn()
         few = {"schedule_rounds": 3, "tuning_rounds": 0, "batch_size": 10, "start": "environment"}
         learner = ScheduleLearning.without_data(
             denoiser, Schedule.uniform(process, 4, end=1.0), (3,), solver="ddim", **few
         )
-        learner.learn(learner.total_timesteps)
+        learner.learn()
         found.append((agent.denoiser.gamma, learner.schedule.times))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)

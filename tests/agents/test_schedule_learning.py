@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from rounds import learn_rounds
 from torch import nn
 
 from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
@@ -125,7 +126,7 @@ def learned(schedule=None, denoiser=None, **settings):
     if denoiser is None:
         denoiser, _ = known("ve" if schedule.process == EDM else "vp")
     agent = ScheduleLearning(world(schedule), denoiser, **{**SMALL, **settings})
-    return agent.learn(agent.total_timesteps)
+    return agent.learn()
 
 
 def two_stages(**settings):
@@ -185,7 +186,7 @@ def improvement(name, steps, dimension, seed, gradient="exact", **settings):
     schedule = Schedule.karras(EDM if name == "ve" else VP, steps)
     denoiser, target = known(name, dimension, seed)
     agent = ScheduleLearning(world(schedule, target), denoiser, gradient=gradient, **settings)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     noise = fresh_noise(schedule.process, dimension)
     goal = truth(denoiser, noise, schedule)
     before = error(make_solver(agent.solver, schedule), denoiser, noise, goal)
@@ -245,7 +246,7 @@ def test_any_deterministic_solver_s_levels_can_be_learned(schedule, solver, opti
     )
     assert agent.schedule.times.tolist() == pytest.approx(schedule.times.tolist(), rel=1e-9)
     base = make_solver(solver, schedule, **options)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert agent.nfe == base.nfe
     assert_sound(agent.schedule, schedule)
     assert agent.errors["learned"] < 0.95 * agent.errors["given"]
@@ -278,7 +279,7 @@ def test_the_best_levels_are_kept():
         assert agent.returned in ("given", "learned")
         assert agent.errors["returned"] <= agent.errors["given"]
     # The error that is reported is that of the schedule that is there, on noise of its own.
-    reported = agent.make_batches()[2 * agent.batches :]
+    reported = agent.make_batches()[2 * agent.settings.batches :]
     assert len(reported) == 1
     samples = agent.tableau.sample(agent.denoiser, reported[0].noise)
     error = float((samples - reported[0].finished).square().mean())
@@ -317,7 +318,7 @@ def test_without_a_guard_the_target_of_data_collapses(seed):
     assert 2 * agent.errors["given"] > 1.2 * data
     assert 2 * agent.errors["learned"] == pytest.approx(data, rel=0.1)
     assert agent.returned == "learned" and "without comparison" in agent.verdict
-    assert not agent.collapsed and agent.rounds == agent.planned_rounds == 45
+    assert not agent.collapsed and agent.rounds == agent.budget == 45
     # ... as the samples become their mean.
     noise = fresh_noise(EDM)
     goal = truth(denoiser, noise, schedule)
@@ -339,9 +340,9 @@ def test_the_guard_stops_the_collapse(dimension, gradient):
     settings = {**QUICK, "schedule_rounds": 150, "gradient": gradient, "diffusion_weight": 0.0}
     agent = ScheduleLearning(world(schedule, target), denoiser, target="data", **settings)
     with pytest.warns(UserWarning, match=r"variance fell from .*take target='teacher'"):
-        agent.learn(agent.total_timesteps)
+        agent.learn()
     assert agent.collapsed and agent.done
-    assert agent.rounds < agent.planned_rounds == 150
+    assert agent.rounds < agent.budget == 150
     assert agent.total_timesteps == 0
     noise = torch.cat([batch.noise for batch in agent.make_batches()])
     variances = [
@@ -373,7 +374,7 @@ def test_stage_two_follows_a_collapse():
         world(), trainable_mixture(), target="data", **{**TWO_STAGES, **settings, "alternations": 3}
     )
     with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        agent.learn(agent.total_timesteps)
+        agent.learn()
     assert agent.collapsed and agent.done
     assert agent._alternation == 1 and agent.total_timesteps == 0
     assert PATIENCE + 5 <= agent.rounds < 60
@@ -396,7 +397,7 @@ def test_every_schedule_that_fits_is_a_start(process, name, to_zero):
         world(env_schedule), known("ve" if process == EDM else "vp")[0], **{**SMALL, "start": name}
     )
     assert agent.schedule.times.tolist() == pytest.approx(expected.times.tolist(), rel=1e-9)
-    agent.learn(agent.timesteps_until(2))
+    learn_rounds(agent, 2)
     assert_sound(agent.schedule, expected)
 
 
@@ -431,7 +432,7 @@ def test_a_programme_is_done_in_one_round(process):
     schedule = Schedule.karras(process, 6)
     settings = {"gradient": "none", "batch_size": 200, "scale": 10}
     agent = learned(schedule, start="trajectory-dp", **settings)
-    assert agent.rounds == agent.planned_rounds == 1 and agent.done
+    assert agent.rounds == agent.budget == 1 and agent.done
     assert agent.returned == "programme"
     assert agent.errors["programme"] < 0.6 * agent.errors["given"]
     assert_sound(agent.schedule, schedule)
@@ -539,7 +540,7 @@ def test_stage_one_moves_the_levels_alone():
     agent = two_stages()
     before = weights_of(agent.denoiser)
     start = agent.schedule
-    agent.learn(agent.timesteps_until(3))
+    learn_rounds(agent, 3)
     assert agent.schedule != start
     assert_same_weights(before, weights_of(agent.denoiser))
     assert_same_weights(before, weights_of(agent.sampling_denoiser))
@@ -549,12 +550,12 @@ def test_stage_one_moves_the_levels_alone():
 
 def test_stage_two_changes_the_denoiser_alone(tmp_path):
     agent = two_stages(**OF_DATA)
-    agent.learn(agent.timesteps_until(4))
+    learn_rounds(agent, 4)
     schedule, levels, pool = agent.schedule, agent.levels, agent.make_batches()
     given = weights_of(agent.denoiser)
     averages = weights_of(agent.sampling_denoiser)
     for done in range(5, 10):
-        agent.learn(agent.timesteps_until(done), reset_num_timesteps=False)
+        learn_rounds(agent, done, reset_num_timesteps=False)
         live = weights_of(agent.denoiser)
         for key, value in averages.items():
             averages[key] = torch.lerp(value, live[key], 0.5)
@@ -573,14 +574,14 @@ def test_stage_two_changes_the_denoiser_alone(tmp_path):
 
 def test_the_averaged_weights_sample():
     agent = two_stages(**OF_DATA)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     noise = EDM.prior_sample((9, 2), torch.Generator().manual_seed(5), t=EDM.t_max)
     samples = agent.sample(9, noise=noise)
     with torch.no_grad():
         assert torch.equal(samples, agent.tableau.sample(agent.sampling_denoiser, noise))
         assert not torch.equal(samples, agent.tableau.sample(agent.denoiser, noise))
     unaveraged = two_stages(**OF_DATA, ema=0.0)
-    unaveraged.learn(unaveraged.total_timesteps)
+    unaveraged.learn()
     assert unaveraged.sampling_denoiser is unaveraged.denoiser
     assert_same_weights(weights_of(unaveraged.denoiser), weights_of(agent.denoiser))
 
@@ -590,7 +591,7 @@ def test_without_stage_two_the_network_is_left_as_it_is():
     fixed = next(denoiser.parameters()).requires_grad_(False)
     before = weights_of(denoiser)
     agent = ScheduleLearning(world(), denoiser, **{**SMALL, "alternations": 2})
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert agent.rounds == 8
     assert agent.denoiser is agent.sampling_denoiser is denoiser
     assert_same_weights(before, weights_of(denoiser))
@@ -604,8 +605,8 @@ def test_stage_two_alone(weights, count_calls):
     agent = two_stages(schedule_rounds=0, tuning_weights=weights)
     calls, original = count_calls(agent.denoiser.body), count_calls(agent._original.body)
     start = agent.schedule
-    assert agent.planned_rounds == 5
-    agent.learn(agent.total_timesteps)
+    assert agent.budget == 5
+    agent.learn()
     assert agent.rounds == 5 and agent.done
     assert agent.num_timesteps == calls.samples + original.samples
     assert agent.schedule == start
@@ -624,9 +625,9 @@ def test_stage_two_brings_finished_samples_to_the_teacher_s():
     assert two_stages(tuning_weights=None).settings()["tuning_weights"] == "rollout"
     noise = fresh_noise(EDM).float()
     goal = truth(network(), noise, agent.mdp.schedule)
-    agent.learn(agent.timesteps_until(4))
+    learn_rounds(agent, 4)
     before = error(agent.tableau, agent.sampling_denoiser, noise, goal)
-    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    agent.learn(reset_num_timesteps=False)
     assert error(agent.tableau, agent.sampling_denoiser, noise, goal) < 0.8 * before
 
 
@@ -647,34 +648,34 @@ def test_stage_two_learns(weights):
         with torch.no_grad():
             return float(tuning_loss(denoiser, agent.levels, clean, weights, 1.0, generator))
 
-    agent.learn(agent.timesteps_until(4))
+    learn_rounds(agent, 4)
     before = loss()
-    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    agent.learn(reset_num_timesteps=False)
     assert loss() < 0.95 * before
 
 
 def test_alternations_end_when_the_levels_stay():
     agent = two_stages(alternations=3, tolerance=100.0)
-    assert agent.planned_rounds == 27
-    agent.learn(agent.total_timesteps)
+    assert agent.budget == 27
+    agent.learn()
     # The second stage one saw that they stay; no stage two follows.
     assert agent.converged and agent.done and agent.rounds == 4 + 5 + 4
     assert agent.total_timesteps == 0
     agent = two_stages(alternations=3, tolerance=0.0)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert agent.done and not agent.converged and agent.rounds == 27
     assert not two_stages(tolerance=100.0).converged
 
 
 def test_each_alternation_goes_on_from_the_last_one_s_levels():
     agent = two_stages(alternations=2, start="trajectory-dp")
-    agent.learn(agent.timesteps_until(9))
+    learn_rounds(agent, 9)
     middle = agent.schedule
-    agent.learn(agent.timesteps_until(10), reset_num_timesteps=False)
+    learn_rounds(agent, 10, reset_num_timesteps=False)
     change = (agent.schedule.times[:-1] / middle.times[:-1]).log().abs().max()
     assert 0 < change < 1.5
     first = two_stages(start="trajectory-dp")
-    first.learn(first.timesteps_until(1))
+    learn_rounds(first, 1)
     assert agent.schedule != first.schedule
 
 
@@ -729,7 +730,7 @@ def test_timesteps_of_stage_one_are_the_calls(name, to_zero, count_calls, unmeas
     calls = unmeasured(count_calls(agent.denoiser.body))
     total = agent.total_timesteps
     for rounds in (1, 9, 10):
-        agent.learn(agent.timesteps_until(rounds), reset_num_timesteps=False)
+        learn_rounds(agent, rounds, reset_num_timesteps=False)
         assert calls.samples == agent.num_timesteps
     assert agent.done and agent.num_timesteps == total
 
@@ -740,7 +741,7 @@ def test_measuring_costs_little(count_calls, unmeasured):
     calls = [count_calls(body) for body in (agent.denoiser.body, agent.sampling_denoiser.body)]
     for each in calls:
         unmeasured(each)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert sum(each.measured for each in calls) < 0.15 * agent.num_timesteps
 
 
@@ -754,7 +755,7 @@ def test_timesteps_of_a_programme_are_the_calls(start, integer_times, count_call
     schedule = Schedule.trailing(VP, 6)
     agent = ScheduleLearning(world(schedule), Denoiser(body, VP), **{**SMALL, **settings})
     calls = unmeasured(count_calls(body))
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert calls.samples == agent.num_timesteps
 
 
@@ -765,7 +766,7 @@ def test_a_programme_is_counted_when_it_runs(count_calls, unmeasured):
     )
     calls = unmeasured(count_calls(agent.denoiser.body))
     for rounds in (4, 5):
-        agent.learn(agent.timesteps_until(rounds), reset_num_timesteps=False)
+        learn_rounds(agent, rounds, reset_num_timesteps=False)
         assert calls.samples == agent.num_timesteps
 
 
@@ -773,10 +774,10 @@ def test_a_programme_is_counted_when_it_runs(count_calls, unmeasured):
 @pytest.mark.parametrize("weights", ["rollout", "lambda", "original"])
 def test_timesteps_of_stage_two_are_its_calls(weights, solver, count_calls):
     agent = two_stages(tuning_weights=weights, solver=solver)
-    agent.learn(agent.timesteps_until(4))
+    learn_rounds(agent, 4)
     calls = count_calls(agent.denoiser.body)
     before = agent.num_timesteps
-    agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+    agent.learn(reset_num_timesteps=False)
     # The averaged network, which only measures, is another one. A rollout's calls are made once
     # on the way down, and once more for their derivatives.
     each = 2 * agent.nfe if weights == "rollout" else 1
@@ -800,7 +801,7 @@ def test_timesteps_of_stage_two_are_its_calls(weights, solver, count_calls):
 )
 def test_learn_does_what_is_planned(settings):
     agent = two_stages(**settings)
-    total, planned = agent.total_timesteps, agent.planned_rounds
+    total, planned = agent.total_timesteps, agent.budget
     left = [agent.timesteps_until(n) for n in range(planned + 1)]
     assert left[0] == 0 and left[-1] == total
     assert all(a < b for a, b in itertools.pairwise(left))
@@ -822,9 +823,9 @@ def test_learn_does_what_is_planned(settings):
 
 def test_learning_stops_in_between_and_goes_on():
     whole, parts = two_stages(), two_stages()
-    whole.learn(whole.total_timesteps)
+    whole.learn()
     for rounds in (1, 4, 6, 9):
-        parts.learn(parts.timesteps_until(rounds), reset_num_timesteps=False)
+        learn_rounds(parts, rounds, reset_num_timesteps=False)
         assert parts.rounds == rounds
     assert_same_agents(whole, parts)
 
@@ -839,9 +840,9 @@ def assert_same_agents(one, other):
     assert_same_weights(weights_of(one.sampling_denoiser), weights_of(other.sampling_denoiser))
     for what in ("num_timesteps", "rounds", "errors", "converged", "collapsed", "done"):
         assert getattr(one, what) == getattr(other, what), what
-    for what in ("total_timesteps", "timesteps_per_round", "planned_rounds"):
+    for what in ("total_timesteps", "timesteps_per_round", "budget"):
         assert getattr(one, what) == getattr(other, what), what
-    assert one.settings() == other.settings()
+    assert one.settings == other.settings
     assert torch.equal(one.sample(7), other.sample(7))
 
 
@@ -872,7 +873,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     ones = 1 if name == "none" else 4
     twos = whole.tuning_rounds
     each = ones + twos
-    assert whole.planned_rounds == 2 * each
+    assert whole.budget == 2 * each
     stops = {ones // 2, ones, ones + twos // 2, each, each + 1, 2 * each - twos // 2}
     paths = {stop: tmp_path / f"{stop}.safetensors" for stop in sorted(stops)}
 
@@ -883,7 +884,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
 
     if 0 in paths:
         whole.save(paths[0])
-    whole.learn(whole.total_timesteps, callback=keep)
+    whole.learn(callback=keep)
     ends = tmp_path / "end.safetensors"
     whole.save(ends)
     for stop, path in paths.items():
@@ -893,7 +894,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
         else:
             agent = ScheduleLearning.load(path, short_world(), device="cpu")
         assert agent.rounds == stop
-        agent.learn(agent.total_timesteps, reset_num_timesteps=False)
+        agent.learn(reset_num_timesteps=False)
         # Whoever samples moves on: compare each with a copy of the same state.
         assert_same_agents(ScheduleLearning.load(ends, short_world()), agent)
 
@@ -903,11 +904,11 @@ def test_the_best_levels_survive_an_interruption(tmp_path):
     settings = {"schedule_rounds": 23, "schedule_learning_rate": 0.5, "batch_size": 50}
     whole = ScheduleLearning(world(), network(), **{**SMALL, **settings})
     path = tmp_path / "agent"
-    whole.learn(whole.timesteps_until(17))
+    learn_rounds(whole, 17)
     whole.save(path)
-    whole.learn(whole.total_timesteps, reset_num_timesteps=False)
+    whole.learn(reset_num_timesteps=False)
     resumed = ScheduleLearning.load(path, world())
-    resumed.learn(resumed.total_timesteps, reset_num_timesteps=False)
+    resumed.learn(reset_num_timesteps=False)
     assert_same_agents(whole, resumed)
 
 
@@ -916,13 +917,13 @@ def test_a_collapse_survives_an_interruption(tmp_path):
     settings = {**QUICK, "target": "data", "scale": 10}
     whole = ScheduleLearning(world(), denoiser, **settings)
     path = tmp_path / "agent"
-    whole.learn(whole.timesteps_until(3))
+    learn_rounds(whole, 3)
     whole.save(path)
     with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        whole.learn(whole.total_timesteps, reset_num_timesteps=False)
+        whole.learn(reset_num_timesteps=False)
     resumed = ScheduleLearning.load(path, world(), body=copy.deepcopy(denoiser.body))
     with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        resumed.learn(resumed.total_timesteps, reset_num_timesteps=False)
+        resumed.learn(reset_num_timesteps=False)
     assert_same_agents(whole, resumed)
     whole.save(path)
     resumed = ScheduleLearning.load(path, world(), body=copy.deepcopy(denoiser.body))
@@ -931,17 +932,17 @@ def test_a_collapse_survives_an_interruption(tmp_path):
 
 def test_stage_two_may_be_added_to_a_saved_stage_one(tmp_path):
     first = two_stages(tuning_rounds=0)
-    first.learn(first.timesteps_until(3))
+    learn_rounds(first, 3)
     first.save(tmp_path / "agent")
     second = ScheduleLearning.load(tmp_path / "agent", short_world(), tuning_rounds=2)
     assert second.schedule == first.schedule
-    second.learn(second.total_timesteps, reset_num_timesteps=False)
+    second.learn(reset_num_timesteps=False)
     assert second.rounds == 6 and second.done
 
 
 def test_files_of_something_else_are_refused(tmp_path):
     agent = two_stages()
-    agent.learn(agent.timesteps_until(5))
+    learn_rounds(agent, 5)
     path, other = tmp_path / "agent", tmp_path / "other"
     agent.save(path)
     whole = path.read_bytes()
@@ -1068,7 +1069,7 @@ def test_a_teacher_no_better_than_the_sampler_is_noticed():
         world(Schedule.karras(EDM, 12, append_zero=False)), known()[0], **{**settings, "scale": 1}
     )
     with pytest.warns(UserWarning, match=r"teacher euler of 12 calls is no better than dpm-solv"):
-        agent.learn(agent.timesteps_until(1))
+        learn_rounds(agent, 1)
     agent = learned(check_teacher=True, scale=10)
     assert 0 < agent.errors["teacher"] < agent.errors["given"]
 
@@ -1081,7 +1082,7 @@ def test_a_bare_denoiser_s_schedule_is_learned_without_data():
     denoiser, _ = known()
     settings = {**SMALL, "batch_size": 100, "schedule_rounds": 20}
     agent = ScheduleLearning.without_data(denoiser, schedule, (2,), **settings)
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert agent.errors["learned"] < agent.errors["given"]
     assert agent.sample(5).shape == (5, 2)
     # Data have no part in it.
@@ -1095,7 +1096,7 @@ def test_a_bare_network_is_scheduled_by_a_programme_too():
         (2,),
         **{**SMALL, "start": "trajectory-dp", "gradient": "none", "batch_size": 100},
     )
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert agent.errors["programme"] < agent.errors["given"]
 
 
@@ -1192,7 +1193,7 @@ def test_d_ode_goes_on_from_a_learned_schedule(tmp_path):
     assert schedule == agent.schedule
     denoiser = agent.sampling_denoiser
     dode = DODE(world(schedule), denoiser, solver="euler", batch_size=200, batches=2)
-    dode.learn(dode.total_timesteps)
+    dode.learn()
     noise = fresh_noise(EDM)
     goal = truth(denoiser, noise, schedule)
     karras = make_solver("euler", Schedule.karras(EDM, 6))

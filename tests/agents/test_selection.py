@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from rounds import learn_rounds
 from torch import nn
 
 from fewstep.agents import (
@@ -160,7 +161,7 @@ def test_schedule_learning_returns_nothing_worse(process, solver, size):
         agent = ScheduleLearning(
             world(denoiser, target, schedule), denoiser, solver=solver, seed=seed, **STAGE_ONE
         )
-        agent.learn(agent.total_timesteps)
+        agent.learn()
         ratio = assert_no_worse(agent, make_solver(solver, schedule))
         assert agent.returned in ("given", "programme", "learned")
         assert (ratio == 1.0) == (agent.returned == "given")
@@ -182,7 +183,7 @@ def test_a_stage_two_of_no_use_leaves_the_network_as_it_was():
         tuning_learning_rate=0.3,
         **{**FEW, "schedule_rounds": 0, "tuning_rounds": 60, "tuning_batch_size": 30},
     )
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert not agent.tuned and agent.returned == "given"
     assert agent.errors["tuned"] > agent.errors["returned"] == agent.errors["given"]
     for module in (agent.denoiser, agent.sampling_denoiser):
@@ -201,7 +202,7 @@ def test_paper_b_s_target_says_that_nothing_was_compared():
         collapse=0.0,
         **STAGE_ONE,
     )
-    agent.learn(agent.total_timesteps)
+    agent.learn()
     assert agent.returned == "learned"
     assert agent.verdict.startswith("Returned without comparison, as target='data' asks")
 
@@ -215,7 +216,7 @@ def test_d_ode_returns_nothing_worse(size):
         settings = {**FEW, "refine": "end-to-end", "refine_steps": 1, "batches": 2}
         agent = DODE(mdp, denoiser, seed=seed, **settings)
         for rounds in (1, 2):
-            agent.learn(agent.timesteps_until(rounds), reset_num_timesteps=False)
+            learn_rounds(agent, rounds, reset_num_timesteps=False)
             assert agent.returned in ("given", "distilled", "refined")[: rounds + 1]
             assert agent.errors["returned"] == agent.errors[agent.returned]
             assert_no_worse(agent, agent.base)
@@ -231,7 +232,7 @@ def test_a_fit_to_misplaced_states_is_not_returned():
     targets = (first,) * (len(agent.teacher.targets) - 1)
     agent.teacher = dataclasses.replace(agent.teacher, targets=(*targets, last))
     with pytest.warns(UserWarning, match=r"Distillation made ddim no better, and it is kept"):
-        agent.learn(agent.total_timesteps)
+        agent.learn()
     assert agent.returned == "given" and "base solver" in agent.verdict
     assert agent.tableau.to_json() == agent.base.to_json()
     assert agent.errors["distilled"] > agent.errors["given"] == agent.errors["returned"]
@@ -248,14 +249,14 @@ def test_variance_learning_returns_nothing_worse(kind):
     long = VarianceLearning(
         mdp, denoiser, batch_size=500, samples_per_time=5000, learning_rate=1e-2, **settings
     )
-    long.learn(long.timesteps_until(long.planned_rounds or 60))
+    learn_rounds(long, long.budget or 60)
     assert long.returned == "learned"
     assert long.errors["returned"] == long.errors["learned"] < long.errors["given"]
     good = known(denoiser)
     short = VarianceLearning(
         mdp, denoiser, batch_size=4, samples_per_time=1, learning_rate=1.0, seed=1, **settings
     )
-    short.learn(short.timesteps_until(short.planned_rounds or 5))
+    learn_rounds(short, short.budget or 5)
     assert short.returned == "given" and short.errors["returned"] == short.errors["given"]
     for ours, theirs in zip(known(denoiser), good, strict=True):
         assert torch.equal(ours, theirs)
@@ -300,11 +301,11 @@ def test_the_best_network_survives_an_interruption(tmp_path):
         )
 
     whole, path = make(), tmp_path / "agent"
-    whole.learn(whole.timesteps_until(75))
+    learn_rounds(whole, 75)
     whole.save(path)
-    whole.learn(whole.total_timesteps, reset_num_timesteps=False)
+    whole.learn(reset_num_timesteps=False)
     resumed = ScheduleLearning.load(path, whole.mdp)
-    resumed.learn(resumed.total_timesteps, reset_num_timesteps=False)
+    resumed.learn(reset_num_timesteps=False)
     assert resumed.errors == whole.errors and resumed.tuned == whole.tuned
     for ours, theirs in zip(
         resumed.sampling_denoiser.parameters(), whole.sampling_denoiser.parameters(), strict=True
@@ -316,7 +317,7 @@ def test_a_checkpoint_of_before_the_comparison_is_refused(tmp_path):
     denoiser, target = network()
     mdp = world(denoiser, target, given_schedule(VP, "ddim"))
     agent, path = ScheduleLearning(mdp, denoiser, solver="ddim", **STAGE_ONE), tmp_path / "agent"
-    agent.learn(agent.timesteps_until(2))
+    learn_rounds(agent, 2)
     agent.save(path)
     tree = load_checkpoint(path)
     del tree["state"]["origin"]
@@ -435,7 +436,7 @@ def test_absurd_rates_end_in_one_sentence(name):
     mdp = world(tiny(), target, Schedule.trailing(VP, 4))
     agent = EXPLODING[name](mdp)
     with pytest.raises(TrainingDivergedError, match=r"non-finite|diverged.*schedule_learning_rate"):
-        agent.learn(agent.timesteps_until(agent.planned_rounds or 30))
+        learn_rounds(agent, agent.budget or 30)
 
 
 def test_the_command_ends_with_one_sentence_and_2(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rounds import learn_rounds
 from stable_baselines3 import PPO
 from torch import nn
 
@@ -137,7 +138,7 @@ def test_agents_train_on_them(mdp, denoiser):
         DODE(mdp, denoiser, solver="ddim", batches=2, batch_size=8, check_teacher=False),
     ):
         before = denoiser.body.mix.weight.clone()
-        agent.learn(agent.timesteps_until(1))
+        learn_rounds(agent, 1)
         assert torch.equal(denoiser.body.mix.weight, before) == isinstance(agent, DODE)
         assert agent.sample(5).shape == (5, *SHAPE)
         one, _ = agent.predict({"sample": np.zeros(SHAPE, np.float32), "timestep": np.full(1, 8.0)})

@@ -146,7 +146,7 @@ def test_everything_starts_from_the_schedule_s_first_time():
     observation, _ = env.reset(seed=0, options=late)
     assert float(observation["sample"].std()) == pytest.approx(3.5, rel=tolerance)
     agent = DODE.without_data(denoiser, schedule, (1,), solver="euler", check_teacher=False)
-    batch = agent.make_batches()[0]
+    batch = agent.pool.fitted[0]
     many = 4 / math.sqrt(2 * batch.noise.numel())
     assert float(batch.noise.std()) == pytest.approx(10, rel=many)
     drawn = agent.sample(3000, schedule=Schedule(EDM, [3.5, 1, 0]), return_trajectory=True)[0]

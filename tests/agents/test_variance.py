@@ -89,7 +89,7 @@ def test_gamma_of_a_mixture():
     means, std = [[0.7], [-0.2]], 0.15
     mdp, denoiser = mixture_world(means, std)
     agent = VarianceLearning(mdp, denoiser, batch_size=3000, samples_per_time=20_000)
-    assert agent.planned_rounds == 40
+    assert agent.budget == 40
     agent.learn(10**9)
     assert agent.done
     assert agent.rounds == 40
@@ -147,7 +147,7 @@ def test_heads_learn_the_closed_forms(kind, generator):
             return float((agent.denoiser.head(*read) - expected).square().mean())
 
     before = error()
-    agent.learn(agent.timesteps_until(400))
+    agent.learn(400 * agent.timesteps_per_round)
     # What is left is the noise of 400 batches: eps^2 has a standard deviation of 1.4.
     assert error() < (0.15 if kind == "sn" else 0.45) * before
     assert error() < 0.3 * float(expected.var())
@@ -165,9 +165,9 @@ def test_a_convolutional_head_learns_on_any_process(generator):
     body = SmallUNet((1, 8, 8), width=8, time_range=(-1.2, 0.6))
     denoiser = Denoiser(body, process, "edm")
     agent = VarianceLearning(mdp, denoiser, kind="npr", batch_size=8, hidden=8, ema=0.0)
-    first = copy.deepcopy(agent._head.state_dict())
-    agent.learn(agent.timesteps_until(3))
-    learned = agent._head.state_dict()
+    first = copy.deepcopy(agent._learner._head.state_dict())
+    agent.learn(3 * agent.timesteps_per_round)
+    learned = agent._learner._head.state_dict()
     assert all(not torch.equal(learned[key], first[key]) for key in first)
     assert agent.tableau.name == "npr-ddpm"
     assert agent.sample(2, generator=generator()).shape == (2, 1, 8, 8)
@@ -188,26 +188,26 @@ def same_samples(one, other):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one(kind, mdp, make_denoiser, tmp_path):
     rounds = 6
-    whole = VarianceLearning(mdp, make_denoiser(), kind=kind, **SETTINGS)
-    assert whole.planned_rounds == (6 if kind == "gamma" else None)
-    steps = rounds * whole.timesteps_per_round
-    whole.learn(steps)
-    half = VarianceLearning(mdp, make_denoiser(), kind=kind, **SETTINGS)
-    half._total_timesteps = steps  # the learning rate's plan is that of the whole run
+    settings = {"kind": kind, "rounds": rounds, **SETTINGS}
+    whole = VarianceLearning(mdp, make_denoiser(), **settings)
+    assert whole.budget == rounds
+    whole.learn()
+    half = VarianceLearning(mdp, make_denoiser(), **settings)
 
     def killed(local, _global):
         return local["self"].rounds < 2
 
-    half.learn(steps, callback=killed)
+    half.learn(callback=killed)
     assert half.rounds == 2
     assert not half.done
     half.save(tmp_path / "half")
-    resumed = VarianceLearning(mdp, make_denoiser(), kind=kind, **SETTINGS)
+    resumed = VarianceLearning(mdp, make_denoiser(), **settings)
     resumed.resume(tmp_path / "half")
     assert same_samples(half, resumed)
-    resumed.learn(resumed.timesteps_until(rounds), reset_num_timesteps=False)
-    assert resumed.rounds == rounds
-    assert resumed.done == (kind == "gamma")
+    resumed.learn(reset_num_timesteps=False)
+    assert resumed.rounds == rounds and resumed.done
+    assert resumed.finished == (kind == "gamma")
+    assert resumed.num_timesteps == whole.num_timesteps
     for ours, theirs in zip(
         resumed.denoiser.parameters(), whole.denoiser.parameters(), strict=True
     ):
@@ -220,10 +220,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, mdp, make_denoiser, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_files(kind, mdp, make_denoiser, tmp_path):
     agent = VarianceLearning(mdp, make_denoiser(), kind=kind, per_pixel=False, **SETTINGS)
-    agent.learn(agent.timesteps_until(3))
+    agent.learn(3 * agent.timesteps_per_round)
     agent.save(tmp_path / "agent")
     again = VarianceLearning.load(tmp_path / "agent", mdp)
-    assert again.settings() == agent.settings()
+    assert again.settings == agent.settings
     assert again.solver_options == agent.solver_options
     assert same_samples(again, agent)
     # The denoiser in the file samples without the agent.
@@ -250,7 +250,7 @@ def test_before_anything_is_known_it_is_ddpm(mdp, make_denoiser):
         ({"kind": "sn", "solver": "analytic-dpm"}, "'sn' is learned for solver 'sn-ddpm'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"samples_per_time": 0}, "samples_per_time must be at least 1"),
-        ({"kind": "npr", "ema": 1.0}, r"ema must lie in \[0, 1\)"),
+        ({"kind": "npr", "ema": 1.0}, "ema must be at least 0 and below 1"),
         ({"kind": "npr", "lr_schedule": "cosin"}, "did you mean 'cosine'"),
         ({"solver_options": {"late_clip": -1.0}}, "late_clip"),
         ({"solver_options": {"gamma": 1.0}}, "unknown option of solver 'analytic-dpm'"),
@@ -286,7 +286,7 @@ def prepared(mdp, make_denoiser):
         denoiser = make_denoiser()
         if solver in NEEDS:
             agent = VarianceLearning(mdp, denoiser, kind=NEEDS[solver], **SETTINGS)
-            agent.learn(agent.timesteps_until(4))
+            agent.learn(4 * agent.timesteps_per_round)
         return denoiser
 
     return prepare
@@ -307,7 +307,7 @@ def test_sft_pg_starts_from_any_of_them(solver, learn_std, mdp, prepared, tmp_pa
     agent.will_log = True
     metrics = agent.train_round()
     assert float(metrics["train/ratio_first_batch"]) == pytest.approx(1, abs=1e-6)
-    agent.learn(agent.timesteps_until(4))
+    agent.learn(4 * agent.timesteps_per_round)
     assert torch.equal(agent.policy.log_std, start) != learn_std
     for before, now in zip(heads, denoiser.head.parameters() if heads else [], strict=True):
         assert torch.equal(before, now) != learn_std
@@ -329,7 +329,7 @@ def test_sft_differentiates_through_the_noise_of_each_pixel(mdp, prepared):
     options = {"solver": "sn-ddpm", "solver_options": options_of("sn-ddpm"), "learn_std": True}
     before = denoiser.head.layers[-1].weight.clone()
     agent = SFT(mdp, denoiser, batch_size=16, n_critic=1, **options)
-    agent.learn(agent.timesteps_until(2))
+    agent.learn(2 * agent.timesteps_per_round)
     assert not torch.equal(denoiser.head.layers[-1].weight, before)
 
 
@@ -410,7 +410,7 @@ def test_policies_run_them(mdp, prepared, generator):
 
 def test_agents_predict_with_them(mdp, make_denoiser, generator):
     agent = VarianceLearning(mdp, make_denoiser(), kind="sn", **SETTINGS)
-    agent.learn(agent.timesteps_until(2))
+    agent.learn(2 * agent.timesteps_per_round)
     x = torch.randn(4000, 2, generator=generator())
     observation = {"sample": x.numpy(), "timestep": np.full(4000, 4.0)}
     mean, _ = agent.predict(observation, deterministic=True)

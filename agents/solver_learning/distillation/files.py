@@ -14,7 +14,7 @@ from ...samplers.tableau import Tableau
 
 # What the file holds besides the tableau: in its "training" block, and beside it.
 _TRAINING = ("settings", "environment", "num_timesteps", "rounds")
-_STATE = ("fits", "errors", "refinement")
+_STATE = ("fits", "errors", "refinement", "returned", "refined_from")
 
 
 def write_distilled(tableau: Tableau, training: Mapping[str, Any], **state: Any) -> str:

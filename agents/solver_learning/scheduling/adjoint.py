@@ -4,7 +4,7 @@ A sampler is a table of numbers, and its samples depend on the levels through th
 levels at which the network is asked, and through p, q and W. So the gradient has two factors.
 `backpropagate` finds the error's derivative by every number of the table: the states are stored,
 and each network call is repeated with its graph when the adjoint passes it, so that one graph is
-alive at a time (MATH.md 3.5; gradient rematerialisation in paper B's words). `by_log_level` then
+alive at a time (MATH.md 3.5; Huang 2024 calls it gradient rematerialisation). `by_log_level` then
 follows the numbers back to the levels through the solver's builder, whichever it is.
 
 The times of a discrete process bend at its whole noisings, and with them whatever reads times: a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from ....envs.schedules import Schedule
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
 from .levels import level_of_time, noise_levels, schedule_at, time_of_level
-from .rollout import chunk_size, rollout
+from .rollout import chunk_size
 
 # A builder is differentiated by five-point differences in the log of a level, this far apart
 # (relative to the gap beside it): truncation and rounding leave 1e-12 to 1e-9. They lie around the
@@ -98,7 +99,8 @@ def backpropagate(
     size = chunk_size(2 * (steps + 1), noise)
     ends, error = [], 0.0
     for start, goal in zip(noise.split(size), target.split(size), strict=True):
-        states, _ = rollout(tableau, denoiser, start, steps)
+        with torch.no_grad():
+            states = list(islice(tableau.states(denoiser, start), steps + 1))
         missed = states[-1] - goal
         error += float(missed.double().square().sum()) / len(noise)
         ends.append(states[-1])

@@ -5,7 +5,7 @@ greatest level the others are a softmax's running sums on the scale of an increa
 
     f(level_t) = f(level_min) + (f(level_max) - f(level_min)) sum_{j < t} w_j,  w = softmax(v, 1)
 
-(paper B, Eq. 13, made consistent; levels count upwards in it, in sampling order here).
+(Huang 2024, Eq. 13, made consistent; there levels count upwards, here in sampling order).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class LevelMap:
     Args:
         least: the smallest noise level, > 0; fixed.
         greatest: the largest; fixed.
-        space: the scale f: "sigma" (the level itself, paper B's), "log", or "rho" (level^(1/7), on
-            which Karras's grid is even and the parameters are well scaled).
+        space: the scale f: "sigma" (the level itself, the paper's), "log", or "rho" (level^(1/7),
+            on which Karras's grid is even and the parameters are well scaled).
 
     Raises:
         ValueError: not 0 < least < greatest < inf, or an unknown space.
@@ -144,3 +144,17 @@ def even_schedule(like: Schedule, name: str) -> Schedule:
     inner = back(torch.lerp(first, last, ramp))[1:-1]
     times = torch.cat([positive[:1], inner, positive[-1:], like.times[len(positive) :]])
     return Schedule(like.process, times, recipe=(name, {}))
+
+
+def step_weights(levels: Tensor) -> Tensor:
+    """Return how much each network output weighs in Euler's finished sample, (T - 1,).
+
+    Divided by the noise level, Euler's steps telescope (Huang 2024, Eq. 8; MATH.md 3.2):
+
+        x_{T-1} = (l_{T-1} / l_0) x_0 + sum_{j < T-1} lambda_j D_j,
+        lambda_j = l_{T-1} / l_{j+1} - l_{T-1} / l_j
+
+    Args:
+        levels: (T,) descending; the weights add up to 1 - l_{T-1} / l_0.
+    """
+    return levels[-1] * (1 / levels).diff()

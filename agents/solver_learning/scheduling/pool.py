@@ -21,45 +21,16 @@ class Batch(NamedTuple):
         noise: (N, *shape) where the rollouts start.
         target: (N, *shape) where they should be at the smallest level.
         finished: (N, *shape) what they should end as.
-        clean: (N, *shape) the real samples behind both; None for a teacher's.
     """
 
     noise: Tensor
     target: Tensor
     finished: Tensor
-    clean: Tensor | None
 
     def split(self, size: int) -> Iterator[Batch]:
         """Yield the batch in parts of so many samples."""
-        for start in range(0, len(self.noise), size):
-            part = slice(start, start + size)
-            clean = None if self.clean is None else self.clean[part]
-            yield Batch(self.noise[part], self.target[part], self.finished[part], clean)
-
-
-def teacher_batch(
-    mdp: DiffusionMDP, teacher: Teacher, denoiser: Denoiser, size: int, generator: torch.Generator
-) -> Batch:
-    """Draw noise, and take it where a fine solver takes it (MATH.md 3.6, the remedy).
-
-    The teacher's targets begin with the state at the smallest level and end with the sample.
-    """
-    noise = mdp.initial(size, generator)
-    states = teacher.states(denoiser, noise)
-    return Batch(noise, states[0], states[-1], None)
-
-
-def data_batch(
-    mdp: DiffusionMDP, schedule: Schedule, size: int, generator: torch.Generator
-) -> Batch:
-    """Draw real samples, and noise them twice, independently: paper B's target (MATH.md 3.3)."""
-    clean = mdp.target.sample(size, generator)
-    ends = schedule.times[schedule.times > 0][[0, -1]].tolist()
-    noised = [
-        mdp.process.add_noise(clean, t, torch.empty_like(clean).normal_(generator=generator))
-        for t in ends
-    ]
-    return Batch(noised[0], noised[1], clean, clean)
+        for parts in zip(*(part.split(size) for part in self), strict=True):
+            yield Batch(*parts)
 
 
 @dataclass
@@ -71,7 +42,7 @@ class Pool:
     Attributes:
         mdp: the decision process.
         like: a schedule with the ends of the rollouts.
-        teacher: where rollouts should end; None takes real samples.
+        teacher: gives where they should be, at the smallest level and at the end.
         denoiser: the teacher's network.
         batch_size: samples a batch.
         count: batches to learn on.
@@ -80,19 +51,13 @@ class Pool:
 
     mdp: DiffusionMDP
     like: Schedule
-    teacher: Teacher | None
+    teacher: Teacher
     denoiser: Denoiser
     batch_size: int
     count: int
     seed: int
 
     _made: list[Batch] = field(init=False, repr=False, default_factory=list)
-
-    @property
-    def calls(self) -> int:
-        """Network calls on single samples that making it takes."""
-        calls = 0 if self.teacher is None else self.teacher.tableau.nfe
-        return (2 * self.count + 1) * self.batch_size * calls
 
     @property
     def batches(self) -> list[Batch]:
@@ -126,6 +91,7 @@ class Pool:
         return torch.Generator(self.mdp.device).manual_seed(self.seed)
 
     def _draw(self, generator: torch.Generator) -> Batch:
-        if self.teacher is None:
-            return data_batch(self.mdp, self.like, self.batch_size, generator)
-        return teacher_batch(self.mdp, self.teacher, self.denoiser, self.batch_size, generator)
+        """Draw noise, and take it where the fine solver takes it (MATH.md 3.6, the remedy)."""
+        noise = self.mdp.initial(self.batch_size, generator)
+        states = self.teacher.states(self.denoiser, noise)
+        return Batch(noise, states[0], states[-1])

@@ -1,6 +1,6 @@
 """Schedules without gradients: exact dynamic programmes over a fine grid of levels.
 
-Both choose T of M grid levels, the first and the last among them, so that a sum of costs, one for
+They choose T of M grid levels, the first and the last among them, so that a sum of costs, one for
 each pair of neighbours, is least.
 """
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
-from .levels import check_levels, level_of_time
+from .levels import check_levels
 from .rollout import Path, chunk_size, path_of
-from .weights import denoising_errors
 
 
 def cheapest_path(cost: np.ndarray, nodes: int) -> list[int]:
@@ -45,35 +44,6 @@ def cheapest_path(cost: np.ndarray, nodes: int) -> list[int]:
     return [0, *reversed(path)]
 
 
-def diffusion_programme(
-    denoiser: Denoiser,
-    times: Tensor,
-    count: int,
-    clean: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Find the levels that minimise paper B's L_diff exactly (MATH.md 3.6, last paragraph).
-
-    With mmse(l) tabulated once, L_diff = l_{T-1} sum_j (1 / l_{j+1} - 1 / l_j) mmse(l_j) is an
-    upper Riemann sum, and its best nodes are a cheapest path.
-
-    Args:
-        denoiser: the network.
-        times: (M,) descending times > 0 to choose from; the first and the last are kept.
-        count: T, how many, at least 3.
-        clean: (N, *shape) real samples.
-        generator: source of noise.
-
-    Returns:
-        (T,) descending levels.
-    """
-    errors = denoising_errors(denoiser, times, clean, generator).numpy()
-    grid = level_of_time(denoiser.process, times)
-    inverse = (1 / grid).numpy()
-    cost = errors[:, None] * (inverse[None, :] - inverse[:, None])
-    return _chosen(grid, cost, count)
-
-
 def trajectory_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, count: int) -> Tensor:
     """Find the nodes of a teacher's trajectories between which Euler's jumps err least.
 
@@ -95,7 +65,7 @@ def trajectory_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, co
         run = path_of(teacher, denoiser, chunk)
         cost = cost + _jump_errors(run) / len(noise)
     assert isinstance(cost, Tensor)
-    return _chosen(run.levels, cost.cpu().numpy(), count)
+    return cheapest_levels(run.levels, cost.cpu().numpy(), count)
 
 
 def _jump_errors(run: Path) -> Tensor:
@@ -115,7 +85,8 @@ def _jump_errors(run: Path) -> Tensor:
     return apart + 2 * gap * along + gap.square() * slope.square().sum(1)[:, None]
 
 
-def _chosen(grid: Tensor, cost: np.ndarray, count: int) -> Tensor:
+def cheapest_levels(grid: Tensor, cost: np.ndarray, count: int) -> Tensor:
+    """Return the `count` levels (T,) of a descending grid (M,) whose steps cost least in sum."""
     levels = grid[cheapest_path(cost, count)]
     check_levels(levels)
     return levels

@@ -1,4 +1,4 @@
-"""Rollouts without gradients, as they come and in EDM's units."""
+"""Rollouts without gradients in EDM's units, and how many of them are stored at once."""
 
 from __future__ import annotations
 
@@ -20,18 +20,6 @@ def chunk_size(states: int, noise: Tensor) -> int:
     return max(STORED_NUMBERS // (states * noise[0].numel()), 1)
 
 
-@torch.no_grad()
-def rollout(
-    tableau: Tableau, denoiser: Denoiser, noise: Tensor, steps: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the first `steps` steps; return the states z_0 .. z_steps and the outputs O_0 .. ."""
-    states, outputs = [noise], []
-    for j in range(steps):
-        outputs.append(tableau.evaluate(denoiser, states[j], j))
-        states.append(tableau.advance(j, states, outputs))
-    return states, outputs
-
-
 @dataclass(frozen=True)
 class Path:
     """A rollout of one network call a step, in EDM's units, x / alpha.
@@ -47,12 +35,16 @@ class Path:
     outputs: list[Tensor]
 
 
+@torch.no_grad()
 def path_of(tableau: Tableau, denoiser: Denoiser, noise: Tensor) -> Path:
     """Roll a one-call-a-step tableau out, down to its smallest positive level."""
     times = torch.tensor(tableau.times)
     times = times[times > 0]
     levels = level_of_time(tableau.process, times)
-    states, outputs = rollout(tableau, denoiser, noise, len(times) - 1)
+    states, outputs = [noise], []
+    for j in range(len(times) - 1):
+        outputs.append(tableau.evaluate(denoiser, states[j], j))
+        states.append(tableau.advance(j, states, outputs))
     alphas = tableau.process.alpha(times).tolist()
     states = [state / alpha for state, alpha in zip(states, alphas, strict=True)]
     if tableau.output == "epsilon":

@@ -16,7 +16,7 @@ from ...solvers import make_solver
 from .amplification import amplified_programmes
 from .levels import LevelMap, check_levels, even_schedule, noise_levels, schedule_at
 from .pool import Pool
-from .programmes import diffusion_programme, trajectory_programme
+from .programmes import trajectory_programme
 
 Programme = Literal["diffusion-dp", "trajectory-dp"]
 ENVIRONMENT = "environment"
@@ -50,26 +50,22 @@ def starting_schedule(here: Schedule, start: str, integer_times: bool) -> Schedu
     return even_schedule(here, "karras" if start in get_args(Programme) else start)
 
 
-def programme_for(start: str, like: Schedule, integer_times: bool) -> LevelProgramme | None:
-    """Return the dynamic programme of this name, or None for the other starts."""
-    if start not in get_args(Programme):
-        return None
-    return LevelProgramme(start, like, integer_times)  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True)
 class LevelProgramme:
-    """Levels that a dynamic programme finds.
+    """Levels that a dynamic programme finds: those of the least errors along trajectories.
 
     Attributes:
-        programme: which one.
         like: a schedule of as many levels, with the same ends.
         integer_times: choose from whole times only.
     """
 
-    programme: Programme
     like: Schedule
     integer_times: bool
+
+    @property
+    def count(self) -> int:
+        """How many levels there are."""
+        return len(noise_levels(self.like))
 
     def grid(self, size: int = GRID) -> Schedule:
         """Return the times to choose from, even on Karras's scale."""
@@ -80,15 +76,6 @@ class LevelProgramme:
             return grid
         return Schedule(grid.process, grid.times.round().unique().flip(0))
 
-    @property
-    def calls(self) -> int:
-        """Network calls a sample."""
-        calls = int((self.grid().times > 0).sum())
-        if self.programme == "diffusion-dp":
-            return calls
-        # A trajectory's last positive level is only arrived at. The adjoint repeats each call.
-        return calls - 1 + 2 * (int((self.grid(COARSE_GRID).times > 0).sum()) - 1)
-
     def levels(self, pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Tensor]:
         """Find levels (T,), descending; of several answers the best has to be tried out.
 
@@ -97,11 +84,7 @@ class LevelProgramme:
             denoiser: the network that samples, whose errors on data count.
             student: the solver on some schedule of as many levels.
         """
-        count, generator = len(noise_levels(self.like)), pool.fresh_generator()
-        if self.programme == "diffusion-dp":
-            times = self.grid().times
-            clean = pool.mdp.target.sample(pool.batch_size, generator)
-            return [diffusion_programme(denoiser, times[times > 0], count, clean, generator)]
+        count, generator = self.count, pool.fresh_generator()
         noise = pool.mdp.initial(pool.batch_size, generator)
         teacher = make_solver("dpm-solver-2m", self.grid())
         plain = trajectory_programme(teacher, pool.denoiser, noise, count)

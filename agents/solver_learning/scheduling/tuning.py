@@ -1,10 +1,10 @@
-"""Stage two: the denoiser tuned where the schedule asks it (paper B, Eq. 12; MATH.md 3.7)."""
+"""Stage two: the denoiser tuned where the schedule asks it (MATH.md 3.7)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,9 @@ from ....common.optimisation import Averaged, adam, learning_rate, set_learning_
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
 from ..selection import is_better
+from ..settings import TuningSettings
 from .adjoint import backpropagate
-from .levels import time_of_level
 from .pool import Pool
-from .weights import step_weights
-
-TuningWeights = Literal["rollout", "lambda", "original"]
 
 # Updates of the network between two looks at held-out noise.
 CHECK_INTERVAL = 50
@@ -31,16 +28,12 @@ class Tuning:
     before the stage, or an average on the way that is better; see
     `fewstep.agents.solver_learning.selection`.
 
+    What is minimised is the finished samples' distance from the teacher's, through the whole chain.
+
     Args:
         denoiser: the network to tune, in place.
-        pool: the teacher's finished samples, and the source of real ones.
-        weights: what is minimised; see `ScheduleLearning`, as for the next ones.
-        rounds: updates a stage; 0 leaves the network as it is.
-        batch_size: samples an update.
-        learning_rate: of Adam, falling on a cosine.
-        last_weight: see `tuning_loss`.
-        max_grad_norm: the gradient is clipped here; None does not clip.
-        ema: decay of the average of the weights.
+        pool: the teacher's finished samples.
+        settings: of the stage.
 
     Attributes:
         averaged: the average of the weights.
@@ -49,29 +42,12 @@ class Tuning:
         tuned: whether the network that samples is a tuned one.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        pool: Pool,
-        *,
-        weights: TuningWeights,
-        rounds: int,
-        batch_size: int,
-        learning_rate: float,
-        last_weight: float,
-        max_grad_norm: float | None,
-        ema: float,
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, pool: Pool, settings: TuningSettings) -> None:
         self.denoiser = denoiser
         self.pool = pool
-        self.weights: TuningWeights = weights
-        self.rounds = rounds
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.last_weight = last_weight
-        self.max_grad_norm = max_grad_norm
-        self.averaged = Averaged(denoiser, ema if rounds else 0.0)
-        self.optimizer = adam(denoiser.parameters()) if rounds else None
+        self.settings = settings
+        self.averaged = Averaged(denoiser, settings.ema if settings.rounds else 0.0)
+        self.optimizer = adam(denoiser.parameters()) if settings.rounds else None
         self.updates = 0
         self.tuned = False
         # The best network of the stage and its errors; None where it is not judged.
@@ -82,11 +58,7 @@ class Tuning:
     @property
     def done(self) -> bool:
         """Whether the stage is done."""
-        return self.updates >= self.rounds
-
-    def calls(self, tableau: Tableau) -> int:
-        """Return the network calls on single samples of an update."""
-        return self.batch_size * (2 * tableau.steps if self.weights == "rollout" else 1)
+        return self.updates >= self.settings.rounds
 
     def update(
         self, tableau: Tableau, levels: Tensor, generator: torch.Generator
@@ -99,19 +71,17 @@ class Tuning:
             generator: source of samples, levels and noise.
 
         Returns:
-            What to log: the loss, for one coordinate, and the norm of the gradient (of the sum over
-            coordinates for "rollout") before it is clipped.
+            What to log: the loss, for one coordinate, and the norm of the gradient before it is
+            clipped, that of the sum over coordinates.
         """
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        if self.weights == "rollout":
-            loss = self._rollout_loss(tableau, generator)
-        else:
-            loss = self._denoising_loss(levels, generator)
+        loss = self._loss(tableau, levels, generator)
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.denoiser.parameters(), self.max_grad_norm or math.inf
+            self.denoiser.parameters(), self.settings.max_grad_norm or math.inf
         )
-        rate = learning_rate(self.learning_rate, "cosine", self.updates / self.rounds)
+        done = self.updates / self.settings.rounds
+        rate = learning_rate(self.settings.learning_rate, "cosine", done)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.averaged.update()
@@ -175,53 +145,16 @@ class Tuning:
         """Return a copy of the averaged network's weights."""
         return {name: w.clone() for name, w in self.averaged.module.body.state_dict().items()}
 
-    def _denoising_loss(self, levels: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss on real samples at the schedule's levels, with its gradient."""
-        clean = self.pool.mdp.target.sample(self.batch_size, generator)
-        loss = tuning_loss(self.denoiser, levels, clean, self.weights, self.last_weight, generator)
-        loss.backward()
-        return loss.detach()
-
-    def _rollout_loss(self, tableau: Tableau, generator: torch.Generator) -> Tensor:
-        """Return the finished samples' distance from the teacher's, with its gradient."""
+    def _loss(self, tableau: Tableau, levels: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what is minimised, for one coordinate; add its gradient to the weights'."""
         noise, finished = (
             torch.cat([getattr(batch, part) for batch in self.pool.fitted])
             for part in ("noise", "finished")
         )
-        size = (self.batch_size,)
+        size = (self.settings.batch_size,)
         drawn = torch.randint(len(noise), size, generator=generator, device=noise.device)
         trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
         loss, _, _ = backpropagate(
             tableau, self.denoiser, noise[drawn], finished[drawn], tableau.steps, trained
         )
         return torch.tensor(loss / noise[0].numel())
-
-
-def tuning_loss(
-    denoiser: Denoiser,
-    levels: Tensor,
-    clean: Tensor,
-    weights: TuningWeights,
-    last_weight: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return the denoising loss on one batch, each sample at a level of the schedule.
-
-    Args:
-        denoiser: the network to tune.
-        levels: (T,) descending noise levels; each sample draws one of them uniformly.
-        clean: (N, *shape) real samples.
-        weights: "lambda" weighs the error of the denoised sample with lambda_j, as paper B;
-            "original" takes the loss that the denoiser was pretrained with.
-        last_weight: of the last level, at which Eq. 12 has none although its answer is the sample.
-        generator: source of levels and noise.
-    """
-    drawn = torch.randint(len(levels), (len(clean),), generator=generator, device=clean.device)
-    noise = torch.empty_like(clean).normal_(generator=generator)
-    t = time_of_level(denoiser.process, levels).to(clean)[drawn]
-    noisy = denoiser.process.add_noise(clean, t, noise)
-    if weights == "original":
-        return (denoiser(noisy, t) - denoiser.training_target(clean, noise, t)).square().mean()
-    shares = torch.cat([step_weights(levels), levels.new_tensor([last_weight])]).to(clean)
-    errors = (denoiser.denoised(noisy, t) - clean).square().flatten(1).mean(1)
-    return (shares[drawn] * errors).mean()

@@ -1,4 +1,4 @@
-"""Equation 14 of paper B: an estimate of the gradient that never leaves a single network call.
+"""Equation 14 of Huang (2024): an estimate of the gradient that never leaves a single network call.
 
 It keeps one of the three ways in which a level changes Euler's finished sample, the network's
 answer at that level:
@@ -18,10 +18,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ....common.names import unknown_name
-from ...denoisers.denoiser import Denoiser
-from .rollout import Path
-from .weights import denoised_at, step_weights
+from .....common.names import unknown_name
+from ....denoisers.denoiser import Denoiser
+from ..levels import step_weights
+from ..rollout import Path
+from .loss import denoised_at
 
 Residual = Literal["rollout", "one-shot", "convex"]
 Input = Literal["rollout", "moving", "noised"]

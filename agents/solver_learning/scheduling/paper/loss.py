@@ -1,26 +1,17 @@
-"""How much each network output weighs in Euler's finished sample, and the loss that this makes.
-
-Divided by the noise level, Euler's steps telescope (paper B, Eq. 8; MATH.md 3.2). With levels
-l_0 > ... > l_{T-1} in sampling order, as everywhere here,
-
-    x_{T-1} = (l_{T-1} / l_0) x_0 + sum_{j < T-1} lambda_j D_j,
-    lambda_j = l_{T-1} / l_{j+1} - l_{T-1} / l_j
-
-(in the paper's indices, which count the other way, the sum stops at t = 2).
-"""
+"""L_diff (Huang 2024, Eq. 12): the denoising errors on data at the schedule's levels."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...denoisers.denoiser import Denoiser
-from .levels import time_of_level
+from ....denoisers.denoiser import Denoiser
+from ..levels import level_of_time, step_weights, time_of_level
+from ..programmes import cheapest_levels
 
-
-def step_weights(levels: Tensor) -> Tensor:
-    """Return lambda (T - 1,) of T descending levels; they add up to 1 - l_{T-1} / l_0."""
-    return levels[-1] * (1 / levels).diff()
+TuningWeights = Literal["lambda", "original"]
 
 
 def denoised_at(denoiser: Denoiser, sample: Tensor, level: Tensor) -> Tensor:
@@ -38,7 +29,7 @@ def denoised_at(denoiser: Denoiser, sample: Tensor, level: Tensor) -> Tensor:
 def diffusion_loss(
     denoiser: Denoiser, levels: Tensor, clean: Tensor, generator: torch.Generator
 ) -> tuple[float, Tensor]:
-    """Return paper B's L_diff on a batch, and its derivatives by the levels.
+    """Return L_diff on a batch, and its derivatives by the levels.
 
     L_diff = sum_j lambda_j mean ||D(x + l_j noise; l_j) - x||^2 (Eq. 12, its first term): both the
     weights and the network's answers depend on the levels. One level's graph is alive at a time.
@@ -89,3 +80,62 @@ def denoising_errors(
         noisy = denoiser.process.add_noise(clean, t, noise)
         errors.append(float(squared_error(denoiser.denoised(noisy, t), clean)))
     return torch.tensor(errors, dtype=torch.float64)
+
+
+def diffusion_programme(
+    denoiser: Denoiser,
+    times: Tensor,
+    count: int,
+    clean: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Find the levels that minimise L_diff exactly (MATH.md 3.6, last paragraph).
+
+    With mmse(l) tabulated once, L_diff = l_{T-1} sum_j (1 / l_{j+1} - 1 / l_j) mmse(l_j) is an
+    upper Riemann sum, and its best nodes are a cheapest path.
+
+    Args:
+        denoiser: the network.
+        times: (M,) descending times > 0 to choose from; the first and the last are kept.
+        count: T, how many, at least 3.
+        clean: (N, *shape) real samples.
+        generator: source of noise.
+
+    Returns:
+        (T,) descending levels.
+    """
+    errors = denoising_errors(denoiser, times, clean, generator).numpy()
+    grid = level_of_time(denoiser.process, times)
+    inverse = (1 / grid).numpy()
+    cost = errors[:, None] * (inverse[None, :] - inverse[:, None])
+    return cheapest_levels(grid, cost, count)
+
+
+def tuning_loss(
+    denoiser: Denoiser,
+    levels: Tensor,
+    clean: Tensor,
+    weights: TuningWeights,
+    last_weight: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the denoising loss on one batch, each sample at a level of the schedule.
+
+    Args:
+        denoiser: the network to tune.
+        levels: (T,) descending noise levels; each sample draws one of them uniformly.
+        clean: (N, *shape) real samples.
+        weights: "lambda" weighs the error of the denoised sample with lambda_j;
+            "original" takes the loss that the denoiser was pretrained with.
+        last_weight: of the last level, at which Eq. 12 has none although its answer is the sample.
+        generator: source of levels and noise.
+    """
+    drawn = torch.randint(len(levels), (len(clean),), generator=generator, device=clean.device)
+    noise = torch.empty_like(clean).normal_(generator=generator)
+    t = time_of_level(denoiser.process, levels).to(clean)[drawn]
+    noisy = denoiser.process.add_noise(clean, t, noise)
+    if weights == "original":
+        return (denoiser(noisy, t) - denoiser.training_target(clean, noise, t)).square().mean()
+    shares = torch.cat([step_weights(levels), levels.new_tensor([last_weight])]).to(clean)
+    errors = (denoiser.denoised(noisy, t) - clean).square().flatten(1).mean(1)
+    return (shares[drawn] * errors).mean()

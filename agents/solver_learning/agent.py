@@ -1,0 +1,53 @@
+"""SolverAgent: what the agents share that learn a solver, whose teacher is a finer one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ...envs import DiffusionMDP, Schedule, Target
+from ...envs.mdp import no_reward
+from ..base import Agent
+from ..denoisers.denoiser import Denoiser
+
+AnySolverAgent = TypeVar("AnySolverAgent", bound="SolverAgent")
+
+
+class SolverAgent(Agent):
+    """Base of the agents that learn a solver.
+
+    Attributes:
+        returned: what is returned: what was "given", or a name for what was learned.
+        errors: mean squared errors per coordinate of finished samples, on noise that was neither
+            learned on nor chosen by, by what they are of.
+    """
+
+    errors: dict[str, float]
+
+    @classmethod
+    def without_data(
+        cls: type[AnySolverAgent],
+        denoiser: Denoiser,
+        schedule: Schedule,
+        shape: tuple[int, ...],
+        **settings: Any,
+    ) -> AnySolverAgent:
+        """Learn for a pretrained network alone: what has a teacher needs noise, but no data.
+
+        Args:
+            denoiser: the network; its device is where everything is done.
+            schedule: gives the number of steps and the ends, on the denoiser's process.
+            shape: of one sample.
+            settings: the constructor's keyword arguments.
+        """
+        target = Target.without_samples(shape, next(denoiser.parameters()).device)
+        mdp = DiffusionMDP(target, denoiser.process, schedule, no_reward)
+        return cls(mdp, denoiser, **settings)
+
+
+def comparison(errors: Mapping[str, float]) -> str:
+    """Say how the error of what is returned compares with that of what was given."""
+    return (
+        f"Mean squared error per coordinate: {errors['returned']:.2e}, of what was given "
+        f"{errors['given']:.2e}."
+    )

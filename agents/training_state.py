@@ -1,0 +1,276 @@
+"""Trainee: an actor with settings and a training state, which is saved, loaded and resumed."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ..common.checkpoint import (
+    CheckpointError,
+    NotFiniteError,
+    counter,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ..common.optimisation import TrainingDivergedError
+from ..common.reading import damage_named, shown
+from ..common.settings import Settings
+from .acting import Actor
+from .denoisers.denoiser import Denoiser
+from .environments import Environment, environment_identity, made_environment, mdp_of
+from .presets import preset as look_up_preset
+from .presets import preset_settings
+
+AnyTrainee = TypeVar("AnyTrainee", bound="Trainee")
+
+
+class Trainee(Actor, ABC):
+    """What training changes, and what it was told to.
+
+    Args:
+        env: see `Actor`, as for `denoiser`.
+        denoiser: the network.
+        settings: an instance of the agent's `Settings`; the defaults if None.
+        seed: seed of all the agent's randomness.
+        changes: single settings by name, which win: see `fewstep.common.settings.Settings.replace`.
+
+    Attributes:
+        settings: as they were given.
+        num_timesteps: denoiser calls on single samples so far.
+        rounds: rounds of training so far.
+        generator: the source of the training's randomness.
+        checkpoint_name: what a run calls the file that `save` writes.
+    """
+
+    settings: Any
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]]
+    checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
+
+    def __init__(
+        self, env: Environment, denoiser: Denoiser, settings: Any, seed: int, **changes: Any
+    ) -> None:
+        if not isinstance(settings, self.Settings | None):
+            raise TypeError(f"settings must be {self.Settings.__name__}, got {settings!r}.")
+        told: Any = (settings or self.Settings()).replace(**changes)
+        self.settings = told
+        super().__init__(env, denoiser, self._solver(), told.solver_options, seed)
+        self.seed = seed
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.num_timesteps = 0
+        self.rounds = 0
+
+    @classmethod
+    def for_environment(
+        cls: type[AnyTrainee],
+        env: Environment,
+        denoiser: Denoiser,
+        *,
+        preset: str = "default",
+        **settings: Any,
+    ) -> AnyTrainee:
+        """Build the agent with the settings that `fewstep train` takes on this environment.
+
+        `agent.learn()` then trains it as long as that. The same table says which process, schedule
+        and network the command would take, where they are not the environment's own:
+        `fewstep.agents.presets.preset(name_of_environment, cls.name)`.
+
+        Args:
+            env: see the class; presets go by the name of its target. Without one, as with an
+                environment of yours, the agent's own defaults hold.
+            denoiser: see the class.
+            preset: "default", or "long" where there is one.
+            settings: the constructor's arguments, which win over the preset's. The preset's
+                `solver_options` go with its own solver only.
+
+        Raises:
+            ValueError: no preset of this name for this environment and agent.
+        """
+        defaults: Any = cls.Settings()
+        solver = settings.get("solver") or defaults.solver or ""
+        env = made_environment(env, solver)
+        values = look_up_preset(mdp_of(env).target.name, cls.name, preset).agent
+        shared = ("seed", "verbose", "tensorboard_log")
+        given = {key: settings.pop(key) for key in (*shared, "critic") if key in settings}
+        return cls(env, denoiser, preset_settings(cls.Settings, values, settings), **given)
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return everything that training changes, as a tree for `save_checkpoint`."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+
+    def _solver(self) -> str:
+        """Return the name of the solver that samples."""
+        return self.settings.solver
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that resuming needs to one safetensors file, atomically.
+
+        Raises:
+            TrainingDivergedError: something in it is not finite, be it weights, their average, a
+                critic, a head or an optimizer's moments; an older file stays as it is.
+            OSError: the file cannot be written; an older file stays as it is.
+        """
+        try:
+            save_checkpoint(path, self.tree())
+        except NotFiniteError as error:
+            raise TrainingDivergedError(error.name, self.num_timesteps) from None
+
+    def tree(self) -> dict[str, Any]:
+        """Return everything that resuming needs, as `save` writes it and `restore` reads it."""
+        denoiser = self.sampling_denoiser
+        return {
+            "kind": "agent",
+            **self.header(),
+            "generator": self.generator.get_state(),
+            "acting_generator": self.acting_generator.get_state(),
+            "denoiser": denoiser.to_tree(),
+            "live": self.denoiser.body.state_dict() if denoiser is not self.denoiser else None,
+            "state": self.state(),
+        }
+
+    def header(self) -> dict[str, Any]:
+        """Return what a file says of who wrote it, as JSON values."""
+        return {
+            "agent": self.name,
+            "settings": self.settings.to_tree(),
+            "seed": self.seed,
+            "environment": self.identity(),
+            "num_timesteps": self.num_timesteps,
+            "rounds": self.rounds,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a file and whoever takes it up have to share."""
+        return environment_identity(self.mdp)
+
+    @classmethod
+    def load(
+        cls: type[AnyTrainee],
+        path: str | Path,
+        env: Environment,
+        device: str | torch.device | None = None,
+        **overrides: Any,
+    ) -> AnyTrainee:
+        """Rebuild an agent that `save` wrote, ready to sample or to go on learning.
+
+        Args:
+            path: the file.
+            env: the environment it was trained on, built again.
+            device: where to put it; the environment's device by default.
+            overrides: constructor arguments that differ or that JSON cannot hold, such as
+                `critic=...`; a foreign network body is passed as `body=...`.
+
+        Raises:
+            CheckpointError: a missing, corrupt or foreign file, another agent's, or another
+                environment's.
+        """
+        tree = load_checkpoint(path)
+        if tree.get("kind") != "agent" or tree.get("agent") != cls.name:
+            raise CheckpointError(
+                f"{path} was written by {tree.get('agent') or tree.get('kind')!r}, "
+                f"not by {cls.name!r}."
+            )
+        denoiser = Denoiser.load(path, body=overrides.pop("body", None))
+        agent = cls._rebuilt(tree, path, env, denoiser, device, overrides)
+        agent.restore(tree, str(path))
+        return agent
+
+    @classmethod
+    def _rebuilt(
+        cls: type[AnyTrainee],
+        header: Mapping[str, Any],
+        path: str | Path,
+        env: Environment,
+        denoiser: Denoiser,
+        device: str | torch.device | None,
+        overrides: dict[str, Any],
+    ) -> AnyTrainee:
+        """Build the agent that a file's header tells of, not trained yet."""
+        with damage_named(path, CheckpointError):
+            settings = settings_of(cls, header, path)
+            overrides.setdefault("seed", header["seed"])
+        with damage_named(path, CheckpointError, "cannot be loaded here"):
+            agent = cls(env, denoiser, settings, **overrides)
+        # "cuda" and "cuda:0" may be the same, so what counts is where a tensor would go.
+        if device is not None and torch.empty(0, device=device).device != agent.device:
+            raise CheckpointError(f"The environment is on {agent.device}: build it on {device}.")
+        return agent
+
+    def resume(self, path: str | Path) -> None:
+        """Take over the training state of a file that `save` wrote; see `restore`.
+
+        A file that is refused changes nothing.
+        """
+        tree = load_checkpoint(path)
+        before = copy.deepcopy(self.tree())
+        try:
+            self.restore(tree, str(path))
+        except Exception:
+            self.restore(before)
+            raise
+
+    def restore(self, tree: dict[str, Any], origin: str = "checkpoint") -> None:
+        """Take over the training state of a tree that `save` wrote.
+
+        Raises:
+            CheckpointError: the tree comes from another environment, or is damaged.
+        """
+        with damage_named(origin, CheckpointError):
+            self._restore(tree, origin)
+
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
+        self.check_identity(tree["environment"], origin)
+        if tree["live"] is None and self._averages and tree["settings"] == self.settings.to_tree():
+            raise CheckpointError(f"{origin} is damaged: it lacks the weights in training, live.")
+        self.num_timesteps = counter(tree, "num_timesteps", origin)
+        self.rounds = counter(tree, "rounds", origin)
+        self.generator.set_state(tree["generator"].cpu())
+        self.acting_generator.set_state(tree["acting_generator"].cpu())
+        self.sampling_denoiser.body.load_state_dict(tree["denoiser"]["weights"])
+        # None: saved by an agent that does not average; then both begin with the same weights.
+        live = tree["denoiser"]["weights"] if tree["live"] is None else tree["live"]
+        self.denoiser.body.load_state_dict(live)
+        self.load_state(tree["state"])
+
+    def check_identity(self, there: Mapping[str, Any], origin: str) -> None:
+        """Raise CheckpointError if a file's identity is not this agent's."""
+        for key, value in self.identity().items():
+            if key != "data" and there.get(key) != value:
+                found, wanted = shown(there.get(key)), shown(value)
+                raise CheckpointError(
+                    f"{origin} was trained on another environment: {key} is {found}, here it is "
+                    f"{wanted}."
+                )
+        # Older files say nothing of the data.
+        if "data" in there and not self.mdp.target.matches(there["data"]):
+            raise CheckpointError(
+                f"{origin} was trained on another environment: the training samples of its target "
+                f"{self.mdp.target.name!r} were not those that there are here."
+            )
+
+    @property
+    def _averages(self) -> bool:
+        return self.sampling_denoiser is not self.denoiser
+
+
+def settings_of(agent: type[Trainee], tree: Mapping[str, Any], origin: str | Path) -> Settings:
+    """Read an agent's settings out of the tree of a file.
+
+    Raises:
+        CheckpointError: one that the agent does not know, or that it does not take.
+    """
+    if not isinstance(tree["settings"], dict):
+        raise CheckpointError(f"{origin} is damaged: its settings are {tree['settings']!r}.")
+    try:
+        return agent.Settings.from_tree(tree["settings"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{origin} is damaged: {error}") from None
