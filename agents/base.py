@@ -10,7 +10,6 @@ One timestep is one denoiser call on one sample.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.arguments import check_arguments
 from ..common.checkpoint import (
     CheckpointError,
     NotFiniteError,
@@ -33,12 +31,13 @@ from ..common.checkpoint import (
     save_checkpoint,
 )
 from ..common.distributed import Processes
-from ..common.names import unknown_name
 from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 from ..common.reading import damage_named, shown
+from ..common.settings import Settings
 from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
 from .denoisers.denoiser import Denoiser
 from .presets import preset as look_up_preset
+from .presets import preset_settings
 from .samplers.sampling import sample
 from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
@@ -61,14 +60,14 @@ class Agent(ABC):
             environment on the solver's `default_schedule`.
         denoiser: the network, moved to the environment's device. Building an agent changes nothing
             else of it, and nothing of the environment.
-        solver: name of the solver that samples with it.
-        solver_options: the solver's options; None takes the default for the kind of data (see
-            `default_solver_options`).
+        settings: the agent's settings, an instance of its `Settings`; the defaults if None.
         seed: seed of all the agent's randomness.
         verbose: 1 prints the log to the screen.
         tensorboard_log: folder for TensorBoard; None logs nothing.
+        changes: single settings by name, which win: see `fewstep.common.settings.Settings.replace`.
 
     Attributes:
+        settings: as they were given.
         num_timesteps: denoiser calls on single samples so far.
         mdp: the decision process; an agent with a critic has one of its own, which pays what the
             critic says.
@@ -76,11 +75,11 @@ class Agent(ABC):
         processes: those that train together, under `torchrun`; else this one alone.
         data_parallel: whether several processes can train it together.
         checkpoint_name: what a run calls the file that `save` writes.
-        preset_rounds: rounds of the preset that `for_environment` took; else None.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
 
     name: ClassVar[str]
+    Settings: ClassVar[type[Settings]]
     data_parallel: ClassVar[bool] = False
     checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
 
@@ -88,14 +87,18 @@ class Agent(ABC):
         self,
         env: Environment,
         denoiser: Denoiser,
+        settings: Any = None,
         *,
-        solver: str = "ancestral",
-        solver_options: Options | None = None,
         seed: int = 0,
         verbose: int = 0,
         tensorboard_log: str | None = None,
+        **changes: Any,
     ) -> None:
-        self.env = env = made_environment(env, solver)
+        if not isinstance(settings, self.Settings | None):
+            raise TypeError(f"settings must be {self.Settings.__name__}, got {settings!r}.")
+        self.settings: Any = (settings or self.Settings()).replace(**changes)
+        self.solver: str = self._solver()
+        self.env = env = made_environment(env, self.solver)
         self.mdp = mdp_of(env)
         if denoiser.process != self.mdp.process:
             raise ValueError(
@@ -105,10 +108,10 @@ class Agent(ABC):
         denoiser.check_shape(self.mdp.shape)
         self.device = torch.device(self.mdp.device)
         self.denoiser = denoiser.to(self.device)
-        self.solver = solver
-        if solver_options is None:
-            solver_options = default_solver_options(solver, shape=self.mdp.shape)
-        self.solver_options = dict(solver_options)
+        options = self.settings.solver_options
+        if options is None:
+            options = default_solver_options(self.solver, shape=self.mdp.shape)
+        self.solver_options: Options = dict(options)
         self.seed = seed
         self.processes = Processes.current()
         if self.processes.count > 1 and not self.data_parallel:
@@ -124,7 +127,6 @@ class Agent(ABC):
         self.num_timesteps = 0
         self.rounds = 0
         self.will_log = False
-        self.preset_rounds: int | None = None
         self._total_timesteps = 0
         self._custom_logger: Logger | None = None
         self._started = 0.0
@@ -157,22 +159,19 @@ class Agent(ABC):
         Raises:
             ValueError: no preset of this name for this environment and agent.
         """
-        default_solver = inspect.signature(cls).parameters["solver"].default
-        env = made_environment(env, settings.get("solver", default_solver))
-        budget = look_up_preset(mdp_of(env).target.name, cls.name, preset)
-        agent = cls(env, denoiser, **budget.settings(default_solver, settings))
-        agent.preset_rounds = budget.rounds
-        return agent
+        defaults: Any = cls.Settings()
+        solver = settings.get("solver") or defaults.solver or ""
+        env = made_environment(env, solver)
+        values = look_up_preset(mdp_of(env).target.name, cls.name, preset).agent
+        shared = ("seed", "verbose", "tensorboard_log")
+        given = {key: settings.pop(key) for key in (*shared, "critic") if key in settings}
+        return cls(env, denoiser, preset_settings(cls.Settings, values, settings), **given)
 
     # -- what a subclass implements ------------------------------------------------------------
 
     @abstractmethod
     def train_round(self) -> dict[str, Tensor]:
         """Do one round: advance `num_timesteps`, return 0-d tensors to log by their full names."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's keyword arguments as JSON values, so `load` can repeat them."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -190,11 +189,15 @@ class Agent(ABC):
     @property
     def planned_rounds(self) -> int | None:
         """Rounds that the settings call for; None leaves their number to the caller."""
-        return None
+        return getattr(self.settings, "rounds", None)
+
+    def _solver(self) -> str:
+        """Return the name of the solver that samples."""
+        return self.settings.solver
 
     def smaller(self) -> str:
         """Return which settings need less memory, for the message when it ran out."""
-        size = getattr(self, "batch_size", None)
+        size = getattr(self.settings, "batch_size", None)
         return f"Take a batch_size below {size}." if size else "Take a smaller network."
 
     @property
@@ -209,7 +212,7 @@ class Agent(ABC):
         Raises:
             ValueError: neither says how many: the agent was not built by `for_environment`.
         """
-        rounds = self.planned_rounds or self.preset_rounds
+        rounds = self.planned_rounds
         if rounds is None:
             raise ValueError(
                 f"How long '{self.name}' trains is yours to say: rounds * "
@@ -471,7 +474,8 @@ class Agent(ABC):
         return {
             "kind": "agent",
             "agent": self.name,
-            "settings": self.all_settings(),
+            "settings": self.settings.to_tree(),
+            "seed": self.seed,
             "environment": environment_identity(self.mdp),
             "num_timesteps": self.num_timesteps,
             "rounds": self.rounds,
@@ -480,15 +484,6 @@ class Agent(ABC):
             "denoiser": denoiser.to_tree(),
             "live": self.denoiser.body.state_dict() if denoiser is not self.denoiser else None,
             "state": self.state(),
-        }
-
-    def all_settings(self) -> dict[str, Any]:
-        """Return `settings` and the keyword arguments that all agents share, as JSON values."""
-        return {
-            "solver": self.solver,
-            "solver_options": self.solver_options,
-            "seed": self.seed,
-            **self.settings(),
         }
 
     @classmethod
@@ -520,12 +515,10 @@ class Agent(ABC):
             )
         denoiser = Denoiser.load(path, body=overrides.pop("body", None))
         with damage_named(path, CheckpointError):
-            settings = checked_settings(cls, tree["settings"], path)
-        if overrides:
-            agent = cls(env, denoiser, **{**settings, **overrides})
-        else:  # what is wrong then is the file's
-            with damage_named(path, CheckpointError, "cannot be loaded here"):
-                agent = cls(env, denoiser, **settings)
+            settings = settings_of(cls, tree, path)
+        overrides.setdefault("seed", tree["seed"])
+        with damage_named(path, CheckpointError, "cannot be loaded here"):
+            agent = cls(env, denoiser, settings, **overrides)
         agent.check_device(device)
         agent.restore(tree, str(path))
         return agent
@@ -576,7 +569,7 @@ class Agent(ABC):
                 f"{origin} was trained on another environment: the training samples of its target "
                 f"{self.mdp.target.name!r} were not those that there are here."
             )
-        if tree["live"] is None and self._averages and tree["settings"] == self.all_settings():
+        if tree["live"] is None and self._averages and tree["settings"] == self.settings.to_tree():
             raise CheckpointError(f"{origin} is damaged: it lacks the weights in training, live.")
         self.num_timesteps = counter(tree, "num_timesteps", origin)
         self.rounds = counter(tree, "rounds", origin)
@@ -593,20 +586,16 @@ class Agent(ABC):
         return self.sampling_denoiser is not self.denoiser
 
 
-def checked_settings(agent: type[Agent], settings: Any, origin: str | Path) -> dict[str, Any]:
-    """Return the settings in a file as strictly checked as a constructor's arguments.
+def settings_of(agent: type[Agent], tree: Mapping[str, Any], origin: str | Path) -> Settings:
+    """Read an agent's settings out of the tree of a file.
 
     Raises:
-        CheckpointError: one that the constructor does not know, or that has a wrong type.
+        CheckpointError: one that the agent does not know, or that it does not take.
     """
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{origin} is damaged: its settings are {settings!r}.")
-    known = inspect.signature(agent).parameters
+    if not isinstance(tree["settings"], dict):
+        raise CheckpointError(f"{origin} is damaged: its settings are {tree['settings']!r}.")
     try:
-        for name in settings:
-            if name not in known:
-                raise unknown_name("setting", name, known)
-        return check_arguments(agent.__init__, settings)
+        return agent.Settings.from_tree(tree["settings"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{origin} is damaged: {error}") from None
 

@@ -11,28 +11,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.arguments import checked
-from ..common.checks import at_least, not_negative, positive
 from ..common.optimisation import (
     Averaged,
     adam,
     learning_rate,
-    learning_rate_schedule,
     seeded,
     set_learning_rate,
 )
-from ..common.precision import Precision
+from ..common.settings import bounded
 from ..envs import VE
 from .base import Agent, Environment
 from .denoisers.denoiser import Denoiser
 from .policy_gradient.execution import Execution, as_executed
-from .solvers import Options
+from .settings import AgentSettings, ExecutionSettings, OptimizerSettings
+
+
+@dataclass(frozen=True)
+class CloningSettings(AgentSettings):
+    """Settings of `BehaviorCloning`."""
+
+    rounds: int = bounded(2000, least=1)
+    """Rounds of training, each of one gradient step."""
+    batch_size: int = bounded(1024, least=1)
+    """Samples a gradient step."""
+    p_mean: float = bounded(-1.2)
+    """Mean of ln sigma in the draw of noise levels, for an edm denoiser only; EDM's -1.2 suits
+    images of standard deviation 0.5."""
+    p_std: float = bounded(1.2, above=0)
+    """Standard deviation of ln sigma there."""
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(5e-3, lr_schedule="cosine", ema=0.99)
+    )
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
 
 
 class BehaviorCloning(Agent):
@@ -41,80 +58,21 @@ class BehaviorCloning(Agent):
     Args:
         env: the environment; its target gives the data, its process the noise.
         denoiser: the network to train, in place.
-        batch_size: samples a gradient step.
-        learning_rate: of Adam; 1e-4 to 5e-3.
-        lr_schedule: "cosine", "linear" or "constant".
-        max_grad_norm: the gradient's norm is clipped here; None does not clip.
-        ema: decay of the average of the weights, 0 (none) to 1 (excluded); the averaged weights
-            sample.
-        p_mean: mean of ln sigma in the draw of noise levels, for an "edm" denoiser only; EDM's -1.2
-            suits images of standard deviation 0.5.
-        p_std: standard deviation of ln sigma there, > 0.
-        precision: "float32", or "bf16": bfloat16 where that is safe (autocast).
-        channels_last: keep convolution weights in that memory format; faster on most GPUs.
-        compile: run the denoiser through `torch.compile`.
-        micro_batch_size: most samples that the denoiser sees at once; gradients are accumulated
-            over the pieces of a batch. None takes it whole.
-        solver: see `Agent`, as the remaining arguments.
-
-    Raises:
-        ValueError: `p_mean` is not finite, `p_std` not positive and finite, or another setting is
-            unknown or out of range.
+        settings: see `CloningSettings`; the remaining arguments are `Agent`'s.
     """
 
     name = "behavior-cloning"
     data_parallel = True
 
-    @checked
-    def __init__(
-        self,
-        env: Environment,
-        denoiser: Denoiser,
-        *,
-        batch_size: int = 1024,
-        learning_rate: float = 5e-3,
-        lr_schedule: str = "cosine",
-        max_grad_norm: float | None = 1.0,
-        ema: float = 0.99,
-        p_mean: float = -1.2,
-        p_std: float = 1.2,
-        precision: Precision = "float32",
-        channels_last: bool = False,
-        compile: bool = False,
-        micro_batch_size: int | None = None,
-        solver: str = "ancestral",
-        solver_options: Options | None = None,
-        seed: int = 0,
-        verbose: int = 0,
-        tensorboard_log: str | None = None,
-    ) -> None:
-        super().__init__(
-            env,
-            denoiser,
-            solver=solver,
-            solver_options=solver_options,
-            seed=seed,
-            verbose=verbose,
-            tensorboard_log=tensorboard_log,
-        )
-        if not (math.isfinite(p_mean) and 0 < p_std < math.inf):
-            raise ValueError(
-                f"ln sigma needs a finite p_mean and a positive p_std, got {p_mean} and {p_std}."
-            )
-        at_least(1, batch_size=batch_size, micro_batch_size=micro_batch_size)
-        not_negative(learning_rate=learning_rate)
-        positive(max_grad_norm=max_grad_norm)
-        self.micro_batch_size = micro_batch_size
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.lr_schedule = lr_schedule
-        self.max_grad_norm = max_grad_norm
-        self.p_mean, self.p_std = p_mean, p_std
-        learning_rate_schedule(lr_schedule)  # refuses one that does not exist
-        self.optimizer = adam(self.denoiser.parameters())
-        self.averaged = Averaged(self.denoiser, ema)
-        self.precision, self.channels_last, self.compile = precision, channels_last, compile
-        self.execution = Execution(self.denoiser, precision, channels_last, compile)
+    settings: CloningSettings
+    Settings = CloningSettings
+
+    def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
+        super().__init__(env, denoiser, *args, **arguments)
+        settings = self.settings
+        self.optimizer = adam(self.denoiser.parameters(), settings.optimizer.betas)
+        self.averaged = Averaged(self.denoiser, settings.optimizer.ema)
+        self.execution = Execution(self.denoiser, settings.execution)
 
     @property
     def sampling_denoiser(self) -> Denoiser:
@@ -128,11 +86,11 @@ class BehaviorCloning(Agent):
 
     @property
     def _size(self) -> int:
-        return self.batch_size * self.processes.count
+        return self.settings.batch_size * self.processes.count
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""
-        half = max((self.micro_batch_size or self.batch_size) // 2, 1)
+        half = max((self.settings.execution.micro_batch_size or self.settings.batch_size) // 2, 1)
         return f"Take micro_batch_size={half}, the same gradient in more pieces."
 
     @as_executed
@@ -144,18 +102,22 @@ class BehaviorCloning(Agent):
         noise = self.processes.share(torch.empty_like(everyone).normal_(generator=self.generator))
         clean = self.processes.share(everyone)
         self.optimizer.zero_grad()
-        size = self.micro_batch_size or self.batch_size
+        size = self.settings.execution.micro_batch_size or self.settings.batch_size
         loss = torch.zeros((), device=self.device)
         with self._training_mode():
             for piece in zip(clean.split(size), t.split(size), noise.split(size), strict=True):
-                part = len(piece[0]) / self.batch_size * self._loss(*piece)
+                part = len(piece[0]) / self.settings.batch_size * self._loss(*piece)
                 part.backward()
                 loss += part.detach()
         self.processes.average_gradients(self.denoiser.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.denoiser.parameters(), self.max_grad_norm or math.inf
+            self.denoiser.parameters(), self.settings.optimizer.max_grad_norm or math.inf
         )
-        rate = learning_rate(self.learning_rate, self.lr_schedule, self.progress)
+        rate = learning_rate(
+            self.settings.optimizer.learning_rate,
+            self.settings.optimizer.lr_schedule,
+            self.progress,
+        )
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.averaged.update()
@@ -197,23 +159,11 @@ class BehaviorCloning(Agent):
             self._size, generator=self.generator, device=device, dtype=torch.float64
         )
         # In float32 a clamped level could lie beyond t_max.
-        return (self.p_mean + self.p_std * normal).exp().clamp(process.t_min, process.t_max)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's keyword arguments."""
-        return {
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "lr_schedule": self.lr_schedule,
-            "max_grad_norm": self.max_grad_norm,
-            "ema": self.averaged.decay,
-            "p_mean": self.p_mean,
-            "p_std": self.p_std,
-            "precision": self.precision,
-            "channels_last": self.channels_last,
-            "compile": self.compile,
-            "micro_batch_size": self.micro_batch_size,
-        }
+        return (
+            (self.settings.p_mean + self.settings.p_std * normal)
+            .exp()
+            .clamp(process.t_min, process.t_max)
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the optimizer's state."""

@@ -13,11 +13,13 @@ command line takes its defaults from here, and so does `Agent.for_environment`:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.names import unknown_name
+from ..common.settings import Settings
 
 Values = dict[str, Any]
+Chosen = TypeVar("Chosen", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,14 @@ class Preset:
     """A budget, and what goes with it.
 
     Attributes:
-        rounds: of the agent; those that have a number of their own (`Agent.planned_rounds`) ignore
-            it.
-        agent: hyper-parameters that differ from the defaults in the agent's constructor.
-        cloning: those of the behaviour cloning before it, with its "rounds".
+        agent: settings that differ from the agent's defaults.
+        cloning: those of the behaviour cloning before it.
         process: name for `make_process`, where it is not the environment's own.
         schedule: name for `make_schedule`, likewise.
         body: network to clone, a name for `named_body`, where it is not the one for the shape.
         prediction: what that predicts, where it is not the default of `new_denoiser`.
     """
 
-    rounds: int
     agent: Values = field(default_factory=dict)
     cloning: Values = field(default_factory=dict)
     process: str | None = None
@@ -43,20 +42,21 @@ class Preset:
     body: str | None = None
     prediction: str | None = None
 
-    def settings(self, default_solver: str, overrides: Values) -> Values:
-        """Return the agent's hyper-parameters with some replaced.
 
-        The preset's `solver_options` are for its own solver: with another they are left out.
+def preset_settings(kind: type[Chosen], values: Values, changes: Values) -> Chosen:
+    """Return an agent's settings: a preset's values, and single settings that win over them.
 
-        Args:
-            default_solver: that of the agent's constructor.
-            overrides: hyper-parameters that win over the preset's.
-        """
-        values = {**self.agent, **overrides}
-        own = self.agent.get("solver", default_solver)
-        if values.get("solver", own) != own and "solver_options" not in overrides:
-            values.pop("solver_options", None)
-        return values
+    The preset's `solver_options` are for its own solver: with another they are left out.
+
+    Args:
+        kind: the agent's `Settings`.
+        values: of the preset.
+        changes: what wins.
+    """
+    own = values.get("solver", getattr(kind(), "solver", None))
+    if changes.get("solver", own) != own:
+        values = {key: value for key, value in values.items() if key != "solver_options"}
+    return kind().replace(**{**values, **changes})
 
 
 # Behaviour cloning of each environment, with its rounds.
@@ -102,37 +102,35 @@ _IMAGES_SFT_PG: Values = {
     "solver": "fast-dpm",
     "solver_options": {"last_std": 0.001},
 }
-FINE_TUNING: dict[tuple[str, str, str], tuple[int, Values]] = {
-    ("SwissRoll", "sft-pg", "default"): (400, _TOY_SFT_PG),
-    ("SwissRoll", "sft-pg", "long"): (2000, {**_TOY_SFT_PG, "ema": 0.99}),
-    ("SwissRoll", "sft", "default"): (400, _TOY_SFT),
-    ("Moons", "sft-pg", "default"): (400, _TOY_SFT_PG),
-    ("Moons", "sft", "default"): (400, _TOY_SFT),
-    ("GaussianCluster", "sft-pg", "default"): (100, _TOY_SFT_PG),
-    ("GaussianCluster", "sft", "default"): (100, _TOY_SFT),
-    ("Digits", "sft-pg", "default"): (250, _DIGITS_SFT_PG),
+FINE_TUNING: dict[tuple[str, str, str], Values] = {
+    ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
+    ("SwissRoll", "sft-pg", "long"): {**_TOY_SFT_PG, "rounds": 2000, "ema": 0.99},
+    ("SwissRoll", "sft", "default"): {**_TOY_SFT, "rounds": 400},
+    ("Moons", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
+    ("Moons", "sft", "default"): {**_TOY_SFT, "rounds": 400},
+    ("GaussianCluster", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 100},
+    ("GaussianCluster", "sft", "default"): {**_TOY_SFT, "rounds": 100},
+    ("Digits", "sft-pg", "default"): {**_DIGITS_SFT_PG, "rounds": 250},
     # Rounds of a second head; Gamma has its own number.
-    ("Digits", "variance", "default"): (2000, {}),
+    ("Digits", "variance", "default"): {"rounds": 2000},
     # For a CPU: a small critic, and a last standard deviation of six grey levels of 255.
-    ("MNIST", "sft-pg", "default"): (
-        160,
-        {
-            **_DIGITS_SFT_PG,
-            # Without rounds of its own the critic is raw, and the policy drifts away at first.
-            "critic_rounds": 25,
-            "coefficient": 0.1,
-            "learning_rate": 2e-5,
-            "batch_size": 128,
-            "n_critic": 3,
-            # More gain on this critic in pixels, and lose in a classifier's features.
-            "n_generator": 1,
-            "minibatch_size": 256,
-            "critic_width": 64,
-            "channels_last": True,
-        },
-    ),
+    ("MNIST", "sft-pg", "default"): {
+        **_DIGITS_SFT_PG,
+        "rounds": 160,
+        # Without rounds of its own the critic is raw, and the policy drifts away at first.
+        "critic_rounds": 25,
+        "coefficient": 0.1,
+        "learning_rate": 2e-5,
+        "batch_size": 128,
+        "n_critic": 3,
+        # More gain on this critic in pixels, and lose in a classifier's features.
+        "n_generator": 1,
+        "minibatch_size": 256,
+        "critic_width": 64,
+        "channels_last": True,
+    },
 } | {
-    (env, "sft-pg", "default"): (1000, _IMAGES_SFT_PG)
+    (env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000}
     for env in ("CIFAR10", "CelebA64", "ImageFolder")
 }
 
@@ -176,9 +174,7 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
     body = BODIES.get(env)
     prediction = "epsilon" if body else None
     if agent == "behavior-cloning":
-        hyperparameters = {key: value for key, value in cloning.items() if key != "rounds"}
-        rounds = cloning["rounds"]
-        return Preset(rounds, hyperparameters, cloning, body=body, prediction=prediction)
-    rounds, hyperparameters = FINE_TUNING.get((env, agent, name), (400, {}))
+        return Preset(cloning, cloning, body=body, prediction=prediction)
+    values = FINE_TUNING.get((env, agent, name), {})
     process, schedule = (table.get((env, agent)) for table in (PROCESSES, SCHEDULES))
-    return Preset(rounds, hyperparameters, cloning, process, schedule, body, prediction)
+    return Preset(values, cloning, process, schedule, body, prediction)

@@ -190,10 +190,11 @@ class SamplerWorld:
             seed=self.seed,
             device=self.device,
             data_dir=self.data_dir,
-            rounds=self.rounds or base.run.rounds,
         )
-        options = {"solver": sampler.solver, "solver_options": sampler.options}
-        resolved = Settings(run, {**base.agent, **options, **sampler.settings}, base.cloning)
+        changes = {"solver": sampler.solver, "solver_options": sampler.options, **sampler.settings}
+        if self.rounds:
+            changes["rounds"] = self.rounds
+        resolved = Settings(run, base.agent.replace(**changes), base.cloning)
         folder = RunFolder.at(
             self.folder / "runs" / f"{_slug(sampler.label)}__{steps}__seed{self.seed}", resolved
         )
@@ -211,12 +212,12 @@ class SamplerWorld:
             self._mdp(uniform),
             copy.deepcopy(self.denoiser),
             seed=self.seed,
-            **{**base.agent, "kind": kind},
+            settings=base.agent.replace(kind=kind, rounds=self.rounds or base.agent.rounds),
         )
         file = self.folder / "runs" / f"variance-{kind}__seed{self.seed}.safetensors"
         if file.is_file():
             agent.resume(file)
-        rounds = agent.planned_rounds or self.rounds or base.run.rounds
+        rounds = agent.planned_rounds or 0
         agent.learn(agent.timesteps_until(rounds), reset_num_timesteps=False)
         agent.save(file)
         return agent.sampling_denoiser

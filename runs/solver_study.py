@@ -274,9 +274,9 @@ def trained_denoiser(
         data_dir=data_dir,
         evaluations=2,
         evaluation_samples=FRESH_SAMPLES,
-        rounds=rounds or base.run.rounds,
     )
-    resolved = Settings(run, base.agent, base.cloning)
+    its = base.agent.replace(rounds=rounds or base.agent.rounds)
+    resolved = Settings(run, its, base.cloning)
     shared = RunFolder.at(folder / denoiser_name(environment, process, seed), resolved)
     if "metrics" not in shared.results():
         console.rule(f"denoiser {shared.path.name}")

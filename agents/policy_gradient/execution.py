@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from ...common.precision import Precision, check_precision
 from ..denoisers.denoiser import Denoiser
+from ..settings import ExecutionSettings
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -22,20 +22,11 @@ class Execution:
 
     Args:
         denoiser: whose body it is; nothing is changed yet.
-        precision: "float32" or "bf16".
-        channels_last: keep convolution weights in that memory format from the first time on.
-        compile: run the body through `torch.compile`.
-
-    Raises:
-        ValueError: unknown precision.
+        settings: precision, memory format, compilation.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, precision: Precision, channels_last: bool, compile: bool
-    ) -> None:
-        check_precision(precision)
-        self._denoiser = denoiser
-        self._precision, self._channels_last, self._compile = precision, channels_last, compile
+    def __init__(self, denoiser: Denoiser, settings: ExecutionSettings) -> None:
+        self._denoiser, self._settings = denoiser, settings
         self._compiled: Callable[..., Any] | None = None
 
     @contextmanager
@@ -45,11 +36,11 @@ class Execution:
         before = denoiser.precision, denoiser.body._compiled_call_impl
         try:
             # torch.compile is asked once: each answer would compile anew.
-            first = self._compile and self._compiled is None
-            denoiser.run_with(self._precision, self._channels_last, compile=first)
+            first = self._settings.compile and self._compiled is None
+            denoiser.run_with(self._settings.precision, self._settings.channels_last, compile=first)
             if first:
                 self._compiled = denoiser.body._compiled_call_impl
-            elif self._compile:
+            elif self._settings.compile:
                 denoiser.body._compiled_call_impl = self._compiled
             yield
         finally:

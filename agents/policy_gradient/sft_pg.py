@@ -14,16 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.arguments import checked
-from ...common.checks import at_least, fraction, not_negative, positive
-from ...common.precision import Precision
 from ...envs.mdp import Reward
 from ..base import Environment
 from ..denoisers.denoiser import Denoiser
-from ..samplers.gaussian import Reduction
-from ..solvers import Options
 from .execution import as_executed
-from .shortcut import Buffer, Critic, ShortcutAgent
+from .settings import SFTPGSettings
+from .shortcut import Critic, ShortcutAgent
 
 
 class SFTPG(ShortcutAgent):
@@ -36,57 +32,10 @@ class SFTPG(ShortcutAgent):
     Args:
         env: the environment; its reward becomes the critic.
         denoiser: the network theta, trained in place.
-        critic: f and V; by default an `IPMCritic` built from the next eight arguments. A plain
-            reward function (N, *shape) -> (N,) gets a learned baseline and is maximised as it is.
-        regularizer: of the critic: "baseline" is SFT-PG (B), "gradient-penalty" SFT-PG (GP); also
-            "weight-clip", "spectral-norm", "none".
-        coefficient: weight of the regulariser; the critic's default if None.
-        critic_width: hidden width of f, or the channels of its first stage; see `make_critic`.
-        residual_baseline: V(x_t, t) = f(x_t) + a learned residual; False learns V alone, as
-            published.
-        baseline_states: of the K states of a trajectory, how many V is trained on in a critic step.
-        critic_learning_rate: of f.
-        baseline_learning_rate: of V.
-        critic_lr_schedule: of both: "constant", "linear" or "cosine".
-        batch_size: trajectories a critic step.
-        n_critic: critic steps a round.
-        n_generator: policy steps a round.
-        critic_rounds: rounds at the start in which the critic learns alone. What a raw critic
-            prefers is chance, and with normalised advantages the policy would follow it.
-        minibatch_size: transitions a policy step; 10 * batch_size by default, whatever K, so that
-            memory does not grow with K, or the buffer's share where that is less.
-        learning_rate: of theta.
-        betas: Adam's, for theta.
-        lr_schedule: of theta: "constant", "linear" or "cosine".
-        max_grad_norm: the gradient's norm is clipped here (paper A's gamma).
-        clip_range: PPO's clip of the importance ratio at 1 +- clip_range; None, as published, has
-            no ratio at all.
-        log_density: over dimensions: "sum", or "mean" (paper A on images).
-        gae_lambda: 1 is the advantage above; below 1 mixes in the differences of V along the
-            trajectory (generalised advantage estimation, Schulman et al. 2016, with V(x_0) =
-            f(x_0)).
-        normalize_advantage: divide the advantages by their standard deviation over the buffer.
-        noise_power: weight each step's gradient by its standard deviation to this power, relative
-            to the other steps'. 0 is the policy gradient, in which steps of little noise drown the
-            others, as their scores are of size 1 / std; 1 makes all steps' scores alike; 2 is the
-            natural gradient in each step's mean (our extension).
-        ema: decay a round of the averaged theta, which samples; 0 uses theta itself.
-        learn_std: train the K standard deviations as well.
-        precision: "float32", or "bf16": networks compute in bfloat16 where that is safe (autocast);
-            weights, densities and rewards stay float32.
-        channels_last: keep convolution weights in that memory format; faster on most GPUs.
-        compile: run the denoiser through `torch.compile`.
-        micro_batch_size: most samples that the denoiser sees at once, in rollouts and, with
-            gradients accumulated, in policy steps; None takes them whole. The result is the same to
-            rounding, the memory is not.
-        buffer: where trajectories are kept: beside the networks as "float32" or "float16", or on
-            the "cpu" ("cpu-float16"). Half precision rounds each state by up to 2.4e-4 of its
-            size, which a last standard deviation of 0.001 hardly notices.
-        solver: the chain; it must be one-step with noise in every step.
-        solver_options: of the solver; None takes paper A's choice for the kind of data.
-        seed: seed of all randomness.
-        verbose: 1 prints the log to the screen.
-        tensorboard_log: folder for TensorBoard.
+        settings: see `SFTPGSettings`.
+        critic: f and V; by default an `IPMCritic` as the settings say. A plain reward function
+            (N, *shape) -> (N,) gets a learned baseline and is maximised as it is.
+        arguments: see `Agent`: single settings by name, seed, verbose, tensorboard_log.
 
     Raises:
         ValueError: a chain without densities, counts below 1, a negative noise_power, or a buffer
@@ -96,96 +45,27 @@ class SFTPG(ShortcutAgent):
     name = "sft-pg"
     uses_baseline = True
 
-    @checked
+    settings: SFTPGSettings
+    Settings = SFTPGSettings
+
     def __init__(
         self,
         env: Environment,
         denoiser: Denoiser,
+        settings: SFTPGSettings | None = None,
         *,
         critic: Critic | Reward | None = None,
-        regularizer: str = "baseline",
-        coefficient: float | None = None,
-        critic_width: int | None = None,
-        residual_baseline: bool = True,
-        baseline_states: int = 3,
-        critic_learning_rate: float = 1e-3,
-        baseline_learning_rate: float = 1e-3,
-        critic_lr_schedule: str = "constant",
-        batch_size: int = 256,
-        n_critic: int = 5,
-        n_generator: int = 2,
-        critic_rounds: int = 0,
-        minibatch_size: int | None = None,
-        learning_rate: float = 3e-4,
-        betas: tuple[float, float] = (0.5, 0.999),
-        lr_schedule: str = "linear",
-        max_grad_norm: float = 1.0,
-        clip_range: float | None = None,
-        log_density: Reduction = "sum",
-        gae_lambda: float = 0.9,
-        normalize_advantage: bool = True,
-        noise_power: float = 0.0,
-        ema: float = 0.95,
-        learn_std: bool = False,
-        precision: Precision = "float32",
-        channels_last: bool = False,
-        compile: bool = False,
-        micro_batch_size: int | None = None,
-        buffer: Buffer = "float32",
-        solver: str = "ancestral",
-        solver_options: Options | None = None,
-        seed: int = 0,
-        verbose: int = 0,
-        tensorboard_log: str | None = None,
+        **arguments: Any,
     ) -> None:
-        super().__init__(
-            env,
-            denoiser,
-            critic,
-            regularizer=regularizer,
-            coefficient=coefficient,
-            critic_width=critic_width,
-            residual_baseline=residual_baseline,
-            baseline_states=baseline_states,
-            critic_learning_rate=critic_learning_rate,
-            baseline_learning_rate=baseline_learning_rate,
-            critic_lr_schedule=critic_lr_schedule,
-            batch_size=batch_size,
-            n_critic=n_critic,
-            n_generator=n_generator,
-            critic_rounds=critic_rounds,
-            learning_rate=learning_rate,
-            betas=betas,
-            lr_schedule=lr_schedule,
-            max_grad_norm=max_grad_norm,
-            ema=ema,
-            learn_std=learn_std,
-            precision=precision,
-            channels_last=channels_last,
-            compile=compile,
-            micro_batch_size=micro_batch_size,
-            buffer=buffer,
-            solver=solver,
-            solver_options=solver_options,
-            seed=seed,
-            verbose=verbose,
-            tensorboard_log=tensorboard_log,
-        )
-        at_least(1, minibatch_size=minibatch_size)
-        positive(clip_range=clip_range)
-        fraction(with_one=True, gae_lambda=gae_lambda)
-        not_negative(noise_power=noise_power)
-        self.clip_range = clip_range
-        self.log_density = log_density
-        self.gae_lambda = gae_lambda
-        self.normalize_advantage = normalize_advantage
-        self.noise_power = noise_power
+        super().__init__(env, denoiser, settings, critic=critic, **arguments)
+        settings = self.settings
+        noise_power, n_generator = settings.policy.noise_power, settings.n_generator
         weights = torch.from_numpy(self._tableau.base_std**noise_power)
         self._step_weights = (weights / weights.mean()).to(self.device, torch.float32)
-        transitions = n_critic * batch_size * self.policy.steps
+        transitions = settings.n_critic * settings.batch_size * self.policy.steps
         # The default fits any sampler, also one of a single step.
-        self.minibatch_size = minibatch_size or max(
-            1, min(10 * batch_size, transitions // n_generator)
+        self.minibatch_size = settings.minibatch_size or max(
+            1, min(10 * settings.batch_size, transitions // n_generator)
         )
         if n_generator * self.minibatch_size > transitions:
             raise ValueError(
@@ -230,14 +110,14 @@ class SFTPG(ShortcutAgent):
         steps = torch.arange(self.policy.steps, device=self.device).unsqueeze(1)
         values = torch.cat([self._values(buffer[j : j + 1], step) for j, step in enumerate(steps)])
         final = torch.cat([self.critic(self.fetch(part)) for part in self._split(buffer[-1])])
-        if self.gae_lambda == 1:
+        if self.settings.policy.gae_lambda == 1:
             advantages = final - values
         else:
             gains = torch.diff(values, dim=0, append=final.unsqueeze(0))
             advantages = gains
             for j in range(len(gains) - 2, -1, -1):
-                advantages[j] += self.gae_lambda * advantages[j + 1]
-        if self.normalize_advantage:
+                advantages[j] += self.settings.policy.gae_lambda * advantages[j + 1]
+        if self.settings.policy.normalize_advantage:
             advantages = advantages / self.processes.std(advantages).clamp_min(1e-8)
         return advantages
 
@@ -248,16 +128,18 @@ class SFTPG(ShortcutAgent):
 
     def _split(self, stored: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
         """Split a part of the buffer into what the networks may see at once."""
-        return stored.split(self.micro_batch_size or stored.shape[dim], dim)
+        return stored.split(self.settings.execution.micro_batch_size or stored.shape[dim], dim)
 
     def policy_loss(
         self, log_density: Tensor, advantage: Tensor, old_log_density: Tensor | None
     ) -> Tensor:
         """Return the surrogate whose gradient is S.4's, or PPO's clipped one with `clip_range`."""
-        if self.clip_range is None or old_log_density is None:
+        if self.settings.policy.clip_range is None or old_log_density is None:
             return -(advantage * log_density).mean()
         ratio = (log_density - old_log_density).exp()
-        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        clipped = ratio.clamp(
+            1 - self.settings.policy.clip_range, 1 + self.settings.policy.clip_range
+        )
         return -torch.minimum(ratio * advantage, clipped * advantage).mean()
 
     def _draw_transitions(self, advantages: Tensor) -> list[Tensor]:
@@ -265,11 +147,11 @@ class SFTPG(ShortcutAgent):
 
         Several processes draw from the transitions of all of them, and each keeps its own.
         """
-        count, batch = self.processes.count, self.batch_size
+        count, batch = self.processes.count, self.settings.batch_size
         size = self.minibatch_size * count
         everyone = count * advantages.numel()
         order = torch.randperm(everyone, generator=self.generator, device=self.device)
-        chosen = order[: self.n_generator * size].split(size)
+        chosen = order[: self.settings.n_generator * size].split(size)
         if count == 1:
             return list(chosen)
         mine = []
@@ -283,7 +165,7 @@ class SFTPG(ShortcutAgent):
 
     def _pieces(self, minibatch: Minibatch) -> Iterator[tuple[Tensor, ...]]:
         """Yield (x_t, x_s, step, advantage) of a minibatch, `micro_batch_size` at a time."""
-        for piece in minibatch.split(self.micro_batch_size):
+        for piece in minibatch.split(self.settings.execution.micro_batch_size):
             sample, next_sample, step, advantage = piece
             yield self.fetch(sample), self.fetch(next_sample), step, advantage
 
@@ -296,7 +178,9 @@ class SFTPG(ShortcutAgent):
         """Yield the pieces of a minibatch's loss; note log-densities and losses in `seen`."""
         done = 0
         for sample, next_sample, step, advantage in self._pieces(minibatch):
-            log_density = self.policy.log_density(next_sample, sample, step, self.log_density)
+            log_density = self.policy.log_density(
+                next_sample, sample, step, self.settings.policy.log_density
+            )
             old = None
             if old_log_density is not None:
                 old = old_log_density[done : done + len(sample)]
@@ -312,12 +196,16 @@ class SFTPG(ShortcutAgent):
         """Return log p (n,) of a minibatch's transitions under the policy as it is."""
         densities = [torch.empty(0, device=self.device)]
         for sample, next_sample, step, _ in self._pieces(minibatch):
-            densities.append(self.policy.log_density(next_sample, sample, step, self.log_density))
+            densities.append(
+                self.policy.log_density(next_sample, sample, step, self.settings.policy.log_density)
+            )
         return torch.cat(densities)
 
     def _behaviour_log_densities(self, minibatches: list[Minibatch]) -> list[Tensor | None]:
         """Return log p before any update, by the same calls: the first ratio is exactly 1."""
-        needed = len(minibatches) if self.clip_range is not None else int(self.will_log)
+        needed = (
+            len(minibatches) if self.settings.policy.clip_range is not None else int(self.will_log)
+        )
         densities: list[Tensor | None] = [
             self._log_densities(minibatch) for minibatch in minibatches[:needed]
         ]
@@ -338,23 +226,11 @@ class SFTPG(ShortcutAgent):
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""
-        half = max((self.micro_batch_size or self.minibatch_size) // 2, 1)
+        half = max((self.settings.execution.micro_batch_size or self.minibatch_size) // 2, 1)
         return (
             f"Give micro_batch_size={half}, which changes no result, or buffer='cpu', or a "
-            f"batch_size below {self.batch_size}."
+            f"batch_size below {self.settings.batch_size}."
         )
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's keyword arguments."""
-        return {
-            **super().settings(),
-            "minibatch_size": self.minibatch_size,
-            "clip_range": self.clip_range,
-            "log_density": self.log_density,
-            "gae_lambda": self.gae_lambda,
-            "normalize_advantage": self.normalize_advantage,
-            "noise_power": self.noise_power,
-        }
 
 
 class Minibatch:

@@ -11,32 +11,27 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.arguments import checked
 from ...common.checkpoint import CheckpointError, counter
-from ...common.checks import at_least, not_negative
 from ...common.files import write_atomically
-from ...common.names import unknown_name
 from ...common.reading import damage_named
 from ...envs import Schedule
-from ..base import Agent, AnyAgent, Environment, checked_settings
+from ..base import Agent, AnyAgent, Environment, settings_of
 from ..denoisers.denoiser import Denoiser
 from ..samplers.tableau import Tableau
-from ..solvers import Options
 from .distillation.files import read_distilled, write_distilled
 from .distillation.fit import Batch, StepFit, best_constant, fit, noise_errors
-from .distillation.forms import CONSTANT, Form, directions, distilled
+from .distillation.forms import CONSTANT, directions, distilled
 from .distillation.refine import ITERATIONS, Refiner
-from .distillation.teacher import Align, judge_teacher, make_teacher
+from .distillation.teacher import judge_teacher, make_teacher
 from .no_data import mdp_without_data
 from .selection import best_of, is_better
-
-Refine = Literal["none", "end-to-end"]
+from .settings import DODESettings
 
 # By default a fit sees about this many numbers, in at most so many batches.
 _FITTED_NUMBERS, _MOST_BATCHES = 100_000, 10
@@ -70,37 +65,7 @@ class DODE(Agent):
     Args:
         env: the environment; its schedule is the student's, its process gives the noise.
         denoiser: the network, which stays as it is.
-        solver: the base solver, any deterministic one of `fewstep.agents.solvers`.
-        solver_options: its options.
-        form: what a step may mix in, see
-            `fewstep.agents.solver_learning.distillation.forms.directions`:
-            "difference" is the paper's; "two", "sep", "all", "general", "fixed" and "lookahead"
-            are its alternatives.
-        teacher: the teacher's solver. The paper takes the student's own or "ddim". One of high
-            order is far closer to the solution for the same calls if the network is smooth in time;
-            where it is rough, "ddim" can be closer.
-        teacher_options: its options.
-        scale: the teacher's steps for each call of the student; 5 to 30.
-        align: "time" compares states at the same noise level; "index" compares them as the official
-            code does, for reproduction.
-        integer_times: round the teacher's times to whole noisings, for networks that know no
-            others.
-        batch_size: noises a batch; 50 to 1000.
-        batches: how many batches the fit sums over, exactly as if they were one; None takes 1 for
-            samples of a thousand numbers and up to 10 for smaller ones, which tell less. A quarter
-            more, for the refinement as many more, is held out to choose the table, and another
-            quarter to report its error.
-        ridge: pulls the parameters to 0, as a share of each step's squared error: |lambda| stays
-            below 1 / (2 sqrt(ridge)). Where two outputs are nearly the same (D-EDM's first steps)
-            plain least squares, 0, finds values of hundreds that fit the batch and nothing else; 0
-            to 1e-2.
-        refine: "end-to-end" goes on from the fit by L-BFGS on all weights, against the error of the
-            finished sample.
-        refine_steps: rounds of the refinement, of up to ten L-BFGS steps each; 5 to 50.
-        check_teacher: warn if the teacher is no better than the base solver, which costs up to
-            four times the teacher's calls on one batch.
-        seed: seed of the noise.
-        verbose: see `Agent`, as the remaining arguments.
+        settings: see `DODESettings`; the remaining arguments are `Agent`'s.
 
     Attributes:
         fits: what each step's parameters did (`StepFit`), empty before the first round.
@@ -114,70 +79,22 @@ class DODE(Agent):
     name = "dode"
     checkpoint_name = "tableau.json"
 
-    @checked
-    def __init__(
-        self,
-        env: Environment,
-        denoiser: Denoiser,
-        *,
-        solver: str = "ddim",
-        solver_options: Options | None = None,
-        form: str = "difference",
-        teacher: str = "dpm-solver-3m",
-        teacher_options: Options | None = None,
-        scale: int = 10,
-        align: str = "time",
-        integer_times: bool = False,
-        batch_size: int = 100,
-        batches: int | None = None,
-        ridge: float = 1e-4,
-        refine: str = "none",
-        refine_steps: int = 20,
-        check_teacher: bool = True,
-        seed: int = 0,
-        verbose: int = 0,
-        tensorboard_log: str | None = None,
-    ) -> None:
-        super().__init__(
-            env,
-            denoiser,
-            solver=solver,
-            solver_options=solver_options,
-            seed=seed,
-            verbose=verbose,
-            tensorboard_log=tensorboard_log,
-        )
-        for what, value, known in (
-            ("form", form, Form),
-            ("align", align, Align),
-            ("refine", refine, Refine),
-        ):
-            if value not in get_args(known):
-                raise unknown_name(what, value, get_args(known))
-        at_least(1, batch_size=batch_size, batches=batches, refine_steps=refine_steps)
-        not_negative(ridge=ridge)
-        self.form: Form = form  # type: ignore[assignment]
-        self.align: Align = align  # type: ignore[assignment]
-        self.refine = refine
-        self.teacher_name = teacher
-        self.teacher_options = dict(teacher_options or {})
-        self.scale = scale
-        self.integer_times = integer_times
-        self.batch_size = batch_size
-        self.batches = batches
-        self.ridge = ridge
-        self.refine_steps = refine_steps
-        self.check_teacher = check_teacher
+    settings: DODESettings
+    Settings = DODESettings
+
+    def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
+        super().__init__(env, denoiser, *args, **arguments)
+        settings = self.settings
         self.base = self._tableau
-        self._rows = directions(self.base, self.form)
+        self._rows = directions(self.base, settings.form)
         self.teacher = make_teacher(
             self.base,
             self.mdp.schedule,
-            self.teacher_name,
-            self.teacher_options,
-            scale,
-            self.align,
-            integer_times,
+            settings.teacher,
+            settings.teacher_options or {},
+            settings.scale,
+            settings.align,
+            settings.integer_times,
         )
         self.fits: list[StepFit] = []
         self.errors: dict[str, float] = {}
@@ -223,19 +140,19 @@ class DODE(Agent):
     @property
     def noise_counts(self) -> tuple[int, int, int]:
         """How many noises are fitted, held out to choose by, and kept to report on."""
-        fitted = self._fitted_count * self.batch_size
+        fitted = self._fitted_count * self.settings.batch_size
         share = max(fitted // _HELD_OUT_SHARE, min(fitted, _LEAST_HELD_OUT))
-        return fitted, fitted if self.refine == "end-to-end" else share, share
+        return fitted, fitted if self.settings.refine == "end-to-end" else share, share
 
     @property
     def _fitted_count(self) -> int:
-        numbers = self.batch_size * math.prod(self.mdp.shape)
-        return self.batches or min(-(-_FITTED_NUMBERS // numbers), _MOST_BATCHES)
+        numbers = self.settings.batch_size * math.prod(self.mdp.shape)
+        return self.settings.batches or min(-(-_FITTED_NUMBERS // numbers), _MOST_BATCHES)
 
     @property
     def planned_rounds(self) -> int:
         """The fit, and the steps of the refinement."""
-        return 1 + (self.refine_steps if self.refine == "end-to-end" else 0)
+        return 1 + (self.settings.refine_steps if self.settings.refine == "end-to-end" else 0)
 
     @property
     def timesteps_per_round(self) -> int:
@@ -244,11 +161,11 @@ class DODE(Agent):
 
     @property
     def _refines_next(self) -> bool:
-        return self.refine == "end-to-end" and self.rounds > 0
+        return self.settings.refine == "end-to-end" and self.rounds > 0
 
     @property
     def _refinement_cost(self) -> int:
-        return ITERATIONS * self._fitted_count * self.batch_size * self.base.nfe
+        return ITERATIONS * self._fitted_count * self.settings.batch_size * self.base.nfe
 
     @property
     def _fit_cost(self) -> int:
@@ -258,7 +175,7 @@ class DODE(Agent):
     def timesteps_until(self, rounds: int) -> int:
         """Return the timesteps left until `rounds` rounds are done; the first one is dearer."""
         left = max(rounds - self.rounds, 0)
-        if self.refine == "none" or not left:
+        if self.settings.refine == "none" or not left:
             return left * self._fit_cost
         first = self._fit_cost if self.rounds == 0 else self._refinement_cost
         return first + (left - 1) * self._refinement_cost
@@ -279,7 +196,7 @@ class DODE(Agent):
                 "schedule; its parameters carry over to schedules of as many calls, refined "
                 "weights to none."
             )
-        return distilled(base, directions(base, self.form), self.lambdas)
+        return distilled(base, directions(base, self.settings.form), self.lambdas)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -293,20 +210,20 @@ class DODE(Agent):
     def _fit(self) -> dict[str, float]:
         pool = self._fitted
         self.errors, self._kept_errors = {}, None
-        if self.check_teacher:
+        if self.settings.check_teacher:
             self.errors["teacher"] = judge_teacher(
                 self.teacher,
                 self.base,
                 self.mdp.schedule,
-                self.scale,
+                self.settings.scale,
                 self.denoiser,
                 pool[0].noise,
-                self.integer_times,
+                self.settings.integer_times,
             )
         constant = None
-        if self.form in CONSTANT:
+        if self.settings.form in CONSTANT:
             constant = best_constant(self.base, self._rows, self.denoiser, pool)
-        self.fits = fit(self.base, self._rows, self.denoiser, pool, self.ridge, constant)
+        self.fits = fit(self.base, self._rows, self.denoiser, pool, self.settings.ridge, constant)
         tables = {GIVEN: self.base, DISTILLED: distilled(self.base, self._rows, self.lambdas)}
         held_out = {name: self._errors_of(table) for name, table in tables.items()}
         self.returned = self._refined_from = best_of(held_out)
@@ -369,8 +286,10 @@ class DODE(Agent):
         if not self._pool:
             generator = torch.Generator(self.device).manual_seed(self.seed)
             fitted, chosen_by, reported = self.noise_counts
-            sizes = [self.batch_size] * self._fitted_count
-            sizes += sizes if chosen_by == fitted and self.refine != "none" else [chosen_by]
+            sizes = [self.settings.batch_size] * self._fitted_count
+            sizes += (
+                sizes if chosen_by == fitted and self.settings.refine != "none" else [chosen_by]
+            )
             for i, size in enumerate([*sizes, reported]):
                 noise = self.mdp.initial(size, generator)
                 states = self.teacher.states(self.denoiser, noise)
@@ -385,23 +304,6 @@ class DODE(Agent):
         return self.make_batches()[: self._fitted_count]
 
     # -- checkpoints ---------------------------------------------------------------------------
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's keyword arguments."""
-        return {
-            "form": self.form,
-            "teacher": self.teacher_name,
-            "teacher_options": self.teacher_options,
-            "scale": self.scale,
-            "align": self.align,
-            "integer_times": self.integer_times,
-            "batch_size": self.batch_size,
-            "batches": self.batches,
-            "ridge": self.ridge,
-            "refine": self.refine,
-            "refine_steps": self.refine_steps,
-            "check_teacher": self.check_teacher,
-        }
 
     def state(self) -> dict[str, Any]:
         """Return what training found, as JSON values."""
@@ -440,7 +342,8 @@ class DODE(Agent):
         """
         training = {
             "agent": self.name,
-            "settings": self.all_settings(),
+            "settings": self.settings.to_tree(),
+            "seed": self.seed,
             "environment": {"target": self.mdp.target.name, "shape": list(self.mdp.shape)},
             "num_timesteps": self.num_timesteps,
             "rounds": self.rounds,
@@ -470,13 +373,12 @@ class DODE(Agent):
             TypeError: no denoiser given.
         """
         _, tree = read_distilled(path, cls.name)
-        with damage_named(path, CheckpointError):
-            settings = dict(tree["training"]["settings"])
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
         with damage_named(path, CheckpointError):
-            settings = checked_settings(cls, settings, path)
-        agent = cls(env, overrides.pop("denoiser"), **{**settings, **overrides})
+            settings = settings_of(cls, tree["training"], path)
+            overrides.setdefault("seed", tree["training"]["seed"])
+        agent = cls(env, overrides.pop("denoiser"), settings, **overrides)
         agent.check_device(device)
         agent.resume(path)
         return agent
@@ -498,7 +400,7 @@ class DODE(Agent):
             "shape": list(self.mdp.shape),
             "solver": self.solver,
             "solver_options": self.solver_options,
-            "form": self.form,
+            "form": self.settings.form,
         }
         there = {**training["environment"], **training["settings"]}
         for key, value in here.items():

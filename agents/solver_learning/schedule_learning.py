@@ -16,26 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.arguments import checked
 from ...common.checkpoint import CheckpointError, counter
 from ...envs import Schedule
 from ..base import Agent, Environment
 from ..denoisers.denoiser import Denoiser
 from ..samplers.tableau import Tableau
-from ..solvers import Options, build_solver
+from ..solvers import build_solver
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .no_data import NO_DATA, mdp_without_data
 from .scheduling.descent import GIVEN, GRID, LEARNED, PROGRAMME, Descent
-from .scheduling.levels import Space
 from .scheduling.objective import Objective, Slope
 from .scheduling.plan import Plan, Position
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
-from .scheduling.settings import Gradient, LevelTarget, check_settings
 from .scheduling.starts import programme_for, starting_schedule
-from .scheduling.surrogate import Reading
-from .scheduling.tuning import Tuning, TuningWeights
+from .scheduling.tuning import Tuning
 from .scheduling.weights import step_weights
+from .settings import ScheduleSettings
 
 # The origins of a schedule in words; their order is that of the numbers in the log.
 _SCHEDULES = {
@@ -65,61 +62,7 @@ class ScheduleLearning(Agent):
     Args:
         env: the environment; its schedule gives the number of steps and the ends.
         denoiser: the network; stage two trains it, in place.
-        solver: the solver whose schedule is learned, any deterministic one of
-            `fewstep.agents.solvers`; "euler" is paper B's.
-        solver_options: its options.
-        start: where the levels start: what a dynamic programme finds, unless the environment's own
-            schedule errs less, "trajectory-dp" for the least errors of jumps between a teacher's
-            states, which spares the gradient many a poor local optimum, or "diffusion-dp" for the
-            least L_diff of paper B; "karras", paper B's, or another name of a schedule, between the
-            environment's ends; or "environment", its own.
-        space: the scale on which levels are parameters: "rho" (level^(1/7), Karras's), "log" or
-            "sigma" (paper B's, badly scaled).
-        target: what a rollout should end at: "teacher", where a fine solver ends from the same
-            noise; "data", paper B's: the sample whose noising it started from. The optimum of the
-            latter is a sampler that returns the mean of the data; training stops on the way there,
-            see `collapse`.
-        gradient: "exact", in memory independent of the number of steps; "eq14", paper B's estimate,
-            for Euler's steps only; "none" stops at `start`.
-        residual: how eq14 is read, see
-            `fewstep.agents.solver_learning.scheduling.surrogate.Reading`: "rollout",
-            "one-shot" or "convex"; the latter two need target="data".
-        network_input: also of eq14: "moving", "rollout" or "noised"; the latter needs
-            target="data".
-        weight_term: also of eq14: add the change of Euler's weights.
-        teacher: the teacher's solver.
-        teacher_options: its options.
-        scale: the teacher's steps for each step of the sampler; 5 to 30.
-        integer_times: for networks that know whole noisings only: round the times of the teacher
-            and of the dynamic programmes' grid; needs gradient="none".
-        check_teacher: warn if the teacher is no better than the sampler at the start.
-        gamma: weight of the rollout's error in stage one.
-        diffusion_weight: weight of paper B's L_diff there, which needs data; None takes 1 for
-            target="data" and 0 for "teacher", which it does not help.
-        schedule_rounds: updates of the levels a stage; 50 to 500.
-        schedule_learning_rate: of Adam on the levels' parameters, warmed up and then falling on a
-            cosine; None takes 0.3 for the exact gradient and 0.1 for eq14, whose large steps do not
-            descend.
-        batch_size: rollouts an update; 100 to 1000.
-        batches: how many such batches are taken by turns; as many more are held out to choose what
-            is returned, and one more to report its error.
-        tuning_rounds: updates of the denoiser a stage; 0 leaves it as it is.
-        tuning_batch_size: real samples, or rollouts, an update.
-        tuning_learning_rate: of Adam on the denoiser; 1e-5 to 1e-3.
-        tuning_weights: what stage two minimises: "rollout", the distance of finished samples from
-            the teacher's, through the whole chain; on real samples at the schedule's levels
-            "lambda", paper B's L_diff, or "original", the loss of pretraining. None takes "rollout"
-            for target="teacher" and "lambda" for "data".
-        last_weight: weight of the smallest level beside lambda, which is of no level there.
-        max_grad_norm: the denoiser's gradient is clipped here; None does not clip.
-        ema: decay of the average of the denoiser's weights, 0 (none) to 1 (excluded); the averaged
-            weights sample.
-        alternations: how often the two stages are done at most.
-        tolerance: they end before if stage one moved no level by this share.
-        collapse: stage one ends, and goes back, when the samples' variance falls below this share
-            of what it was; 0 never does.
-        seed: seed of noise, data and training.
-        verbose: see `Agent`, as the remaining arguments.
+        settings: see `ScheduleSettings`; the remaining arguments are `Agent`'s.
 
     Attributes:
         converged: whether the alternation ended because the levels stayed.
@@ -142,93 +85,20 @@ class ScheduleLearning(Agent):
 
     name = "schedule"
 
-    @checked
-    def __init__(
-        self,
-        env: Environment,
-        denoiser: Denoiser,
-        *,
-        solver: str = "euler",
-        solver_options: Options | None = None,
-        start: str = "trajectory-dp",
-        space: str = "rho",
-        target: str = "teacher",
-        gradient: str = "exact",
-        residual: str = "rollout",
-        network_input: str = "moving",
-        weight_term: bool = False,
-        teacher: str = "heun",
-        teacher_options: Options | None = None,
-        scale: int = 10,
-        integer_times: bool = False,
-        check_teacher: bool = True,
-        gamma: float = 1.0,
-        diffusion_weight: float | None = None,
-        schedule_rounds: int = 150,
-        schedule_learning_rate: float | None = None,
-        batch_size: int = 500,
-        batches: int = 2,
-        tuning_rounds: int = 300,
-        tuning_batch_size: int = 256,
-        tuning_learning_rate: float = 3e-4,
-        tuning_weights: str | None = None,
-        last_weight: float = 1.0,
-        max_grad_norm: float | None = 1.0,
-        ema: float = 0.99,
-        alternations: int = 1,
-        tolerance: float = 0.05,
-        collapse: float = 0.7,
-        seed: int = 0,
-        verbose: int = 0,
-        tensorboard_log: str | None = None,
-    ) -> None:
-        super().__init__(
-            env,
-            denoiser,
-            solver=solver,
-            solver_options=solver_options,
-            seed=seed,
-            verbose=verbose,
-            tensorboard_log=tensorboard_log,
-        )
-        if tuning_weights is None:
-            tuning_weights = "rollout" if target == "teacher" else "lambda"
-        self.start = start
-        self.space: Space = space  # type: ignore[assignment]
-        self.target: LevelTarget = target  # type: ignore[assignment]
-        self.gradient: Gradient = gradient  # type: ignore[assignment]
-        self.reading = Reading(residual, network_input, weight_term)  # type: ignore[arg-type]
-        self.teacher_name = teacher
-        self.teacher_options = dict(teacher_options or {})
-        self.scale = scale
-        self.integer_times = integer_times
-        self.check_teacher = check_teacher
-        self.gamma = gamma
-        self.diffusion_weight = diffusion_weight
-        self.schedule_rounds = schedule_rounds
-        if schedule_learning_rate is None:
-            schedule_learning_rate = 0.1 if gradient == "eq14" else 0.3
-        self.schedule_learning_rate = schedule_learning_rate
-        self.batch_size = batch_size
-        self.batches = batches
-        self.tuning_rounds = tuning_rounds
-        self.tuning_batch_size = tuning_batch_size
-        self.tuning_learning_rate = tuning_learning_rate
-        self.tuning_weights: TuningWeights = tuning_weights  # type: ignore[assignment]
-        self.last_weight = last_weight
-        self.max_grad_norm = max_grad_norm
-        self.alternations = alternations
-        self.tolerance = tolerance
-        self.collapse = collapse
-        self._ema = ema
-        has_data = self.mdp.target.name != NO_DATA
-        check_settings(self.settings(), self.solver, self.reading, has_data)
+    settings: ScheduleSettings
+    Settings = ScheduleSettings
 
-        like = starting_schedule(self.mdp.schedule, start, integer_times)
-        if diffusion_weight is None:
-            diffusion_weight = 1.0 if target == "data" else 0.0
-        reading = self.reading if gradient == "eq14" else None
-        self._objective = Objective(self._build, like, reading, gamma, diffusion_weight)
+    def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
+        super().__init__(env, denoiser, *args, **arguments)
+        settings, tuning = self.settings, self.settings.tuning
+        if self.mdp.target.name == NO_DATA:
+            settings.check_without_data()
+
+        like = starting_schedule(self.mdp.schedule, settings.start, settings.integer_times)
+        reading = settings.reading if settings.gradient == "eq14" else None
+        self._objective = Objective(
+            self._build, like, reading, settings.gamma, settings.diffusion_share
+        )
         self._base = self._build(like)
         if not self._base.linear:
             raise ValueError(
@@ -236,15 +106,17 @@ class ScheduleLearning(Agent):
                 "is learned for a deterministic one, such as euler, dpm-solver++-2m or ipndm."
             )
         self.teacher = self._new_teacher()
-        if gradient != "none":
+        if settings.gradient != "none":
             check_differentiable(self.denoiser, like.times[:-1].tolist(), self.mdp.shape)
         # Stage two changes the network; the teacher is the network as it was given.
         self._original = (
-            copy.deepcopy(self.denoiser).requires_grad_(False) if tuning_rounds else self.denoiser
+            copy.deepcopy(self.denoiser).requires_grad_(False) if tuning.rounds else self.denoiser
         )
-        wanted = self.teacher if target == "teacher" else None
-        self._pool = Pool(self.mdp, like, wanted, self._original, batch_size, batches, seed)
-        self._programme = programme_for(start, like, integer_times)
+        wanted = self.teacher if settings.target == "teacher" else None
+        self._pool = Pool(
+            self.mdp, like, wanted, self._original, settings.batch_size, settings.batches, self.seed
+        )
+        self._programme = programme_for(settings.start, like, settings.integer_times)
         same = torch.allclose(like.times, self.mdp.schedule.times, rtol=1e-9, atol=0.0)
         kind = PROGRAMME if self._programme else GIVEN if same else GRID
         self._descent = Descent(
@@ -252,33 +124,37 @@ class ScheduleLearning(Agent):
             self._pool,
             given=self.mdp.schedule,
             start=kind,
-            space=self.space,
-            moves=gradient != "none",
-            integer_times=integer_times,
-            rounds=1 if gradient == "none" else schedule_rounds,
-            learning_rate=self.schedule_learning_rate,
-            collapse=collapse,
+            space=settings.space,
+            moves=settings.gradient != "none",
+            integer_times=settings.integer_times,
+            rounds=1 if settings.gradient == "none" else settings.schedule_rounds,
+            learning_rate=settings.level_rate,
+            collapse=settings.collapse,
         )
         self._tuning = Tuning(
             self.denoiser,
             self._pool,
-            weights=self.tuning_weights,
-            rounds=tuning_rounds,
-            batch_size=tuning_batch_size,
-            learning_rate=tuning_learning_rate,
-            last_weight=last_weight,
-            max_grad_norm=max_grad_norm,
-            ema=ema,
+            weights=settings.tuning_weights,
+            rounds=tuning.rounds,
+            batch_size=tuning.batch_size,
+            learning_rate=tuning.learning_rate,
+            last_weight=tuning.last_weight,
+            max_grad_norm=tuning.max_grad_norm,
+            ema=tuning.ema,
         )
         self.averaged, self.optimizer = self._tuning.averaged, self._tuning.optimizer
         self._plan = Plan(
-            alternations,
+            settings.alternations,
             self._descent.rounds,
-            tuning_rounds,
+            tuning.rounds,
             pool_calls=self._pool.calls,
-            programme_calls=self._programme.calls * batch_size if self._programme else 0,
-            programme_again=gradient == "none",
-            level_calls=self._objective.calls(self._base) * batch_size if gradient != "none" else 0,
+            programme_calls=self._programme.calls * settings.batch_size if self._programme else 0,
+            programme_again=settings.gradient == "none",
+            level_calls=(
+                self._objective.calls(self._base) * settings.batch_size
+                if settings.gradient != "none"
+                else 0
+            ),
             tuning_calls=self._tuning.calls(self._base),
         )
 
@@ -308,10 +184,10 @@ class ScheduleLearning(Agent):
         teacher = make_teacher(
             self._base,
             self._objective.like,
-            self.teacher_name,
-            self.teacher_options,
-            self.scale,
-            integer=self.integer_times,
+            self.settings.teacher,
+            self.settings.teacher_options or {},
+            self.settings.scale,
+            integer=self.settings.integer_times,
         )
         smallest = self._objective.rows(self._base) - 1
         return dataclasses.replace(teacher, targets=teacher.targets[smallest:])
@@ -369,7 +245,7 @@ class ScheduleLearning(Agent):
 
     @property
     def _judges(self) -> bool:
-        return self.target == "teacher"
+        return self.settings.target == "teacher"
 
     @property
     def collapsed(self) -> bool:
@@ -380,7 +256,7 @@ class ScheduleLearning(Agent):
     def done(self) -> bool:
         """Whether all alternations are done, the levels stayed, or they had collapsed."""
         over = self.collapsed and self._alternation > 0
-        return over or self.converged or self._alternation >= self.alternations
+        return over or self.converged or self._alternation >= self.settings.alternations
 
     @property
     def planned_rounds(self) -> int:
@@ -445,7 +321,11 @@ class ScheduleLearning(Agent):
         """Move the levels once; measure before and after the stage."""
         denoiser = self.sampling_denoiser
         if self._descent.updates == 0:
-            if self._alternation == 0 and self.check_teacher and self.target == "teacher":
+            if (
+                self._alternation == 0
+                and self.settings.check_teacher
+                and self.settings.target == "teacher"
+            ):
                 self.errors["teacher"] = self._judge_teacher()
             found = None
             if self._programme and self._plan.begins_with_programme(self._alternation):
@@ -457,14 +337,20 @@ class ScheduleLearning(Agent):
             self.errors.update(self._descent.compared)
             metrics.update({f"{name}_error": e for name, e in self._descent.compared.items()})
             metrics["returned"] = float(list(_SCHEDULES).index(self.returned))
-            self.converged = self._alternation > 0 and self._descent.moved < self.tolerance
+            self.converged = self._alternation > 0 and self._descent.moved < self.settings.tolerance
         return {key: torch.tensor(value) for key, value in metrics.items()}
 
     def _judge_teacher(self) -> float:
         """Return the teacher's error; warn if it is no better than the sampler at the start."""
         like, noise = self._objective.like, self._pool.held_out[-1].noise
         return judge_teacher(
-            self.teacher, self._base, like, self.scale, self._original, noise, self.integer_times
+            self.teacher,
+            self._base,
+            like,
+            self.settings.scale,
+            self._original,
+            noise,
+            self.settings.integer_times,
         )
 
     def slope(self, batch: Batch) -> Slope:
@@ -479,39 +365,6 @@ class ScheduleLearning(Agent):
         return self._pool.batches
 
     # -- checkpoints ---------------------------------------------------------------------------
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's keyword arguments."""
-        return {
-            "start": self.start,
-            "space": self.space,
-            "target": self.target,
-            "gradient": self.gradient,
-            "residual": self.reading.residual,
-            "network_input": self.reading.input,
-            "weight_term": self.reading.weight_term,
-            "teacher": self.teacher_name,
-            "teacher_options": self.teacher_options,
-            "scale": self.scale,
-            "integer_times": self.integer_times,
-            "check_teacher": self.check_teacher,
-            "gamma": self.gamma,
-            "diffusion_weight": self.diffusion_weight,
-            "schedule_rounds": self.schedule_rounds,
-            "schedule_learning_rate": self.schedule_learning_rate,
-            "batch_size": self.batch_size,
-            "batches": self.batches,
-            "tuning_rounds": self.tuning_rounds,
-            "tuning_batch_size": self.tuning_batch_size,
-            "tuning_learning_rate": self.tuning_learning_rate,
-            "tuning_weights": self.tuning_weights,
-            "last_weight": self.last_weight,
-            "max_grad_norm": self.max_grad_norm,
-            "ema": self._ema,
-            "alternations": self.alternations,
-            "tolerance": self.tolerance,
-            "collapse": self.collapse,
-        }
 
     def state(self) -> dict[str, Any]:
         """Return what training changed."""

@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...common.arguments import checked
-from ...common.checks import at_least, not_negative, positive
 from ...common.optimisation import (
     Averaged,
     adam,
     learning_rate,
-    learning_rate_schedule,
     seeded,
     set_learning_rate,
 )
@@ -36,10 +33,10 @@ from ..denoisers.denoiser import Denoiser
 from ..samplers.tableau import Tableau
 from ..solver_learning.held_out_data import Noised, held_out_samples
 from ..solver_learning.selection import is_better
-from ..solvers import Options, ancestral
+from ..solvers import ancestral
 from .head import VarianceHead
+from .settings import VarianceSettings
 
-Kind = Literal["gamma", "sn", "npr"]
 # Rounds of a head's training between two looks at held-out samples.
 CHECK_INTERVAL = 50
 GIVEN, LEARNED = "given", "learned"
@@ -63,18 +60,7 @@ class VarianceLearning(Agent):
     Args:
         env: the environment; its target gives the data, its process the noise.
         denoiser: the pretrained network, which is not trained.
-        kind: "gamma" (a `DiscreteVP` only), "sn" or "npr".
-        batch_size: samples a round.
-        samples_per_time: "gamma": samples of each noising; 100 to 50,000, fewer for larger images.
-        learning_rate: of Adam, for a head; 1e-4 to 5e-3.
-        lr_schedule: of a head: "cosine", "linear" or "constant".
-        max_grad_norm: a head's gradient norm is clipped here; None does not clip.
-        ema: decay of the average of a head's weights, 0 (none) to 1 (excluded); the averaged head
-            samples.
-        hidden: width of a head's layer between.
-        per_pixel: False makes a head's variance one number a sample.
-        solver: the one that belongs to the kind (see above), or None for it.
-        solver_options: see `Agent`, as the remaining arguments.
+        settings: see `VarianceSettings`; the remaining arguments are `Agent`'s.
 
     Attributes:
         returned: whether the denoiser has what was "given" or what is "learned".
@@ -89,64 +75,30 @@ class VarianceLearning(Agent):
 
     name = "variance"
 
-    @checked
-    def __init__(
-        self,
-        env: Environment,
-        denoiser: Denoiser,
-        *,
-        kind: Kind = "gamma",
-        batch_size: int = 256,
-        samples_per_time: int = 256,
-        learning_rate: float = 1e-3,
-        lr_schedule: str = "cosine",
-        max_grad_norm: float | None = 1.0,
-        ema: float = 0.99,
-        hidden: int = 128,
-        per_pixel: bool = True,
-        solver: str | None = None,
-        solver_options: Options | None = None,
-        seed: int = 0,
-        verbose: int = 0,
-        tensorboard_log: str | None = None,
-    ) -> None:
-        if solver not in (None, SOLVER_OF[kind]):
-            raise ValueError(
-                f"kind '{kind}' is learned for solver '{SOLVER_OF[kind]}', not '{solver}'."
-            )
-        at_least(1, batch_size=batch_size, samples_per_time=samples_per_time, hidden=hidden)
-        not_negative(learning_rate=learning_rate)
-        positive(max_grad_norm=max_grad_norm)
-        super().__init__(
-            env,
-            denoiser,
-            solver=SOLVER_OF[kind],
-            solver_options=solver_options,
-            seed=seed,
-            verbose=verbose,
-            tensorboard_log=tensorboard_log,
-        )
+    settings: VarianceSettings
+    Settings = VarianceSettings
+
+    def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
+        super().__init__(env, denoiser, *args, **arguments)
         # What is learned is the caller's from the first round on, not before.
         self._callers, self.denoiser = self.denoiser, _light_copy(self.denoiser)
-        self.kind: Kind = kind
-        self.batch_size = batch_size
-        self.samples_per_time = samples_per_time
-        self.learning_rate = learning_rate
-        self.lr_schedule = lr_schedule
-        self.max_grad_norm = max_grad_norm
-        self.hidden = hidden
-        self.per_pixel = per_pixel
-        self.ema = ema
-        learning_rate_schedule(lr_schedule)  # refuses one that does not exist
         self.returned = GIVEN
         self.errors: dict[str, float] = {}
         self._held_out: tuple[Noised, Noised] | None = None
-        if kind == "gamma":
+        if self.settings.kind == "gamma":
             self._begin_sums()
         else:
             self._begin_head()
         # Bad options of the solver show now, not after the training.
         self.tableau_on(self.schedule)
+
+    def _solver(self) -> str:
+        kind, solver = self.settings.kind, self.settings.solver
+        if solver not in (None, SOLVER_OF[kind]):
+            raise ValueError(
+                f"kind '{kind}' is learned for solver '{SOLVER_OF[kind]}', not '{solver}'."
+            )
+        return SOLVER_OF[kind]
 
     @property
     def tableau(self) -> Tableau:
@@ -161,28 +113,35 @@ class VarianceLearning(Agent):
     @property
     def timesteps_per_round(self) -> int:
         """One call on each sample of the batch."""
-        return self.batch_size
+        return self.settings.batch_size
 
     @property
     def planned_rounds(self) -> int | None:
         """The rounds that all samples of all noisings take; of a head the caller says."""
-        if self.kind != "gamma":
-            return None
-        return -(-len(self._counts) * self.samples_per_time // self.batch_size)
+        if self.settings.kind != "gamma":
+            return self.settings.rounds
+        return -(-len(self._counts) * self.settings.samples_per_time // self.settings.batch_size)
 
     @property
     def done(self) -> bool:
         """Whether every noising has had its samples."""
-        return self.kind == "gamma" and int(self._counts.min()) >= self.samples_per_time
+        return (
+            self.settings.kind == "gamma"
+            and int(self._counts.min()) >= self.settings.samples_per_time
+        )
 
     def train_round(self) -> dict[str, Tensor]:
         """Add a batch to the sums, or take a gradient step of the head."""
-        clean = self.mdp.target.sample(self.batch_size, self.generator)
+        clean = self.mdp.target.sample(self.settings.batch_size, self.generator)
         noise = torch.empty_like(clean).normal_(generator=self.generator)
-        metrics = self._add(clean, noise) if self.kind == "gamma" else self._descend(clean, noise)
+        metrics = (
+            self._add(clean, noise)
+            if self.settings.kind == "gamma"
+            else self._descend(clean, noise)
+        )
         self.num_timesteps += self.timesteps_per_round
         ends = self.done or self.num_timesteps >= self._total_timesteps
-        if ends or (self.kind != "gamma" and (self.rounds + 1) % CHECK_INTERVAL == 0):
+        if ends or (self.settings.kind != "gamma" and (self.rounds + 1) % CHECK_INTERVAL == 0):
             self._choose()
         if ends:
             metrics |= self._report()
@@ -198,7 +157,7 @@ class VarianceLearning(Agent):
     @property
     def verdict(self) -> str:
         """One sentence on what is returned, and why."""
-        what = {"gamma": "Gamma", "sn": "second head", "npr": "second head"}[self.kind]
+        what = {"gamma": "Gamma", "sn": "second head", "npr": "second head"}[self.settings.kind]
         if not self.errors:
             return f"Training is not over; so far there is the {self.returned} {what}."
         return (
@@ -209,14 +168,17 @@ class VarianceLearning(Agent):
     def _samples(self, which: int) -> Noised:
         """Return the samples to choose by (0) or to report on (1), made once from the seed."""
         if self._held_out is None:
-            gamma, count = self.kind == "gamma", len(self._counts) if self.kind == "gamma" else 0
+            gamma, count = (
+                self.settings.kind == "gamma",
+                len(self._counts) if self.settings.kind == "gamma" else 0,
+            )
 
             def times(n: int, generator: torch.Generator) -> Tensor:
                 if gamma:
                     return (torch.arange(n) % count + 1).to(self.device)
                 return self.mdp.process.draw_times(n, generator, self.device)
 
-            n = max(count, 256) if gamma else max(2 * self.batch_size, 64)
+            n = max(count, 256) if gamma else max(2 * self.settings.batch_size, 64)
             self._held_out = held_out_samples(self.mdp, n, times, self.seed)
         return self._held_out[which]
 
@@ -225,8 +187,10 @@ class VarianceLearning(Agent):
         """Return the losses (N,) of what is given, learned and kept on held-out samples."""
         samples = self._samples(which)
         parts: list[dict[str, Tensor]] = []
-        for noisy, t, noise in zip(*(each.split(self.batch_size) for each in samples), strict=True):
-            if self.kind == "gamma":
+        for noisy, t, noise in zip(
+            *(each.split(self.settings.batch_size) for each in samples), strict=True
+        ):
+            if self.settings.kind == "gamma":
                 value = self._gamma_values(noisy, t, noise)
                 index = t.cpu() - 1
                 learned, given = self._estimate()[index], self._given_gamma[index]
@@ -235,7 +199,7 @@ class VarianceLearning(Agent):
                 parts.append({name: (value - a).square() for name, a in answers.items()})
             else:
                 _, read = self.denoiser.head_inputs(noisy, t)
-                target = (noise if self.kind == "sn" else noise - read.epsilon).square()
+                target = (noise if self.settings.kind == "sn" else noise - read.epsilon).square()
                 heads = {GIVEN: self._given, LEARNED: self._averaged.module, "returned": self._best}
                 parts.append(
                     {
@@ -248,7 +212,7 @@ class VarianceLearning(Agent):
     def _choose(self) -> None:
         """Keep what was learned if it is better on held-out samples than what is kept."""
         losses = self._losses(0)
-        if self.kind == "gamma":
+        if self.settings.kind == "gamma":
             self.returned = LEARNED if is_better(losses[LEARNED], losses[GIVEN]) else GIVEN
             self.denoiser.gamma = (
                 self._given_gamma.clone() if self.returned == GIVEN else self._estimate()
@@ -330,15 +294,15 @@ class VarianceLearning(Agent):
             features = self.denoiser.head_inputs(probe, self.mdp.process.t_max)[1].features
         with seeded(self.seed):
             head = VarianceHead.on_features(
-                self.kind,
+                self.settings.kind,
                 features,
                 shape,
-                hidden=self.hidden,
+                hidden=self.settings.head.hidden,
                 data_std=self.denoiser.sigma_data,
-                per_pixel=self.per_pixel,
+                per_pixel=self.settings.head.per_pixel,
             )
         self._head = head.to(self.device)
-        self._averaged = Averaged(self._head, self.ema)
+        self._averaged = Averaged(self._head, self.settings.optimizer.ema)
         self._optimizer = adam(self._head.parameters())
         # What the denoiser had, if it is of this kind and size, or what says the data are Gaussian.
         had = self.denoiser.head
@@ -354,14 +318,18 @@ class VarianceLearning(Agent):
         noisy = self.mdp.process.add_noise(clean, t, noise)
         with torch.no_grad():
             _, read = self.denoiser.head_inputs(noisy, t)
-        target = noise if self.kind == "sn" else noise - read.epsilon
+        target = noise if self.settings.kind == "sn" else noise - read.epsilon
         loss = (target.square() - self._head(*read)).square().mean()
         self._optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            self._head.parameters(), self.max_grad_norm or math.inf
+            self._head.parameters(), self.settings.optimizer.max_grad_norm or math.inf
         )
-        rate = learning_rate(self.learning_rate, self.lr_schedule, self.progress)
+        rate = learning_rate(
+            self.settings.optimizer.learning_rate,
+            self.settings.optimizer.lr_schedule,
+            self.progress,
+        )
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         self._averaged.update()
@@ -369,24 +337,10 @@ class VarianceLearning(Agent):
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's keyword arguments."""
-        return {
-            "kind": self.kind,
-            "batch_size": self.batch_size,
-            "samples_per_time": self.samples_per_time,
-            "learning_rate": self.learning_rate,
-            "lr_schedule": self.lr_schedule,
-            "max_grad_norm": self.max_grad_norm,
-            "ema": self.ema,
-            "hidden": self.hidden,
-            "per_pixel": self.per_pixel,
-        }
-
     def state(self) -> dict[str, Any]:
         """Return the sums, or the head, its average and its optimizer."""
         kept = {"returned": self.returned, "errors": self.errors}
-        if self.kind == "gamma":
+        if self.settings.kind == "gamma":
             given = self._given_gamma.tolist()
             return {
                 "sums": self._sums.tolist(),
@@ -408,7 +362,7 @@ class VarianceLearning(Agent):
         # Files of before the comparison: what was learned was returned.
         self.returned = state.get("returned", LEARNED)
         self.errors = dict(state.get("errors", {}))
-        if self.kind == "gamma":
+        if self.settings.kind == "gamma":
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
             self._counts.copy_(torch.tensor(state["counts"], dtype=torch.float64))
             if "given" in state:

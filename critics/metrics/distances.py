@@ -22,19 +22,6 @@ from torch import Tensor
 
 from ..checks import check_finite, check_samples
 from ..mmd import distances, kernel_mean, resolve_bandwidth
-from .fidelity import FeatureDistances, fid, kid, precision_recall
-
-__all__ = [
-    "FeatureDistances",
-    "SlicedWasserstein",
-    "fid",
-    "floor",
-    "kid",
-    "mmd",
-    "precision_recall",
-    "sliced_wasserstein",
-    "wasserstein",
-]
 
 Samples = Tensor | NDArray
 Array = NDArray[np.float64]

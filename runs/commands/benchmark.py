@@ -201,9 +201,10 @@ def run_cell(cell: Cell, study: Study, settings: BenchmarkSettings, folder: Path
         process=study.process or base.run.process,
         body=study.body,
         body_options=study.body_options,
-        rounds=settings.rounds or contender.rounds or base.run.rounds,
     )
-    resolved = Settings(run, {**base.agent, **contender.settings}, base.cloning)
+    rounds = settings.rounds or contender.rounds
+    changes = {**contender.settings, **({"rounds": rounds} if rounds else {})}
+    resolved = Settings(run, base.agent.replace(**changes), base.cloning)
     if not study.clone_per_seed and AGENTS[contender.agent] is not BehaviorCloning:
         shared = shared_denoiser(resolved, settings, folder)
         resolved = dataclasses.replace(resolved, run=dataclasses.replace(run, denoiser=shared))
@@ -218,10 +219,10 @@ def shared_denoiser(settings: Settings, flags: BenchmarkSettings, folder: Path) 
         settings.run,
         agent=BehaviorCloning.name,
         seed=0,
-        rounds=flags.rounds or base.run.rounds,
     )
     path = folder / "denoisers" / f"{run.env}-T{mdp.process.t_max:g}"
-    resolved = Settings(run, base.agent, base.cloning)
+    cloning = base.agent.replace(rounds=flags.rounds) if flags.rounds else base.agent
+    resolved = Settings(run, cloning, base.cloning)
     shared = RunFolder.at(path, resolved)
     if "metrics" not in shared.results():
         console.rule(f"shared denoiser {path.name}")

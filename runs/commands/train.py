@@ -31,7 +31,7 @@ from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..reports.plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
 from ..reports.results import combine, report_agent, save_sampler
-from ..run.folder import RunFolder
+from ..run.folder import RunFolder, flat
 from ..run.interrupts import Interrupts
 from ..run.joining import agreed_path, is_lost_peer, joined_processes
 from ..run.logs import make_logger, read_live_metric
@@ -43,8 +43,6 @@ from ..settings.sources import starting_denoiser
 from ..settings.train import (
     Settings,
     TrainSettings,
-    check_numbers,
-    default_rounds,
     defaults,
     parse,
     resumed_folder,
@@ -164,13 +162,10 @@ class Run:
     def clone(self) -> Agent:
         """Train a denoiser by behaviour cloning, or find it trained."""
         run = self.settings.run
-        options = dict(self.settings.cloning)
-        rounds = options.pop("rounds")
-        if run.agent == BehaviorCloning.name:
-            options, rounds = self.settings.agent, run.rounds
+        its = self.settings.agent if run.agent == BehaviorCloning.name else self.settings.cloning
         denoiser = denoiser_of(self.mdp, run)
-        agent = BehaviorCloning(self.mdp, denoiser, seed=run.seed, **options)
-        return self._learn(agent, rounds, self.folder.cloning)
+        agent = BehaviorCloning(self.mdp, denoiser, its, seed=run.seed)
+        return self._learn(agent, self.folder.cloning)
 
     def _cloned(self, device: torch.device | str) -> Denoiser:
         """Load the denoiser that the agent starts from."""
@@ -195,15 +190,17 @@ class Run:
         run = self.settings.run
         denoiser = self._cloned(self.mdp.device)
         check_body(denoiser, self.mdp.shape, run.body)
-        agent = AGENTS[run.agent](self.mdp, denoiser, seed=run.seed + 1, **self.settings.agent)
-        return self._learn(agent, agent.planned_rounds or run.rounds, self.folder.checkpoint(agent))
+        agent = AGENTS[run.agent](self.mdp, denoiser, self.settings.agent, seed=run.seed + 1)
+        return self._learn(agent, self.folder.checkpoint(agent))
 
-    def _learn(self, agent: Agent, rounds: int, checkpoint: Any) -> Agent:
-        """Train an agent up to `rounds`, from its checkpoint if there is one."""
+    def _learn(self, agent: Agent, checkpoint: Any) -> Agent:
+        """Train an agent for its own budget, from its checkpoint if there is one."""
         run, first = self.settings.run, self.processes.first
         self.processes.wait()
         if checkpoint.is_file():
             agent.resume(checkpoint)
+        rounds = agent.planned_rounds
+        assert rounds is not None
         remaining = agent.timesteps_until(rounds)
         if not remaining:
             return agent
@@ -219,7 +216,8 @@ class Run:
             rounds,
             self.evaluation,
             run.evaluations,
-            {"env": run.env, "agent": agent.name, "steps": self.mdp.steps, **agent.settings()},
+            {"env": run.env, "agent": agent.name, "steps": self.mdp.steps}
+            | flat(agent.settings.to_tree()),
             on_save=lambda: self._saved(agent),
         )
         try:
@@ -245,7 +243,9 @@ class Run:
         """Say how to go on after divergence: a resumed run would repeat it, step by step."""
         first_stage = agent.name != self.settings.run.agent
         prefix = "--pretrain." if first_stage else "--"
-        rates = sorted((n for n in agent.settings() if n.endswith("learning_rate")), key=len)
+        rates = sorted(
+            (n for n in flat(agent.settings.to_tree()) if n.endswith("learning_rate")), key=len
+        )
         flags = " or ".join(prefix + name.replace("_", "-") for name in rates)
         config = shlex.quote(str(self.folder.path / "config.json"))
         start = f"fewstep train --config {config}"
@@ -330,7 +330,6 @@ def check(settings: Settings) -> DiffusionMDP:
         ValueError: settings that do not go together, or are not possible.
     """
     run = settings.run
-    check_numbers(settings)
     denoiser = starting_denoiser(run)
     mdp = build_mdp(settings, denoiser)
     if denoiser is None:
@@ -357,14 +356,8 @@ def check(settings: Settings) -> DiffusionMDP:
             )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
-    cloning = {key: value for key, value in settings.cloning.items() if key != "rounds"}
-    BehaviorCloning(mdp, denoiser, **cloning)
-    agent = AGENTS[run.agent](mdp, denoiser, **settings.agent)
-    if agent.planned_rounds is not None and run.rounds != default_rounds(run):
-        raise ValueError(
-            f"Agent '{run.agent}' has its own number of rounds, {agent.planned_rounds} with these "
-            "settings: leave out --rounds, whose help names what sets them."
-        )
+    BehaviorCloning(mdp, denoiser, settings.cloning)
+    AGENTS[run.agent](mdp, denoiser, settings.agent)
     return mdp
 
 
@@ -391,7 +384,7 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
         schedule=run.schedule,
         schedule_options=run.schedule_options,
         process=process,
-        solver=settings.agent["solver"],
+        solver=settings.agent.solver or "",
         device=run.device,
         data_dir=run.data_dir,
         download=run.download,

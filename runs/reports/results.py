@@ -34,7 +34,7 @@ def save_sampler(agent: Agent, folder: RunFolder) -> None:
     if isinstance(agent, BehaviorCloning | DODE):
         return
     # One of a thousand steps takes 5 MB: written at every checkpoint only if it is learned.
-    fixed = isinstance(agent, ShortcutAgent) and not agent.learn_std
+    fixed = isinstance(agent, ShortcutAgent) and not agent.settings.policy.learn_std
     if not (fixed and (folder.path / TABLEAU).is_file()):
         agent.tableau.save(folder.path / TABLEAU)
 

@@ -11,12 +11,12 @@ logs/SwissRoll__sft-pg__seed0__learning_rate=0.001__20260101-120000/
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +212,9 @@ def described_changes(settings: Settings) -> list[str]:
     usual = defaults(run.env, run.agent, run.preset)
     changes = []
     for prefix, mine, theirs in (
-        ("", dataclasses.asdict(run), dataclasses.asdict(usual.run)),
-        ("", settings.agent, usual.agent),
-        ("pretrain.", settings.cloning, usual.cloning),
+        ("", run.to_tree(), usual.run.to_tree()),
+        ("", flat(settings.agent.to_tree()), flat(usual.agent.to_tree())),
+        ("pretrain.", flat(settings.cloning.to_tree()), flat(usual.cloning.to_tree())),
     ):
         for key, value in mine.items():
             if (prefix or key not in _UNTOLD) and value != theirs.get(key):
@@ -224,6 +224,17 @@ def described_changes(settings: Settings) -> list[str]:
         return changes
     kept = [change for i, change in enumerate(changes) if len("__".join(changes[: i + 1])) <= 80]
     return [*kept, f"{zlib.crc32(text.encode()):08x}"]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dictionary of settings with the names of flags: `critic.width`."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and not key.endswith("options"):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,6 @@
 """The settings of a run as dataclasses: `tyro` turns them into flags, `config.json` keeps them.
 
-An agent's hyper-parameters are declared once, in its constructor: `hyperparameters` derives a
-dataclass from the signature and the docstring, so the command line cannot drift from the library.
+An agent's own settings are declared beside the agent, and taken from there.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import inspect
 import json
 import shlex
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,26 +18,24 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from ...agents import AGENTS, BehaviorCloning
-from ...agents.base import Agent
-from ...agents.presets import preset
+from ...agents import AGENTS
+from ...agents.cloning import CloningSettings
+from ...agents.presets import preset, preset_settings
 from ...agents.solvers import Options
-from ...common.arguments import check_value
-from ...common.checks import at_least, not_negative
 from ...common.names import unknown_name
 from ...common.reading import DAMAGE, INFINITIES, read_json, reason
+from ...common.settings import Settings as AnySettings
+from ...common.settings import bounded
 from ...envs.registration import resolve_environment
 from ..run.joining import check_own_gpu
 from .foreign import Recorded, is_foreign, needs_flag
 
 # Generators take twice as many; runs add a little to theirs.
 LAST_SEED = 2**63 - 1
-# Constructor arguments that the runner supplies itself.
-SUPPLIED = {"env", "denoiser", "critic", "seed", "verbose", "tensorboard_log"}
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(AnySettings):
     """Train an agent; without a denoiser, clone one from the data first."""
 
     env: str = "SwissRoll"
@@ -48,7 +44,7 @@ class TrainSettings:
     """Agent; `fewstep agents` lists them."""
     preset: str = "default"
     """Named budget and hyper-parameters: default, or long where there is one."""
-    steps: int | None = None
+    steps: int | None = bounded(None, least=1)
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
     """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
@@ -60,10 +56,6 @@ class TrainSettings:
     """Noise process of a cloned denoiser: sigmoid-1000, linear-1000, cosine-1000 (any number of
     noisings), linear-1000/10 (the same levels in ten noisings), ve or ve-0.002-80; if omitted the
     environment's, on the toys with as many noisings as steps. A schedule.json brings its own."""
-    rounds: int = 1
-    """Rounds of training of the agent. Some agents have their own number instead: dode a fit and
-    --refine-steps, schedule --schedule-rounds and --tuning-rounds, and variance with --kind gamma
-    what --samples-per-time takes."""
     prediction: str | None = None
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""
@@ -81,11 +73,11 @@ class TrainSettings:
     pretrained: str | None = None
     """Start from a diffusers DDPM instead: a folder, or a name on the hub such as
     google/ddpm-cifar10-32 (with --download it is fetched if it is not in the local cache)."""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=LAST_SEED)
     """Seed of initialisation and training."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU where there is one."""
-    threads: int | None = None
+    threads: int | None = bounded(None, least=1)
     """CPU threads, at least 1; if omitted, PyTorch's default for images and 1 for vectors, whose
     tiny networks gain little from more and lose much on a busy machine."""
     log_dir: Path = Path("logs")
@@ -97,13 +89,13 @@ class TrainSettings:
     """Fetch missing data files into that folder."""
     image_size: int | None = None
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
-    checkpoint_seconds: float = 20.0
+    checkpoint_seconds: float = bounded(20.0, least=0)
     """Seconds between two checkpoints; 0 writes one every round."""
-    log_interval: int = 10
+    log_interval: int = bounded(10, least=1)
     """Rounds between two log entries."""
-    evaluations: int = 20
+    evaluations: int = bounded(20, least=0)
     """How often the live metric is computed during training; 0 leaves it out."""
-    evaluation_samples: int = 200_000
+    evaluation_samples: int = bounded(200_000, least=2)
     """Most samples of each metric, at least 2; of images never more than 10,000, and for the live
     metric never more than 10,000 vectors or 2,000 images."""
     inception_weights: Path | None = None
@@ -121,14 +113,13 @@ class Settings:
     """A run's settings, resolved: the runner's own, the agent's, and those of behaviour cloning."""
 
     run: TrainSettings
-    agent: dict[str, Any]
-    cloning: dict[str, Any]
+    agent: Any
+    cloning: CloningSettings
 
     def to_json(self) -> str:
         """Return the settings as JSON that `--config` reads back."""
-        run = dataclasses.asdict(self.run)
-        run["resume"] = run["config"] = None
-        tree = {"run": run, "agent": self.agent, "cloning": self.cloning}
+        run = {**self.run.to_tree(), "resume": None, "config": None}
+        tree = {"run": run, "agent": self.agent.to_tree(), "cloning": self.cloning.to_tree()}
         return json.dumps(tree, indent=1, default=str)
 
     @classmethod
@@ -148,18 +139,8 @@ class Settings:
             resolve_environment(str(env))
             if agent not in AGENTS:
                 raise unknown_name("agent", agent, AGENTS)
-            kinds: tuple[type[Any], ...] = (
-                TrainSettings,
-                hyperparameters(AGENTS[agent]),
-                hyperparameters(BehaviorCloning, ROUNDS),
-            )
-            for part in ("run", "cloning"):
-                if "rounds" not in tree[part]:
-                    raise ValueError(f"{part} lacks rounds, which have no default")
             # What an older version did not know takes its default.
-            run, of_agent, cloning = (
-                _typed(part, kind) for part, kind in zip(parts, kinds, strict=True)
-            )
+            run = parts[0]
             for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
                 if run.get(key) is not None:
                     if run[key] == "":
@@ -167,44 +148,14 @@ class Settings:
                     run[key] = Path(run[key])
             if is_foreign(run.get("body")):
                 run["body"] = Recorded(run["body"])
-            settings = cls(TrainSettings(**run), of_agent, cloning)
-            check_numbers(settings)
+            settings = cls(
+                TrainSettings.from_tree(run),
+                AGENTS[agent].Settings.from_tree(parts[1]),
+                CloningSettings.from_tree(parts[2]),
+            )
         except DAMAGE as error:
             raise ValueError(f"{path}: {reason(error)}") from None
         return settings
-
-
-# What the command line asks of behaviour cloning beside its constructor's arguments.
-ROUNDS = (("rounds", int, dataclasses.field(default=1)),)
-
-
-def _typed(values: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Return settings from a file, checked against the fields of a dataclass; lists as tuples.
-
-    Fields that it lacks have their defaults.
-
-    Raises:
-        TypeError: a value of another type than the field's.
-        ValueError: a field that there is not.
-    """
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            raise unknown_name("setting", name, hints)
-    given = {name: check_value(name, value, hints[name]) for name, value in values.items()}
-    return {**dataclasses.asdict(kind()), **given}
-
-
-def hyperparameters(agent: type[Agent], extra: Sequence[tuple[str, Any, Any]] = ()) -> type[Any]:
-    """Derive a dataclass of an agent's hyper-parameters from its constructor, help included."""
-    hints = typing.get_type_hints(agent.__init__)
-    fields: list[tuple[str, Any, Any]] = list(extra)
-    for name, parameter in inspect.signature(agent).parameters.items():
-        if name not in SUPPLIED:
-            fields.append((name, hints[name], dataclasses.field(default=parameter.default)))
-    made = dataclasses.make_dataclass(f"{agent.__name__}Settings", fields, frozen=True)
-    made.__doc__ = inspect.getdoc(agent)
-    return made
 
 
 def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
@@ -218,28 +169,24 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
         ValueError: an environment, agent or preset that does not exist.
     """
     base = _base(argv, agent)
-    kind = AGENTS[base.run.agent]
-    run_type = TrainSettings
-    agent_type = hyperparameters(kind)
-    cloning_type = hyperparameters(BehaviorCloning, ROUNDS)
     everything = dataclasses.make_dataclass(
         "Flags",
         [
-            ("run", Annotated[run_type, tyro.conf.arg(name="")]),
-            ("agent", Annotated[agent_type, tyro.conf.arg(name="")]),
-            ("pretrain", cloning_type),
+            ("run", Annotated[TrainSettings, tyro.conf.arg(name="")]),
+            ("agent", Annotated[AGENTS[base.run.agent].Settings, tyro.conf.arg(name="")]),
+            ("pretrain", CloningSettings),
         ],
     )
     flags = tyro.cli(
         everything,
         args=list(argv),
-        default=everything(base.run, agent_type(**base.agent), cloning_type(**base.cloning)),
+        default=everything(base.run, base.agent, base.cloning),
         prog=f"fewstep {'pretrain' if agent else 'train'}",
         description=inspect.getdoc(TrainSettings),
     )
     # A full id, fewstep/SwissRoll-v0, names the same environment.
     run = dataclasses.replace(flags.run, env=resolve_environment(flags.run.env))
-    return Settings(run, dataclasses.asdict(flags.agent), dataclasses.asdict(flags.pretrain))
+    return Settings(run, flags.agent, flags.pretrain)
 
 
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
@@ -266,9 +213,9 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
         agent or chosen.agent or TrainSettings.agent,
         chosen.preset or TrainSettings.preset,
     )
-    if chosen.solver not in (None, base.agent["solver"]):
+    if chosen.solver not in (None, base.agent.solver):
         # The preset's options are for its own solver.
-        base = dataclasses.replace(base, agent={**base.agent, "solver_options": None})
+        base = dataclasses.replace(base, agent=base.agent.replace(solver_options=None))
     return base
 
 
@@ -286,7 +233,6 @@ def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
         env=env,
         agent=agent,
         preset=preset_name,
-        rounds=budget.rounds,
         process=budget.process,
         schedule=budget.schedule,
         body=budget.body,
@@ -294,36 +240,9 @@ def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:
     )
     return Settings(
         run,
-        {**dataclasses.asdict(hyperparameters(AGENTS[agent])()), **budget.agent},
-        {**dataclasses.asdict(hyperparameters(BehaviorCloning)()), **budget.cloning},
+        preset_settings(AGENTS[agent].Settings, budget.agent, {}),
+        preset_settings(CloningSettings, budget.cloning, {}),
     )
-
-
-def default_rounds(run: TrainSettings) -> int:
-    """Return the rounds of a run without the flag: those of its `--config`, or of its preset."""
-    if run.config is not None:
-        return Settings.from_json(run.config).run.rounds
-    return defaults(run.env, run.agent, run.preset).run.rounds
-
-
-def check_numbers(settings: Settings) -> None:
-    """Raise ValueError for a number that the runner can do nothing with."""
-    run = settings.run
-    at_least(
-        1,
-        **{
-            "--threads": run.threads,
-            "--rounds": run.rounds,
-            "--pretrain.rounds": settings.cloning.get("rounds"),
-            "--log-interval": run.log_interval,
-            "--steps": run.steps,
-        },
-    )
-    at_least(2, **{"--evaluation-samples": run.evaluation_samples})
-    not_negative(
-        **{"--evaluations": run.evaluations, "--checkpoint-seconds": run.checkpoint_seconds}
-    )
-    check_seed(run.seed)
 
 
 def check_seed(seed: int, flag: str = "--seed") -> None:

@@ -1,0 +1,132 @@
+"""Settings of SFT-PG and SFT, in groups: the round, the policy, its optimizer, the critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...common.settings import Settings, bounded
+from ..samplers.gaussian import Reduction
+from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings, RateSchedule
+
+Buffer = Literal["float32", "float16", "cpu", "cpu-float16"]
+
+
+@dataclass(frozen=True)
+class CriticSettings(Settings):
+    """The learned critic f, where no reward is given."""
+
+    regularizer: str = "baseline"
+    """baseline is SFT-PG (B), gradient-penalty SFT-PG (GP); also weight-clip, spectral-norm,
+    none."""
+    coefficient: float | None = None
+    """Weight of the regulariser; by default the critic's own."""
+    width: int | None = bounded(None, least=1)
+    """Hidden width of f, or the channels of its first stage; see `make_critic`."""
+    learning_rate: float = bounded(1e-3, least=0)
+    """Of f."""
+    lr_schedule: RateSchedule = "constant"
+    """Of f and V."""
+
+
+@dataclass(frozen=True)
+class CriticAndBaselineSettings(CriticSettings):
+    """The learned critic f, and the value baseline V."""
+
+    baseline_learning_rate: float = bounded(1e-3, least=0)
+    """Of V."""
+    residual_baseline: bool = True
+    """V(x_t, t) = f(x_t) + a learned residual; False learns V alone, as published."""
+    baseline_states: int = bounded(3, least=1)
+    """Of the K states of a trajectory, how many V is trained on in a critic step."""
+
+
+@dataclass(frozen=True)
+class PolicySettings(Settings):
+    """The policy and its gradient."""
+
+    learn_std: bool = False
+    """Train the K standard deviations as well."""
+    clip_range: float | None = bounded(None, above=0)
+    """PPO's clip of the importance ratio at 1 +- clip_range; None, as published, has no ratio."""
+    log_density: Reduction = "sum"
+    """Over dimensions: sum, or mean (Fan & Lee 2023 on images)."""
+    gae_lambda: float = bounded(0.9, least=0, most=1)
+    """1 is f(x_0) - V(x_t, t); below 1 mixes in the differences of V along the trajectory
+    (generalised advantage estimation, Schulman et al. 2016, with V(x_0) = f(x_0))."""
+    normalize_advantage: bool = True
+    """Divide the advantages by their standard deviation over the buffer."""
+    noise_power: float = bounded(0.0, least=0)
+    """Weight each step's gradient by its standard deviation to this power, relative to the other
+    steps'. 0 is the policy gradient, in which steps of little noise drown the others, as their
+    scores are of size 1 / std; 1 makes all steps' scores alike; 2 is the natural gradient in each
+    step's mean (our extension)."""
+
+
+@dataclass(frozen=True)
+class RolloutExecutionSettings(ExecutionSettings):
+    """How the networks are run, and where the trajectories lie."""
+
+    buffer: Buffer = "float32"
+    """Where trajectories are kept: beside the networks as float32 or float16, or on the cpu
+    (cpu-float16). Half precision rounds each state by up to 2.4e-4 of its size, which a last
+    standard deviation of 0.001 hardly notices."""
+
+
+def _optimizer() -> OptimizerSettings:
+    return OptimizerSettings(learning_rate=3e-4, betas=(0.5, 0.999), lr_schedule="linear", ema=0.95)
+
+
+@dataclass(frozen=True)
+class ShortcutSettings(AgentSettings):
+    """A round of shortcut fine-tuning. The solver must be one-step, with noise in every step."""
+
+    rounds: int = bounded(400, least=1)
+    """Rounds of training."""
+    batch_size: int = bounded(256, least=1)
+    """Trajectories a critic step."""
+    n_critic: int = bounded(5, least=1)
+    """Critic steps a round."""
+    n_generator: int = bounded(2, least=1)
+    """Policy steps a round."""
+    critic_rounds: int = bounded(0, least=0)
+    """Rounds at the start in which the critic learns alone. What a raw critic prefers is chance,
+    and with normalised advantages the policy would follow it."""
+
+
+@dataclass(frozen=True)
+class SFTPGSettings(ShortcutSettings):
+    """Settings of `SFTPG`."""
+
+    minibatch_size: int | None = bounded(None, least=1)
+    """Transitions a policy step; by default 10 * batch_size, whatever K, so that memory does not
+    grow with K, or the buffer's share where that is less."""
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    optimizer: OptimizerSettings = field(default_factory=_optimizer)
+    critic: CriticAndBaselineSettings = field(default_factory=CriticAndBaselineSettings)
+    execution: RolloutExecutionSettings = field(default_factory=RolloutExecutionSettings)
+
+
+@dataclass(frozen=True)
+class PathwisePolicySettings(Settings):
+    """The policy and its gradient through the chain."""
+
+    learn_std: bool = False
+    """Train the K standard deviations as well."""
+    gradient_checkpointing: bool = False
+    """Recompute each step's activations in the backward pass: memory for one network evaluation
+    instead of K, for the price of one more forward pass."""
+
+
+@dataclass(frozen=True)
+class SFTSettings(ShortcutSettings):
+    """Settings of `SFT`; micro_batch_size bounds only the critic's rollouts."""
+
+    n_generator: int = bounded(1, least=1)
+    """Steps of theta a round."""
+    policy: PathwisePolicySettings = field(default_factory=PathwisePolicySettings)
+    optimizer: OptimizerSettings = field(default_factory=_optimizer)
+    critic: CriticSettings = field(
+        default_factory=lambda: CriticSettings(regularizer="gradient-penalty")
+    )
+    execution: RolloutExecutionSettings = field(default_factory=RolloutExecutionSettings)
