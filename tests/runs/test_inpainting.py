@@ -54,7 +54,7 @@ def test_scores_of_a_run_are_those_of_that_environment(run, fewstep, tmp_path):
     ("flags", "complaint"),
     [
         (["--inpaint=hal"], "did you mean 'half'"),
-        (["--inpaint=half", "--agent=dode"], "'dode' learns a solver for samples that move freely"),
+        (["--inpaint=half", "--agent=dode"], "learns a solver for samples that move freely"),
     ],
 )
 def test_what_cannot_be_is_refused(flags, complaint, fewstep, capsys, tmp_path):
