@@ -166,7 +166,7 @@ def fitting(device: str) -> tuple[dict[str, Any], str]:
         where = mdp.with_schedule(default_schedule(solver, process, 10))
         agent = DODE(where, untrained(mdp), solver=solver, check_teacher=False)
         began = time.perf_counter()
-        agent.pool.batches
+        _ = agent.pool.batches
         teacher = time.perf_counter() - began
         agent.learn()
         total = time.perf_counter() - began
