@@ -430,7 +430,12 @@ COUNTED = {
     "euler": {},
     "alternating": {"alternations": 3, "tolerance": 0.0},
     "heun": {"solver": "heun", "check_teacher": True},
-    "programme": {"start": "trajectory-dp", "gradient": "none", "alternations": 2},
+    "programme": {
+        "start": "trajectory-dp",
+        "gradient": "none",
+        "alternations": 2,
+        "tolerance": 0.0,
+    },
     "rollouts": {"tuning_weights": "rollout"},
     "l-diff": {"diffusion_weight": 0.5, "tuning_rounds": 0},
     "eq14": {"gradient": "eq14", "weight_term": True, "alternations": 2, "tolerance": 0.0},
@@ -463,13 +468,14 @@ def test_calls_of_a_stage(count_calls):
     """A rollout's calls are made once on the way down, and once more for their derivatives."""
     agent = two_stages(tuning_weights="rollout", tuning_rounds=7)
     learn_rounds(agent, 2)
-    calls = count_calls(agent.denoiser.body)
+    live, averaged = (count_calls(each.body) for each in (agent.denoiser, agent.sampling_denoiser))
     learn_rounds(agent, 3, reset_num_timesteps=False)  # of the levels: no look at held-out noise
-    assert calls.samples == 2 * 3 * 20  # two calls at each level but the last
+    assert averaged.samples == 2 * 3 * 20  # two calls at each level but the last
+    assert live.samples == 0
     learn_rounds(agent, 5, reset_num_timesteps=False)
-    calls.samples = 0
+    live.samples = 0
     learn_rounds(agent, 6, reset_num_timesteps=False)  # of the denoiser
-    assert calls.samples == 2 * agent.nfe * 16
+    assert live.samples == 2 * agent.nfe * 16
 
 
 def test_measuring_costs_little(count_calls, monkeypatch):
@@ -618,35 +624,21 @@ def test_files_of_something_else_are_refused(tmp_path):
         ({"start": "karas"}, r"unknown start 'karas'; did you mean 'karras'"),
         ({"target": "techer"}, r"unknown target 'techer'; did you mean 'teacher'"),
         ({"gradient": "exakt"}, r"unknown gradient 'exakt'; did you mean 'exact'"),
-        ({"tuning_weights": "lamda"}, r"unknown tuning_weights 'lamda'; did you mean 'lambda'"),
+        ({"tuning_weights": "lamda"}, r"unknown weights 'lamda'; did you mean 'lambda'"),
         ({"space": "rh"}, r"unknown space 'rh'; did you mean 'rho'"),
         ({"residual": "roll"}, r"unknown residual 'roll'"),
-        ({"network_input": "move"}, r"unknown input 'move'"),
+        ({"network_input": "move"}, r"unknown network_input 'move'"),
         ({"solver": "eular"}, r"unknown solver 'eular'; did you mean 'euler'"),
         ({"solver_options": {"nonsense": 1}}, r"unknown option of solver 'euler' 'nonsense'"),
         ({"teacher": "hein"}, r"unknown solver 'hein'; did you mean 'heun'"),
         ({"teacher_options": {"nonsense": 1}}, r"unknown option of solver 'heun' 'nonsense'"),
         ({"schedule_rounds": -1}, r"schedule_rounds must be at least 0, got -1"),
         ({"batch_size": 1}, r"batch_size must be at least 2, got 1"),
-        ({"batches": 0}, r"batches must be at least 1, got 0"),
-        ({"tuning_rounds": -1}, r"tuning_rounds must be at least 0, got -1"),
-        ({"tuning_batch_size": 0}, r"tuning_batch_size must be at least 1, got 0"),
-        ({"alternations": 0}, r"alternations must be at least 1, got 0"),
-        ({"scale": 0}, r"scale.* must be >= 1; got 0"),
-        ({"gamma": -1.0}, r"gamma must be a finite number >= 0, got -1"),
-        ({"gamma": float("nan")}, r"gamma must be a finite number >= 0, got nan"),
-        ({"last_weight": float("inf")}, r"last_weight must be a finite number >= 0, got inf"),
-        ({"tolerance": -0.1}, r"tolerance must be a finite number >= 0"),
-        ({"tolerance": float("nan")}, r"tolerance must be a finite number >= 0"),
-        ({"collapse": -0.1}, r"collapse must be a finite number >= 0"),
-        ({"diffusion_weight": -1.0}, r"diffusion_weight must be a finite number >= 0"),
-        ({"diffusion_weight": float("nan")}, r"diffusion_weight must be a finite number >= 0"),
-        ({"schedule_learning_rate": 0.0}, r"schedule_learning_rate must be positive and finite"),
-        ({"schedule_learning_rate": float("nan")}, r"schedule_learning_rate must be positive"),
-        ({"tuning_learning_rate": -1e-3}, r"tuning_learning_rate must be positive and finite"),
-        ({"tuning_rounds": 1, "ema": 1.0}, r"ema must lie in \[0, 1\), got 1"),
-        ({"tuning_rounds": 1, "max_grad_norm": -1.0}, r"max_grad_norm must be positive"),
-        ({"tuning_rounds": 1, "max_grad_norm": float("nan")}, r"max_grad_norm must be positive"),
+        ({"tolerance": float("nan")}, r"tolerance must be at least 0, got nan"),
+        ({"last_weight": float("inf")}, r"last_weight must be at least 0, got inf"),
+        ({"diffusion_weight": -1.0}, r"diffusion_weight must be at least 0, got -1"),
+        ({"schedule_learning_rate": 0.0}, r"schedule_learning_rate must be above 0, got 0"),
+        ({"tuning_rounds": 1, "ema": 1.0}, r"ema must be at least 0 and below 1, got 1"),
         ({"solver": "ancestral"}, r"'ancestral.*' adds noise.*; a schedule is learned for a det"),
         ({"solver": "ddim", "solver_options": {"eta": 0.5}}, r"'ddim.*' adds noise"),
         ({"teacher": "ancestral"}, r"The teacher 'ancestral.*' adds noise"),
@@ -657,7 +649,7 @@ def test_files_of_something_else_are_refused(tmp_path):
         ({"target": "data", "tuning_weights": "rollout"}, r"rollout' needs target='teacher'"),
         ({"integer_times": True}, r"integer_times leaves nothing to differentiate"),
         ({"integer_times": True, "gradient": "eq14"}, r"integer_times leaves nothing"),
-        ({"schedule_rounds": 0}, r"nothing to do: schedule_rounds and tuning_rounds are both 0"),
+        ({"schedule_rounds": 0}, r"nothing to do: schedule_rounds and tuning.rounds are 0"),
         ({"start": "leading"}, r"unknown start 'leading'"),
         ({"integer_times": True, "gradient": "none"}, r"start from a dynamic programme"),
     ],
@@ -741,7 +733,7 @@ def test_a_bare_network_is_scheduled_by_a_programme_too():
     [
         (
             {"tuning_rounds": 5, "tuning_weights": "lambda"},
-            r"tuning_rounds needs real samples|tuning_weights='lambda' needs real samples",
+            r"tuning.weights='lambda' needs real samples",
         ),
         ({"target": "data"}, r"target='data' needs real samples"),
         ({"diffusion_weight": 0.1}, r"diffusion_weight needs real samples"),
