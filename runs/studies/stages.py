@@ -254,8 +254,7 @@ def _train(agent: Agent, folder: Path, world: World | None = None, evaluations: 
         if watch.interrupted:
             raise KeyboardInterrupt
         facts: Record = {"seconds": time.monotonic() - began, "training calls": agent.num_timesteps}
-        told = ("returned", "tuned", "collapsed", "errors")
-        facts |= {name: getattr(agent, name) for name in told if hasattr(agent, name)}
+        facts |= agent.report().results
         if curve := read_live_metric(folder / "progress.csv"):
             facts["curve"] = curve
         write_json(folder / DONE, facts)

@@ -128,9 +128,9 @@ def test_a_stage_hands_on_what_it_learned(tmp_path):
     given = run_chain(start, world, 5)
     mdp = world.mdp(given.denoiser.process, given.schedule)
     first = ScheduleLearning(mdp, given.denoiser, solver="ddim", **few)
-    first.learn(first.total_timesteps)
+    first.learn()
     second = DODE(mdp.with_schedule(first.schedule), given.denoiser, solver="ddim", batches=1)
-    second.learn(second.total_timesteps)
+    second.learn()
     assert sampler.schedule == first.schedule
     np.testing.assert_array_equal(sampler.tableau.weights, second.tableau.weights)
     np.testing.assert_array_equal(sampler.before[0].weights, given.tableau.weights)
