@@ -137,8 +137,9 @@ class DiffusionMDP:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next state is always the action itself."""
-        return type(self).transition is DiffusionMDP.transition
+        """Whether episodes begin with the process's noise, and each next state is the action."""
+        own = type(self)
+        return own.transition is DiffusionMDP.transition and own.initial is DiffusionMDP.initial
 
     def with_schedule(self: MDP, schedule: Schedule) -> MDP:
         """The same decision process on other times."""

@@ -43,8 +43,8 @@ def sample(
         shape: of one sample.
         generator: source of randomness; the global one if None.
         return_trajectory: return all states (K + 1, N, *shape).
-        mdp: the environment whose transitions the samples go through, on the tableau's times; None
-            is one whose next state is the action.
+        mdp: the environment in which the samples begin and move, on the tableau's times; None is
+            one that begins with the prior, and whose next state is the action.
         options: what its `episodes` takes, such as `known` of `Inpainting`.
 
     Raises:
@@ -54,7 +54,9 @@ def sample(
     """
     n = start if isinstance(start, int) else len(start)
     episodes = None if mdp is None else _episodes(tableau, mdp, n, generator, options)
-    if isinstance(start, int):
+    if isinstance(start, int) and episodes is not None:
+        start = episodes.initial(start, generator)
+    elif isinstance(start, int):
         device = next(denoiser.parameters()).device
         start = tableau.prior_sample((start, *shape), generator, device=device)
     size = max(1, min(CHUNK, NUMBERS // math.prod(shape)))
@@ -84,15 +86,15 @@ def _episodes(
     generator: torch.Generator | None,
     options: dict[str, Any],
 ) -> DiffusionMDP | None:
-    """Begin n episodes on the tableau's times; None where the next state is the action anyway."""
+    """Begin n episodes on the tableau's times; None where the table alone says what happens."""
     if mdp.is_plain:
         for name in options:
             raise TypeError(f"this environment's episodes take no option {name!r}")
         return None
     if (np.diff(tableau.times) >= 0).any():
         raise ValueError(
-            f"'{tableau.name}' asks the network twice at one time; {type(mdp).__name__}, which has "
-            "transitions of its own, needs a sampler whose every step goes on in time, such as "
+            f"'{tableau.name}' asks the network twice at one time; {type(mdp).__name__} moves "
+            "samples in its own way and needs a sampler whose every step goes on in time, such as "
             "ddim or ancestral."
         )
     if not np.array_equal(tableau.times, mdp.schedule.times.numpy()):

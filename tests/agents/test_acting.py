@@ -86,6 +86,28 @@ def test_another_transition_changes_what_is_learned(kind, mdp, make_denoiser):
     assert not torch.equal(plain, shrunk)
 
 
+@dataclass(frozen=True, eq=False)
+class Elsewhere(DiffusionMDP):
+    """Its episodes begin far away."""
+
+    def initial(self, n, generator=None):
+        return super().initial(n, generator) + 50
+
+
+@AGENTS
+def test_samples_begin_where_the_environment_says(kind, mdp, make_denoiser, generator):
+    here, there = (kind(made(cls, mdp), make_denoiser(), **SMALL) for cls in (Spied, Elsewhere))
+    start, far = (
+        agent.sample(5, generator=generator(), return_trajectory=True)[0] for agent in (here, there)
+    )
+    assert torch.equal(far, start + 50)
+    plain = kind(mdp, make_denoiser(), **SMALL)
+    assert torch.equal(
+        plain.sample(5, generator=generator()), here.sample(5, generator=generator())
+    )
+    assert float(there.collect().states[0].mean()) > 40
+
+
 def test_actions_are_kept_only_where_they_are_not_the_next_states(mdp, make_denoiser):
     for environment in (mdp, made(Spied, mdp)):
         assert SFTPG(environment, make_denoiser(), **SMALL).collect().actions is None
