@@ -32,8 +32,8 @@ def report(
     seeds = frame["seed"].nunique()
     notes = [
         "Scores: before → after (floor), where there are such; mean ± standard deviation over "
-        f"{seeds} seed{'s' if seeds > 1 else ''}. Factors: before / after. Seconds: of what was learned "
-        "on top of the cloned denoiser."
+        f"{seeds} seed{'s' if seeds > 1 else ''}. Factors: before / after. Seconds: of what was "
+        "learned on top of the cloned denoiser."
     ]
     for column in columns:
         if column.startswith(FACTOR):
