@@ -335,6 +335,7 @@ def paths(root: Path = ROOT) -> tuple[Counter, Counter]:
         rounds += 1
         steady.on = rounds == 3
         metrics = train_round(agent)
+        steady.on = False
         if rounds == 3:
             raise _Enough
         return metrics

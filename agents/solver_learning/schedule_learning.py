@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,19 @@ from ..samplers.tableau import Tableau
 from ..solvers import build_solver
 from .agent import SolverAgent, comparison
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
-from .scheduling.descent import GIVEN, GRID, LEARNED, PROGRAMME, Descent
-from .scheduling.levels import noise_levels, step_weights
-from .scheduling.objective import Objective, Slope
-from .scheduling.paper.parts import (
-    DataDescent,
-    DataPool,
-    DataTuning,
-    DiffusionProgramme,
-    PaperObjective,
+from .scheduling.assembly import (
+    make_descent,
+    make_objective,
+    make_pool,
+    make_programme,
+    make_tuning,
 )
-from .scheduling.pool import Batch, Pool
+from .scheduling.descent import GIVEN, GRID, LEARNED, PROGRAMME
+from .scheduling.levels import noise_levels, step_weights
+from .scheduling.objective import Slope
+from .scheduling.pool import Batch
 from .scheduling.probe import check_differentiable
-from .scheduling.starts import LevelProgramme, Programme, starting_schedule
-from .scheduling.tuning import Tuning
+from .scheduling.starts import starting_schedule
 from .settings import ScheduleSettings
 
 # The origins of a schedule in words; their order is that of the numbers in the log.
@@ -105,7 +104,7 @@ class ScheduleLearning(SolverAgent):
                 f"The solver '{self._base.name}' adds noise or clamps its predictions; a schedule "
                 "is learned for a deterministic one, such as euler, dpm-solver++-2m or ipndm."
             )
-        self._objective = self._new_objective(like)
+        self._objective = make_objective(settings, self._build, like, self.mdp)
         self.teacher = self._new_teacher()
         if settings.gradient != "none":
             check_differentiable(self.denoiser, like.times[:-1].tolist(), self.mdp.shape)
@@ -113,41 +112,19 @@ class ScheduleLearning(SolverAgent):
         self._original = self.denoiser
         if settings.tuning.rounds:
             self._original = copy.deepcopy(self.denoiser).requires_grad_(False)
-        self._pool = (Pool if self._judges else DataPool)(
-            self.mdp,
-            like,
-            self.teacher,
-            self._original,
-            settings.batch_size,
-            settings.batches,
-            self.seed,
+        self._pool = make_pool(settings, self.mdp, like, self.teacher, self._original, self.seed)
+        self._programme = make_programme(settings, like)
+        self._descent = make_descent(
+            settings, self._objective, self._pool, self.mdp.schedule, self._programme is not None
         )
-        self._programme = self._new_programme(like)
-        self._descent = self._new_descent(like)
-        self._tuning = self._new_tuning()
+        self._tuning = make_tuning(settings, self.denoiser, self._pool)
         self.averaged, self.optimizer = self._tuning.averaged, self._tuning.optimizer
         self.converged = False
         self.errors = {}
         self._alternation = 0
 
-    # -- its parts -----------------------------------------------------------------------------
-
     def _build(self, schedule: Schedule) -> Tableau:
         return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
-
-    def _new_objective(self, like: Schedule) -> Objective:
-        settings = self.settings
-        if not settings.as_in_paper:
-            return Objective(self._build, like)
-        return PaperObjective(
-            self._build,
-            like,
-            self.mdp.target,
-            of_data=settings.target == "data",
-            reading=settings.reading if settings.gradient == "eq14" else None,
-            gamma=settings.paper.gamma,
-            diffusion_weight=settings.diffusion_share,
-        )
 
     def _new_teacher(self) -> Teacher:
         """Build the teacher; of its states, those at the smallest level and the end are wanted."""
@@ -161,30 +138,6 @@ class ScheduleLearning(SolverAgent):
         )
         smallest = self._objective.rows(self._base) - 1
         return dataclasses.replace(teacher, targets=teacher.targets[smallest:])
-
-    def _new_programme(self, like: Schedule) -> LevelProgramme | None:
-        start = self.settings.start
-        if start not in get_args(Programme):
-            return None
-        kind = DiffusionProgramme if start == "diffusion-dp" else LevelProgramme
-        return kind(like, self.settings.integer_times)
-
-    def _new_descent(self, like: Schedule) -> Descent:
-        same = torch.allclose(like.times, self.mdp.schedule.times, rtol=1e-9, atol=0.0)
-        start = PROGRAMME if self._programme else GIVEN if same else GRID
-        parts = self._objective, self._pool, self.mdp.schedule, start, self.settings
-        if self._judges:
-            return Descent(*parts)
-        return DataDescent(*parts, collapse=self.settings.paper.collapse)
-
-    def _new_tuning(self) -> Tuning:
-        parts, weights = (
-            (self.denoiser, self._pool, self.settings.tuning),
-            self.settings.tuning_weights,
-        )
-        if weights == "rollout":
-            return Tuning(*parts)
-        return DataTuning(*parts, weights=weights, last_weight=self.settings.paper.last_weight)
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -245,7 +198,7 @@ class ScheduleLearning(SolverAgent):
     @property
     def collapsed(self) -> bool:
         """Whether stage one ended because the samples' variance fell, with target="data"."""
-        return isinstance(self._descent, DataDescent) and self._descent.collapsed
+        return self._descent.collapsed
 
     @property
     def budget(self) -> int:
@@ -365,9 +318,12 @@ class ScheduleLearning(SolverAgent):
             "level learned": after.tolist(),
             "lambda": [*self.weights.tolist(), *last],
         }
-        history = {"error": "train/disc_loss", "error on held-out noise": "train/held_out_error"}
-        if self.settings.as_in_paper:
-            history |= {"L_diff": "train/diff_loss", "variance ratio": "train/variance_ratio"}
+        history = {
+            "error": "train/disc_loss",
+            "error on held-out noise": "train/held_out_error",
+            "L_diff": "train/diff_loss",
+            "variance ratio": "train/variance_ratio",
+        }
         panels = [
             _panel("noise level", named),
             _panel("weight lambda", weights),

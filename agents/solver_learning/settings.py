@@ -213,11 +213,6 @@ class ScheduleSettings(AgentSettings):
         """How Eq. 14 is read."""
         return Reading(self.paper.residual, self.paper.network_input, self.paper.weight_term)
 
-    @property
-    def as_in_paper(self) -> bool:
-        """Whether stage one minimises something of the paper's, or in its way."""
-        return self.target == "data" or self.gradient == "eq14" or self.diffusion_share > 0
-
     def check_without_data(self) -> None:
         """Raise ValueError for what needs real samples, in an environment that has none."""
         weights = self.tuning_weights

@@ -138,7 +138,7 @@ def test_a_loaded_agent_samples_what_the_saved_one_does(
     noise = torch.randn(5, 2, generator=generator())
     assert torch.equal(denoiser(noise, 2), agent.sampling_denoiser(noise, 2))
     changed = type(agent).load(tmp_path / "agent", make_mdp(), learning_rate=0.5)
-    assert changed.learning_rate == 0.5
+    assert changed.settings.optimizer.learning_rate == 0.5
     assert changed.settings.batch_size == agent.settings.batch_size
 
 
@@ -425,7 +425,8 @@ def test_timesteps_are_the_calls_that_training_acts_with(kind, make_agent, count
     # clip (the old densities).
     again = 0
     if isinstance(agent, SFTPG):
-        again = agent.n_generator * agent.minibatch_size * (2 if agent.clip_range else 1)
+        again = agent.settings.n_generator * agent.minibatch_size
+        again *= 2 if agent.settings.policy.clip_range else 1
     assert calls.samples == agent.num_timesteps + again
 
 

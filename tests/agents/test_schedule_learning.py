@@ -1,9 +1,6 @@
 """What ScheduleLearning promises: better levels, a denoiser tuned on them, all of it counted."""
 
-import copy
 import functools
-import itertools
-import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -11,171 +8,44 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from rounds import learn_rounds
+from schedule_worlds import (
+    EDM,
+    OF_DATA,
+    PUBLISHED,
+    QUICK,
+    SMALL,
+    TWO_STAGES,
+    VP,
+    assert_same_agents,
+    assert_same_weights,
+    assert_sound,
+    differ,
+    error,
+    fresh_noise,
+    known,
+    learned,
+    network,
+    short_world,
+    truth,
+    two_stages,
+    weights_of,
+    world,
+    worth,
+)
 from torch import nn
 
 from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
-from fewstep.agents.denoisers.exact import mixture as exact_mixture
-from fewstep.agents.denoisers.networks import MLP, ResidualMLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.agents.solver_learning.scheduling.levels import EVEN
 from fewstep.agents.solver_learning.scheduling.objective import Objective
-from fewstep.agents.solver_learning.scheduling.tuning import tuning_loss
-from fewstep.agents.solver_learning.scheduling.watch import PATIENCE
-from fewstep.agents.solver_learning.scheduling.weights import diffusion_loss
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import (
-    VE,
-    DiffusionMDP,
     DiffusionVectorEnv,
-    DiscreteVP,
     Schedule,
     make_schedule,
 )
 
 pytestmark = pytest.mark.numeric
-
-EDM, VP = VE(), DiscreteVP.linear(1000)
-# Enough noise and updates for the plane.
-QUICK = {
-    "batch_size": 200,
-    "schedule_rounds": 45,
-    "schedule_learning_rate": None,
-    "tuning_rounds": 0,
-}
-# Steps so small that a few of them descend: the levels that are kept are not those of the start.
-SMALL = {
-    "batch_size": 20,
-    "batches": 2,
-    "schedule_rounds": 4,
-    "schedule_learning_rate": 0.03,
-    "tuning_rounds": 0,
-    "start": "karras",
-    "scale": 3,
-    "check_teacher": False,
-}
-TWO_STAGES = {
-    **SMALL,
-    "tuning_rounds": 5,
-    "tuning_batch_size": 16,
-    "tuning_learning_rate": 1e-2,
-    "tuning_weights": "lambda",
-    "ema": 0.5,
-}
-# Paper B's mode, in which nothing is compared: what was tuned samples.
-OF_DATA = {"target": "data", "collapse": 0.0}
-# Errors that MATH.md 3.6 publishes for the learned levels, as shares of Karras's.
-PUBLISHED = {6: 0.588 / 0.932, 10: 0.240 / 0.492}
-
-
-def worth(sample):
-    return -sample.square().flatten(1).sum(1)
-
-
-@functools.cache
-def known(process_name="ve", dimension=2, seed=0):
-    """An exact denoiser and its data."""
-    return exact_mixture(
-        EDM if process_name == "ve" else VP,
-        prediction="sample",
-        dimension=dimension,
-        components=3 if dimension == 2 else 6,
-        seed=seed,
-    )
-
-
-def world(schedule=None, target=None):
-    schedule = schedule or Schedule.karras(EDM, 6)
-    name = "ve" if schedule.process == EDM else "vp"
-    return DiffusionMDP(target or known(name)[1], schedule.process, schedule, worth)
-
-
-def smooth_body(seed=0):
-    """A network with weights that learn; not a good one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        body = ResidualMLP((2,), hidden=16, blocks=1)
-        for weight in body.parameters():
-            nn.init.normal_(weight, std=0.2)
-    return body
-
-
-def short_world():
-    return world(Schedule.karras(EDM, 4))
-
-
-class Shifted(nn.Module):
-    """A known body with something to train."""
-
-    def __init__(self, body):
-        super().__init__()
-        self.body, self.shift = body, nn.Parameter(torch.zeros(2))
-
-    def forward(self, sample, time):
-        return self.body(sample, time) + self.shift
-
-
-def trainable_mixture():
-    return Denoiser(Shifted(copy.deepcopy(known()[0].body)), EDM, "sample")
-
-
-def network(seed=0):
-    return Denoiser(smooth_body(seed), EDM, "edm", sigma_data=1.0)
-
-
-def learned(schedule=None, denoiser=None, **settings):
-    schedule = schedule or Schedule.karras(EDM, 6)
-    if denoiser is None:
-        denoiser, _ = known("ve" if schedule.process == EDM else "vp")
-    agent = ScheduleLearning(world(schedule), denoiser, **{**SMALL, **settings})
-    return agent.learn()
-
-
-def two_stages(**settings):
-    return ScheduleLearning(short_world(), network(), **{**TWO_STAGES, **settings})
-
-
-def fresh_noise(process, dimension=2, n=1000):
-    generator = torch.Generator().manual_seed(12345)
-    return process.prior_sample((n, dimension), generator, t=process.t_max).double()
-
-
-def truth(denoiser, noise, like):
-    """Where the ODE takes the noise, by many of Heun's steps."""
-    fine = Schedule.karras(like.process, 200, append_zero=bool(like.times[-1] == 0))
-    with torch.no_grad():
-        return make_solver("heun", fine).sample(denoiser, noise)
-
-
-def error(tableau, denoiser, noise, goal):
-    with torch.no_grad():
-        return float((tableau.sample(denoiser, noise) - goal).square().sum(1).mean())
-
-
-def total_variance(samples):
-    return float(samples.double().var(0).sum())
-
-
-def weights_of(module):
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same_weights(one, other):
-    assert list(one) == list(other)
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
-
-
-def differ(one, other):
-    return any(not torch.equal(value, other[key]) for key, value in one.items())
-
-
-def assert_sound(schedule, like):
-    """The ends are exactly those of `like`, and the times between them descend."""
-    assert schedule.process == like.process
-    assert schedule.steps == like.steps
-    ends = [0, -1] if like.times[-1] > 0 else [0, -2, -1]
-    assert schedule.times[ends].tolist() == like.times[ends].tolist()
-    assert (schedule.times.diff() < 0).all()
-
 
 # -- better levels ---------------------------------------------------------------------------------
 
@@ -264,9 +134,7 @@ def test_every_space_keeps_the_ends_and_descends(space):
     schedule = Schedule.karras(EDM, 6)
     start = learned(schedule, space=space, schedule_rounds=1, gradient="none")
     assert start.schedule.times.tolist() == pytest.approx(schedule.times.tolist(), rel=1e-9)
-    agent = learned(
-        schedule, space=space, schedule_learning_rate=2.0, schedule_rounds=6, collapse=0.0
-    )
+    agent = learned(schedule, space=space, schedule_learning_rate=2.0, schedule_rounds=6)
     assert_sound(agent.schedule, schedule)
     assert agent.levels.tolist() == pytest.approx(agent.schedule.times[:-1].tolist(), rel=1e-9)
     assert agent.weights.sum() == pytest.approx(1 - 0.002 / 80, rel=1e-9)
@@ -275,7 +143,7 @@ def test_every_space_keeps_the_ends_and_descends(space):
 def test_the_best_levels_are_kept():
     """Steps too large to descend never make the held-out error worse than the start's."""
     for rounds in (3, 10, 13):
-        agent = learned(schedule_learning_rate=3.0, schedule_rounds=rounds, collapse=0.0)
+        agent = learned(schedule_learning_rate=3.0, schedule_rounds=rounds)
         assert agent.returned in ("given", "learned")
         assert agent.errors["returned"] <= agent.errors["given"]
     # The error that is reported is that of the schedule that is there, on noise of its own.
@@ -292,7 +160,6 @@ def test_the_teacher_s_states_are_those_of_the_ode():
     until = Schedule.karras(EDM, 7, append_zero=False)
     goal = truth(agent.denoiser, batch.noise.double(), until)
     torch.testing.assert_close(batch.target.double(), goal, rtol=0, atol=2e-2)
-    assert batch.clean is None
 
 
 def test_same_seed_same_schedule():
@@ -302,83 +169,6 @@ def test_same_seed_same_schedule():
         schedules.append(learned(seed=3).schedule)
     assert schedules[0] == schedules[1]
     assert learned(seed=4).schedule != schedules[0]
-
-
-# -- the collapse of paper B's target --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_without_a_guard_the_target_of_data_collapses(seed):
-    denoiser, target = known()
-    schedule = Schedule.karras(EDM, 6)
-    settings = {**QUICK, "scale": 10, "collapse": 0.0, "diffusion_weight": 0.0}
-    agent = learned(schedule, target="data", seed=seed, **settings)
-    data = total_variance(target.sample(5000, torch.Generator().manual_seed(1)))
-    # L_disc falls to its floor, the variance of the data ...
-    assert 2 * agent.errors["given"] > 1.2 * data
-    assert 2 * agent.errors["learned"] == pytest.approx(data, rel=0.1)
-    assert agent.returned == "learned" and "without comparison" in agent.verdict
-    assert not agent.collapsed and agent.rounds == agent.budget == 45
-    # ... as the samples become their mean.
-    noise = fresh_noise(EDM)
-    goal = truth(denoiser, noise, schedule)
-    karras = make_solver("euler", schedule)
-    samples = [table.sample(denoiser, noise) for table in (karras, agent.tableau)]
-    assert total_variance(samples[0]) > 0.5 * data
-    assert total_variance(samples[1]) < 0.02 * data
-    mean = target.sample(5000, torch.Generator().manual_seed(1)).double().mean(0)
-    torch.testing.assert_close(samples[1].mean(0), mean, rtol=0, atol=0.1)
-    assert error(agent.tableau, denoiser, noise, goal) > 5 * error(karras, denoiser, noise, goal)
-    assert_sound(agent.schedule, schedule)
-
-
-@pytest.mark.parametrize("gradient", ["exact", "eq14"])
-@pytest.mark.parametrize("dimension", [2, 16])
-def test_the_guard_stops_the_collapse(dimension, gradient):
-    denoiser, target = known("ve", dimension)
-    schedule = Schedule.karras(EDM, 6)
-    settings = {**QUICK, "schedule_rounds": 150, "gradient": gradient, "diffusion_weight": 0.0}
-    agent = ScheduleLearning(world(schedule, target), denoiser, target="data", **settings)
-    with pytest.warns(UserWarning, match=r"variance fell from .*take target='teacher'"):
-        agent.learn()
-    assert agent.collapsed and agent.done
-    assert agent.rounds < agent.budget == 150
-    assert agent.total_timesteps == 0
-    noise = torch.cat([batch.noise for batch in agent.make_batches()])
-    variances = [
-        total_variance(table.sample(denoiser, noise))
-        for table in (agent.tableau, make_solver("euler", schedule))
-    ]
-    assert variances[0] >= 0.7 * variances[1]
-    # What remains is no worse than a little: the collapsed schedule errs many times as much.
-    noise = fresh_noise(EDM, dimension)
-    goal = truth(denoiser, noise, schedule)
-    before = error(make_solver("euler", schedule), denoiser, noise, goal)
-    assert error(agent.tableau, denoiser, noise, goal) < 3 * before
-
-
-def test_with_paper_b_s_own_loss_added_the_guard_stops_it_too():
-    with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        agent = learned(target="data", **{**QUICK, "schedule_rounds": 150, "scale": 10})
-    assert agent.collapsed and agent.done
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        agent = learned(**QUICK)
-    assert not agent.collapsed and agent.done
-
-
-def test_stage_two_follows_a_collapse():
-    """Then the alternation ends."""
-    settings = {"schedule_rounds": 60, "schedule_learning_rate": 0.3, "batch_size": 100}
-    agent = ScheduleLearning(
-        world(), trainable_mixture(), target="data", **{**TWO_STAGES, **settings, "alternations": 3}
-    )
-    with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        agent.learn()
-    assert agent.collapsed and agent.done
-    assert agent._alternation == 1 and agent.total_timesteps == 0
-    assert PATIENCE + 5 <= agent.rounds < 60
-    assert float(agent.denoiser.body.shift.detach().abs().max()) > 0
 
 
 # -- starts ----------------------------------------------------------------------------------------
@@ -441,26 +231,6 @@ def test_a_programme_is_done_in_one_round(process):
     goal = truth(denoiser, noise, schedule)
     before = error(make_solver("euler", schedule), denoiser, noise, goal)
     assert error(agent.tableau, denoiser, noise, goal) < 0.7 * before
-
-
-def test_paper_b_s_programme_minimises_paper_b_s_loss(generator):
-    schedule = Schedule.karras(EDM, 6)
-    # What belongs to data is returned as it was found; against the teacher it may lose.
-    settings = {"start": "diffusion-dp", "gradient": "none", "batch_size": 500}
-    agent = learned(schedule, **settings, target="data")
-    assert agent.returned == "programme"
-    assert agent.rounds == 1
-    assert_sound(agent.schedule, schedule)
-    denoiser, target = known()
-    clean = target.sample(2000, generator(3))
-    found, karras, descended = (
-        diffusion_loss(denoiser, schedule.times[:-1], clean, generator(4))[0]
-        for schedule in (agent.schedule, schedule, learned(schedule, **QUICK).schedule)
-    )
-    assert found < 0.95 * karras
-    assert found < descended
-    # It skews to low noise (MATH.md 3.6).
-    assert agent.schedule.times[2] < schedule.times[2]
 
 
 def test_a_descent_may_start_from_a_programme():
@@ -601,14 +371,12 @@ def test_without_stage_two_the_network_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("weights", ["rollout", "lambda", "original"])
-def test_stage_two_alone(weights, count_calls):
+def test_stage_two_alone(weights):
     agent = two_stages(schedule_rounds=0, tuning_weights=weights)
-    calls, original = count_calls(agent.denoiser.body), count_calls(agent._original.body)
     start = agent.schedule
     assert agent.budget == 5
     agent.learn()
     assert agent.rounds == 5 and agent.done
-    assert agent.num_timesteps == calls.samples + original.samples
     assert agent.schedule == start
 
 
@@ -622,7 +390,7 @@ def test_stage_two_brings_finished_samples_to_the_teacher_s():
         batch_size=100,
         scale=10,
     )
-    assert two_stages(tuning_weights=None).settings()["tuning_weights"] == "rollout"
+    assert two_stages(tuning_weights=None).settings.tuning_weights == "rollout"
     noise = fresh_noise(EDM).float()
     goal = truth(network(), noise, agent.mdp.schedule)
     learn_rounds(agent, 4)
@@ -631,36 +399,12 @@ def test_stage_two_brings_finished_samples_to_the_teacher_s():
     assert error(agent.tableau, agent.sampling_denoiser, noise, goal) < 0.8 * before
 
 
-@pytest.mark.parametrize("weights", ["lambda", "original"])
-def test_stage_two_learns(weights):
-    agent = two_stages(
-        **OF_DATA,
-        tuning_rounds=200,
-        tuning_batch_size=64,
-        tuning_weights=weights,
-        tuning_learning_rate=3e-3,
-    )
-    clean = agent.mdp.target.sample(2000, torch.Generator().manual_seed(8))
-
-    def loss():
-        generator = torch.Generator().manual_seed(9)
-        denoiser = agent.sampling_denoiser
-        with torch.no_grad():
-            return float(tuning_loss(denoiser, agent.levels, clean, weights, 1.0, generator))
-
-    learn_rounds(agent, 4)
-    before = loss()
-    agent.learn(reset_num_timesteps=False)
-    assert loss() < 0.95 * before
-
-
 def test_alternations_end_when_the_levels_stay():
     agent = two_stages(alternations=3, tolerance=100.0)
     assert agent.budget == 27
     agent.learn()
     # The second stage one saw that they stay; no stage two follows.
     assert agent.converged and agent.done and agent.rounds == 4 + 5 + 4
-    assert agent.total_timesteps == 0
     agent = two_stages(alternations=3, tolerance=0.0)
     agent.learn()
     assert agent.done and not agent.converged and agent.rounds == 27
@@ -682,143 +426,72 @@ def test_each_alternation_goes_on_from_the_last_one_s_levels():
 # -- timesteps -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """`unmeasured(calls)`: a counter that leaves out what only measures errors."""
-
-    def made(calls):
-        errors, calls.measured = Objective.errors, 0
-
-        def measure(*arguments):
-            before = calls.samples
-            result = errors(*arguments)
-            calls.measured += calls.samples - before
-            calls.samples = before
-            return result
-
-        monkeypatch.setattr(Objective, "errors", measure)
-        return calls
-
-    return made
-
-
 COUNTED = {
     "euler": {},
-    "heun": {"solver": "heun"},
-    "dpm-solver++-2m": {"solver": "dpm-solver++-2m"},
-    "l-diff": {"diffusion_weight": 0.5},
-    "data": {"target": "data"},
-    "eq14": {"gradient": "eq14"},
-    "eq14-weight-term": {"gradient": "eq14", "weight_term": True, "network_input": "rollout"},
-    "eq14-one-shot": {"gradient": "eq14", "target": "data", "residual": "one-shot"},
-    "eq14-convex": {"gradient": "eq14", "target": "data", "residual": "convex"},
-    "eq14-noised": {"gradient": "eq14", "target": "data", "network_input": "noised"},
-    "none": {"gradient": "none"},
-    "teacher": {"teacher": "dpm-solver-3m", "scale": 5},
+    "alternating": {"alternations": 3, "tolerance": 0.0},
+    "heun": {"solver": "heun", "check_teacher": True},
+    "programme": {
+        "start": "trajectory-dp",
+        "gradient": "none",
+        "alternations": 2,
+        "tolerance": 0.0,
+    },
+    "rollouts": {"tuning_weights": "rollout"},
+    "l-diff": {"diffusion_weight": 0.5, "tuning_rounds": 0},
+    "eq14": {"gradient": "eq14", "weight_term": True, "alternations": 2, "tolerance": 0.0},
+    "data": {"gradient": "eq14", "residual": "convex", **OF_DATA},
+    "no stage one": {"schedule_rounds": 0},
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "to_zero"),
-    [(name, True) for name in COUNTED] + [(name, False) for name in ("euler", "heun", "eq14")],
-)
-def test_timesteps_of_stage_one_are_the_calls(name, to_zero, count_calls, unmeasured):
-    """Measurements of errors come on top: `unmeasured` takes them out."""
-    schedule = Schedule.karras(EDM, 6, append_zero=to_zero)
-    settings = {**SMALL, "schedule_rounds": 10, "collapse": 0.0, **COUNTED[name]}
-    agent = ScheduleLearning(world(schedule), network(), **settings)
-    calls = unmeasured(count_calls(agent.denoiser.body))
-    total = agent.total_timesteps
-    for rounds in (1, 9, 10):
-        learn_rounds(agent, rounds, reset_num_timesteps=False)
-        assert calls.samples == agent.num_timesteps
-    assert agent.done and agent.num_timesteps == total
-
-
-def test_measuring_costs_little(count_calls, unmeasured):
-    """With the default settings, but for smaller batches in the same proportion."""
-    agent = ScheduleLearning(world(), network(), batch_size=20, tuning_batch_size=10, scale=3)
-    calls = [count_calls(body) for body in (agent.denoiser.body, agent.sampling_denoiser.body)]
-    for each in calls:
-        unmeasured(each)
-    agent.learn()
-    assert sum(each.measured for each in calls) < 0.15 * agent.num_timesteps
-
-
-@pytest.mark.parametrize("start", ["trajectory-dp", "diffusion-dp"])
-@pytest.mark.parametrize("integer_times", [False, True])
-def test_timesteps_of_a_programme_are_the_calls(start, integer_times, count_calls, unmeasured):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        body = MLP((2,), levels=1000, hidden=8, layers=1, input_gain=1.0)
-    settings = {"start": start, "gradient": "none", "integer_times": integer_times}
-    schedule = Schedule.trailing(VP, 6)
-    agent = ScheduleLearning(world(schedule), Denoiser(body, VP), **{**SMALL, **settings})
-    calls = unmeasured(count_calls(body))
-    agent.learn()
-    assert calls.samples == agent.num_timesteps
-
-
-def test_a_programme_is_counted_when_it_runs(count_calls, unmeasured):
-    """A later alternation goes on from the levels that there are."""
-    agent = ScheduleLearning(
-        world(), network(), **{**SMALL, "alternations": 2, "start": "trajectory-dp"}
-    )
-    calls = unmeasured(count_calls(agent.denoiser.body))
-    for rounds in (4, 5):
-        learn_rounds(agent, rounds, reset_num_timesteps=False)
-        assert calls.samples == agent.num_timesteps
-
-
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize("weights", ["rollout", "lambda", "original"])
-def test_timesteps_of_stage_two_are_its_calls(weights, solver, count_calls):
-    agent = two_stages(tuning_weights=weights, solver=solver)
-    learn_rounds(agent, 4)
-    calls = count_calls(agent.denoiser.body)
-    before = agent.num_timesteps
-    agent.learn(reset_num_timesteps=False)
-    # The averaged network, which only measures, is another one. A rollout's calls are made once
-    # on the way down, and once more for their derivatives.
-    each = 2 * agent.nfe if weights == "rollout" else 1
-    assert agent.num_timesteps - before == calls.samples == 5 * 16 * each
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"alternations": 3, "tolerance": 0.0},
-        {"gradient": "eq14", "alternations": 2, "tolerance": 0.0},
-        {"target": "data", "collapse": 0.0},
-        {"start": "trajectory-dp", "gradient": "none"},
-        {"start": "diffusion-dp", "alternations": 2, "tolerance": 0.0},
-        {"solver": "heun", "diffusion_weight": 1.0},
-        {"schedule_rounds": 0},
-        {"tuning_weights": "rollout"},
-        {"tuning_rounds": 0},
-    ],
-)
-def test_learn_does_what_is_planned(settings):
-    agent = two_stages(**settings)
-    total, planned = agent.total_timesteps, agent.budget
-    left = [agent.timesteps_until(n) for n in range(planned + 1)]
-    assert left[0] == 0 and left[-1] == total
-    assert all(a < b for a, b in itertools.pairwise(left))
-    counted = [0]
+@pytest.mark.parametrize("name", COUNTED)
+def test_timesteps_are_the_calls_that_are_made(name, count_calls):
+    """Of the network in training, of its average and of the teacher's copy."""
+    agent = two_stages(**COUNTED[name])
+    bodies = {id(body): body for body in (each.body for each in agent.networks())}
+    counters = [count_calls(body) for body in bodies.values()]
+    counted = []
 
     def note(_locals, _globals):
-        counted.append(agent.num_timesteps)
+        counted.append((agent.num_timesteps, sum(each.samples for each in counters)))
         return True
 
-    agent.learn(total, callback=note)
-    assert agent.rounds == planned and agent.done
-    assert counted == left
-    assert agent.num_timesteps == total
-    assert agent.total_timesteps == agent.timesteps_until(planned) == 0
+    agent.learn(callback=note)
+    assert all(ours == theirs for ours, theirs in counted)
+    assert agent.rounds == agent.budget and agent.done
     before = agent.schedule
     agent.learn(1000, reset_num_timesteps=False)
-    assert agent.rounds == planned and agent.schedule == before
+    assert agent.rounds == agent.budget and agent.schedule == before
+
+
+def test_calls_of_a_stage(count_calls):
+    """A rollout's calls are made once on the way down, and once more for their derivatives."""
+    agent = two_stages(tuning_weights="rollout", tuning_rounds=7)
+    learn_rounds(agent, 2)
+    live, averaged = (count_calls(each.body) for each in (agent.denoiser, agent.sampling_denoiser))
+    learn_rounds(agent, 3, reset_num_timesteps=False)  # of the levels: no look at held-out noise
+    assert averaged.samples == 2 * 3 * 20  # two calls at each level but the last
+    assert live.samples == 0
+    learn_rounds(agent, 5, reset_num_timesteps=False)
+    live.samples = 0
+    learn_rounds(agent, 6, reset_num_timesteps=False)  # of the denoiser
+    assert live.samples == 2 * agent.nfe * 16
+
+
+def test_measuring_costs_little(count_calls, monkeypatch):
+    """With the default settings, but for smaller batches in the same proportion."""
+    agent = ScheduleLearning(world(), network(), batch_size=20, tuning_batch_size=10, scale=3)
+    measured, errors = [], Objective.errors
+
+    def measure(*arguments):
+        before = agent.num_timesteps
+        result = errors(*arguments)
+        measured.append(agent.num_timesteps - before)
+        return result
+
+    monkeypatch.setattr(Objective, "errors", measure)
+    agent.learn()
+    assert 0 < sum(measured) < 0.15 * agent.num_timesteps
 
 
 def test_learning_stops_in_between_and_goes_on():
@@ -831,19 +504,6 @@ def test_learning_stops_in_between_and_goes_on():
 
 
 # -- files -----------------------------------------------------------------------------------------
-
-
-def assert_same_agents(one, other):
-    assert torch.equal(one.schedule.times, other.schedule.times)
-    assert torch.equal(one.levels, other.levels)
-    assert_same_weights(weights_of(one.denoiser), weights_of(other.denoiser))
-    assert_same_weights(weights_of(one.sampling_denoiser), weights_of(other.sampling_denoiser))
-    for what in ("num_timesteps", "rounds", "errors", "converged", "collapsed", "done"):
-        assert getattr(one, what) == getattr(other, what), what
-    for what in ("total_timesteps", "timesteps_per_round", "budget"):
-        assert getattr(one, what) == getattr(other, what), what
-    assert one.settings == other.settings
-    assert torch.equal(one.sample(7), other.sample(7))
 
 
 ALTERNATING = {"alternations": 2, "tolerance": 0.0}
@@ -871,7 +531,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     settings = {**ALTERNATING, **RESUMED[name]}
     whole = two_stages(**settings)
     ones = 1 if name == "none" else 4
-    twos = whole.tuning_rounds
+    twos = whole.settings.tuning.rounds
     each = ones + twos
     assert whole.budget == 2 * each
     stops = {ones // 2, ones, ones + twos // 2, each, each + 1, 2 * each - twos // 2}
@@ -910,24 +570,6 @@ def test_the_best_levels_survive_an_interruption(tmp_path):
     resumed = ScheduleLearning.load(path, world())
     resumed.learn(reset_num_timesteps=False)
     assert_same_agents(whole, resumed)
-
-
-def test_a_collapse_survives_an_interruption(tmp_path):
-    denoiser, _ = known()
-    settings = {**QUICK, "target": "data", "scale": 10}
-    whole = ScheduleLearning(world(), denoiser, **settings)
-    path = tmp_path / "agent"
-    learn_rounds(whole, 3)
-    whole.save(path)
-    with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        whole.learn(reset_num_timesteps=False)
-    resumed = ScheduleLearning.load(path, world(), body=copy.deepcopy(denoiser.body))
-    with pytest.warns(UserWarning, match=r"take target='teacher'"):
-        resumed.learn(reset_num_timesteps=False)
-    assert_same_agents(whole, resumed)
-    whole.save(path)
-    resumed = ScheduleLearning.load(path, world(), body=copy.deepcopy(denoiser.body))
-    assert resumed.collapsed and resumed.done and resumed.schedule == whole.schedule
 
 
 def test_stage_two_may_be_added_to_a_saved_stage_one(tmp_path):
@@ -982,35 +624,21 @@ def test_files_of_something_else_are_refused(tmp_path):
         ({"start": "karas"}, r"unknown start 'karas'; did you mean 'karras'"),
         ({"target": "techer"}, r"unknown target 'techer'; did you mean 'teacher'"),
         ({"gradient": "exakt"}, r"unknown gradient 'exakt'; did you mean 'exact'"),
-        ({"tuning_weights": "lamda"}, r"unknown tuning_weights 'lamda'; did you mean 'lambda'"),
+        ({"tuning_weights": "lamda"}, r"unknown weights 'lamda'; did you mean 'lambda'"),
         ({"space": "rh"}, r"unknown space 'rh'; did you mean 'rho'"),
         ({"residual": "roll"}, r"unknown residual 'roll'"),
-        ({"network_input": "move"}, r"unknown input 'move'"),
+        ({"network_input": "move"}, r"unknown network_input 'move'"),
         ({"solver": "eular"}, r"unknown solver 'eular'; did you mean 'euler'"),
         ({"solver_options": {"nonsense": 1}}, r"unknown option of solver 'euler' 'nonsense'"),
         ({"teacher": "hein"}, r"unknown solver 'hein'; did you mean 'heun'"),
         ({"teacher_options": {"nonsense": 1}}, r"unknown option of solver 'heun' 'nonsense'"),
         ({"schedule_rounds": -1}, r"schedule_rounds must be at least 0, got -1"),
         ({"batch_size": 1}, r"batch_size must be at least 2, got 1"),
-        ({"batches": 0}, r"batches must be at least 1, got 0"),
-        ({"tuning_rounds": -1}, r"tuning_rounds must be at least 0, got -1"),
-        ({"tuning_batch_size": 0}, r"tuning_batch_size must be at least 1, got 0"),
-        ({"alternations": 0}, r"alternations must be at least 1, got 0"),
-        ({"scale": 0}, r"scale.* must be >= 1; got 0"),
-        ({"gamma": -1.0}, r"gamma must be a finite number >= 0, got -1"),
-        ({"gamma": float("nan")}, r"gamma must be a finite number >= 0, got nan"),
-        ({"last_weight": float("inf")}, r"last_weight must be a finite number >= 0, got inf"),
-        ({"tolerance": -0.1}, r"tolerance must be a finite number >= 0"),
-        ({"tolerance": float("nan")}, r"tolerance must be a finite number >= 0"),
-        ({"collapse": -0.1}, r"collapse must be a finite number >= 0"),
-        ({"diffusion_weight": -1.0}, r"diffusion_weight must be a finite number >= 0"),
-        ({"diffusion_weight": float("nan")}, r"diffusion_weight must be a finite number >= 0"),
-        ({"schedule_learning_rate": 0.0}, r"schedule_learning_rate must be positive and finite"),
-        ({"schedule_learning_rate": float("nan")}, r"schedule_learning_rate must be positive"),
-        ({"tuning_learning_rate": -1e-3}, r"tuning_learning_rate must be positive and finite"),
-        ({"tuning_rounds": 1, "ema": 1.0}, r"ema must lie in \[0, 1\), got 1"),
-        ({"tuning_rounds": 1, "max_grad_norm": -1.0}, r"max_grad_norm must be positive"),
-        ({"tuning_rounds": 1, "max_grad_norm": float("nan")}, r"max_grad_norm must be positive"),
+        ({"tolerance": float("nan")}, r"tolerance must be at least 0, got nan"),
+        ({"last_weight": float("inf")}, r"last_weight must be at least 0, got inf"),
+        ({"diffusion_weight": -1.0}, r"diffusion_weight must be at least 0, got -1"),
+        ({"schedule_learning_rate": 0.0}, r"schedule_learning_rate must be above 0, got 0"),
+        ({"tuning_rounds": 1, "ema": 1.0}, r"ema must be at least 0 and below 1, got 1"),
         ({"solver": "ancestral"}, r"'ancestral.*' adds noise.*; a schedule is learned for a det"),
         ({"solver": "ddim", "solver_options": {"eta": 0.5}}, r"'ddim.*' adds noise"),
         ({"teacher": "ancestral"}, r"The teacher 'ancestral.*' adds noise"),
@@ -1021,7 +649,7 @@ def test_files_of_something_else_are_refused(tmp_path):
         ({"target": "data", "tuning_weights": "rollout"}, r"rollout' needs target='teacher'"),
         ({"integer_times": True}, r"integer_times leaves nothing to differentiate"),
         ({"integer_times": True, "gradient": "eq14"}, r"integer_times leaves nothing"),
-        ({"schedule_rounds": 0}, r"nothing to do: schedule_rounds and tuning_rounds are both 0"),
+        ({"schedule_rounds": 0}, r"nothing to do: schedule_rounds and tuning.rounds are 0"),
         ({"start": "leading"}, r"unknown start 'leading'"),
         ({"integer_times": True, "gradient": "none"}, r"start from a dynamic programme"),
     ],
@@ -1105,7 +733,7 @@ def test_a_bare_network_is_scheduled_by_a_programme_too():
     [
         (
             {"tuning_rounds": 5, "tuning_weights": "lambda"},
-            r"tuning_rounds needs real samples|tuning_weights='lambda' needs real samples",
+            r"tuning.weights='lambda' needs real samples",
         ),
         ({"target": "data"}, r"target='data' needs real samples"),
         ({"diffusion_weight": 0.1}, r"diffusion_weight needs real samples"),

@@ -29,24 +29,25 @@ from fewstep.agents.solver_learning.scheduling.levels import (
     level_of_time,
     noise_levels,
     schedule_at,
+    step_weights,
     time_of_level,
 )
 from fewstep.agents.solver_learning.scheduling.objective import Objective
-from fewstep.agents.solver_learning.scheduling.pool import Batch, data_batch
+from fewstep.agents.solver_learning.scheduling.paper.loss import (
+    denoising_errors,
+    diffusion_loss,
+    diffusion_programme,
+    tuning_loss,
+)
+from fewstep.agents.solver_learning.scheduling.paper.parts import DataPool, PaperObjective
+from fewstep.agents.solver_learning.scheduling.paper.surrogate import Reading, surrogate_gradient
+from fewstep.agents.solver_learning.scheduling.pool import Batch
 from fewstep.agents.solver_learning.scheduling.probe import check_differentiable
 from fewstep.agents.solver_learning.scheduling.programmes import (
     cheapest_path,
-    diffusion_programme,
     trajectory_programme,
 )
 from fewstep.agents.solver_learning.scheduling.rollout import path_of
-from fewstep.agents.solver_learning.scheduling.surrogate import Reading, surrogate_gradient
-from fewstep.agents.solver_learning.scheduling.tuning import tuning_loss
-from fewstep.agents.solver_learning.scheduling.weights import (
-    denoising_errors,
-    diffusion_loss,
-    step_weights,
-)
 from fewstep.agents.solvers import SOLVERS, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
@@ -967,6 +968,34 @@ def test_denoising_errors(name, worlds, mixture, draw_clean, generator):
 # ------------------------------------------------------------------------------ what L_disc is
 
 
+def of_data(solver, schedule, reading=None, gamma=1.0, diffusion_weight=0.0, **settings):
+    """The objective of Huang (2024)."""
+    settings = {"target": None, "of_data": True, **settings}
+    return PaperObjective(
+        lambda s: make_solver(solver, s),
+        schedule,
+        reading=reading,
+        gamma=gamma,
+        diffusion_weight=diffusion_weight,
+        **settings,
+    )
+
+
+class Fixed:
+    """A target that always gives the same samples."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def sample(self, n, generator):
+        assert n == len(self.samples)
+        return self.samples
+
+
+def total_variance(samples):
+    return float(samples.var(0).sum())
+
+
 @pytest.mark.parametrize("levels", [(6.0, 2.0, 0.7, 0.3), (6.0, 0.9, 0.5, 0.3)])
 def test_the_error_on_data_falls_into_three_parts(levels, mixture, draw_clean, generator):
     """MATH.md 3.6: only the first part depends on the schedule, and the posterior mean makes it 0.
@@ -981,8 +1010,8 @@ def test_the_error_on_data_falls_into_three_parts(levels, mixture, draw_clean, g
     )
     x_T, x_1 = clean + 6 * first, clean + 0.3 * second
     schedule = on(process, levels)
-    objective = Objective(lambda s: make_solver("euler", s), schedule, None, 1.0, 0.0)
-    errors = objective.errors(denoiser, objective.build(schedule), [Batch(x_T, x_1, clean, clean)])
+    objective = of_data("euler", schedule)
+    errors = objective.errors(denoiser, objective.build(schedule), [Batch(x_T, x_1, clean)])
     # Errors are a coordinate's, and there are two.
     loss = 2 * float(errors.mean())
     with torch.no_grad():
@@ -1010,9 +1039,9 @@ def test_the_objective_is_the_sum_of_its_parts(name, to_zero, noised, mixture, g
     if to_zero:
         schedule = Schedule(process, [*schedule.times.tolist(), 0.0])
     denoiser = mixture(process)
-    batch = Batch(alpha[0] * x_T, alpha[-1] * clean, clean, None)
-    objective = Objective(lambda s: make_solver("ddim", s), schedule, None, 3.0, 0.5)
-    slope = objective.slope(denoiser, levels, batch, clean, generator(2))
+    batch = Batch(alpha[0] * x_T, alpha[-1] * clean, clean)
+    objective = of_data("ddim", schedule, gamma=3.0, diffusion_weight=0.5, target=Fixed(clean))
+    slope = objective.slope(denoiser, levels, batch, generator(2))
 
     leaf = levels.clone().requires_grad_()
     end = euler_run(denoiser, leaf, x_T)[0][-1] * float(alpha[-1])
@@ -1022,44 +1051,47 @@ def test_the_objective_is_the_sum_of_its_parts(name, to_zero, noised, mixture, g
         noisy = clean + leaf[j] * torch.empty_like(clean).normal_(generator=source)
         diff = diff + weight * squared(edm_denoised(denoiser, noisy, leaf[j]) - clean)
     (reference,) = torch.autograd.grad(3 * disc + diff / 2, leaf)
-    assert slope.disc_loss == pytest.approx(float(disc.detach()), rel=1e-8)
-    assert slope.diff_loss == pytest.approx(float(diff.detach()), rel=1e-8)
-    assert_close(slope.ends, end.detach(), 1e-8)
+    assert slope.loss == pytest.approx(float(disc.detach()), rel=1e-8)
+    assert slope.others["diff_loss"] == pytest.approx(float(diff.detach()) / 2, rel=1e-8)
+    spread = total_variance(end.detach()) / total_variance(batch.target)
+    assert slope.others["variance_ratio"] == pytest.approx(spread, rel=1e-6)
     # The ends stay fixed.
     assert_close(slope.gradient[1:-1], reference[1:-1], 1e-6)
     table = objective.build(schedule)
-    errors = objective.errors(denoiser, table, [batch._replace(clean=clean)] * 2)
+    errors = objective.errors(denoiser, table, [batch] * 2)
     assert errors.shape == (2 * len(clean),)
-    assert 2 * float(errors.mean()) == pytest.approx(slope.disc_loss)
-    # Of a teacher's batch the finished samples count.
+    assert 2 * float(errors.mean()) == pytest.approx(slope.loss)
+    # With a teacher the finished samples count, and nothing else is added.
     with torch.no_grad():
         finished = table.sample(denoiser, batch.noise)
-    errors = objective.errors(denoiser, table, [batch])
+    alone = Objective(objective.build, schedule)
+    errors = alone.errors(denoiser, table, [batch])
     assert 2 * float(errors.mean()) == pytest.approx(float(squared(finished - clean)))
-    alone = Objective(objective.build, schedule, None, 1.0, 0.0)
-    slope = alone.slope(denoiser, levels, batch, None, generator(2))
-    assert slope.diff_loss is None
+    slope = alone.slope(denoiser, levels, batch, generator(2))
+    assert slope.loss == pytest.approx(float(disc.detach()), rel=1e-8) and not slope.others
+    (exact,) = torch.autograd.grad(
+        squared(euler_run(denoiser, leaf, x_T)[0][-1] * float(alpha[-1]) - batch.target), leaf
+    )
+    assert_close(slope.gradient[1:-1], exact[1:-1], 1e-6)
 
 
-@pytest.mark.parametrize("of_data", [False, True])
+@pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("name", ["VE", "smooth"])
-def test_the_objective_reads_equation_14(name, of_data, noised, mixture, generator, monkeypatch):
+def test_the_objective_reads_equation_14(name, real, noised, mixture, generator, monkeypatch):
     process, schedule, levels, clean, x_T, alpha = noised(name)
     denoiser = mixture(process)
     # Real samples are compared with themselves, not with what noise made of them.
-    batch = Batch(alpha[0] * x_T, alpha[-1] * clean, clean, None)
-    if of_data:
-        batch = Batch(alpha[0] * x_T, torch.full_like(clean, 9.0), clean, clean)
+    reached = torch.randn(clean.shape, generator=generator(7)).to(clean)
+    batch = Batch(alpha[0] * x_T, reached if real else alpha[-1] * clean, clean)
     reading = Reading("rollout", "moving", weight_term=True)
-    objective = Objective(lambda s: make_solver("euler", s), schedule, reading, 3.0, 0.0)
+    objective = of_data("euler", schedule, reading, 3.0, of_data=real)
     reference = 3 * surrogate(denoiser, levels, x_T, clean, reading, None)
     for stored in (2**22, 1):
         monkeypatch.setattr(STORED_NUMBERS, stored)
-        slope = objective.slope(denoiser, levels, batch, None, generator())
+        slope = objective.slope(denoiser, levels, batch, generator())
         assert_close(slope.gradient, reference, 1e-6)
         end = alpha[-1] * euler_run(denoiser, levels, x_T)[0][-1]
-        assert_close(slope.ends, end, 1e-8)
-        assert slope.disc_loss == pytest.approx(float(squared(end - batch.target)), rel=1e-8)
+        assert slope.loss == pytest.approx(float(squared(end - batch.target)), rel=1e-8)
 
 
 def test_a_batch_of_data(worlds, draw_clean, generator):
@@ -1067,11 +1099,10 @@ def test_a_batch_of_data(worlds, draw_clean, generator):
     target = Target.from_sampler(lambda n, seed: draw_clean(n, seed).float(), "Mixture", 1000)
     mdp = DiffusionMDP(target, process, schedule, lambda sample: sample.sum(1))
     n = 40_000
-    batch = data_batch(mdp, schedule, n, generator())
-    assert torch.equal(batch.clean, batch.finished)
+    batch = DataPool(mdp, schedule, None, None, n, 1, 0).fitted[0]
     alpha, sigma = alpha_sigma(process, logs_of(process, vector(1.0, 1e-3)))
-    first = (batch.noise - alpha[0] * batch.clean) / sigma[0]
-    second = (batch.target - alpha[1] * batch.clean) / sigma[1]
+    first = (batch.noise - alpha[0] * batch.finished) / sigma[0]
+    second = (batch.target - alpha[1] * batch.finished) / sigma[1]
     for noise in (first, second):
         assert noise.mean(0).abs().max() < 5 / math.sqrt(n)
         assert (noise.var(0) - 1).abs().max() < 5 * math.sqrt(2 / n)

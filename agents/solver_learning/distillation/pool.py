@@ -42,7 +42,7 @@ class Pool:
         settings: DODESettings,
         seed: int,
     ) -> None:
-        self._mdp, self._teacher, self._denoiser, self._seed = mdp, teacher, denoiser, seed
+        self._mdp, self.teacher, self._denoiser, self._seed = mdp, teacher, denoiser, seed
         size = settings.batch_size
         most = -(-_FITTED_NUMBERS // (size * math.prod(mdp.shape)))
         count = self._count = settings.batches or min(most, _MOST_BATCHES)
@@ -58,7 +58,7 @@ class Pool:
         made = []
         for i, size in enumerate(self._sizes):
             noise = self._mdp.initial(size, generator)
-            states = self._teacher.states(self._denoiser, noise)
+            states = self.teacher.states(self._denoiser, noise)
             # Of noise that is not fitted only the finished samples count.
             made.append(Batch(noise, states if i < self._count else states[-1:].clone()))
         return made

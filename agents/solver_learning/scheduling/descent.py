@@ -77,7 +77,10 @@ class Descent:
             origin, on the noise that is only reported on.
         rounds: updates a stage.
         updates: how many of this stage are done.
+        collapsed: whether a stage ended early, and went back.
     """
+
+    collapsed = False
 
     def __init__(
         self,

@@ -49,8 +49,8 @@ class LevelMap:
     Args:
         least: the smallest noise level, > 0; fixed.
         greatest: the largest; fixed.
-        space: the scale f: "sigma" (the level itself, the paper's), "log", or "rho" (level^(1/7),
-            on which Karras's grid is even and the parameters are well scaled).
+        space: the scale f: "sigma" (the level itself, as in the paper), "log", or "rho"
+            (level^(1/7), on which Karras's grid is even and the parameters are well scaled).
 
     Raises:
         ValueError: not 0 < least < greatest < inf, or an unknown space.

@@ -17,6 +17,8 @@ from .adjoint import backpropagate, by_log_level
 from .levels import schedule_at
 from .pool import Batch
 
+Builder = Callable[[Schedule], Tableau]
+
 
 @dataclass(frozen=True)
 class Slope:
@@ -43,7 +45,7 @@ class Objective:
         like: a schedule with the ends of those that are built.
     """
 
-    build: Callable[[Schedule], Tableau]
+    build: Builder
     like: Schedule
 
     def rows(self, tableau: Tableau) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .....envs import Target
+from .....envs import Schedule, Target
 from ....denoisers.denoiser import Denoiser
 from ....samplers.tableau import Tableau
+from ...settings import ScheduleSettings
 from ..descent import GIVEN, PROGRAMME, Descent, Stage
 from ..levels import schedule_at
 from ..objective import Objective, Slope
@@ -115,17 +116,19 @@ class DataDescent(Descent):
     """A stage one that compares nothing, and ends where its last update led.
 
     The least error of a target of data is a collapsed sampler's. So the stage watches the samples'
-    variance instead: it ends, and goes back, when that stays below a share `collapse` of what it
-    was.
-
-    Attributes:
-        collapsed: whether a stage ended so.
+    variance instead: it ends, and goes back, when that stays below a share of what it was.
     """
 
-    def __init__(self, *arguments: Any, collapse: float, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.collapse = collapse
-        self.collapsed = False
+    def __init__(
+        self,
+        objective: Objective,
+        pool: Pool,
+        given: Schedule,
+        start: str,
+        settings: ScheduleSettings,
+    ) -> None:
+        super().__init__(objective, pool, given, start, settings)
+        self.collapse = settings.paper.collapse
         # The last parameters at which the variance had not fallen, how many updates ago that was,
         # and the ratio of variances that the stage began with.
         self._sound, self._low = self._here(), 0
