@@ -108,29 +108,46 @@ def carry_out(
     if workers == 1:
         _work(cells, folder, cpu_threads)
     else:
-        share = cpu_threads or max((os.cpu_count() or 1) // workers, 1)
-        spawn = multiprocessing.get_context("spawn")
-        processes = [
-            spawn.Process(target=_work, args=(cells, folder, share, True), daemon=True)
-            for _ in range(workers)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
-        finally:
-            for process in processes:
-                process.terminate()
+        _share_out(cells, folder, workers, cpu_threads or max((os.cpu_count() or 1) // workers, 1))
     killed = {FAILED: "its process was killed."}
     files = [cell.file(folder) for cell in cells]
     return [read_record(file) if file.is_file() else killed for file in files]
 
 
-def _work(cells: Sequence[Cell], folder: Path, count: int | None, quiet: bool = False) -> None:
+def _share_out(cells: Sequence[Cell], folder: Path, workers: int, count: int) -> None:
+    """Let several processes work on the cells; they end with this one, however it ends."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_work, args=(cells, folder, count), daemon=True)
+        for _ in range(workers)
+    ]
+    try:
+        with _variable("TQDM_DISABLE", "1"):  # the bars of several processes would mix
+            for process in processes:
+                process.start()
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable that processes started inside inherit."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _work(cells: Sequence[Cell], folder: Path, count: int | None) -> None:
     """Run the cells that nobody else runs; at the end wait for those that others are at."""
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would mix
     with threads(count):
         for wait in (False, True):
             for cell in cells:

@@ -254,7 +254,8 @@ def _train(agent: Agent, folder: Path, world: World | None = None, evaluations: 
         if watch.interrupted:
             raise KeyboardInterrupt
         facts: Record = {"seconds": time.monotonic() - began, "training calls": agent.num_timesteps}
-        facts |= agent.report().results
+        told = agent.report().results.items()
+        facts |= {name: value for name, value in told if isinstance(value, str | int | float)}
         if curve := read_live_metric(folder / "progress.csv"):
             facts["curve"] = curve
         write_json(folder / DONE, facts)

@@ -29,10 +29,11 @@ def report(
     """Return a study's title, table and notes in Markdown; for the arguments see `engine.Study`."""
     frame = pd.DataFrame(records)
     columns = columns or all_columns(frame)
+    seeds = frame["seed"].nunique()
     notes = [
         "Scores: before → after (floor), where there are such; mean ± standard deviation over "
-        f"{frame['seed'].nunique()} seeds. Factors: before / after. Seconds: of what was learned "
-        "on top of the cloned denoiser."
+        f"{seeds} seed{'s' if seeds > 1 else ''}. Factors: before / after. Seconds: of what was "
+        "learned on top of the cloned denoiser."
     ]
     for column in columns:
         if column.startswith(FACTOR):
