@@ -6,19 +6,34 @@ learning measures how much noise its steps want. A `Tableau` is a sampler as a t
 which `solvers` build.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ..common.checkpoint import CheckpointError
 from ..common.optimisation import TrainingDivergedError
 from .base import Agent
 from .cloning import BehaviorCloning
 from .denoisers.denoiser import Denoiser
-from .denoisers.networks.unet import UNet2D
-from .policies import DenoiserPolicy, SolverPolicy
+from .denoisers.networks import UNet2D
 from .policy_gradient.sft import SFT
 from .policy_gradient.sft_pg import SFTPG
+from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solver_learning.dode import DODE
 from .solver_learning.schedule_learning import ScheduleLearning
 from .variance.learning import VarianceLearning
+
+if TYPE_CHECKING:
+    from .policies import DenoiserPolicy
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load the policy of Stable-Baselines3, which takes long, when it is first asked for."""
+        if name != "DenoiserPolicy":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .policies import DenoiserPolicy
+
+        return DenoiserPolicy
+
 
 AGENTS: dict[str, type[Agent]] = {
     agent.name: agent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from ..envs import DiffusionMDP, Schedule
 from .denoisers.denoiser import Denoiser
 from .environments import Environment, made_environment, mdp_of
-from .policies import SolverPolicy
 from .samplers.sampling import sample
+from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solvers import Options, build_solver, default_solver_options
 
@@ -31,6 +32,7 @@ class Actor:
 
     Attributes:
         mdp: the decision process.
+        obeys_transitions: whether it can train where the next state is not the action.
         acting_generator: the source of the samples' randomness: looking at samples does not change
             a training.
 
@@ -38,6 +40,8 @@ class Actor:
         ValueError: the environment has another noise process than the denoiser, or samples of
             another shape.
     """
+
+    obeys_transitions: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -54,6 +58,12 @@ class Actor:
             raise ValueError(
                 f"The denoiser was made for {denoiser.process!r}, the environment has "
                 f"{self.mdp.process!r}: build the environment with process=denoiser.process."
+            )
+        if not (self.mdp.is_plain or self.obeys_transitions):
+            raise ValueError(
+                f"{type(self).__name__} learns a solver for samples that move freely, and "
+                f"{type(self.mdp).__name__} has transitions of its own: train in the plain "
+                "environment, and sample in this one."
             )
         denoiser.check_shape(self.mdp.shape)
         self.device = torch.device(self.mdp.device)
@@ -144,8 +154,9 @@ class Actor:
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         return_trajectory: bool = False,
+        **options: Any,
     ) -> Tensor:
-        """Draw finished samples (n, *shape) on the device.
+        """Draw finished samples (n, *shape) on the device, in the actor's environment.
 
         Args:
             n: how many.
@@ -153,6 +164,7 @@ class Actor:
             generator: source of randomness; the agent's own for acting by default.
             noise: initial states (n, *shape) instead of fresh prior samples.
             return_trajectory: return all states (K + 1, n, *shape) instead, the noisiest first.
+            options: what the environment's `episodes` takes, such as `known` of `Inpainting`.
         """
         tableau = self.tableau if schedule is None else self.tableau_on(schedule)
         generator = self.acting_generator if generator is None else generator
@@ -165,4 +177,6 @@ class Actor:
             shape=self.mdp.shape,
             generator=generator,
             return_trajectory=return_trajectory,
+            mdp=self.mdp,
+            **options,
         )

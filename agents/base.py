@@ -17,21 +17,23 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.utils import configure_logger
 from torch import Tensor, nn
 
 from ..common.checkpoint import not_finite
 from ..common.distributed import Processes
 from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
-from .callbacks import Callback, one_callback
 from .denoisers.denoiser import Denoiser
 from .environments import Environment
 from .report import Report
 from .training_state import Trainee
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import Logger
+
+    from .callbacks import Callback
 
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
 
@@ -168,6 +170,9 @@ class Agent(Trainee):
         if reset_num_timesteps:
             self.num_timesteps = self.rounds = 0
         self._goal = None if total_timesteps is None else total_timesteps + self.num_timesteps
+        # Both load Stable-Baselines3, which sampling does without.
+        from .callbacks import configure_logger, one_callback
+
         if self._custom_logger is None:
             self._logger = configure_logger(
                 self.verbose, self.tensorboard_log, tb_log_name or self.name, reset_num_timesteps

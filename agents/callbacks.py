@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.utils import configure_logger
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+__all__ = ["Callback", "ProgressBar", "configure_logger", "one_callback"]
 
 Callback = BaseCallback | list[BaseCallback] | Callable[..., bool] | None
 

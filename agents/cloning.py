@@ -26,7 +26,6 @@ from ..common.optimisation import (
     set_learning_rate,
 )
 from ..common.settings import bounded
-from ..envs import VE
 from .base import Agent
 from .denoisers.denoiser import Denoiser
 from .environments import Environment
@@ -157,17 +156,13 @@ class BehaviorCloning(Agent):
         Levels of a discrete process are alike; others are uniform in log-SNR, or log-normal for an
         "edm" denoiser.
         """
-        process, device = self.mdp.process, self.device
-        if self.denoiser.prediction != "edm" or not isinstance(process, VE):
-            return process.draw_times(self._size, self.generator, device)
-        normal = torch.randn(
-            self._size, generator=self.generator, device=device, dtype=torch.float64
-        )
-        # In float32 a clamped level could lie beyond t_max.
-        return (
-            (self.settings.p_mean + self.settings.p_std * normal)
-            .exp()
-            .clamp(process.t_min, process.t_max)
+        return self.denoiser.parameterisation.draw_times(
+            self.mdp.process,
+            self._size,
+            self.generator,
+            self.device,
+            self.settings.p_mean,
+            self.settings.p_std,
         )
 
     def state(self) -> dict[str, Any]:

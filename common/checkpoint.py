@@ -21,9 +21,7 @@ from .tensor_files import read_tensors, write_tensors
 
 FORMAT = "fewstep-checkpoint-1"
 _TENSOR = "$tensor"
-_INSTEAD = (
-    "use an earlier one, or in a run folder delete it: --resume then goes on from the stage before."
-)
+_INSTEAD = "use an earlier one."
 
 
 class CheckpointError(ValueError):

@@ -58,6 +58,13 @@ class Processes:
         parts = batch.unflatten(dim, (groups, self.count, -1))
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1).contiguous()
 
+    def noise(
+        self, like: Tensor, generator: torch.Generator | None = None, groups: int = 1
+    ) -> Tensor:
+        """Draw normal noise shaped like a tensor: this process's share of what all of them draw."""
+        everyone = like.new_empty(self.count * len(like), *like.shape[1:])
+        return self.share(everyone.normal_(generator=generator), groups=groups)
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradients by their means over the processes, in one message a type."""
         if self.count == 1:
@@ -124,3 +131,7 @@ class Processes:
         """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+# A single process, which trains by itself.
+ALONE = Processes()

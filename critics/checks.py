@@ -48,37 +48,52 @@ def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
 
     Raises:
         TypeError: the answer is neither a tensor nor an array of numbers.
-        ValueError: it has another shape or device, or holds NaN or infinity for samples that are
-            finite.
+        ValueError: it has another shape or device.
     """
-    name = getattr(reward, "__qualname__", type(reward).__name__).rpartition("<locals>.")[2]
-    wanted = f"the reward {name!r} must return one number a sample"
     answer = reward(samples)
-    kind = type(answer).__name__
     if isinstance(answer, np.ndarray) and answer.dtype.kind in "biuf":
         answer = torch.from_numpy(np.array(answer, dtype=np.float32)).to(samples.device)
     if not isinstance(answer, Tensor) or answer.is_complex():
+        kind = type(answer).__name__
         detail = f" of {answer.dtype}" if isinstance(answer, Tensor | np.ndarray) else ""
-        raise TypeError(f"{wanted}, a tensor or array of shape (N,); it returned {kind}{detail}")
+        raise TypeError(
+            f"{_wanted(reward)}, a tensor or array of shape (N,); it returned {kind}{detail}"
+        )
     if answer.shape != samples.shape[:1]:
         hint = "; drop the last dimension" if answer.shape == (len(samples), 1) else ""
         raise ValueError(
-            f"{wanted}, shape ({len(samples)},); it returned shape {_shape(answer)}{hint}"
+            f"{_wanted(reward)}, shape ({len(samples)},); it returned shape {_shape(answer)}{hint}"
         )
     if answer.device != samples.device:
         raise ValueError(
-            f"{wanted} on {samples.device}, where the samples are; it returned them "
+            f"{_wanted(reward)} on {samples.device}, where the samples are; it returned them "
             f"on {answer.device}"
         )
     if not answer.is_floating_point():
         answer = answer.to(torch.float32)
+    return answer
+
+
+def check_rewards(reward: object, answer: Tensor, samples: Tensor) -> None:
+    """Raise ValueError if a reward holds NaN or infinity for samples that are finite.
+
+    On a GPU this waits for the device.
+    """
     # A finite sum proves all terms finite in one pass; only an overflow needs the closer look.
     if not math.isfinite(answer.detach().sum().item()):
         bad = (~answer.isfinite()).nonzero()
         # What a reward says of a sampler that has diverged is not the reward's fault.
         if len(bad) and samples.isfinite().all():
             raise ValueError(
-                f"the reward {name!r} returned NaN or infinity for {len(bad)} of {len(samples)} "
-                f"finite samples, the first at index {int(bad[0])}: a reward must be finite"
+                f"the reward {_name(reward)!r} returned NaN or infinity for {len(bad)} of "
+                f"{len(samples)} finite samples, the first at index {int(bad[0])}: a reward must "
+                "be finite"
             )
-    return answer
+
+
+def _wanted(reward: object) -> str:
+    return f"the reward {_name(reward)!r} must return one number a sample"
+
+
+def _name(reward: object) -> str:
+    return getattr(reward, "__qualname__", type(reward).__name__).rpartition("<locals>.")[2]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.distributed import Processes
-from .checks import rewards_of
+from .checks import check_rewards, rewards_of
 
 
 class RewardCritic(nn.Module):
@@ -52,7 +52,9 @@ class RewardCritic(nn.Module):
             TypeError: the reward returned no numbers.
             ValueError: it returned another shape, or NaN or infinity for finite samples.
         """
-        return rewards_of(self.reward, sample)
+        answer = rewards_of(self.reward, sample)
+        check_rewards(self.reward, answer, sample)
+        return answer
 
     def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
         """Return V (k, N) for states (k, N, *shape) before steps (k,); see `IPMCritic.value`."""

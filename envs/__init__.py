@@ -6,17 +6,32 @@ Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
 ``fewstep/CIFAR10-v0``, ``fewstep/CelebA64-v0`` and ``fewstep/ImageFolder-v0``.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ..common.names import unknown_name
+from .inpainting import Inpainting
 from .mdp import DiffusionMDP
 from .numpy_vector import NumpyVectorEnv
-from .processes.process import VE, DiscreteVP, NoiseProcess, make_process
+from .processes import VE, DiscreteVP, NoiseProcess, make_process
 from .registration import ENVIRONMENTS, make_mdp, register_environments
-from .sb3 import SB3VecEnv
-from .schedules.schedule import Schedule, make_schedule
+from .schedules import Schedule, make_schedule
 from .schedules.spacings import refine_times
 from .single import DiffusionEnv
 from .targets.target import Target, make_target
 from .vector import DiffusionVectorEnv
+
+if TYPE_CHECKING:
+    from .sb3 import SB3VecEnv
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load the shell of Stable-Baselines3, which takes long, when it is first asked for."""
+        if name != "SB3VecEnv":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .sb3 import SB3VecEnv
+
+        return SB3VecEnv
+
 
 register_environments()
 
@@ -27,6 +42,7 @@ __all__ = [
     "DiffusionMDP",
     "DiffusionVectorEnv",
     "DiscreteVP",
+    "Inpainting",
     "NoiseProcess",
     "NumpyVectorEnv",
     "SB3VecEnv",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from .processes.process import NoiseProcess
-from .schedules.schedule import Schedule
+from .processes import NoiseProcess
+from .schedules import Schedule
 
 
 class TimestepSpace(gym.spaces.Box):

@@ -1,52 +1,91 @@
 """The decision process itself: a diffusion sampler is a policy in a finite-horizon MDP.
 
-State: the noisy sample and its time. Action: the next sample. Transition: the identity. Reward: 0,
-until the finished sample ``x_0`` is shown to the critic, ``f(x_0)``, to be maximised. Horizon: the
-steps of the schedule (SFT-PG, Fan & Lee 2023, section 3; MATH.md S.2). These are pure functions on
-batched tensors that keep gradients; agents call them directly, and the three shells (``vector``,
-``single``, ``sb3``) dress them for Gymnasium and Stable-Baselines3.
+State: the noisy sample and its time. Action: the next sample. Transition: the identity, unless a
+subclass says otherwise. Reward: 0, until the finished sample `x_0` is shown to the critic,
+`f(x_0)`, to be maximised. Horizon: the steps of the schedule (SFT-PG, Fan & Lee 2023, section 3;
+MATH.md S.2). These are pure functions on batched tensors that keep gradients. `rollout` is the loop
+in which agents train; the shells (`vector`, `single`, `sb3`) dress the same functions for Gymnasium
+and Stable-Baselines3.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..common.distributed import ALONE, Processes
 from ..critics.checks import rewards_of
 from ..critics.mmd import MMDCritic
-from .processes.process import NoiseProcess
-from .schedules.schedule import Schedule
+from .processes import NoiseProcess
+from .schedules import Schedule
+from .schedules.ends import warn_of_ends
 from .targets.target import Target
 
 Observation = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]
+# Returns fresh standard normal noise, shaped like its argument.
+Draw = Callable[[Tensor], Tensor]
+MDP = TypeVar("MDP", bound="DiffusionMDP")
 
 # Real samples of the default reward: enough to guide, and about as dear as the toys' networks.
 DEFAULT_REWARD_SAMPLES = 512
+
+
+class Policy(Protocol):
+    """What acts in a decision process."""
+
+    def act(self, observation: Observation, step: int, draw: Draw) -> Tensor:
+        """Return the actions `(N, *shape)` for what `DiffusionMDP.observe` shows in state `step`.
+
+        Args:
+            observation: The samples `(N, *shape)` and their time.
+            step: Which state this is, 0 to `steps - 1`; a policy need not look it up by the time.
+            draw: Its source of randomness.
+        """
+
+
+class Recorder(Protocol):
+    """What keeps the trajectories of a rollout."""
+
+    def keep(self, step: int, sample: Tensor, action: Tensor | None = None) -> Tensor:
+        """Keep the state `(N, *shape)` number `step`, and the action that was asked for before it.
+
+        Returns:
+            The state from which the rollout goes on: the one given, rounded as it is kept.
+        """
+
+
+class DefaultReward(MMDCritic):
+    """The reward of a decision process that was given none."""
 
 
 @dataclass(frozen=True, eq=False)
 class DiffusionMDP:
     """What a sampler acts in.
 
-    Step ``j = 0..K-1`` counts the transitions in sampling order, 0 the noisiest; state ``j`` is the
-    state before step ``j`` and state ``K`` the finished sample.
+    A subclass may override any of `initial`, `observe`, `transition` and `terminal_reward`: agents
+    and shells call them, never a copy. `Inpainting` is an example.
+
+    Step `j = 0..K-1` counts the transitions in sampling order, 0 the noisiest; state `j` is the
+    state before step `j` and state `K` the finished sample.
 
     Args:
         target: The real distribution; its device is where everything lives.
         process: The noise process.
         schedule: The times to visit, on the same process.
-        reward: ``(N, *shape) -> (N,)``, high on data, a tensor or NumPy array of finite numbers. If
-            it has a ``judge``, that judges finished samples, and may learn from them. None is an
-            ``MMDCritic`` of some training samples: it compares the finished samples with those and
+        reward: `(N, *shape) -> (N,)`, high on data, a tensor or NumPy array of finite numbers. If
+            it has a `judge`, that judges finished samples, and may learn from them. None is an
+            `MMDCritic` of some training samples: it compares the finished samples with those and
             with each other, so that their mean reward is minus the energy distance to the data.
 
-    A decision process never changes: ``with_schedule`` and ``with_reward`` make another one.
+    A decision process never changes: `with_schedule` and `with_reward` make another one.
 
     Raises:
         ValueError: The schedule belongs to another process.
@@ -58,6 +97,9 @@ class DiffusionMDP:
     schedule: Schedule
     reward: Reward | None = None
 
+    # Options of a shell's `reset` that `episodes` takes, beside those of every environment.
+    episode_options: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         if self.schedule.process != self.process:
             raise ValueError(
@@ -65,7 +107,7 @@ class DiffusionMDP:
                 f"the environment has {self.process!r}; build it on that one"
             )
         if self.reward is None:
-            reward = MMDCritic(self.target.subset(DEFAULT_REWARD_SAMPLES))
+            reward = DefaultReward(self.target.subset(DEFAULT_REWARD_SAMPLES))
             object.__setattr__(self, "reward", reward)
         check_reward(self.reward)
 
@@ -73,42 +115,74 @@ class DiffusionMDP:
     def _times(self) -> list[float]:
         return self.schedule.times.tolist()
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        """The horizon ``K``."""
+        """The horizon `K`."""
         return self.schedule.steps
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Shape of one sample."""
         return self.target.shape
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where samples, actions and rewards live."""
         return self.target.device
 
-    def with_schedule(self, schedule: Schedule) -> DiffusionMDP:
+    @property
+    def has_own_reward(self) -> bool:
+        """Whether its reward was given, and is not `no_reward`: then agents maximise that one."""
+        return self.reward is not no_reward and not isinstance(self.reward, DefaultReward)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next state is always the action itself."""
+        return type(self).transition is DiffusionMDP.transition
+
+    def with_schedule(self: MDP, schedule: Schedule) -> MDP:
         """The same decision process on other times."""
         return replace(self, schedule=schedule)
 
-    def with_reward(self, reward: Reward) -> DiffusionMDP:
+    def with_reward(self: MDP, reward: Reward) -> MDP:
         """The same decision process with another reward."""
         return replace(self, reward=reward)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the first state, ``(n, *shape)`` float32: noise as at the schedule's first time."""
-        return self.schedule.prior_sample((n, *self.shape), generator, device=self.device)
-
-    def observe(self, sample: Tensor, step: int) -> Observation:
-        """What the agent sees in state ``step``.
-
-        Args:
-            sample: ``(N, *shape)``.
-            step: 0 to ``steps``, the latter for the finished sample.
+    def episodes(self: MDP, n: int, generator: torch.Generator | None = None) -> MDP:
+        """Draw what `n` new episodes keep from their start to their end.
 
         Returns:
-            ``{"sample": (N, *shape), "timestep": (N,)}``; the timestep is a new tensor, the sample
+            The decision process of these episodes, whose methods are then called on batches of `n`.
+            Here nothing is drawn, and it is this one.
+        """
+        return self
+
+    def at(self: MDP, rows: Tensor | slice) -> MDP:
+        """The decision process of some of the episodes that `episodes` began, by their indices."""
+        return self
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the first state, `(n, *shape)` float32: noise as at the schedule's first time.
+
+        Warns of a start or an end that makes the samples wrong (`envs.schedules.ends`).
+        """
+        noise = torch.randn((n, *self.shape), generator=generator, device=self.device)
+        return noise if self._prior_std == 1.0 else noise.mul_(self._prior_std)
+
+    @cached_property
+    def _prior_std(self) -> float:
+        warn_of_ends(self.process, self._times[0], self._times[-1])
+        return self.process.prior_std(self._times[0])
+
+    def observe(self, sample: Tensor, step: int) -> Observation:
+        """What the agent sees in state `step`.
+
+        Args:
+            sample: `(N, *shape)`.
+            step: 0 to `steps`, the latter for the finished sample.
+
+        Returns:
+            `{"sample": (N, *shape), "timestep": (N,)}`; the timestep is a new tensor, the sample
             is the one given.
         """
         timestep = torch.full(
@@ -116,47 +190,96 @@ class DiffusionMDP:
         )
         return {"sample": sample, "timestep": timestep}
 
-    def transition(self, sample: Tensor, action: Tensor) -> Tensor:
+    def transition(
+        self, sample: Tensor, action: Tensor, step: int, draw: Draw = torch.randn_like
+    ) -> Tensor:
         """Move to the next state, which is the action itself as float32.
 
         Args:
-            sample: The current state ``(N, *shape)``.
-            action: The next sample, of the same shape and device.
-
-        Raises:
-            TypeError: The action is not a floating torch tensor.
-            ValueError: The action has another shape or device, or holds NaN or infinity.
+            sample: The current state `(N, *shape)`.
+            action: The next sample that is asked for, of the same shape and device.
+            step: Which state the current one is, 0 to `steps - 1`.
+            draw: The source of randomness of an environment that needs one.
         """
-        _check_batch(action, "action", sample.shape, sample.device)
         return action.to(torch.float32)
 
     def terminal_reward(self, sample: Tensor) -> Tensor:
-        """Judge finished samples, by the reward's ``judge`` if it has one.
+        """Judge finished samples, by the reward's `judge` if it has one.
 
         A reward that learns from what it judges, as the default does, learns here and nowhere else:
-        calling ``reward`` itself changes nothing.
+        calling `reward` itself changes nothing.
 
         Args:
-            sample: ``x_0``, ``(N, *shape)``.
+            sample: `x_0`, `(N, *shape)`.
 
         Returns:
-            The reward, ``(N,)`` float32, to be maximised.
+            The reward, `(N,)` float32, to be maximised.
 
         Raises:
             TypeError: The reward returned neither a tensor nor a NumPy array of numbers.
-            ValueError: It returned another shape or device, or NaN or infinity.
+            ValueError: It returned another shape or device.
         """
         assert self.reward is not None  # __post_init__ saw to it
         return rewards_of(getattr(self.reward, "judge", self.reward), sample).to(torch.float32)
+
+    def rollout(
+        self,
+        policy: Policy,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        recorder: Recorder | None = None,
+        processes: Processes = ALONE,
+        groups: int = 1,
+    ) -> Tensor:
+        """Play `n` whole episodes; gradients flow through them unless the caller forbids it.
+
+        Nothing is checked on the way, so that no device is waited for: look at what comes back.
+
+        Args:
+            policy: What acts.
+            n: How many episodes; of several processes, how many each one plays.
+            generator: Source of randomness; the global one if None.
+            recorder: Keeps states and actions; None keeps nothing but the last state.
+            processes: Those that play together: all draw the same numbers, and each takes its share
+                of the episodes.
+            groups: The episodes are so many batches, each of which is shared out in equal parts.
+
+        Returns:
+            The finished samples `(n, *shape)`.
+        """
+        everyone = n * processes.count
+        episodes, sample = self.episodes(everyone, generator), self.initial(everyone, generator)
+        if processes.count > 1:
+            mine = processes.share(torch.arange(everyone, device=sample.device), groups=groups)
+            episodes, sample = episodes.at(mine), sample[mine]
+        draw = functools.partial(processes.noise, generator=generator, groups=groups)
+        if recorder is not None:
+            sample = recorder.keep(0, sample)
+        for step in range(self.steps):
+            action = policy.act(episodes.observe(sample, step), step, draw)
+            sample = episodes.transition(sample, action, step, draw)
+            if recorder is not None:
+                sample = recorder.keep(step + 1, sample, action)
+        return sample
 
     def forget(self) -> None:
         """Let the reward forget the samples that it has judged, if it can."""
         if callable(forget := getattr(self.reward, "forget", None)):
             forget()
 
+    def check_action(self, sample: Tensor, action: Tensor) -> None:
+        """Validate what a user asks for in a state `(N, *shape)`; this waits for the device.
+
+        Raises:
+            TypeError: The action is not a floating torch tensor.
+            ValueError: The action has another shape or device, or holds NaN or infinity.
+        """
+        check_batch(action, "action", sample.shape, sample.device)
+
     def check_sample(self, sample: Tensor, n: int) -> Tensor:
-        """Validate a start ``(n, *shape)`` that a user gives; returns a float32 copy."""
-        _check_batch(sample, "sample", torch.Size((n, *self.shape)), self.device)
+        """Validate a start `(n, *shape)` that a user gives; returns a float32 copy."""
+        check_batch(sample, "sample", torch.Size((n, *self.shape)), self.device)
         return sample.detach().to(torch.float32, copy=True)
 
 
@@ -169,11 +292,12 @@ def check_reward(reward: object) -> None:
 
 
 def no_reward(sample: Tensor) -> Tensor:
-    """Reward every finished sample ``(N, *shape)`` with 0, for those who only need the process."""
+    """Reward every finished sample `(N, *shape)` with 0, for those who only need the process."""
     return sample.new_zeros(len(sample))
 
 
-def _check_batch(values: Tensor, what: str, shape: torch.Size, device: torch.device) -> None:
+def check_batch(values: Tensor, what: str, shape: torch.Size, device: torch.device) -> None:
+    """Raise TypeError or ValueError for a batch that is not finite floats of shape and device."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{what} must be a floating torch tensor; got {kind}")

@@ -61,9 +61,10 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NumpyObservation, dict[str, Any]]:
-        """Start an episode; see `DiffusionVectorEnv.reset`. `options["sample"]` is an array."""
-        if options and isinstance(sample := options.get("sample"), np.ndarray):
-            options = {**options, "sample": to_tensor(sample, self.env.device, "sample")}
+        """Start an episode; see `DiffusionVectorEnv.reset`. Samples in the options are arrays."""
+        for name in ("sample", *self.mdp.episode_options):
+            if options and isinstance(given := options.get(name), np.ndarray):
+                options = {**options, name: to_tensor(given, self.env.device, name)}
         observation, info = self.env.reset(seed=seed, options=options)
         return to_numpy(observation), info
 

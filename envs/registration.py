@@ -1,7 +1,7 @@
 """The table of environments: a new one is one line here.
 
-Importing ``fewstep.envs`` registers each as ``fewstep/<name>-v0`` for ``gym.make`` and
-``gym.make_vec``. ``make_mdp`` builds the decision process behind a name, which is what the shells
+Importing `fewstep.envs` registers each as `fewstep/<name>-v0` for `gym.make` and
+`gym.make_vec`. `make_mdp` builds the decision process behind a name, which is what the shells
 and the agents act on.
 """
 
@@ -17,9 +17,10 @@ import torch
 
 from ..common.arguments import checked
 from ..common.names import unknown_name
+from .inpainting import Inpainting
 from .mdp import DiffusionMDP, Reward
-from .processes.process import DiscreteVP, NoiseProcess
-from .schedules.schedule import Schedule, listed_times, make_schedule
+from .processes import DiscreteVP, NoiseProcess
+from .schedules import Schedule, listed_times, make_schedule
 from .targets.images import IMAGE_SETS
 from .targets.target import Target, make_target
 
@@ -30,7 +31,7 @@ class Environment:
 
     Attributes:
         target: Name of the target.
-        process: ``steps -> NoiseProcess``; the toys' process has one beta a step, as SFT-PG's, that
+        process: `steps -> NoiseProcess`; the toys' process has one beta a step, as SFT-PG's, that
             of images is DDPM's whatever the steps.
         steps: Default number of steps.
         schedule: Default schedule; None is the process's own kind of grid.
@@ -57,7 +58,7 @@ ENVIRONMENTS: dict[str, Environment] = {
 
 
 def resolve_environment(name: str) -> str:
-    """Turn ``SwissRoll``, ``swissroll`` or ``fewstep/SwissRoll-v0`` into the table's key.
+    """Turn `SwissRoll`, `swissroll` or `fewstep/SwissRoll-v0` into the table's key.
 
     Raises:
         ValueError: The name is unknown.
@@ -83,30 +84,33 @@ def make_mdp(
     process: NoiseProcess | None = None,
     target: Target | str | None = None,
     schedule_options: dict[str, Any] | None = None,
+    inpaint: str | torch.Tensor | None = None,
 ) -> DiffusionMDP:
     """Build the decision process of a known environment, with any part replaced.
 
     Args:
-        name: A key of ``ENVIRONMENTS``.
-        steps: Number of steps, at least 1; that of a given ``Schedule`` or list of times, else the
+        name: A key of `ENVIRONMENTS`.
+        steps: Number of steps, at least 1; that of a given `Schedule` or list of times, else the
             default.
-        schedule: The times to visit, or a name for ``make_schedule``, or the ``.json`` file of a
-            ``Schedule``; ``process.grid`` if None. A given ``Schedule`` brings its process.
-        reward: ``(N, *shape) -> (N,)``, high on data; ``MMDCritic`` if None.
+        schedule: The times to visit, or a name for `make_schedule`, or the `.json` file of a
+            `Schedule`; `process.grid` if None. A given `Schedule` brings its process.
+        reward: `(N, *shape) -> (N,)`, high on data; `MMDCritic` if None.
         device: Where tensors live.
-        data_dir: Folder of the data files, for targets that need one; see ``make_target``.
-        download: Fetch missing data files into ``data_dir``.
-        image_size: Side in pixels of the images of ``ImageFolder``; 64 by default.
+        data_dir: Folder of the data files, for targets that need one; see `make_target`.
+        download: Fetch missing data files into `data_dir`.
+        image_size: Side in pixels of the images of `ImageFolder`; 64 by default.
         process: The noise process.
         target: The real distribution, or the name of one.
-        schedule_options: Options of a schedule given by name, such as ``{"rho": 5.0}``.
+        schedule_options: Options of a schedule given by name, such as `{"rho": 5.0}`.
+        inpaint: A mask, or a name of one, "half", "quarter" or "random": the part of each sample
+            that is known, and put back after every step (`Inpainting`). None knows nothing.
 
     Raises:
-        ValueError: A name is unknown, ``steps`` is below 1 or contradicts the schedule, the process
-            contradicts it, it takes no such options, the target takes no ``image_size``, or a data
-            file is damaged.
-        TypeError: The reward is not callable.
-        FileNotFoundError: ``data_dir`` is given and is not a folder, data files are missing, or no
+        ValueError: A name is unknown, `steps` is below 1 or contradicts the schedule, the process
+            contradicts it, it takes no such options, the target takes no `image_size`, the mask
+            does not fit, or a data file is damaged.
+        TypeError: The reward is not callable, or the mask no tensor of bool.
+        FileNotFoundError: `data_dir` is given and is not a folder, data files are missing, or no
             such schedule file.
         ConnectionError: The download failed.
     """
@@ -141,11 +145,13 @@ def make_mdp(
             download=download,
             image_size=image_size,
         )
+    if inpaint is not None:
+        return Inpainting(target.to(device), process, schedule, reward, mask=inpaint)
     return DiffusionMDP(target.to(device), process, schedule, reward)
 
 
 def register_environments() -> None:
-    """Register every entry of ``ENVIRONMENTS`` that Gymnasium does not know yet."""
+    """Register every entry of `ENVIRONMENTS` that Gymnasium does not know yet."""
     for name in ENVIRONMENTS:
         env_id = f"fewstep/{name}-v0"
         # No max_episode_steps: the episode ends by itself after the schedule's steps, and the

@@ -1,4 +1,4 @@
-"""The single shell: one sample as NumPy arrays, for tools that expect a plain ``gymnasium.Env``."""
+"""The single shell: one sample as NumPy arrays, for tools that expect a plain `gymnasium.Env`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..common.arguments import checked
 from .mdp import DiffusionMDP, Observation, Reward
-from .processes.process import NoiseProcess
-from .schedules.schedule import Schedule
+from .processes import NoiseProcess
+from .schedules import Schedule
 from .targets.target import Target
 from .vector import DiffusionVectorEnv, observation_space, to_tensor, with_horizon
 
@@ -21,15 +21,15 @@ NumpyObservation = dict[str, np.ndarray]
 
 
 class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
-    """One sample being denoised: a ``DiffusionVectorEnv`` of one, spoken to in NumPy.
+    """One sample being denoised: a `DiffusionVectorEnv` of one, spoken to in NumPy.
 
-    Observations are ``{"sample": (*shape,), "timestep": (1,)}`` float32 arrays; the timestep is a
+    Observations are `{"sample": (*shape,), "timestep": (1,)}` float32 arrays; the timestep is a
     vector because the networks of Stable-Baselines3 cannot read a scalar.
 
     Args:
-        mdp: A decision process, or the name of a registered one, such as ``"SwissRoll"``.
-        render_mode: None or ``"rgb_array"``.
-        **settings: For a name: the keyword arguments of ``make_mdp``.
+        mdp: A decision process, or the name of a registered one, such as `"SwissRoll"`.
+        render_mode: None or `"rgb_array"`.
+        **settings: For a name: the keyword arguments of `make_mdp`.
     """
 
     _spec: EnvSpec | None = None
@@ -72,12 +72,12 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of every episode whose ``reset`` does not name another."""
+        """The schedule of every episode whose `reset` does not name another."""
         return self._vector.schedule
 
     @property
     def reward(self) -> Reward | None:
-        """The critic of the finished sample; see ``DiffusionVectorEnv.reward``."""
+        """The critic of the finished sample; see `DiffusionVectorEnv.reward`."""
         return self._vector.reward
 
     @reward.setter
@@ -87,16 +87,18 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NumpyObservation, dict[str, Any]]:
-        """Start an episode; see ``DiffusionVectorEnv.reset``.
+        """Start an episode; see `DiffusionVectorEnv.reset`.
 
         Args:
             seed: Restarts the stream of noise; None continues it.
-            options: ``"schedule"``, and ``"sample"`` as an array ``shape``.
+            options: `"schedule"`, and `"sample"`, or what the decision process itself takes, as an
+                array `shape`.
         """
         super().reset(seed=seed)
         self._vector.np_random = self.np_random
-        if options and options.get("sample") is not None:
-            options = {**options, "sample": self._to_batch(options["sample"], "sample")}
+        for name in ("sample", *self.mdp.episode_options):
+            if options and options.get(name) is not None:
+                options = {**options, name: self._to_batch(options[name], name)}
         observation, info = self._vector.reset(options=options)
         if seed is not None:
             self.mdp.forget()
@@ -105,14 +107,14 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
     def step(
         self, action: np.ndarray
     ) -> tuple[NumpyObservation, float, bool, bool, dict[str, Any]]:
-        """Move the sample to ``action``, the next sample; errors as the vector shell's."""
+        """Move the sample to `action`, the next sample; errors as the vector shell's."""
         observation, reward, terminated, _, info = self._vector.step(
             self._to_batch(action, "action")
         )
         return to_numpy(observation, 0), float(reward), bool(terminated), False, info
 
     def render(self) -> np.ndarray | None:
-        """Draw the sample, ``(H, W, 3)`` uint8; None without a render mode."""
+        """Draw the sample, `(H, W, 3)` uint8; None without a render mode."""
         frames = self._vector.render()
         return None if frames is None else frames[0]
 

@@ -1,6 +1,6 @@
 """The vector shell: thousands of samples as one batch of tensors on one device.
 
-``DiffusionVectorEnv`` follows Gymnasium's vector contract, with torch float32 tensors where others
+`DiffusionVectorEnv` follows Gymnasium's vector contract, with torch float32 tensors where others
 have arrays. The horizon is fixed, so the whole batch is always at the same step and every episode
 ends together.
 """
@@ -8,6 +8,7 @@ ends together.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from typing import Any
@@ -22,14 +23,16 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from ..common.arguments import checked
+from ..common.distributed import ALONE
 from ..common.names import unknown_name
 from ..common.shapes import is_vector
+from ..critics.checks import check_rewards
 from .clock import TimestepSpace
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
-from .processes.process import NoiseProcess
+from .processes import NoiseProcess
 from .registration import make_mdp
 from .rendering import MAX_REAL, frame
-from .schedules.schedule import Schedule, make_schedule
+from .schedules import Schedule, make_schedule
 from .targets.target import Target
 
 RESET_OPTIONS = ("schedule", "sample", "reset_mask")
@@ -38,23 +41,23 @@ RESET_OPTIONS = ("schedule", "sample", "reset_mask")
 class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     """A batch of samples being denoised.
 
-    Observations are ``{"sample": (num_envs, *shape), "timestep": (num_envs,)}``, actions the next
-    samples ``(num_envs, *shape)``; rewards ``(num_envs,)`` are 0 until the last step. Rewards carry
-    no gradient: agents that differentiate through the process use ``env.mdp``.
+    Observations are `{"sample": (num_envs, *shape), "timestep": (num_envs,)}`, actions the next
+    samples `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry
+    no gradient: agents that differentiate through the process use `env.mdp`.
 
-    The three autoreset modes after the last step: ``NEXT_STEP`` returns ``x_0`` and spends one more
-    step, whose action is ignored, on the reset; ``SAME_STEP`` returns the next episode's first
-    observation and ``x_0`` in ``info["final_obs"]``; ``DISABLED`` returns ``x_0`` and waits for
-    ``reset``.
+    The three autoreset modes after the last step: `NEXT_STEP` returns `x_0` and spends one more
+    step, whose action is ignored, on the reset; `SAME_STEP` returns the next episode's first
+    observation and `x_0` in `info["final_obs"]`; `DISABLED` returns `x_0` and waits for
+    `reset`.
 
     Args:
-        mdp: A decision process, or the name of a registered one, such as ``"SwissRoll"``.
+        mdp: A decision process, or the name of a registered one, such as `"SwissRoll"`.
         num_envs: Batch size, at least 1.
-        render_mode: None or ``"rgb_array"``.
-        autoreset_mode: A Gymnasium ``AutoresetMode``, or its name or value as a string.
-        **settings: For a name: the keyword arguments of ``make_mdp`` (``steps``, ``schedule``,
-            ``reward``, ``device``, ``data_dir``, ``download``, ``image_size``, ``process``,
-            ``target``).
+        render_mode: None or `"rgb_array"`.
+        autoreset_mode: A Gymnasium `AutoresetMode`, or its name or value as a string.
+        **settings: For a name: the keyword arguments of `make_mdp` (`steps`, `schedule`,
+            `reward`, `device`, `data_dir`, `download`, `image_size`, `process`,
+            `target`, `inpaint`).
 
     Raises:
         ValueError: A setting is out of range or a name unknown.
@@ -88,7 +91,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generator = torch.Generator(self.device)
-        self._episode = self.mdp  # the decision process on this episode's schedule
+        self._draw = functools.partial(ALONE.noise, generator=self._generator)
+        self._episode = self.mdp  # the decision process of these episodes, on their schedule
         self._sample: Tensor | None = None
         self._step = 0
 
@@ -117,7 +121,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of every episode whose ``reset`` does not name another."""
+        """The schedule of every episode whose `reset` does not name another."""
         return self.mdp.schedule
 
     @property
@@ -127,10 +131,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     @property
     def reward(self) -> Reward | None:
-        """The critic of the finished sample, ``(N, *shape) -> (N,)``.
+        """The critic of the finished sample, `(N, *shape) -> (N,)`.
 
         Another one may be assigned at any time, and counts from the next reward on: the environment
-        then has another ``mdp``, the old one stays as it is.
+        then has another `mdp`, the old one stays as it is.
         """
         return self.mdp.reward
 
@@ -149,9 +153,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             seed: Restarts the stream of noise, and lets a reward that learns from what it judges,
                 as the default does, forget: the same seed and actions give the same rewards. None
                 goes on.
-            options: For this episode only: ``"schedule"``, a ``Schedule`` on the same process or
-                the name of one, at whose first time it then starts, and ``"sample"``, the noise to
-                start from, ``(num_envs, *shape)``. Gymnasium's ``"reset_mask"`` must be all True.
+            options: For this episode only: `"schedule"`, a `Schedule` on the same process or
+                the name of one, at whose first time it then starts, and `"sample"`, the noise to
+                start from, `(num_envs, *shape)`; and what the decision process itself takes
+                (`DiffusionMDP.episode_options`). Gymnasium's `"reset_mask"` must be all True.
 
         Returns:
             The first observation and an empty info.
@@ -173,18 +178,18 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Move every sample to the state that its action names.
 
         Args:
-            actions: The next samples: floating tensor ``(num_envs, *shape)`` on ``device``, finite;
-                or such a NumPy array, as ``action_space`` samples it, which is copied there.
+            actions: The next samples: floating tensor `(num_envs, *shape)` on `device`, finite;
+                or such a NumPy array, as `action_space` samples it, which is copied there.
 
         Returns:
-            Observation, reward ``(num_envs,)`` float32, terminated and truncated ``(num_envs,)``
+            Observation, reward `(num_envs,)` float32, terminated and truncated `(num_envs,)`
             bool (truncated is never True), info.
 
         Raises:
             TypeError: The actions are not a floating tensor or array, or the rewards not a floating
                 torch tensor.
             ValueError: They have the wrong shape or device, or hold NaN or infinity.
-            ResetNeeded: Before the first ``reset``, or after the end in mode ``DISABLED``.
+            ResetNeeded: Before the first `reset`, or after the end in mode `DISABLED`.
         """
         if self._sample is None:
             raise ResetNeeded("call reset() before step()")
@@ -196,10 +201,14 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
         if isinstance(actions, np.ndarray):
             actions = to_tensor(actions, self.device, "action")
+        episode.check_action(self._sample, actions)
         # A copy, so that a caller who reuses its action buffer does not change our state.
-        sample = episode.transition(self._sample, actions).clone()
+        sample = episode.transition(self._sample, actions, self._step, self._draw).clone()
         done = self._step + 1 == episode.steps
-        reward = self.mdp.terminal_reward(sample) if done else self._zeros()
+        reward = self._zeros()
+        if done:
+            reward = episode.terminal_reward(sample)
+            check_rewards(episode.reward, reward, sample)
         self._sample, self._step = sample, self._step + 1
         observation = episode.observe(sample, self._step)
         info: dict[str, Any] = {}
@@ -214,9 +223,9 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return observation, reward, self._flags(done), self._flags(False), info
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """Draw each sample: ``num_envs`` frames ``(H, W, 3)`` uint8, or None without a mode.
+        """Draw each sample: `num_envs` frames `(H, W, 3)` uint8, or None without a mode.
 
-        ``rendering.frame`` draws the batch in a single picture.
+        `rendering.frame` draws the batch in a single picture.
         """
         if self.render_mode is None:
             gym.logger.warn("render() needs an environment made with render_mode='rgb_array'")
@@ -228,9 +237,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return tuple(frame(one[None], self.mdp.shape, real=real) for one in self._sample)
 
     def _begin(self, options: dict[str, Any]) -> Observation:
+        known = (*RESET_OPTIONS, *self.mdp.episode_options)
         for name in options:
-            if name not in RESET_OPTIONS:
-                raise unknown_name("reset option", name, RESET_OPTIONS)
+            if name not in known:
+                raise unknown_name("reset option", name, known)
         if "reset_mask" in options:
             self._check_reset_mask(options["reset_mask"])
         episode = self.mdp
@@ -244,8 +254,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             episode = self.mdp.with_schedule(schedule)
         if (sample := options.get("sample")) is not None:
             sample = self.mdp.check_sample(sample, self.num_envs)
-        else:
-            self._generator.manual_seed(int(self.np_random.integers(2**63)))
+        own = {name: options[name] for name in self.mdp.episode_options if name in options}
+        self._generator.manual_seed(int(self.np_random.integers(2**63)))
+        episode = episode.episodes(self.num_envs, self._generator, **own)
+        if sample is None:
             sample = episode.initial(self.num_envs, self._generator)
         self._episode, self._sample, self._step = episode, sample, 0
         return episode.observe(sample, 0)
@@ -301,7 +313,7 @@ def with_horizon(spec: EnvSpec | None, steps: int) -> EnvSpec | None:
 
 
 def parse_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    """Accept the enum, its name (``"NEXT_STEP"``) or its value (``"NextStep"``)."""
+    """Accept the enum, its name (`"NEXT_STEP"`) or its value (`"NextStep"`)."""
     if isinstance(mode, AutoresetMode):
         return mode
     for known in AutoresetMode:
@@ -315,7 +327,7 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
 
     Stable-Baselines3 wants finite bounds and clips to them. They are 100 times the largest of 1,
     the standard deviation of the prior and the largest training value, rounded up: 100 for
-    normalised data on a ``DiscreteVP``, 8,000 on a ``VE`` with ``sigma_max = 80``.
+    normalised data on a `DiscreteVP`, 8,000 on a `VE` with `sigma_max = 80`.
     """
     scale = max(1.0, mdp.process.prior_std(mdp.process.t_max), mdp.target.max_abs)
     bound = 100.0 * math.ceil(scale)
@@ -323,6 +335,6 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
 
 
 def observation_space(mdp: DiffusionMDP, timestep_shape: tuple[int, ...] = ()) -> gym.Space[Any]:
-    """``{"sample", "timestep"}`` of one environment, the timestep in ``[0, t_max]``."""
+    """`{"sample", "timestep"}` of one environment, the timestep in `[0, t_max]`."""
     timestep = TimestepSpace(mdp.schedule, timestep_shape)
     return gym.spaces.Dict({"sample": sample_space(mdp), "timestep": timestep})

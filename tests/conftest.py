@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import pytest
 
 # Each worker of pytest-xdist has a core of its own: more threads would wait for each other.
 # This stands before any test imports torch, which reads the variable once.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every `learn` end after two rounds or rollouts, ours and Stable-Baselines3's."""
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+    from fewstep.agents import Agent
+
+    ours, theirs = Agent.learn, OnPolicyAlgorithm.learn
+
+    def learn(agent: Agent, total_timesteps: int, **options: Any) -> Agent:
+        return ours(agent, min(total_timesteps, 2 * agent.timesteps_per_round), **options)
+
+    def learn_theirs(model: Any, total_timesteps: int, *rest: Any, **options: Any) -> Any:
+        short = 2 * model.n_steps * model.n_envs
+        return theirs(model, min(total_timesteps, short), *rest, **options)
+
+    monkeypatch.setattr(Agent, "learn", learn)
+    monkeypatch.setattr(OnPolicyAlgorithm, "learn", learn_theirs)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fewstep.agents import Denoiser, ScheduleLearning
 from fewstep.agents.denoisers.exact import mixture as exact_mixture
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule
 

@@ -20,8 +20,8 @@ from image_files import write_celeba, write_cifar10, write_folder, write_mnist
 from mutations import mutated_bytes, mutated_text, mutated_tree
 
 from fewstep.agents import Denoiser, Tableau, VarianceLearning
-from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP
-from fewstep.agents.denoisers.networks.unet import UNet2D
+from fewstep.agents.denoisers.networks import MLP, ResidualMLP, UNet2D
+from fewstep.agents.pretrained import export_pipeline, from_pretrained
 from fewstep.agents.solvers import ddim
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.critics.metrics.classifier import ClassifierFeatures
@@ -193,13 +193,13 @@ def index(folder):
 
 def exported(folder):
     body = UNet2D.from_model(small_unet())
-    Denoiser(body, VP).export_pipeline(folder / "ours", small_table())
+    export_pipeline(Denoiser(body, VP), folder / "ours", small_table())
     return folder / "ours" / "scheduler" / "scheduler_config.json"
 
 
 def load_pipeline(file):
     root = next(path for path in file.parents if path.name in ("theirs", "ours"))
-    loaded = Denoiser.from_pretrained(root)
+    loaded = from_pretrained(root)
     assert all(weight.isfinite().all() for weight in loaded.parameters())
     assert loaded.body.shape == [1, 8, 8] if hasattr(loaded.body, "shape") else True
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from ...common.names import unknown_name
 from ...common.optimisation import seeded
 from ...common.shapes import is_image
-from ...envs import VE, DiffusionMDP
-from ..solvers import Options
-from .denoiser import Denoiser, edm_time_range
-from .networks.small import MLP, ResidualMLP, SmallUNet, make_body
-from .networks.unet import PRESETS, UNet2D
+from ...envs import DiffusionMDP
+from .denoiser import Denoiser
+from .networks import MLP, PRESETS, ResidualMLP, SmallUNet, UNet2D, make_body
+from .parameterisations import make_parameterisation
 
 UNET = "unet-"
-# Noise levels, evenly spaced in their logarithm, at which an MLP has an embedding of its own.
-EDM_LEVELS = 64
+# Continuous times, evenly spaced, at which an MLP has an embedding of its own.
+CONTINUOUS_LEVELS = 64
 
 
 def named_body(
@@ -25,7 +25,7 @@ def named_body(
     shape: Sequence[int],
     levels: int,
     time_range: Sequence[float] | None,
-    options: Options | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a body.
 
@@ -56,9 +56,9 @@ def named_body(
         if name == "small-unet" and not is_image(shape):
             raise ValueError(f"Body 'small-unet' is for images; samples here are {tuple(shape)}.")
         if name == "mlp":
-            return MLP(shape, levels, time_range=time_range, **options)  # type: ignore[arg-type]
+            return MLP(shape, levels, time_range=time_range, **options)
         kind = ResidualMLP if name == "residual-mlp" else SmallUNet
-        return kind(shape, time_range=time_range, **options)  # type: ignore[arg-type]
+        return kind(shape, time_range=time_range, **options)
     except TypeError as error:
         raise ValueError(
             f"Body '{name}' does not take these options: {options} ({error})."
@@ -70,35 +70,34 @@ def new_denoiser(
     seed: int = 0,
     prediction: str | None = None,
     body: str | nn.Module | None = None,
-    body_options: Options | None = None,
+    body_options: Mapping[str, Any] | None = None,
 ) -> Denoiser:
     """Build an untrained denoiser for an environment, as `fewstep train` does.
 
     Args:
         mdp: the environment; its process and its samples' shape and standard deviation count.
         seed: of the weights.
-        prediction: see `Denoiser`. By default "edm" on a `VE` process, else "sample" for images
-            and "epsilon" for vectors.
+        prediction: see `Denoiser`. By default the process's own, "edm" on a `VE`, else "sample"
+            for images and "epsilon" for vectors.
         body: a name, see `named_body`, by default chosen by the shape; or a module of yours.
         body_options: see `named_body`.
 
     Raises:
-        ValueError: another prediction than "edm" on a `VE` process, or as `named_body`.
+        ValueError: another prediction than the process's own, or as `named_body`.
     """
     process = mdp.process
-    time_range = None
-    if isinstance(process, VE):
-        if prediction not in (None, "edm"):
-            raise ValueError(f"A ve process is cloned with prediction 'edm', not {prediction!r}.")
-        prediction, levels, time_range = "edm", EDM_LEVELS, edm_time_range(process)
-    else:
-        levels = int(process.t_max)
+    if process.prediction is not None and prediction not in (None, process.prediction):
+        raise ValueError(
+            f"A network on {process!r} predicts {process.prediction!r}, not {prediction!r}."
+        )
     if prediction is None:
         # From pure noise an image's epsilon says little of it: a few-step sampler's first step
         # would magnify the errors of a network that predicts it.
-        prediction = "sample" if is_image(mdp.shape) else "epsilon"
+        prediction = process.prediction or ("sample" if is_image(mdp.shape) else "epsilon")
+    parameterisation = make_parameterisation(prediction, process, mdp.target.std)
     if not isinstance(body, nn.Module):
+        times = parameterisation.time_range
+        levels = int(process.t_max) if times is None else CONTINUOUS_LEVELS
         with seeded(seed):
-            body = named_body(body, mdp.shape, levels, time_range, body_options)
-    sigma_data = mdp.target.std
-    return Denoiser(body, process, prediction, sigma_data)  # type: ignore[arg-type]
+            body = named_body(body, mdp.shape, levels, times, body_options)
+    return Denoiser(body, process, parameterisation)

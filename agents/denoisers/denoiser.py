@@ -1,41 +1,36 @@
 """Denoiser: a network body, the noise process it was trained on, and what it predicts.
 
 Whatever the body predicts, `epsilon(x, t)` and `denoised(x, t)` give the predicted noise and the
-predicted clean sample (MATH.md 0.2), so solvers and agents never ask. With "edm" the body is
-preconditioned as in Karras et al. 2022, Table 1: it sees and returns numbers of unit size,
-
-    D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).                              (MATH.md 3.7)
+predicted clean sample (MATH.md 0.2), so solvers and agents never ask. What the body predicts is a
+`Parameterisation`, which knows how it is asked and what its answer means.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...common.arguments import checked
-from ...common.checkpoint import CheckpointError, ForeignBodyError, load_checkpoint, save_checkpoint
+from ...common.checkpoint import CheckpointError, save_checkpoint
 from ...common.precision import Precision, check_precision, lower_precision
-from ...common.reading import damage_named, reason
-from ...envs.processes.process import VE, DiscreteVP, NoiseProcess
-from ..variance.head import HeadInputs, VarianceHead
-from .networks.small import body_from_config, built_for, check_times, declared, own_config
+from ...common.reading import damage_named
+from ...envs.processes import NoiseProcess
+from .files import find_tree, parts_of
+from .networks.configs import check_times, declared, own_config
+from .parameterisations import Parameterisation, make_parameterisation
+from .parameterisations.rescaled import Rescaled
+from .variance_head import HeadInputs, VarianceHead
 
-if TYPE_CHECKING:
-    from ..samplers.tableau import Output, Tableau
-
-Prediction = Literal["epsilon", "sample", "v", "edm"]
+# What a denoiser is asked for: the predicted noise, or the predicted clean sample.
+Output = Literal["epsilon", "sample"]
 
 # Of ancestral sampling's steps: the posterior's, that of the noising, or that in the last step too.
 Variance = Literal["small", "large", "beta"]
-
-# A coefficient: one number for all samples, or a tensor that broadcasts against them.
-Level = float | Tensor
 
 
 class Denoiser(nn.Module):
@@ -52,9 +47,10 @@ class Denoiser(nn.Module):
             0 (an expanded number): such a body may embed `t[:1]` instead of N equal times, and must
             not write into t.
         process: the forward process x_t = alpha(t) x_0 + sigma(t) eps.
-        prediction: what the body returns: the noise ("epsilon"), the clean sample ("sample"), the
-            velocity v = alpha eps - sigma x_0 ("v", variance-preserving processes only), or EDM's
-            preconditioned F ("edm", VE only).
+        prediction: what the body returns, a key of `PARAMETERISATIONS`: the noise ("epsilon"), the
+            clean sample ("sample"), the velocity v = alpha eps - sigma x_0 ("v",
+            variance-preserving processes only), or EDM's preconditioned F ("edm", VE only). Or a
+            `Parameterisation` that exists; it brings its process and `sigma_data`.
         sigma_data: standard deviation of the data, > 0, in the coefficients of "edm"; the others
             ignore it.
         clip: whether its predicted clean samples are meant to be clamped to [-1, 1] when sampling.
@@ -63,6 +59,7 @@ class Denoiser(nn.Module):
             see `solvers.ancestral`; None says nothing.
 
     Attributes:
+        parameterisation: what the body returns, and how it is asked.
         gamma: (T,) float64 on the CPU, the Gamma_n of Analytic-DPM for the T noisings of a
             `DiscreteVP` (MATH.md 1.11), or None. `VarianceLearning` estimates it.
         head: the second head of SN-DDPM or NPR-DDPM (MATH.md 1.12), or None, trained by the same.
@@ -78,30 +75,39 @@ class Denoiser(nn.Module):
         self,
         body: nn.Module,
         process: NoiseProcess,
-        prediction: Prediction = "epsilon",
+        prediction: str | Parameterisation = "epsilon",
         sigma_data: float = 0.5,
         clip: bool = False,
         variance: Variance | None = None,
     ) -> None:
         super().__init__()
-        if prediction == "v" and not isinstance(process, DiscreteVP):
-            raise ValueError("prediction='v' needs a variance-preserving process (DiscreteVP).")
-        if prediction == "edm" and not isinstance(process, VE):
-            raise ValueError("prediction='edm' needs a variance-exploding process (VE).")
-        if not 0 < sigma_data < math.inf:
-            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}.")
+        if not isinstance(prediction, Parameterisation):
+            prediction = make_parameterisation(prediction, process, sigma_data)
         self.body = body
-        self.process = process
-        self.prediction: Prediction = prediction
-        self.sigma_data = float(sigma_data)
+        self.parameterisation = prediction
         self.clip = bool(clip)
         self.variance: Variance | None = variance
         self.gamma: Tensor | None = None
         self.head: VarianceHead | None = None
         self.precision: Precision = "float32"
-        check_times(body, self.network_time(process.t_min), self.network_time(process.t_max))
+        check_times(body, *prediction.network_times)
         # The same question gets the same answer; only behaviour cloning turns dropout on.
         self.eval()
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The forward process of the samples."""
+        return self.parameterisation.process
+
+    @property
+    def prediction(self) -> str:
+        """The name of what the body returns; of a rescaled denoiser in the network's units."""
+        return self.parameterisation.name
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data, in the units of the samples."""
+        return self.parameterisation.sigma_data
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -146,25 +152,15 @@ class Denoiser(nn.Module):
 
     def forward(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Return the body's raw prediction (N, *shape) for samples at time t, a number or (N,)."""
-        if self.prediction == "edm":
-            sigma, scale = self._edm_levels(t, sample)
-            if isinstance(sigma, Tensor):
-                time = (sigma.log() / 4).flatten()
-            else:
-                time = torch.full(
-                    (1,), math.log(sigma) / 4, dtype=sample.dtype, device=sample.device
-                )
-            # One time for all becomes one of stride 0, as in _network_time.
-            return self._ask(scale * sample, time.expand(len(sample)))
-        return self._ask(sample, self._network_time(t, sample))
+        return self._ask(*self.parameterisation.question(sample, t))
 
     def epsilon(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Predict the noise in `sample` (N, *shape) at time t > 0, a number or (N,)."""
-        return self._epsilon_of(self(sample, t), sample, t)
+        return self.parameterisation.epsilon(self(sample, t), sample, t)
 
     def denoised(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Predict the clean sample behind `sample` (N, *shape) at time t > 0, a number or (N,)."""
-        return self._denoised_of(self(sample, t), sample, t)
+        return self.parameterisation.denoised(self(sample, t), sample, t)
 
     def outputs_with_covariance(
         self, sample: Tensor, t: float | Tensor, output: Output = "epsilon"
@@ -191,9 +187,9 @@ class Denoiser(nn.Module):
             )
         raw, read = self.head_inputs(sample, t)
         covariance = self.head.covariance(*read)
-        return read.epsilon if output == "epsilon" else self._denoised_of(
-            raw, sample, t
-        ), covariance
+        if output == "epsilon":
+            return read.epsilon, covariance
+        return self.parameterisation.denoised(raw, sample, t), covariance
 
     def head_inputs(self, sample: Tensor, t: float | Tensor) -> tuple[Tensor, HeadInputs]:
         """Return the body's raw prediction, and what a second head reads, from one call.
@@ -219,54 +215,17 @@ class Denoiser(nn.Module):
             raw = self(sample, t)
         finally:
             hook.remove()
-        epsilon = self._epsilon_of(raw, sample, t)
-        return raw, HeadInputs(caught[-1].to(raw.dtype), epsilon, *self._levels(t, sample))
-
-    def _epsilon_of(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
-        if self.prediction == "epsilon":
-            return raw
-        if self.prediction == "edm":
-            # (x - D) / sigma, without the cancellation at small sigma.
-            sigma, scale = self._edm_levels(t, sample)
-            return scale * (sigma * scale * sample - self.sigma_data * raw)
-        alpha, sigma = self._levels(t, sample)
-        if self.prediction == "sample":
-            return (sample - alpha * raw) / sigma
-        return alpha * raw + sigma * sample
-
-    def _denoised_of(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
-        if self.prediction == "sample":
-            return raw
-        if self.prediction == "edm":
-            sigma, scale = self._edm_levels(t, sample)
-            skip = (self.sigma_data * scale) ** 2
-            return skip * sample + sigma * self.sigma_data * scale * raw
-        alpha, sigma = self._levels(t, sample)
-        if self.prediction == "epsilon":
-            return (sample - sigma * raw) / alpha
-        return alpha * sample - sigma * raw
+        epsilon = self.parameterisation.epsilon(raw, sample, t)
+        levels = self.process.levels_for(sample, t)
+        return raw, HeadInputs(caught[-1].to(raw.dtype), epsilon, *levels)
 
     def network_time(self, t: float) -> float:
         """Return the body's own time for time t > 0."""
-        if self.prediction == "edm":
-            return math.log(self.process.levels(t)[1]) / 4
-        return self.process.network_time(t)
+        return self.parameterisation.network_time(t)
 
     def training_target(self, clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-        """Return what the body should predict for x_t = alpha clean + sigma noise.
-
-        For "edm" it is (clean - c_skip x_t) / c_out, so that the plain squared error of the body is
-        EDM's loss with its weights (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
-        """
-        if self.prediction == "epsilon":
-            return noise
-        if self.prediction == "sample":
-            return clean
-        if self.prediction == "edm":
-            sigma, scale = self._edm_levels(t, clean)
-            return scale * (sigma / self.sigma_data * clean - self.sigma_data * noise)
-        alpha, sigma = self._levels(t, clean)
-        return alpha * noise - sigma * clean
+        """Return what the body should predict for x_t = alpha clean + sigma noise."""
+        return self.parameterisation.training_target(clean, noise, t)
 
     def save(self, path: str | Path) -> None:
         """Write weights and settings to one safetensors file."""
@@ -275,11 +234,9 @@ class Denoiser(nn.Module):
     def to_tree(self) -> dict[str, Any]:
         """Return weights and settings as a tree for `save_checkpoint`, which `load` understands."""
         return {
-            "prediction": self.prediction,
-            "sigma_data": self.sigma_data,
+            **self.parameterisation.to_config(),
             "clip": self.clip,
             "variance": self.variance,
-            "process": self.process.to_config(),
             "body": own_config(self.body),
             "weights": self.body.state_dict(),
             # Numbers, not a tensor: it stays in float64 on the CPU whatever device it is read to.
@@ -298,96 +255,25 @@ class Denoiser(nn.Module):
         Args:
             path: the file, or the folder of a run, whose newest denoiser is read.
             device: where its weights go.
-            body: needed only for a body that is not one of
-                `fewstep.agents.denoisers.networks.small`.
+            body: needed only for a body that is not one of `fewstep.agents.denoisers.networks`.
 
         Raises:
             CheckpointError: a missing, corrupt or foreign file, or weights that do not fit the
                 body or are not finite; `ForeignBodyError` where `body` is needed.
         """
-        path = _file_of(Path(path))
-        tree = load_checkpoint(path)
+        path, tree = find_tree(path)
         with damage_named(path, CheckpointError):
-            return cls._from_tree(tree.get("denoiser", tree), path, device, body)
-
-    @classmethod
-    def _from_tree(
-        cls,
-        tree: dict[str, Any],
-        path: Path,
-        device: str | torch.device,
-        body: nn.Module | None,
-    ) -> Denoiser:
-        if "body" not in tree or "prediction" not in tree:
-            raise CheckpointError(f"{path} holds no denoiser.")
-        if body is None:
-            if tree["body"] is None:
-                raise ForeignBodyError(f"{path} holds a foreign body: pass it as body=...")
-            body = body_from_config(tree["body"], tree["weights"])
-        head = None
-        saved: Any = tree.get("head")
-        if saved is not None:
-            head = built_for(saved["weights"], VarianceHead, saved["config"])
-        try:
-            body.load_state_dict(tree["weights"])
-            if head is not None:
-                head.load_state_dict(saved["weights"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"The weights in {path} do not fit the body: {reason(error)}"
-            ) from None
-        process = NoiseProcess.from_config(tree["process"])
-        # Older files say nothing of these, and have no use for them.
-        settings = {
-            "sigma_data": tree.get("sigma_data", 0.5),
-            "clip": tree.get("clip", False),
-            "variance": tree.get("variance"),
-        }
-        denoiser = Denoiser(body.to(device), process, tree["prediction"], **settings)
-        if tree.get("rescaled") is not None:
-            from .rescaled import RescaledDenoiser
-
-            denoiser = RescaledDenoiser.of_tree(denoiser, tree["rescaled"])
-        # Nor of these two.
-        if tree.get("gamma") is not None:
-            denoiser.gamma = torch.tensor(tree["gamma"], dtype=torch.float64)
-        denoiser.head = None if head is None else head.to(device)
+            parts = parts_of(tree, path, body)
+            denoiser = cls(
+                parts.body.to(device),
+                parts.parameterisation.process,
+                parts.parameterisation,
+                clip=parts.clip,
+                variance=parts.variance,
+            )
+        denoiser.gamma = parts.gamma
+        denoiser.head = None if parts.head is None else parts.head.to(device)
         return denoiser
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        device: str | torch.device = "cpu",
-        download: bool = False,
-        variant: str | None = None,
-    ) -> Denoiser:
-        """Read a denoiser from a diffusers pipeline or model: see `pretrained.diffusers`."""
-        from ..pretrained.diffusers import from_pretrained
-
-        return from_pretrained(name_or_folder, device=device, download=download, variant=variant)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a pipeline that diffusers opens: see `fewstep.agents.pretrained.pipelines`."""
-        from ..pretrained.pipelines import save_pretrained
-
-        save_pretrained(folder, self)
-
-    def export_pipeline(self, folder: str | Path, tableau: Tableau) -> None:
-        """Write a pipeline that samples with a tableau: see `pretrained.pipelines`."""
-        from ..pretrained.pipelines import export_pipeline
-
-        export_pipeline(folder, self, tableau)
-
-    @classmethod
-    def from_edm(
-        cls, module: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0
-    ) -> Denoiser:
-        """Make a denoiser of a preconditioned network D(x; sigma): see `denoisers.edm`."""
-        from .edm import from_edm
-
-        return from_edm(module, sigma_min, sigma_max)
 
     def rescaled(
         self,
@@ -401,10 +287,9 @@ class Denoiser(nn.Module):
 
         A network of images in [0, 1], in an environment of images in [-1, 1], is
         `denoiser.rescaled(0.5, 0.5)`. The mapping of samples, times and answers is exact; its
-        formula is in `fewstep.agents.denoisers.rescaled`. The body is shared, not copied. Solvers,
-        policies,
-        agents and D-ODE take the new denoiser as any other, it trains, and it is saved and loaded;
-        no diffusers pipeline can describe it.
+        formula is in `parameterisations.rescaled`. The body is shared, not copied: training either
+        denoiser trains both. Solvers, policies, agents and D-ODE take the new denoiser as any
+        other, it trains, and it is saved and loaded; no diffusers pipeline can describe it.
 
         Args:
             scale: not 0; negative for data of the opposite sign.
@@ -424,9 +309,16 @@ class Denoiser(nn.Module):
             ValueError: scale 0 or a number that is not finite, a denoiser that is rescaled already
                 or has a second head, or has a Gamma while `process` is given.
         """
-        from .rescaled import RescaledDenoiser
-
-        return RescaledDenoiser(self, scale, shift, process, clip)
+        parameterisation = Rescaled(self.parameterisation, scale, shift, process)
+        if self.head is not None or (self.gamma is not None and not parameterisation.aligned):
+            raise ValueError(
+                "Its Gamma or second head holds variances of the network's own process and units: "
+                "rescale a denoiser without, and train `VarianceLearning` on the new one."
+            )
+        # No variance: the network's own goes with its own process.
+        denoiser = Denoiser(self.body, parameterisation.process, parameterisation, clip=clip)
+        denoiser.gamma = self.gamma
+        return denoiser
 
     def _ask(self, sample: Tensor, time: Tensor) -> Tensor:
         try:
@@ -434,71 +326,10 @@ class Denoiser(nn.Module):
                 return self.body(sample, time).to(sample.dtype)
         except (IndexError, RuntimeError) as error:
             wants_index = re.search(r"\blong, int", str(error), re.IGNORECASE)
-            if not (wants_index and self.process.discrete and time.is_floating_point()):
+            if not (wants_index and self.parameterisation.indexed and time.is_floating_point()):
                 raise
             raise ValueError(
                 f"The network {type(self.body).__name__} takes whole noisings only, and is asked "
                 f"between two, at index {float(time[0]):g}: choose a schedule and a solver of "
                 "whole times (D-ODE: integer_times=True), or interpolate its time embedding."
             ) from error
-
-    def _network_time(self, t: float | Tensor, sample: Tensor) -> Tensor:
-        if isinstance(t, Tensor) and (t.ndim == 1 or t.requires_grad):
-            times = self.process.network_time(t)
-            # A time that is learned has to stay a floating tensor.
-            if self.process.discrete and not t.requires_grad and _whole(times):
-                return times.long()
-            times = times.to(sample.dtype)
-            return times if times.ndim else times.expand(len(sample))
-        value = self.process.network_time(float(t))
-        index = self.process.discrete and value == int(value)
-        time = torch.full(
-            (1,), value, dtype=torch.int64 if index else sample.dtype, device=sample.device
-        )
-        # Stride 0 tells the body that the whole batch shares one time.
-        return time.expand(len(sample))
-
-    def _edm_levels(self, t: float | Tensor, sample: Tensor) -> tuple[Level, Level]:
-        """Return sigma and c_in = 1 / sqrt(sigma^2 + sigma_data^2); the rest follows from them."""
-        _, sigma = self._levels(t, sample)
-        return sigma, (sigma**2 + self.sigma_data**2) ** -0.5
-
-    def _levels(self, t: float | Tensor, sample: Tensor) -> tuple[Level, Level]:
-        if not isinstance(t, Tensor):
-            return self.process.levels(float(t))
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return shaped(alpha, sample), shaped(sigma, sample)
-
-
-def edm_time_range(process: VE) -> tuple[float, float]:
-    """Range of the network times log(sigma) / 4 of an "edm" denoiser, for a body's `time_range`."""
-    return math.log(process.t_min) / 4, math.log(process.t_max) / 4
-
-
-def _whole(times: Tensor) -> bool:
-    return not times.is_floating_point() or bool((times == times.round()).all())
-
-
-# The files of a run folder that hold a denoiser, the newest stage first.
-STAGES = ("checkpoint.safetensors", "denoiser.safetensors")
-
-
-def _file_of(path: Path) -> Path:
-    """Return the file of a run folder that holds its newest denoiser; any other path as it is."""
-    if not path.is_dir():
-        return path
-    for name in STAGES:
-        if (path / name).is_file():
-            return path / name
-    if (path / "model_index.json").is_file() or (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} is a folder without {' or '.join(STAGES)}; Denoiser.from_pretrained reads "
-            "those that diffusers writes."
-        )
-    raise CheckpointError(f"{path} is a folder without {' or '.join(STAGES)}.")
-
-
-def shaped(level: Tensor, sample: Tensor) -> Tensor:
-    """Cast a coefficient, one for all or (N,), so that it broadcasts against samples."""
-    level = level.to(sample)
-    return level.view(-1, *[1] * (sample.ndim - 1)) if level.ndim else level

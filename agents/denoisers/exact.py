@@ -1,6 +1,6 @@
 """Exact denoisers of Gaussian mixtures: networks without error, to judge solvers by (MATH.md A.5).
 
-For data ``sum_k w_k N(mu_k, s^2 I)`` the best prediction of the clean sample is known in closed
+For data `sum_k w_k N(mu_k, s^2 I)` the best prediction of the clean sample is known in closed
 form, so that all of a sampler's error is the solver's.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...envs import DiscreteVP, NoiseProcess, Target
-from .denoiser import Denoiser, Prediction
+from ...envs import NoiseProcess, Target
+from .denoiser import Denoiser
 
 
 class MixtureBody(nn.Module):
@@ -35,7 +35,7 @@ class MixtureBody(nn.Module):
         process: NoiseProcess,
         means: Tensor,
         std: float,
-        prediction: Prediction = "epsilon",
+        prediction: str = "epsilon",
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MixtureBody(nn.Module):
     def forward(self, sample: Tensor, time: Tensor) -> Tensor:
         """Return the prediction (N, d) for samples (N, d) at network times (N,)."""
         t = time[:1] if time.stride(0) == 0 else time
-        t = t + 1 if isinstance(self.process, DiscreteVP) else t  # undoes network_time
+        t = self.process.time_of_network(t)
         alpha = self.process.alpha(t).to(sample).unsqueeze(-1)
         sigma = self.process.sigma(t).to(sample).unsqueeze(-1)
         means = self.means.to(sample)
@@ -75,7 +75,7 @@ class MixtureBody(nn.Module):
 def mixture(
     process: NoiseProcess,
     *,
-    prediction: Prediction = "epsilon",
+    prediction: str = "epsilon",
     components: int = 6,
     dimension: int = 16,
     std: float = 0.15,

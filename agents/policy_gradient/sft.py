@@ -8,9 +8,7 @@ with K.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .execution import as_executed
 from .settings import SFTSettings
@@ -18,16 +16,15 @@ from .shortcut import ShortcutAgent
 
 
 class SFT(ShortcutAgent):
-    """Fine-tune a sampler by back-propagating a critic through it (paper A, Eq. 14).
+    """Fine-tune a sampler by back-propagating a critic through it (Fan & Lee 2023, Eq. 14).
 
     A round: n_critic rollouts and critic steps, then n_generator steps of theta, each through fresh
-    rollouts of `batch_size`.
+    rollouts of `batch_size`. The gradient goes through the environment's transitions, too.
 
-    Its arguments are `SFTPG`'s, its settings `SFTSettings`.
+    Its arguments are `ShortcutAgent`'s, its settings `SFTSettings`.
     """
 
     name = "sft"
-    uses_baseline = False
 
     settings: SFTSettings
     Settings = SFTSettings
@@ -35,40 +32,36 @@ class SFT(ShortcutAgent):
     @property
     def timesteps_per_round(self) -> int:
         """The calls of n_critic rollouts for the critic and n_generator for theta, everywhere."""
-        rollouts = self.settings.n_critic + self.settings.n_generator
-        return rollouts * self.settings.batch_size * self.policy.steps * self.processes.count
+        settings = self.settings
+        rollouts = settings.n_critic + settings.n_generator
+        return rollouts * settings.batch_size * self.policy.steps * self.processes.count
 
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
-        """Do one round."""
+        """Do one round.
+
+        Raises:
+            ValueError: the reward has no gradient with respect to the sample.
+        """
         self.anneal()
-        _, metrics = self.train_critic()
-        if self.critic_alone:
+        metrics = self.train_critic(self.collect())
+        if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
             return metrics
         for _ in range(self.settings.n_generator):
-            loss = -self.critic(self.differentiable_samples()).mean()
-            grad_norm = self.descend([loss])
+            samples = self.mdp.rollout(
+                self.policy, self.settings.batch_size, self.generator, processes=self.processes
+            )
+            loss = -self.mdp.terminal_reward(samples).mean()
+            if not loss.requires_grad:
+                raise ValueError(
+                    "SFT follows the gradient of the reward with respect to the sample, and this "
+                    "reward has none: train with SFTPG, which needs none."
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = self.descend()
         self.averaged.update()
-        metrics["train/policy_loss"] = loss.detach()
-        metrics["train/grad_norm"] = grad_norm
-        return metrics
-
-    def differentiable_samples(self) -> Tensor:
-        """Roll out finished samples (batch_size, *shape) that keep their gradient in theta."""
-        everyone = self.mdp.initial(self.settings.batch_size * self.processes.count, self.generator)
-        sample = self.processes.share(everyone)
-        for step in range(self.policy.steps):
-            # The noise is drawn outside, so recomputing a step repeats it.
-            noise = self.fresh_noise(sample)
-            if self.settings.policy.gradient_checkpointing:
-                sample = checkpoint(self._move, sample, step, noise, use_reentrant=False)
-            else:
-                sample = self._move(sample, step, noise)
-        return sample
-
-    def _move(self, sample: Tensor, step: int, noise: Tensor) -> Tensor:
-        mean, std = self.policy.distribution(sample, step)
-        return torch.addcmul(mean, std, noise)
+        return {**metrics, "train/policy_loss": loss.detach(), "train/grad_norm": grad_norm}
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""

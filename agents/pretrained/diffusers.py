@@ -4,8 +4,7 @@ A pipeline of an unconditional `UNet2DModel`, such as google/ddpm-cifar10-32, ho
 scheduler; of the scheduler a denoiser needs the betas, the prediction type, the variance and
 whether samples are clipped. Weights are read from safetensors files only, and the internet is asked
 only on demand.
-`Denoiser.from_pretrained` is this function; `fewstep.agents.pretrained.pipelines` writes such
-folders.
+`fewstep.agents.pretrained.pipelines` writes such folders.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +22,10 @@ from torch import Tensor
 
 from ...common.checkpoint import CheckpointError, carries_pickle, check_finite, unreadable
 from ...common.reading import DAMAGE, INFINITIES, damage_named, read_json, reason, shown
-from ...envs.processes.process import DiscreteVP, NoiseProcess
-from ..denoisers.denoiser import Denoiser, Prediction, Variance
-from ..denoisers.networks.unet import PREDICTIONS, UNet2D, check_config, require_diffusers
-
-if TYPE_CHECKING:
-    from .scheduler import TableauScheduler
+from ...envs.processes import DiscreteVP, NoiseProcess
+from ..denoisers.denoiser import Denoiser, Variance
+from ..denoisers.networks.unet import UNet2D, check_config, require_diffusers
+from ..denoisers.parameterisations import PARAMETERISATIONS
 
 # Schedulers of the chain that the network was trained on; diffusers reads each one's config into
 # any other of them. How they step is not asked: that is the solver's to say.
@@ -59,6 +56,11 @@ VARIANCES: dict[str, Variance] = {
     "fixed_large_log": "large",
 }
 
+# What a network predicts, by diffusers' name of it.
+PREDICTIONS = {
+    kind.pipeline_name: name for name, kind in PARAMETERISATIONS.items() if kind.pipeline_name
+}
+
 _SETTINGS = ["model_index.json", "*config.json"]
 
 
@@ -77,7 +79,7 @@ class _Terms(NamedTuple):
     """What a scheduler says of the network beside it."""
 
     process: NoiseProcess
-    prediction: Prediction
+    prediction: str
     sigma_data: float = 0.5
     clip: bool = False
     time_range: list[float] | None = None
@@ -116,7 +118,7 @@ def from_pretrained(
             not honour; weights that are pickled, truncated, not finite or do not fit.
         ImportError: diffusers is not installed.
     """
-    require_diffusers("Denoiser.from_pretrained")
+    require_diffusers("from_pretrained")
     given = Path(name_or_folder).expanduser()
     if given.is_dir():
         unet, terms = _read_settings(given)
@@ -201,7 +203,7 @@ def _read_settings(folder: Path) -> tuple[Path, _Terms]:
         warnings.warn(
             f"{folder} holds a network without a scheduler_config.json: it is taken for one that "
             "predicts the noise of 1000 linear betas from 1e-4 to 0.02 and is clipped.",
-            stacklevel=4,  # the line that called Denoiser.from_pretrained
+            stacklevel=3,  # the line that called from_pretrained
         )
         return unet, _terms_of_theirs("DDPMScheduler", {})
     return unet, _read_scheduler(scheduler / "scheduler_config.json")
@@ -259,7 +261,7 @@ def _read_scheduler(path: Path) -> _Terms:
 
 
 def _terms_of_ours(config: dict[str, Any]) -> _Terms:
-    from .scheduler import TableauScheduler
+    from .scheduler import TableauScheduler  # a class of diffusers', which loads only here
 
     scheduler: TableauScheduler = TableauScheduler.from_config(config)
     settings = scheduler.config

@@ -1,7 +1,6 @@
 """Denoisers for diffusers: folders that `diffusers.DDPMPipeline.from_pretrained` opens.
 
-`Denoiser.save_pretrained` and `Denoiser.export_pipeline` are these functions, and
-`Denoiser.from_pretrained` reads both kinds of folder back.
+`from_pretrained` of `pretrained.diffusers` reads both kinds of folder back.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from safetensors import SafetensorError
 
 from ...common.files import remove_leftovers, temporary_suffix, unwritable, write_atomically
 from ...common.reading import damage_named, read_json
-from ...envs.processes.process import VE, DiscreteVP
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Denoiser
-from ..denoisers.networks.unet import PREDICTIONS, UNet2D, require_diffusers
-from ..denoisers.rescaled import RescaledDenoiser
+from ..denoisers.networks.unet import UNet2D, require_diffusers
+from ..denoisers.parameterisations.rescaled import Rescaled
 from ..samplers.tableau import Tableau
 from ..solvers.heun import heun
 
@@ -27,26 +25,27 @@ from ..solvers.heun import heun
 EDM_STEPS = 18
 
 
-def save_pretrained(folder: str | Path, denoiser: Denoiser) -> None:
+def save_pretrained(denoiser: Denoiser, folder: str | Path) -> None:
     """Write a folder that `diffusers.DDPMPipeline.from_pretrained` and `from_pretrained` open.
 
     The scheduler is a `DDPMScheduler` with the process's betas. EDM's preconditioning has no place
     in that: such a denoiser is exported with Heun's method in 18 steps, see `export_pipeline`.
 
     Args:
-        folder: where to; files of an earlier pipeline are replaced one by one, the index last.
         denoiser: one whose body is a `UNet2D`. Its weights, betas, prediction, `clip` and
             `variance` are saved, what else it may have is not.
+        folder: where to; files of an earlier pipeline are replaced one by one, the index last.
 
     Raises:
         ValueError: another body, or a process or a `time_range` that a DDPMScheduler cannot say.
         ImportError: diffusers is not installed.
     """
     body = _unet_of(denoiser, "save_pretrained")
-    process = denoiser.process
-    if isinstance(process, VE) and denoiser.prediction == "edm":
-        return export_pipeline(folder, denoiser, heun(Schedule.karras(process, EDM_STEPS)))
-    if not isinstance(process, DiscreteVP) or body.time_range is not None:
+    process, parameterisation = denoiser.process, denoiser.parameterisation
+    if parameterisation.scales_input:
+        return export_pipeline(denoiser, folder, heun(Schedule.karras(process, EDM_STEPS)))
+    betas, name = process.betas, parameterisation.pipeline_name
+    if betas is None or name is None or body.time_range is not None:
         what = f"the process {process!r}" if body.time_range is None else "a time_range"
         raise ValueError(
             f"A DDPMScheduler cannot describe {what} with prediction={denoiser.prediction!r}; "
@@ -54,31 +53,29 @@ def save_pretrained(folder: str | Path, denoiser: Denoiser) -> None:
         )
     from diffusers import DDPMScheduler
 
-    names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     # Ours with noise in the last step too, "beta", is diffusers' large one in all the others.
     variance = "fixed_small" if denoiser.variance in (None, "small") else "fixed_large"
     scheduler = DDPMScheduler(
-        num_train_timesteps=len(process.betas),
-        trained_betas=process.betas.tolist(),
-        prediction_type=names[denoiser.prediction],
+        num_train_timesteps=len(betas),
+        trained_betas=betas.tolist(),
+        prediction_type=name,
         clip_sample=denoiser.clip,
         variance_type=variance,
     )
     return _write(folder, body, scheduler)
 
 
-def export_pipeline(folder: str | Path, denoiser: Denoiser, tableau: Tableau) -> None:
+def export_pipeline(denoiser: Denoiser, folder: str | Path, tableau: Tableau) -> None:
     """Write a DDPMPipeline that samples with a tableau.
 
     `pipeline(batch_size, num_inference_steps=tableau.nfe)` then draws what `tableau.sample` does
     from the same noise; on EDM's process see `TableauScheduler` for how the noise starts. A script
     imports `fewstep.agents.pretrained.scheduler` before it opens the folder. `from_pretrained`
-    reads
-    the denoiser back.
+    reads the denoiser back.
 
     Args:
-        folder: as for `save_pretrained`.
         denoiser: one whose body is a `UNet2D`.
+        folder: as for `save_pretrained`.
         tableau: any table for its process.
 
     Raises:
@@ -88,7 +85,7 @@ def export_pipeline(folder: str | Path, denoiser: Denoiser, tableau: Tableau) ->
     """
     body = _unet_of(denoiser, "export_pipeline")
     tableau.check_process(denoiser)
-    from .scheduler import TableauScheduler
+    from .scheduler import TableauScheduler  # a class of diffusers', which loads only here
 
     # By keyword: diffusers forgets positional arguments when it copies a scheduler.
     scheduler = TableauScheduler(
@@ -118,7 +115,7 @@ def pipeline_tableau(folder: str | Path) -> Tableau | None:
 
 def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:
     require_diffusers(action)
-    if isinstance(denoiser, RescaledDenoiser):
+    if isinstance(denoiser.parameterisation, Rescaled):
         raise ValueError(
             f"{action} cannot say in a pipeline of diffusers that a denoiser is rescaled: "
             "`denoiser.save` keeps such a denoiser."

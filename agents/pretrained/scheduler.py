@@ -21,12 +21,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor, nn
 
-from ...envs.processes.process import VE, DiscreteVP
-from ..denoisers.denoiser import Denoiser, Prediction
-from ..denoisers.networks.unet import PREDICTIONS, network_time_of_unet, unet_time
+from ...envs.processes.base import shaped
+from ..denoisers.denoiser import Denoiser
+from ..denoisers.networks.unet import network_time_of_unet, unet_time
 from ..samplers.tableau import Tableau
-
-_PREDICTION_TYPES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
 class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as all of theirs
@@ -45,7 +43,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         prediction: what the network returns, see `Denoiser`.
         sigma_data: see `Denoiser`; "edm" only.
         time_range: see `UNet2D`.
-        clip: see `Denoiser`; kept for `Denoiser.from_pretrained`, the table says what is clipped.
+        clip: see `Denoiser`; kept for `from_pretrained`, the table says what is clipped.
         variance: see `Denoiser`; kept likewise, the table says what noise is added.
         num_train_timesteps: the number of betas. This and the next three say the same in the words
             of diffusers' own schedulers, so that `DDIMScheduler.from_config(scheduler.config)` has
@@ -71,7 +69,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
     def __init__(
         self,
         tableau: dict[str, Any],
-        prediction: Prediction = "epsilon",
+        prediction: str = "epsilon",
         sigma_data: float = 0.5,
         time_range: list[float] | None = None,
         clip: bool = False,
@@ -88,25 +86,24 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
                 "diffusers pipeline has not; export a table without."
             )
         process = self.tableau.process
-        if isinstance(process, VE) and prediction != "edm":
+        self._answer = _Answer()
+        self._denoiser = Denoiser(self._answer, process, prediction, sigma_data)
+        parameterisation = self._denoiser.parameterisation
+        if process.prior_std(process.t_max) != 1 and not parameterisation.scales_input:
             raise ValueError(
                 f"A pipeline starts from unit noise and scales nothing: it runs prediction='edm' "
                 f"on {process!r}, not {prediction!r}."
             )
-        self._answer = _Answer()
-        self._denoiser = Denoiser(self._answer, process, prediction, sigma_data)
         starts = self.tableau.times[:-1].tolist()
         times = torch.tensor([self._denoiser.network_time(t) for t in starts])
         times = unet_time(times, time_range)
         self._times = times.long() if bool((times == times.long()).all()) else times
-        self._scales = [1.0] * len(starts)
-        if prediction == "edm":
-            self._scales = [(t**2 + sigma_data**2) ** -0.5 for t in starts]
-        if isinstance(process, DiscreteVP) and prediction in _PREDICTION_TYPES:
+        self._scales = [parameterisation.input_scale(t) for t in starts]
+        if process.betas is not None and parameterisation.pipeline_name is not None:
             self.register_to_config(
                 num_train_timesteps=len(process.betas),
                 trained_betas=process.betas.tolist(),
-                prediction_type=_PREDICTION_TYPES[prediction],
+                prediction_type=parameterisation.pipeline_name,
                 clip_sample=clip,
             )
         self.set_timesteps()
@@ -159,21 +156,19 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         Raises:
             ValueError: times outside the process, or shapes that do not fit.
         """
-        process = self.tableau.process
+        process, parameterisation = self.tableau.process, self._denoiser.parameterisation
         config: Any = self.config
         times = torch.as_tensor(timesteps, dtype=torch.float64).cpu().flatten()
-        times = network_time_of_unet(times, config.time_range)
-        edm = config.prediction == "edm"
-        times = (4 * times).exp() if edm else times - process.network_time(0.0)
+        times = parameterisation.time_of_network(network_time_of_unet(times, config.time_range))
         # In float32 the last time may come out a rounding beyond t_max.
         last = (times - process.t_max).abs() < 1e-5 * process.t_max
         times = times.masked_fill(last, process.t_max)
         times = times.to(original_samples.device).expand(len(original_samples))
         wide = torch.promote_types(original_samples.dtype, torch.float32)
         noisy = process.add_noise(original_samples.to(wide), times, noise.to(wide))
-        if edm:
-            column = (-1, *[1] * (noisy.ndim - 1))
-            noisy = noisy * (times**2 + config.sigma_data**2).rsqrt().to(noisy).view(column)
+        scale = parameterisation.input_scale(times)
+        if isinstance(scale, Tensor):
+            noisy = noisy * shaped(scale, noisy)
         return noisy.to(original_samples.dtype)
 
     def step(

@@ -9,18 +9,18 @@ the log-density, so the importance ratio is 1 before any update.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...common.arguments import checked
 from ...common.optimisation import frozen
+from ...envs.mdp import Draw, Observation
 from ..denoisers.denoiser import Denoiser
 from .tableau import Tableau, std_of
 
@@ -40,7 +40,7 @@ def gaussian_log_density(
         mean: the means.
         std: standard deviation, a number or a tensor that broadcasts against `mean`.
         reduction: over dimensions: "sum" is the log-density itself, "mean" divides it by the number
-            of dimensions (what paper A does for images).
+            of dimensions (what Fan & Lee 2023 do for images).
     """
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     z = (sample - mean) / std
@@ -57,6 +57,10 @@ class GaussianChain(nn.Module):
         tableau: a sampler whose steps use only their own state and output, with noise on each step.
         learn_std: make the standard deviations trainable: K numbers, and with them the weights of
             the denoiser's second head where the tableau reads it.
+        micro_batch_size: most samples that the network sees at once when it acts without gradients;
+            None shows it all of them.
+        checkpointing: recompute a step's activations in the backward pass through `act`, instead of
+            keeping them.
 
     Attributes:
         log_std: (K,) logarithms of the standard deviations. Where the tableau reads a second head
@@ -70,8 +74,16 @@ class GaussianChain(nn.Module):
     """
 
     @checked
-    def __init__(self, denoiser: Denoiser, tableau: Tableau, learn_std: bool = False) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        tableau: Tableau,
+        learn_std: bool = False,
+        micro_batch_size: int | None = None,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        self.micro_batch_size, self.checkpointing = micro_batch_size, checkpointing
         tableau.check_process(denoiser)
         if not tableau.one_step:
             raise ValueError(
@@ -181,49 +193,27 @@ class GaussianChain(nn.Module):
         mean, std = self.distribution(sample, step)
         return gaussian_log_density(next_sample, mean, std, reduction)
 
-    def rollout(
-        self,
-        noise: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        draw: Callable[[Tensor], Tensor] | None = None,
-        store: Tensor | None = None,
-        micro_batch_size: int | None = None,
-    ) -> Tensor:
-        """Sample whole trajectories (K + 1, N, *shape) from prior samples `noise` (N, *shape).
-
-        State 0 is `noise`, state K the finished sample. Gradients flow through the chain unless the
-        caller is under `torch.no_grad()`; only then the last two arguments have a say.
+    def act(self, observation: Observation, step: int, draw: Draw) -> Tensor:
+        """Sample x_s (N, *shape) given what `DiffusionMDP.observe` shows, reparameterised.
 
         Args:
-            noise: prior samples.
-            generator: source of each step's fresh noise.
-            draw: returns a step's fresh noise, shaped like its argument; used instead of it.
-            store: where to write the trajectories, (K + 1, N, *shape) on any device and of any
-                floating type. What is read back is the state: the chain goes on from the rounded
-                samples.
-            micro_batch_size: most samples that the network sees at once.
+            observation: the states x_t (N, *shape), and their time.
+            step: the step j they are at.
+            draw: source of the noise, which is drawn for all of them at once.
         """
-        if draw is None:
-            draw = functools.partial(_fresh, generator=generator)
+        sample = observation["sample"]
+        noise = draw(sample)
         if torch.is_grad_enabled():
-            states = [noise]
-            for step in range(self.steps):
-                mean, std = self.distribution(states[-1], step)
-                states.append(torch.addcmul(mean, std, draw(mean)))
-            return torch.stack(states)
-        trajectory = noise.new_empty(self.steps + 1, *noise.shape) if store is None else store
-        trajectory[0] = noise
-        size = micro_batch_size or len(noise)
-        for step in range(self.steps):
-            fresh, moved = draw(noise).split(size), []
-            # Rounded as the store rounds, without reading back from another device.
-            for state, part in zip(noise.to(trajectory.dtype).split(size), fresh, strict=True):
-                mean, std = self.distribution(state.to(part.dtype), step)
-                moved.append(torch.addcmul(mean, std, part))
-            noise = moved[0] if len(moved) == 1 else torch.cat(moved)
-            trajectory[step + 1] = noise
-        return trajectory
+            if self.checkpointing:
+                mean, std = checkpoint(self.distribution, sample, step, use_reentrant=False)
+            else:
+                mean, std = self.distribution(sample, step)
+            return torch.addcmul(mean, std, noise)
+        size, moved = self.micro_batch_size or len(sample), []
+        for part, fresh in zip(sample.split(size), noise.split(size), strict=True):
+            mean, std = self.distribution(part, step)
+            moved.append(torch.addcmul(mean, std, fresh))
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
 
     def export(self) -> Tableau:
         """Return the tableau with the standard deviations as they are now."""
@@ -236,16 +226,6 @@ class GaussianChain(nn.Module):
             covariance=self.tableau.covariance * learned**2,
             cap=self.tableau.cap * learned,
         )
-
-    def step(self, sample: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
-        """Sample x_s (N, *shape) given x_t (N, *shape), reparameterised."""
-        mean, std = self.distribution(sample, step)
-        return torch.addcmul(mean, std, _fresh(mean, generator))
-
-
-def _fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal noise shaped like a tensor."""
-    return torch.empty_like(like).normal_(generator=generator)
 
 
 def _float32(values: np.ndarray | None) -> Tensor:

@@ -1,13 +1,19 @@
-"""Sampling whole sets with a tableau and a denoiser, in chunks."""
+"""Sampling whole sets with a tableau and a denoiser, in chunks, in the environment they are for."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.distributed import ALONE
+from ...envs.mdp import DiffusionMDP
+from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Denoiser
 from .tableau import Tableau
 
@@ -23,29 +29,87 @@ def sample(
     shape: tuple[int, ...],
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
+    mdp: DiffusionMDP | None = None,
+    **options: Any,
 ) -> Tensor:
     """Run a tableau from `start` fresh samples of its prior, or from states (N, *shape), in chunks.
 
     The prior is that of the table's first time, see `Tableau.prior_sample`.
+
+    Args:
+        tableau: the sampler.
+        denoiser: the network.
+        start: how many samples, or the states to start from.
+        shape: of one sample.
+        generator: source of randomness; the global one if None.
+        return_trajectory: return all states (K + 1, N, *shape).
+        mdp: the environment whose transitions the samples go through, on the tableau's times; None
+            is one whose next state is the action.
+        options: what its `episodes` takes, such as `known` of `Inpainting`.
+
+    Raises:
+        ValueError: an environment with transitions of its own, and a tableau that asks the network
+            twice at one time, as Heun's does.
+        TypeError: the environment takes no such options.
     """
+    n = start if isinstance(start, int) else len(start)
+    episodes = None if mdp is None else _episodes(tableau, mdp, n, generator, options)
     if isinstance(start, int):
         device = next(denoiser.parameters()).device
         start = tableau.prior_sample((start, *shape), generator, device=device)
     size = max(1, min(CHUNK, NUMBERS // math.prod(shape)))
-    chunks = [
-        tableau.sample(denoiser, chunk, generator=generator, return_trajectory=return_trajectory)
-        for chunk in start.split(size)
-    ]
+    draw = functools.partial(ALONE.noise, generator=generator)
+    chunks = []
+    for first in range(0, n, size):
+        rows = slice(first, first + size)
+        transition = None
+        if episodes is not None:
+            transition = functools.partial(episodes.at(rows).transition, draw=draw)
+        chunks.append(
+            tableau.sample(
+                denoiser,
+                start[rows],
+                generator=generator,
+                return_trajectory=return_trajectory,
+                transition=transition,
+            )
+        )
     return torch.cat(chunks, dim=1 if return_trajectory else 0)
 
 
+def _episodes(
+    tableau: Tableau,
+    mdp: DiffusionMDP,
+    n: int,
+    generator: torch.Generator | None,
+    options: dict[str, Any],
+) -> DiffusionMDP | None:
+    """Begin n episodes on the tableau's times; None where the next state is the action anyway."""
+    if mdp.is_plain:
+        for name in options:
+            raise TypeError(f"this environment's episodes take no option {name!r}")
+        return None
+    if (np.diff(tableau.times) >= 0).any():
+        raise ValueError(
+            f"'{tableau.name}' asks the network twice at one time; {type(mdp).__name__}, which has "
+            "transitions of its own, needs a sampler whose every step goes on in time, such as "
+            "ddim or ancestral."
+        )
+    if not np.array_equal(tableau.times, mdp.schedule.times.numpy()):
+        mdp = mdp.with_schedule(Schedule(tableau.process, tableau.times.tolist()))
+    return mdp.episodes(n, generator, **options)
+
+
 def sampler_of(
-    tableau: Tableau, denoiser: Denoiser, shape: tuple[int, ...]
+    tableau: Tableau,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    mdp: DiffusionMDP | None = None,
 ) -> Callable[[int, torch.Generator], Tensor]:
-    """Bind a tableau and a denoiser to a sampler `(n, generator) -> (n, *shape)`."""
+    """Bind all that sampling needs to a sampler `(n, generator) -> (n, *shape)`; see `sample`."""
 
     @torch.no_grad()
     def draw(n: int, generator: torch.Generator) -> Tensor:
-        return sample(tableau, denoiser, n, shape=shape, generator=generator)
+        return sample(tableau, denoiser, n, shape=shape, generator=generator, mdp=mdp)
 
     return draw

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor
 from ...common.files import write_atomically
 from ...common.names import unknown_name
 from ...common.reading import damage_named, read_text
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
 from .sparse import NOT_LOWER, SparseRows, read_only
 from .tableau_json import read_table, write_table
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
 
 Output = Literal["epsilon", "sample"]
+# Of an environment: (state, action, step) -> next state.
+Transition = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Row(NamedTuple):
@@ -255,6 +257,7 @@ class Tableau:
         *,
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
+        transition: Transition | None = None,
     ) -> Tensor:
         """Run the sampler from prior samples.
 
@@ -263,21 +266,28 @@ class Tableau:
             noise: (N, *shape), the initial states z_0, such as `prior_sample` draws.
             generator: source of the fresh noise of stochastic steps.
             return_trajectory: return every state.
+            transition: see `states`.
 
         Returns:
             The finished samples (N, *shape), or all states (K + 1, N, *shape), z_0 first.
 
         Gradients flow to the denoiser and the noise unless the caller is under `torch.no_grad()`.
         """
-        states = self.states(denoiser, noise, generator)
+        states = self.states(denoiser, noise, generator, transition)
         return torch.stack(list(states)) if return_trajectory else deque(states, maxlen=1).pop()
 
     def states(
-        self, denoiser: Denoiser, noise: Tensor, generator: torch.Generator | None = None
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        generator: torch.Generator | None = None,
+        transition: Transition | None = None,
     ) -> Iterator[Tensor]:
         """Yield z_0 = `noise`, z_1, ..., z_K (N, *shape) one by one; see `sample`.
 
-        What no later step reads is dropped, so memory does not grow with K.
+        An environment's transition turns z_j and what the table makes of it into z_{j+1}; without
+        one, what the table makes of it is z_{j+1}. What no later step reads is dropped, so memory
+        does not grow with K.
         """
         self.check_process(denoiser)
         states: list[Any] = [noise]
@@ -287,7 +297,8 @@ class Tableau:
         for j in range(self.steps):
             output, std = self.evaluate_with_std(denoiser, states[j], j)
             outputs.append(output)
-            states.append(self.advance(j, states, outputs, generator, std))
+            moved = self.advance(j, states, outputs, generator, std)
+            states.append(moved if transition is None else transition(states[j], moved, j))
             for i in unread_states[j]:
                 states[i] = None
             for k in unread_outputs[j]:

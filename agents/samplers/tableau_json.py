@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...common.reading import parse_json, quoted, reason
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
 from .sparse import SparseRows
 
 if TYPE_CHECKING:

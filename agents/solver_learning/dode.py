@@ -71,6 +71,7 @@ class DODE(SolverAgent):
     """
 
     name = "dode"
+    obeys_transitions = False
     checkpoint_name = "tableau.json"
 
     settings: DODESettings

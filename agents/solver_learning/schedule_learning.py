@@ -87,6 +87,7 @@ class ScheduleLearning(SolverAgent):
     """
 
     name = "schedule"
+    obeys_transitions = False
 
     settings: ScheduleSettings
     Settings = ScheduleSettings

@@ -1,4 +1,4 @@
-"""Solvers: pure functions ``(schedule, **options) -> Tableau``, also by name with `make_solver`."""
+"""Solvers: pure functions `(schedule, **options) -> Tableau`, also by name with `make_solver`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...common.names import unknown_name
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral

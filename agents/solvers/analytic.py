@@ -19,8 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ...common.arguments import checked
-from ...envs.processes.process import DiscreteVP
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .ancestral import ancestral
 from .ddim import ddim
@@ -59,7 +58,7 @@ def analytic_dpm(
         ValueError: another noise process, a Gamma that does not fit it, or an option out of range.
     """
     process = schedule.process
-    if not isinstance(process, DiscreteVP):
+    if process.betas is None:
         raise ValueError(f"Analytic-DPM has one Gamma a noising of a DiscreteVP; got {process!r}.")
     values = np.asarray(gamma, dtype=np.float64)
     if values.shape != (len(process.betas),):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...common.arguments import checked
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Variance
 from ..samplers.tableau import Tableau, one_step_tableau
 from .rows import with_last_std
@@ -30,8 +30,8 @@ def ancestral(
         schedule: the times, K + 1 of them.
         variance: "small" is the posterior variance (sigma_s / sigma_t)^2 beta, "large" is beta;
             both add no noise on the last transition to clean data. "beta" is beta on every
-            transition, the last one included, so that every transition has a density (paper A's
-            toys).
+            transition, the last one included, so that every transition has a density (the toys of
+            Fan & Lee 2023).
         last_std: standard deviation of the last transition, if it is to differ.
         clip: clamp the predicted clean sample D to [-1, 1] in the second form, as DDPM does on
             images; it changes samples of few steps strongly.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...common.arguments import checked
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Output, Tableau, one_step_tableau
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...common.names import unknown_name
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
+from ...envs.schedules import SCHEDULES, Schedule, make_schedule, schedule_options
 from ...envs.schedules.ends import default_first_time, is_clean
-from ...envs.schedules.schedule import SCHEDULES, Schedule, make_schedule, schedule_options
 from .table import SOLVERS, Options
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ...common.arguments import checked
-from ...envs.processes.process import NoiseProcess
-from ...envs.schedules.schedule import Schedule
+from ...envs.processes import NoiseProcess
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .exponential import scale
 from .rows import Node, Rows, check_budget, check_order, nodes_of
@@ -37,7 +37,7 @@ def deis(schedule: Schedule, order: int = 3, basis: Basis = "time") -> Tableau:
     Args:
         schedule: the times; it may end at 0.
         order: degree of the polynomial, 0 (DDIM) to 3; the first steps use lower degrees. Papers
-            disagree: this is paper C's count, others count the points, order + 1.
+            disagree: Kim, Tang & Yu (2024) count so, others count the points, order + 1.
         basis: what the polynomial is in: "time" or "rho".
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ...common.arguments import checked
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .multistep import multistep
 from .singlestep import SolverType, singlestep
@@ -35,7 +35,7 @@ def dpm_solver(
             or "taylor".
         orders: the order of each step instead, every step being a block of its own with stages
             evenly spaced in log-SNR. The published log-SNR grid is
-            ``orders=singlestep_orders(nfe, 3)`` on ``Schedule.log_snr(process, len(orders))``.
+            `orders=singlestep_orders(nfe, 3)` on `Schedule.log_snr(process, len(orders))`.
 
     Raises:
         ValueError: no such order or type, fewer steps than the order, orders that do not fit the

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...common.arguments import checked
+from ...envs.schedules import Schedule
 from ...envs.schedules.fast_dpm import fast_levels
-from ...envs.schedules.schedule import Schedule
 from ..samplers.tableau import Tableau
 from .ddim import first_order
 from .rows import with_last_std
@@ -24,7 +24,7 @@ def fast_dpm(schedule: Schedule, kappa: float = 1.0, last_std: float | None = No
         schedule: the times, K + 1 of them; `Schedule.fast_dpm` gives the published ones.
         kappa: 0 to 1; 0 is deterministic ("DDIM-rev"), 1 has DDPM's small variance ("DDPM-rev").
         last_std: standard deviation of the last transition, if it is to differ: FastDPM has none at
-            clean data, paper A fine-tunes with 0.001.
+            clean data, Fan & Lee (2023) fine-tune with 0.001.
 
     Raises:
         ValueError: kappa outside [0, 1], or a negative or non-finite `last_std`.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 from ...common.arguments import checked
+from ...envs.schedules import Schedule
 from ...envs.schedules.ends import warn_of_empty_start
-from ...envs.schedules.schedule import Schedule
 from ..samplers.tableau import Output, Tableau
 from .ddim import ddim
 from .rows import Node, Rows, nodes_of

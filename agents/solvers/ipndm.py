@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...common.arguments import checked
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
 from .exponential import coefficient, scale
 from .rows import Rows, check_budget, check_order, nodes_of

@@ -6,7 +6,7 @@ log-SNR), data prediction DPM-Solver++ 2M and 3M.
 
 from __future__ import annotations
 
-from ...envs.schedules.schedule import Schedule
+from ...envs.schedules import Schedule
 from ..samplers.tableau import Output, Tableau
 from .exponential import coefficient, scale
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of

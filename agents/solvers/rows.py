@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...envs.processes.process import NoiseProcess
-from ...envs.schedules.schedule import Schedule
+from ...envs.processes import NoiseProcess
+from ...envs.schedules import Schedule
 from ..samplers.sparse import SparseRows
 from ..samplers.tableau import Output, Tableau
 

@@ -12,9 +12,9 @@ from operator import index
 from typing import Literal, get_args
 
 from ...common.names import unknown_name
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
+from ...envs.schedules import Schedule
 from ...envs.schedules.ends import warn_of_empty_start
-from ...envs.schedules.schedule import Schedule
 from ..samplers.tableau import Output, Tableau
 from .exponential import coefficient, scale
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...common.optimisation import Averaged, adam, learning_rate, seeded, set_learning_rate
 from ...envs import DiffusionMDP
 from ..denoisers.denoiser import Denoiser
+from ..denoisers.variance_head import HeadInputs, VarianceHead
 from ..solver_learning.selection import is_better
-from .head import HeadInputs, VarianceHead
 from .held_out import Noised
 from .learner import GIVEN, LEARNED, VarianceLearner
 from .settings import VarianceSettings

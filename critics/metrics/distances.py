@@ -16,26 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-import ot
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import check_finite, check_samples
 from ..mmd import distances, kernel_mean, resolve_bandwidth
-from .fidelity import FeatureDistances, fid, kid, precision_recall
-
-__all__ = [
-    "FeatureDistances",
-    "SlicedWasserstein",
-    "fid",
-    "floor",
-    "kid",
-    "mmd",
-    "precision_recall",
-    "sliced_wasserstein",
-    "wasserstein",
-]
 
 Samples = Tensor | NDArray
 Array = NDArray[np.float64]
@@ -74,7 +60,10 @@ class SlicedWasserstein:
         self.p = p
         self.n_projections = n_projections
         self._shape = points.shape[1:]
-        directions = ot.sliced.get_random_projections(*points.shape[1:], n_projections, seed).T
+        # POT loads SciPy, which takes as long as all the rest of this package.
+        from ot.sliced import get_random_projections
+
+        directions = get_random_projections(*self._shape, n_projections, seed).T
         self._directions = np.array_split(directions, -(-n_projections // _CHUNK))
         self._quantiles = _in_threads(lambda part: _quantiles(part, points), self._directions)
 
@@ -128,8 +117,10 @@ def wasserstein(x: Samples, y: Samples, p: float = 1, max_samples: int = 5000) -
             f"The exact distance takes at most {max_samples} samples a side, got {len(a)} and "
             f"{len(b)}: pass fewer, raise max_samples, or use sliced_wasserstein."
         )
+    from ot import emd2
+
     cost = distances(torch.from_numpy(a), torch.from_numpy(b)).numpy() ** p
-    total, log = ot.emd2([], [], cost, numItermax=10_000_000, log=True)
+    total, log = emd2([], [], cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"The optimal transport solver failed: {log['warning']}")
     return float(total) ** (1 / p)

@@ -1,1 +1,32 @@
 """Noise processes, the physics of the environments: how data turn into noise."""
+
+from ...common.names import unknown_name
+from .base import NoiseProcess
+from .discrete_vp import DiscreteVP
+from .ve import VE
+
+# Each under the first words of its names: a new process is one more class here.
+PROCESSES: dict[str, type[NoiseProcess]] = {
+    name: process for process in (DiscreteVP, VE) for name in process.names
+}
+
+
+def make_process(name: str) -> NoiseProcess:
+    """Build a noise process by name.
+
+    Args:
+        name: `sigmoid-T`, `linear-T` or `cosine-T` for a `DiscreteVP` of `T` noisings
+            (`linear-1000`, say), `linear-1000/10` for its `subsampled` chain of 10; `ve` for the
+            `VE` of EDM, `ve-0.002-80` for one from `sigma_min` to `sigma_max`.
+
+    Raises:
+        ValueError: The kind is unknown, its numbers are missing or no numbers, or the process
+            refuses them.
+    """
+    kind = name.partition("-")[0]
+    if kind not in PROCESSES:
+        raise unknown_name("noise process", kind, PROCESSES)
+    return PROCESSES[kind].named(name)
+
+
+__all__ = ["PROCESSES", "VE", "DiscreteVP", "NoiseProcess", "make_process"]

@@ -1,14 +1,14 @@
 """Where sampling starts and ends: which first and last times of a grid give right samples.
 
-Sampling starts from noise alone, ``N(0, process.prior_std(t)^2)`` at the grid's first time ``t``,
+Sampling starts from noise alone, `N(0, process.prior_std(t)^2)` at the grid's first time `t`,
 and every solver returns what it has at the last. Three things can go wrong there:
 
-- the first time is so late that the true states there are not noise alone (``LateStartWarning``);
+- the first time is so late that the true states there are not noise alone (`LateStartWarning`);
 - it is so early that nothing of the sample is left, and a solver of higher order whose unknown is
-  the log-SNR or ``sigma / alpha`` makes a first step of any length (``EmptyStartWarning``);
-- the last time still has visible noise (``UnfinishedWarning``).
+  the log-SNR or `sigma / alpha` makes a first step of any length (`EmptyStartWarning`);
+- the last time still has visible noise (`UnfinishedWarning`).
 
-``default_first_time`` and ``is_clean`` are the ends of the default grids, which avoid the last two.
+`default_first_time` and `is_clean` are the ends of the default grids, which avoid the last two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 
-from ..processes.process import NoiseProcess
+from ..processes import NoiseProcess
 
 # As diffusers recommends for cosine betas (`lambda_min_clipped`). DDPM's linear chain ends at
 # -5.06 and is left as it is.
@@ -48,22 +48,22 @@ class UnfinishedWarning(SamplingWarning):
 
 
 def signal_share(process: NoiseProcess, t: float) -> float:
-    """The share of the signal in a state, ``alpha / sqrt(alpha^2 + sigma^2)``, 0 to 1.
+    """The share of the signal in a state, `alpha / sqrt(alpha^2 + sigma^2)`, 0 to 1.
 
-    On a variance-preserving process it is ``alpha`` itself.
+    On a variance-preserving process it is `alpha` itself.
     """
     alpha, sigma = process.levels(t)
     return alpha / math.hypot(alpha, sigma)
 
 
 def is_clean(process: NoiseProcess, t: float) -> bool:
-    """Whether the noise left at a time, ``sigma / alpha``, is negligible for data of unit size."""
+    """Whether the noise left at a time, `sigma / alpha`, is negligible for data of unit size."""
     alpha, sigma = process.levels(t)
     return sigma <= NEGLIGIBLE_NOISE * alpha
 
 
 def is_empty(process: NoiseProcess, t: float) -> bool:
-    """Whether ``log(alpha)``, at small alpha the log-SNR, is below -5.1: next to no signal is left.
+    """Whether `log(alpha)`, at small alpha the log-SNR, is below -5.1: next to no signal is left.
 
     Never so on a variance-exploding process, whose alpha is 1.
     """
@@ -73,17 +73,17 @@ def is_empty(process: NoiseProcess, t: float) -> bool:
 
 
 def default_first_time(process: NoiseProcess) -> float:
-    """The noisiest time that is not empty: ``t_max``, or that of the log-SNR -5.1."""
+    """The noisiest time that is not empty: `t_max`, or that of the log-SNR -5.1."""
     if not is_empty(process, process.t_max):
         return process.t_max
     return float(process.time_of_log_snr(LEAST_LOG_SNR))
 
 
 def warn_of_ends(process: NoiseProcess, first: float, last: float) -> None:
-    """Warn if a sampler that visits times from ``first`` to ``last`` gives wrong samples.
+    """Warn if a sampler that visits times from `first` to `last` gives wrong samples.
 
     Its start is late if the share of the signal, which noise alone lacks, is larger by more than a
-    third than at ``t_max``, where the process itself takes the signal for gone. On DDPM's linear
+    third than at `t_max`, where the process itself takes the signal for gone. On DDPM's linear
     chain of 1000 that is below time 467: a Gaussian of standard deviation 0.5 loses about 17 % of
     its mean there. The toys' short chains, which hardly noise at all, end far from noise by
     intention; a start at their own end is never late.

@@ -1,8 +1,8 @@
 """FastDPM's few noise levels, and the continuous times at which a long chain has them.
 
-Kong & Ping 2021; MATH.md 1.10. A chain of ``S`` big noisings ``eta_1 .. eta_S`` is laid out so that
-it ends where the chain of ``N`` small ones does. Each of its states then gets the time at which the
-long chain has as much noise; for betas on a line the products ``abar`` are defined between whole
+Kong & Ping 2021; MATH.md 1.10. A chain of `S` big noisings `eta_1 .. eta_S` is laid out so that
+it ends where the chain of `N` small ones does. Each of its states then gets the time at which the
+long chain has as much noise; for betas on a line the products `abar` are defined between whole
 times by the log-gamma function. Everything is float64: in float32 the times are wrong by up to 0.9.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ...common.names import unknown_name
-from ..processes.process import DiscreteVP, NoiseProcess
+from ..processes import NoiseProcess
 from .spacings import quad
 
 Kind = Literal["var", "step"]
@@ -34,24 +34,24 @@ _ROUNDING = 1e-6
 _LARGE = 100.0
 
 
-def fast_times(process: DiscreteVP, steps: int, kind: str, spacing: str) -> Tensor:
-    """Return the ``steps`` times of FastDPM's states, descending, without the 0 at the end.
+def fast_times(process: NoiseProcess, steps: int, kind: str, spacing: str) -> Tensor:
+    """Return the `steps` times of FastDPM's states, descending, without the 0 at the end.
 
     Args:
-        process: The long chain, of ``N`` noisings.
-        steps: ``S``, 2 to ``N``.
-        kind: ``var`` or ``step``, see ``Schedule.fast_dpm``.
-        spacing: ``linear`` or ``quadratic``.
+        process: The long chain, of `N` noisings.
+        steps: `S`, 2 to `N`.
+        kind: `var` or `step`, see `Schedule.fast_dpm`.
+        spacing: `linear` or `quadratic`.
 
     Raises:
-        ValueError: An unknown kind or spacing, a number of steps out of range, or ``var`` on betas
-            that do not rise on a line.
+        ValueError: No chain of noisings, an unknown kind or spacing, a number of steps out of
+            range, or `var` on betas that do not rise on a line.
     """
     if kind not in get_args(Kind):
         raise unknown_name("kind of fast_dpm", kind, get_args(Kind))
     if spacing not in get_args(Growth):
         raise unknown_name("spacing of fast_dpm", spacing, get_args(Growth))
-    noisings = len(process.betas)
+    noisings = len(_betas(process))
     if not 2 <= steps <= noisings:
         raise ValueError(f"fast_dpm takes 2 to {noisings} steps on this process; got {steps}")
     if kind == "var":
@@ -65,10 +65,10 @@ def fast_times(process: DiscreteVP, steps: int, kind: str, spacing: str) -> Tens
     return torch.from_numpy(indices[::-1] + 1.0)
 
 
-def noise_levels(process: DiscreteVP, steps: int, spacing: str) -> np.ndarray:
-    """Return ``eta_1 .. eta_S``, the noisings of the short chain, ``(S,)`` float64 in (0, 1).
+def noise_levels(process: NoiseProcess, steps: int, spacing: str) -> np.ndarray:
+    """Return `eta_1 .. eta_S`, the noisings of the short chain, `(S,)` float64 in (0, 1).
 
-    The largest is searched for so that the product of ``1 - eta`` is that of the long chain. A
+    The largest is searched for so that the product of `1 - eta` is that of the long chain. A
     quadratic growth is bounded: with 20 steps or fewer of DDPM's 1000 the short chain ends with
     less noise than the long one.
 
@@ -76,7 +76,7 @@ def noise_levels(process: DiscreteVP, steps: int, spacing: str) -> np.ndarray:
         ValueError: The betas do not rise on a line.
     """
     first, _ = _line(process)
-    target = float(process.abar[-1].log())
+    target = float(torch.log1p(-_betas(process)).sum())
     ramp = np.arange(steps)
     if spacing == "linear":
 
@@ -98,14 +98,14 @@ def noise_levels(process: DiscreteVP, steps: int, spacing: str) -> np.ndarray:
 
 
 def fast_levels(process: NoiseProcess, times: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``alpha`` and ``sigma`` at times ``(K,)`` in ``[0, t_max]``, as FastDPM reads them.
+    """Return `alpha` and `sigma` at times `(K,)` in `[0, t_max]`, as FastDPM reads them.
 
-    On a ``DiscreteVP`` whose betas rise on a line they are interpolated by the log-gamma function
+    On a `DiscreteVP` whose betas rise on a line they are interpolated by the log-gamma function
     between whole times from 1 on, below which that has no meaning; elsewhere they are the
     process's own.
     """
     alpha, sigma = process.alpha(times).numpy(), process.sigma(times).numpy()
-    if isinstance(process, DiscreteVP) and is_linear(process):
+    if process.betas is not None and is_linear(process):
         between = ((times > 1) & (times != times.round())).numpy()
         log_abar = _log_product(process, times.numpy()[between] - 1)
         alpha[between] = np.exp(log_abar / 2)
@@ -113,16 +113,16 @@ def fast_levels(process: NoiseProcess, times: Tensor) -> tuple[np.ndarray, np.nd
     return alpha, sigma
 
 
-def is_linear(process: DiscreteVP) -> bool:
+def is_linear(process: NoiseProcess) -> bool:
     """Whether the betas rise on a line."""
-    betas = process.betas.numpy()
+    betas = _betas(process).numpy()
     line = np.linspace(betas[0], betas[-1], len(betas))
     return bool(betas[-1] > betas[0] and abs(betas - line).max() <= _ROUNDING * betas[-1])
 
 
-def _times_of(process: DiscreteVP, log_products: np.ndarray) -> Tensor:
-    """Return the descending times at which the long chain has these log abar, ``(S,)``."""
-    last = len(process.betas) - 1.0
+def _times_of(process: NoiseProcess, log_products: np.ndarray) -> Tensor:
+    """Return the descending times at which the long chain has these log abar, `(S,)`."""
+    last = len(_betas(process)) - 1.0
 
     def excess(time: np.ndarray) -> np.ndarray:
         return _log_product(process, time) - log_products
@@ -134,7 +134,7 @@ def _times_of(process: DiscreteVP, log_products: np.ndarray) -> Tensor:
     return torch.from_numpy(time[::-1] + 1.0)
 
 
-def _log_product(process: DiscreteVP, time: np.ndarray) -> np.ndarray:
+def _log_product(process: NoiseProcess, time: np.ndarray) -> np.ndarray:
     """Return log R(t) at 0-based times, the log-gamma interpolation of log abar.
 
     R(t) = Delta^(t+1) Gamma(c + 1) / Gamma(c - t) with Delta the rise from beta to beta and
@@ -144,7 +144,7 @@ def _log_product(process: DiscreteVP, time: np.ndarray) -> np.ndarray:
     top = (1 - first) / rise + 1
     count = np.asarray(time, dtype=np.float64) + 1
     rest = top - count
-    if top - len(process.betas) < _LARGE:
+    if top - len(_betas(process)) < _LARGE:
         gamma = torch.lgamma(torch.tensor(top, dtype=torch.float64)).numpy()
         return count * math.log(rise) + gamma - torch.lgamma(torch.as_tensor(rest)).numpy()
     large_terms = count * math.log1p(rise - first) - (rest - 0.5) * np.log1p(-count / top) - count
@@ -156,14 +156,20 @@ def _stirling(y: float | np.ndarray) -> float | np.ndarray:
     return 1 / (12 * y) - 1 / (360 * y**3)
 
 
-def _line(process: DiscreteVP) -> tuple[float, float]:
+def _betas(process: NoiseProcess) -> Tensor:
+    if process.betas is None:
+        raise ValueError(f"fast_dpm shortens the chain of a DiscreteVP; got {process!r}")
+    return process.betas
+
+
+def _line(process: NoiseProcess) -> tuple[float, float]:
     """Return the first beta and the rise from one to the next."""
     if not is_linear(process):
         raise ValueError(
             f"fast_dpm with kind='var' needs betas that rise on a line (linear-1000, say), not "
             f"{process!r}; kind='step' takes any, and so does a uniform schedule"
         )
-    betas = process.betas
+    betas = _betas(process)
     return float(betas[0]), float(betas[-1] - betas[0]) / (len(betas) - 1)
 
 

@@ -1,9 +1,9 @@
 """How the times of a schedule are spaced: the variables of the grids, and subsets of noisings.
 
 A continuous grid is even in one variable (MATH.md 0.5): the time, its square root, the log-SNR, or
-``rho^(1/p)`` with ``rho = sigma / alpha`` (Karras et al. 2022). ``variable`` maps times to it and
-back; ``Schedule`` builds grids with it and ``refine_times`` makes them finer. A discrete grid picks
-whole noisings of a ``DiscreteVP``; ``SUBSETS`` holds the usual picks, by 0-based index.
+`rho^(1/p)` with `rho = sigma / alpha` (Karras et al. 2022). `variable` maps times to it and
+back; `Schedule` builds grids with it and `refine_times` makes them finer. A discrete grid picks
+whole noisings of a `DiscreteVP`; `SUBSETS` holds the usual picks, by 0-based index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...common.arguments import checked
 from ...common.names import unknown_name
-from ..processes.process import NoiseProcess
+from ..processes import NoiseProcess
 
 Spacing = Literal["time", "sqrt_time", "log_snr", "karras"]
 Map = Callable[[Tensor], Tensor]
@@ -30,14 +30,14 @@ def variable(process: NoiseProcess, spacing: str, rho: float = 7.0) -> tuple[Map
 
     Args:
         process: The noise process that gives the times their meaning.
-        spacing: ``time``, ``sqrt_time``, ``log_snr`` or ``karras``.
-        rho: Exponent ``p`` of ``karras``, > 0; the others ignore it.
+        spacing: `time`, `sqrt_time`, `log_snr` or `karras`.
+        rho: Exponent `p` of `karras`, > 0; the others ignore it.
 
     Returns:
         The map from float64 times to the variable, and its inverse.
 
     Raises:
-        ValueError: ``spacing`` is unknown, or ``rho`` is not positive and finite.
+        ValueError: `spacing` is unknown, or `rho` is not positive and finite.
     """
     if spacing not in get_args(Spacing):
         raise unknown_name("spacing", spacing, get_args(Spacing))
@@ -65,26 +65,26 @@ def refine_times(
     *,
     rho: float = 7.0,
 ) -> Tensor:
-    """Split each interval between neighbouring times into ``factor`` sub-steps.
+    """Split each interval between neighbouring times into `factor` sub-steps.
 
-    The sub-steps are even in the variable of ``spacing``. An interval that ends at time 0 is split
+    The sub-steps are even in the variable of `spacing`. An interval that ends at time 0 is split
     only if that is the time: the log-SNR is infinite there.
 
     Args:
         process: The noise process that gives the times their meaning.
-        times: ``(K + 1,)`` strictly decreasing times in ``[0, process.t_max]``, with ``K >= 1``.
+        times: `(K + 1,)` strictly decreasing times in `[0, process.t_max]`, with `K >= 1`.
         factor: Sub-steps an interval, at least 1.
-        spacing: See ``variable``.
+        spacing: See `variable`.
         integer: Round the new times to whole numbers, for networks that know no others; those that
             coincide with another time are dropped.
-        rho: Exponent of ``karras``.
+        rho: Exponent of `karras`.
 
     Returns:
         Strictly decreasing float64 times on the CPU, the given ones among them without rounding;
-        ``factor * K + 1`` of them unless some were dropped or not split.
+        `factor * K + 1` of them unless some were dropped or not split.
 
     Raises:
-        ValueError: ``factor`` is below 1, or an argument is unknown or out of range.
+        ValueError: `factor` is below 1, or an argument is unknown or out of range.
     """
     if index(factor) < 1:
         raise ValueError(f"factor must be at least 1; got {factor}")
@@ -103,7 +103,7 @@ def refine_times(
 
 
 def leading(noisings: int, count: int, steps_offset: int = 0) -> np.ndarray:
-    """``0, k, 2k, ...`` with ``k = noisings // count``, plus an offset; DDIM's "uniform".
+    """`0, k, 2k, ...` with `k = noisings // count`, plus an offset; DDIM's "uniform".
 
     Raises:
         ValueError: The offset is negative or leads beyond the last noising.
@@ -118,22 +118,22 @@ def leading(noisings: int, count: int, steps_offset: int = 0) -> np.ndarray:
 
 
 def uniform_torch(noisings: int, count: int) -> np.ndarray:
-    """Floors of ``count`` numbers on a line from 0 to ``noisings``, the end excluded (D-ODE)."""
+    """Floors of `count` numbers on a line from 0 to `noisings`, the end excluded (D-ODE)."""
     return np.arange(count) * noisings // count
 
 
 def quad(noisings: int, count: int) -> np.ndarray:
-    """Floored squares of numbers on a line from 0 to ``sqrt(0.8 noisings)`` (DDIM)."""
+    """Floored squares of numbers on a line from 0 to `sqrt(0.8 noisings)` (DDIM)."""
     return np.floor(np.linspace(0, math.sqrt(0.8 * noisings), count) ** 2).astype(np.int64)
 
 
 def linspace(noisings: int, count: int) -> np.ndarray:
-    """Numbers on a line from 0 to ``noisings - 1``, rounded half to even."""
+    """Numbers on a line from 0 to `noisings - 1`, rounded half to even."""
     return np.round(np.linspace(0, noisings - 1, count)).astype(np.int64)
 
 
 def trailing(noisings: int, count: int) -> np.ndarray:
-    """``round(noisings - i noisings / count) - 1``, half to even; the last noising is among them.
+    """`round(noisings - i noisings / count) - 1`, half to even; the last noising is among them.
 
     The formula is exact; diffusers adds up a rounded stride and so differs from it at some halves,
     and for some counts returns one index too many.
@@ -152,13 +152,13 @@ SUBSETS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def subset_times(name: str, noisings: int, count: int, **options: int) -> Tensor:
-    """Pick ``count`` noisings of a chain: float64 times ``index + 1``, descending.
+    """Pick `count` noisings of a chain: float64 times `index + 1`, descending.
 
     Args:
-        name: A key of ``SUBSETS``.
-        noisings: Length ``N`` of the chain.
+        name: A key of `SUBSETS`.
+        noisings: Length `N` of the chain.
         count: How many to pick, at least 1.
-        options: Of the subset: ``steps_offset`` of ``leading``.
+        options: Of the subset: `steps_offset` of `leading`.
 
     Raises:
         ValueError: There are too few noisings, or the subset would pick one of them twice.

@@ -241,12 +241,13 @@ class Target:
         """
         if not self.has_samples:
             raise ValueError("there are no samples to draw: this target only has a shape")
-        source = self.device if generator is None else generator.device
-        rows = torch.randint(len(self), (n,), generator=generator, device=source)
-        drawn = self._training[rows.to(self.device)]
+        device = self._training.device
+        source = device if generator is None else generator.device
+        rows = torch.randint(len(self._training), (n,), generator=generator, device=source)
+        drawn = self._training[rows.to(device)]
         if self.flip:
             mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
-            drawn = torch.where(mirrored.to(self.device), drawn.flip(-1), drawn)
+            drawn = torch.where(mirrored.to(device), drawn.flip(-1), drawn)
         return _to_float(drawn)
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ...agents.pretrained import export_pipeline
 from ..reports.console import console
 from ..settings.pretrained import PretrainedSettings, load
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
     _, denoiser, tableau = load(settings, needs_data=False)
-    denoiser.export_pipeline(settings.output, tableau)
+    export_pipeline(denoiser, settings.output, tableau)
     console.out(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
     console.out("import fewstep.agents.pretrained.scheduler")
     call = f"DDPMPipeline.from_pretrained({str(settings.output)!r})"

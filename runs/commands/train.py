@@ -26,7 +26,7 @@ from ...common.optimisation import TrainingDivergedError, seeded
 from ...common.shapes import is_vector
 from ...critics.metrics.evaluation import NOISE_SEED, Evaluation
 from ...envs import DiffusionMDP
-from ...envs.processes.process import NoiseProcess, make_process
+from ...envs.processes import NoiseProcess, make_process
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..reports.plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
@@ -268,7 +268,10 @@ class Run:
         samplers = {"after": (agent.tableau, agent.sampling_denoiser)}
         if before is not None:
             samplers = {"before": (agent.starting_tableau(before), before), **samplers}
-        draw = {name: sampler_of(*each, tuple(self.mdp.shape)) for name, each in samplers.items()}
+        draw = {
+            name: sampler_of(*each, tuple(self.mdp.shape), self.mdp)
+            for name, each in samplers.items()
+        }
         draw["after"] = finite(draw["after"], agent.num_timesteps)
         scores = {name: self.evaluation(draw[name]) for name in draw}
         self._pictures(samplers)
@@ -299,6 +302,7 @@ class Run:
                     shape=self.mdp.shape,
                     generator=generator,
                     return_trajectory=True,
+                    mdp=self.mdp,
                 )
             trajectories[name] = states, tableau.times.tolist()
         panels = {name: states[-1] for name, (states, _) in trajectories.items()} | {"data": real}
@@ -385,6 +389,7 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
         data_dir=run.data_dir,
         download=run.download,
         image_size=run.image_size,
+        inpaint=run.inpaint,
         default_schedule="karras" if run.agent == ScheduleLearning.name else None,
     )
     if run.download and processes.first:

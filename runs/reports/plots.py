@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from ...common.files import write_atomically
 from ...common.shapes import is_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # Curves of no more points than this show each: a single point is invisible as a line.
 FEW = 30
@@ -34,9 +35,18 @@ def pictured(shape: Sequence[int]) -> int:
 
 def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:
     """Return a figure and its (rows, columns) array of axes."""
-    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", dpi=DPI)
-    FigureCanvasAgg(figure)
+    figure = empty_figure(size * columns, size * rows)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """Return a figure of this size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -248,10 +258,7 @@ def dots_figure(
     rows = list(
         dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
     )
-    figure = Figure(
-        figsize=(2 + 3 * len(panels), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=DPI
-    )
-    FigureCanvasAgg(figure)
+    figure = empty_figure(2 + 3 * len(panels), 1.2 + 0.28 * len(rows))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (environment, series) in zip(axes, panels.items(), strict=True):
         for label, factors in series.items():
@@ -277,11 +284,15 @@ def dots_figure(
 
 def whole_numbers() -> MaxNLocator:
     """Return ticks at whole numbers only, be it one."""
+    from matplotlib.ticker import MaxNLocator
+
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def sparse_ticks(axis: Axes) -> None:
     """Label a logarithmic x axis with few plain numbers, which then do not overlap."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     low, high = axis.get_xlim()
     narrow, wide = high < 4 * low, high > 100 * low
     axis.xaxis.set_major_locator(

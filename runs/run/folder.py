@@ -22,7 +22,7 @@ from typing import Any
 
 from ...agents import AGENTS, DODE
 from ...agents.base import Agent
-from ...agents.denoisers.denoiser import STAGES
+from ...agents.denoisers.files import STAGES
 from ...common.checkpoint import CheckpointError
 from ...common.files import write_atomically
 from ...common.reading import CONSTANTS, read_json

@@ -35,9 +35,9 @@ def joined_processes() -> Iterator[Processes]:
         torch.cuda.set_device(local_rank())
     # Tensors travel by the way of the device they are on, which a flag decides later.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-    processes = Processes.current()
-    console.quiet = not processes.first
     try:
+        processes = Processes.current()
+        console.quiet = not processes.first
         yield processes
     except RuntimeError as error:
         if not is_lost_peer(error):

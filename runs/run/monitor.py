@@ -77,9 +77,11 @@ class Monitor(BaseCallback):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.interrupts.__exit__(kind, error, traceback)
-        if self.bar is not None:
-            self.bar.close()
+        try:
+            self.interrupts.__exit__(kind, error, traceback)
+        finally:
+            if self.bar is not None:
+                self.bar.close()
 
     @property
     def interrupted(self) -> bool:

@@ -9,9 +9,9 @@ from ...agents.solvers import Options
 from ...agents.solvers import default_schedule as solver_schedule
 from ...common.checkpoint import CheckpointError
 from ...envs import DiffusionMDP, Schedule, Target
-from ...envs.processes.process import NoiseProcess
+from ...envs.processes import NoiseProcess
 from ...envs.registration import ENVIRONMENTS, make_mdp
-from ...envs.schedules.schedule import listed_times
+from ...envs.schedules import listed_times
 from .train import resolve_device
 
 
@@ -29,6 +29,7 @@ def build_environment(
     image_size: int | None = None,
     default_schedule: str | None = None,
     target: Target | None = None,
+    inpaint: str | None = None,
 ) -> DiffusionMDP:
     """Build the environment's decision process.
 
@@ -60,6 +61,7 @@ def build_environment(
         data_dir=data_dir,
         download=download,
         image_size=image_size,
+        inpaint=inpaint,
     )
 
 

@@ -18,6 +18,7 @@ FLAGS = {
     "kind='sn'": "--agent variance --kind sn",
     "kind='step'": "--schedule-options kind step",
     "last_std=0.001": "--solver ancestral --solver-options last_std 0.001",
+    "use an earlier one": "in a run folder delete it: --resume then goes on from the stage before",
     "micro_batch_size": "--micro-batch-size, in the first stage --pretrain.micro-batch-size",
 }
 

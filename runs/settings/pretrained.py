@@ -11,8 +11,8 @@ import tyro
 from torch import Tensor, nn
 
 from ...agents import Denoiser, Tableau
-from ...agents.denoisers.denoiser import STAGES
-from ...agents.pretrained.pipelines import pipeline_tableau
+from ...agents.denoisers.files import STAGES
+from ...agents.pretrained import pipeline_tableau
 from ...agents.samplers.sampling import sampler_of
 from ...agents.solvers import Options, default_solver_options, make_solver
 from ...common.shapes import is_image
@@ -95,7 +95,8 @@ def load(
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER
     shape = denoiser.shape or ()
-    without = not needs_data and is_image(shape)
+    inpaint = run.inpaint if run else None
+    without = not needs_data and is_image(shape) and inpaint is None
     name = settings.env or (run.env if run else None)
     if name is None and without:
         name = "ImageFolder"  # has the defaults of all images
@@ -115,6 +116,7 @@ def load(
         data_dir=settings.data_dir or (run.data_dir if run else None),
         download=settings.download,
         image_size=settings.image_size or (run.image_size if run else None),
+        inpaint=inpaint,
     )
     check_fits(denoiser, mdp, settings.denoiser)
     check_body(denoiser, mdp.shape, settings.body)
@@ -156,7 +158,7 @@ def finite_sampler(
     settings: PretrainedSettings, mdp: DiffusionMDP, denoiser: Denoiser, tableau: Tableau
 ) -> Sampler:
     """Return a sampler that raises ValueError instead of giving NaN or infinity."""
-    draw = sampler_of(tableau, denoiser, mdp.shape)
+    draw = sampler_of(tableau, denoiser, mdp.shape, mdp)
 
     def checked(n: int, generator: torch.Generator) -> Tensor:
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...agents import Denoiser
+from ...agents.pretrained import from_pretrained
 from ...common.checkpoint import ForeignBodyError
 from ..run.folder import denoiser_file
 from .foreign import foreign_body, needs_flag
@@ -48,7 +49,7 @@ def find_denoiser(
             raise
     if body is not None:
         raise ValueError(f"{source} is of diffusers and brings its network: leave out --body.")
-    return Denoiser.from_pretrained(str(source), device=device, download=download)
+    return from_pretrained(str(source), device=device, download=download)
 
 
 def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") -> Denoiser | None:
@@ -60,7 +61,7 @@ def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") ->
     if run.denoiser is not None and run.pretrained is not None:
         raise ValueError("Give --denoiser or --pretrained, not both.")
     if run.pretrained is not None:
-        return Denoiser.from_pretrained(run.pretrained, device=device, download=run.download)
+        return from_pretrained(run.pretrained, device=device, download=run.download)
     if run.denoiser is None:
         return None
     body = foreign_body(run.body, run.body_options)

@@ -60,8 +60,8 @@ class TrainSettings(AnySettings):
     """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
     sample for images, edm on a ve process."""
     body: str | None = None
-    """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-mnist,
-    unet-cifar10, unet-celeba64 (the last four through diffusers), or a network of your own,
+    """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-cifar10,
+    unet-celeba64 (the last three through diffusers), or a network of your own,
     package.module:factory, a function or class that is imported and returns a torch module
     body(x, t); if omitted by the sample's shape. With --denoiser, the network that it holds, if
     that is your own."""
@@ -89,6 +89,9 @@ class TrainSettings(AnySettings):
     """Fetch missing data files into that folder."""
     image_size: int | None = None
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
+    inpaint: str | None = None
+    """A part of each sample is known, and put back after every step: half, quarter or random; if
+    omitted nothing is known."""
     checkpoint_seconds: float = bounded(20.0, least=0)
     """Seconds between two checkpoints; 0 writes one every round."""
     log_interval: int = bounded(10, least=1)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fewstep.agents import Denoiser
-from fewstep.agents.denoisers.networks.small import MLP
-from fewstep.agents.denoisers.networks.unet import UNet2D
+from fewstep.agents.denoisers.networks import MLP, UNet2D
 from fewstep.envs import DiffusionMDP, DiscreteVP, NoiseProcess, Schedule, Target, make_schedule
+from fewstep.envs.mdp import no_reward
 
 torch.set_num_threads(1)
 
@@ -69,9 +69,9 @@ def process():
 
 @pytest.fixture
 def make_mdp(process):
-    """A decision process on a correlated 2-D cluster; `reward` is a known critic."""
+    """A decision process on a correlated 2-D cluster; without a reward agents learn a critic."""
 
-    def make(name="Cluster", schedule=None, reward=toward_the_corner):
+    def make(name="Cluster", schedule=None, reward=no_reward):
         schedule = schedule or Schedule.uniform(process, 4)
         return DiffusionMDP(Target.from_sampler(cluster, name, 1000), process, schedule, reward)
 
@@ -81,6 +81,22 @@ def make_mdp(process):
 @pytest.fixture
 def mdp(make_mdp):
     return make_mdp()
+
+
+@pytest.fixture
+def play():
+    """`play(chain, noise, generator)`: all states (K + 1, N, *shape), in the chain's precision."""
+
+    def states(chain, noise, generator):
+        def draw(like):
+            return torch.empty_like(like).normal_(generator=generator)
+
+        found = [noise]
+        for step in range(chain.steps):
+            found.append(chain.act({"sample": found[-1]}, step, draw))
+        return torch.stack(found)
+
+    return states
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fewstep.agents import (
     Denoiser,
     TrainingDivergedError,
 )
-from fewstep.agents.denoisers.networks.small import MLP, make_body
+from fewstep.agents.denoisers.networks import MLP, make_body
 from fewstep.agents.solvers import ancestral, ddim
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import (

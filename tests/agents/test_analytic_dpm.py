@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewstep.agents import Denoiser
+from fewstep.agents.denoisers.variance_head import VarianceHead
 from fewstep.agents.solvers import analytic_dpm, ancestral, ddim, make_solver, per_pixel_dpm
-from fewstep.agents.variance.head import VarianceHead
 from fewstep.envs import VE, DiscreteVP, Schedule
 
 pytestmark = pytest.mark.numeric

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fewstep.agents import AGENTS, SFTPG, CheckpointError, Denoiser, DenoiserPolicy
-from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.denoisers.networks import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.denoisers.variance_head import VarianceHead
 from fewstep.agents.solvers import SOLVERS
-from fewstep.agents.variance.head import VarianceHead
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.critics import IPMCritic, MMDCritic
 from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, Schedule
 from fewstep.envs.registration import make_mdp
-from fewstep.envs.schedules.schedule import SCHEDULES
+from fewstep.envs.schedules import SCHEDULES
 from fewstep.envs.targets.target import make_target
 from fewstep.runs.settings.train import Settings, parse
 

@@ -88,10 +88,10 @@ def test_learned_deviations_are_exported(chain):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_rollout_moves_by_the_transition_it_scores(chain, grad, generator):
+def test_the_chain_moves_by_the_transition_it_scores(chain, grad, play, generator):
     noise = torch.randn(20_000, 2, generator=generator())
     with torch.set_grad_enabled(grad):
-        states = chain.rollout(noise, generator(1))
+        states = play(chain, noise, generator(1))
     assert states.shape == (5, 20_000, 2)
     assert torch.equal(states[0], noise)
     assert states.requires_grad == grad

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fewstep.agents import BehaviorCloning, Denoiser
-from fewstep.agents.denoisers.denoiser import edm_time_range
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
+from fewstep.agents.denoisers.parameterisations import time_range_of
 from fewstep.critics.metrics.distances import sliced_wasserstein
 from fewstep.envs import VE, DiffusionMDP, Schedule, Target
 
@@ -147,7 +147,12 @@ def make_edm(reward):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             body = MLP(
-                (2,), 8, hidden=32, layers=2, input_gain=1.0, time_range=edm_time_range(process)
+                (2,),
+                8,
+                hidden=32,
+                layers=2,
+                input_gain=1.0,
+                time_range=time_range_of("edm", process),
             )
         denoiser = Denoiser(body, process, "edm", sigma_data)
         return BehaviorCloning(mdp, denoiser, **{"solver": "ddim", **settings})

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewstep.agents import CheckpointError, Denoiser
-from fewstep.agents.denoisers.denoiser import edm_time_range
-from fewstep.agents.denoisers.networks.small import (
+from fewstep.agents.denoisers.networks import (
     MLP,
     ResidualMLP,
     SmallUNet,
     body_from_config,
     make_body,
 )
+from fewstep.agents.denoisers.parameterisations import time_range_of
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import VE, DiscreteVP
 
@@ -202,7 +202,7 @@ def test_gradients_of_edm_flow_through_sample_and_noise_level(generator):
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 16, 16)])
 def test_bodies_resolve_the_times_of_edm(shape, generator):
     process = VE()
-    time_range = edm_time_range(process)
+    time_range = time_range_of("edm", process)
     assert time_range == pytest.approx((math.log(0.002) / 4, math.log(80) / 4))
     body = make_body(shape, 16, time_range)
     for parameter in body.parameters():  # residual bodies start as the identity
@@ -235,7 +235,7 @@ def test_a_time_range_maps_its_ends_to_the_first_and_last_level(generator):
 
 def test_an_edm_denoiser_comes_back_with_its_sigma_data(generator, tmp_path):
     process = VE(0.01, 50)
-    body = MLP((2,), levels=8, hidden=16, time_range=edm_time_range(process))
+    body = MLP((2,), levels=8, hidden=16, time_range=time_range_of("edm", process))
     denoiser = Denoiser(body, process, "edm", sigma_data=0.8)
     denoiser.save(tmp_path / "edm")
     again = Denoiser.load(tmp_path / "edm")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fewstep.agents import SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import OutOfMemoryError, seeded
 from fewstep.envs.registration import make_mdp
 
@@ -78,7 +78,7 @@ def test_a_buffer_on_the_cpu_is_the_same_buffer(digits):
 
 def test_a_half_precision_buffer_holds_the_states_that_the_chain_went_through(digits):
     agent = SFTPG(digits, small(digits), **SETTINGS, buffer="float16")
-    buffer, _ = agent.train_critic()
+    buffer = agent.collect().states
     assert buffer.dtype == torch.float16
     policy = agent.policy
     for step in range(policy.steps):

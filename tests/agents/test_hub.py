@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler,
 from safetensors.torch import load_file, save_file
 
 from fewstep.agents import DODE, CheckpointError, Denoiser
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
+from fewstep.agents.pretrained import export_pipeline, from_edm, from_pretrained, save_pretrained
 from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 
@@ -70,7 +71,7 @@ SCHEDULERS = [
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_denoiser_predicts_what_the_pipeline_does(scheduler, folder, sample):
-    denoiser = Denoiser.from_pretrained(folder(scheduler))
+    denoiser = from_pretrained(folder(scheduler))
     torch.testing.assert_close(denoiser.process.betas.float(), scheduler.betas, rtol=1e-6, atol=0)
     # The same formulas for x_0, whichever scheduler has them.
     judge = DDPMScheduler.from_config(scheduler.config, clip_sample=False)
@@ -95,12 +96,12 @@ def test_common_betas_become_the_processes_of_environments(folder):
         DDPMScheduler(num_train_timesteps=4, trained_betas=BETAS): DiscreteVP(BETAS),
     }
     for scheduler, process in expected.items():
-        assert Denoiser.from_pretrained(folder(scheduler)).process == process
+        assert from_pretrained(folder(scheduler)).process == process
 
 
 def test_the_loop_of_diffusers_is_our_ancestral_sampler(folder, generator):
     scheduler = DDPMScheduler(num_train_timesteps=4, trained_betas=BETAS, clip_sample=False)
-    denoiser = Denoiser.from_pretrained(folder(scheduler))
+    denoiser = from_pretrained(folder(scheduler))
     source = generator(5)
     start = torch.randn(3, 2, 8, 8, generator=source)
     state = start
@@ -125,25 +126,25 @@ def test_the_loop_of_diffusers_is_our_ancestral_sampler(folder, generator):
     ],
 )
 def test_clipping_is_the_schedulers(scheduler, clip, folder):
-    assert Denoiser.from_pretrained(folder(scheduler)).clip is clip
+    assert from_pretrained(folder(scheduler)).clip is clip
 
 
 def test_every_layout_holds_the_same_denoiser(folder, sample, tmp_path):
     path = folder(
         DDPMScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.2, clip_sample=False)
     )
-    expected = Denoiser.from_pretrained(path)
+    expected = from_pretrained(path)
     shutil.copytree(path / "unet", tmp_path / "bare")
     flatten(path)
-    flat = Denoiser.from_pretrained(path)
+    flat = from_pretrained(path)
     (path / "model_index.json").unlink()
-    with_scheduler = Denoiser.from_pretrained(str(path))
+    with_scheduler = from_pretrained(str(path))
     for denoiser in (flat, with_scheduler):
         assert denoiser.process == expected.process
         assert not denoiser.clip
         assert torch.equal(denoiser(sample, 7), expected(sample, 7))
     with pytest.warns(UserWarning, match=r"without a scheduler_config\.json") as seen:
-        bare = Denoiser.from_pretrained(tmp_path / "bare")
+        bare = from_pretrained(tmp_path / "bare")
     assert seen[0].filename == __file__
     assert (bare.process, bare.prediction, bare.clip) == (DiscreteVP.linear(1000), "epsilon", True)
     assert torch.equal(bare(sample, 7), expected(sample, 7))
@@ -152,21 +153,21 @@ def test_every_layout_holds_the_same_denoiser(folder, sample, tmp_path):
 def test_weights_of_the_first_models_are_understood(folder, sample):
     """google/ddpm-cifar10-32 names the layers of its attention as diffusers 0.0.4 did."""
     path = folder()
-    expected = Denoiser.from_pretrained(path)
+    expected = from_pretrained(path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = load_file(path / "unet" / WEIGHTS)
     for new_name, old_name in old.items():
         weights = {name.replace(new_name, old_name): value for name, value in weights.items()}
     assert any("proj_attn" in name for name in weights)
     save_file(weights, path / "unet" / WEIGHTS)
-    assert torch.equal(Denoiser.from_pretrained(path)(sample, 9), expected(sample, 9))
+    assert torch.equal(from_pretrained(path)(sample, 9), expected(sample, 9))
 
 
 def test_half_precision_weights_are_read_as_float32(folder, sample):
     path = folder()
     weights = {name: value.half() for name, value in load_file(path / "unet" / WEIGHTS).items()}
     save_file(weights, path / "unet" / WEIGHTS)
-    denoiser = Denoiser.from_pretrained(path)
+    denoiser = from_pretrained(path)
     assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
     assert denoiser(sample, 5).dtype == torch.float32
 
@@ -188,11 +189,11 @@ def cache(tmp_path, monkeypatch):
 
 def test_names_are_looked_up_in_the_hub_cache(folder, cache, sample):
     with pytest.raises(FileNotFoundError, match=r"`hf download google/some-ddpm`, or pass downlo"):
-        Denoiser.from_pretrained("google/some-ddpm")
+        from_pretrained("google/some-ddpm")
     path = folder()
     cache(path)
-    expected = Denoiser.from_pretrained(path)
-    assert torch.equal(Denoiser.from_pretrained("google/some-ddpm")(sample, 3), expected(sample, 3))
+    expected = from_pretrained(path)
+    assert torch.equal(from_pretrained("google/some-ddpm")(sample, 3), expected(sample, 3))
 
 
 def test_the_net_is_used_only_when_asked(folder, monkeypatch):
@@ -203,10 +204,10 @@ def test_the_net_is_used_only_when_asked(folder, monkeypatch):
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    Denoiser.from_pretrained("google/some-ddpm")
+    from_pretrained("google/some-ddpm")
     assert all(local for _, _, local in calls)
     calls.clear()
-    Denoiser.from_pretrained("google/some-ddpm", download=True)
+    from_pretrained("google/some-ddpm", download=True)
     assert [local for _, _, local in calls] == [False, False]
     # The settings first: a network that cannot be read is not downloaded.
     assert not any("safetensors" in pattern for pattern in calls[0][1])
@@ -215,7 +216,7 @@ def test_the_net_is_used_only_when_asked(folder, monkeypatch):
     calls.clear()
     change(path / "unet" / "config.json", _class_name="UNet2DConditionModel")
     with pytest.raises(CheckpointError, match="holds a UNet2DConditionModel"):
-        Denoiser.from_pretrained("google/some-ddpm", download=True)
+        from_pretrained("google/some-ddpm", download=True)
     assert len(calls) == 1
 
 
@@ -225,15 +226,15 @@ def test_a_failed_download_says_why(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(FileNotFoundError, match=r"Could not download google/ddpm: no way out$"):
-        Denoiser.from_pretrained("google/ddpm", download=True)
+        from_pretrained("google/ddpm", download=True)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
 def test_what_is_saved_diffusers_opens_and_we_read_back(prediction, make_unet, sample, tmp_path):
     process = DiscreteVP.cosine(20)
     denoiser = Denoiser(make_unet(), process, prediction, clip=prediction == "sample")
-    denoiser.save_pretrained(tmp_path / "ours")
-    again = Denoiser.from_pretrained(tmp_path / "ours")
+    save_pretrained(denoiser, tmp_path / "ours")
+    again = from_pretrained(tmp_path / "ours")
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "ours")
     assert (again.process, again.prediction) == (process, prediction)
     assert again.clip == denoiser.clip == pipeline.scheduler.config.clip_sample
@@ -251,13 +252,13 @@ def test_what_is_saved_diffusers_opens_and_we_read_back(prediction, make_unet, s
 def test_a_denoiser_in_another_memory_format_is_saved(make_unet, sample, tmp_path):
     denoiser = Denoiser(make_unet(), DiscreteVP.linear(10))
     expected = denoiser(sample, 4)
-    denoiser.run_with("bf16", channels_last=True).save_pretrained(tmp_path)
-    torch.testing.assert_close(Denoiser.from_pretrained(tmp_path)(sample, 4), expected)
+    save_pretrained(denoiser.run_with("bf16", channels_last=True), tmp_path)
+    torch.testing.assert_close(from_pretrained(tmp_path)(sample, 4), expected)
 
 
 def test_a_failed_save_leaves_the_old_pipeline(make_unet, sample, tmp_path, monkeypatch):
     old = Denoiser(make_unet(seed=0), DiscreteVP.linear(10))
-    old.save_pretrained(tmp_path)
+    save_pretrained(old, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     write = DDPMPipeline.save_pretrained
 
@@ -269,17 +270,17 @@ def test_a_failed_save_leaves_the_old_pipeline(make_unet, sample, tmp_path, monk
     with monkeypatch.context() as context:
         context.setattr(DDPMPipeline, "save_pretrained", fail)
         with pytest.raises(OSError, match="disk full"):
-            new.save_pretrained(tmp_path)
+            save_pretrained(new, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-    assert torch.equal(Denoiser.from_pretrained(tmp_path)(sample, 4), old(sample, 4))
-    new.save_pretrained(tmp_path)
-    assert torch.equal(Denoiser.from_pretrained(tmp_path)(sample, 4), new(sample, 4))
+    assert torch.equal(from_pretrained(tmp_path)(sample, 4), old(sample, 4))
+    save_pretrained(new, tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(sample, 4), new(sample, 4))
 
 
 def test_an_edm_unet_is_saved_with_its_preconditioning(make_unet, sample, tmp_path):
     denoiser = Denoiser(make_unet(time_range=(-1.6, 1.1)), VE(0.01, 50), "edm", sigma_data=0.7)
-    denoiser.save_pretrained(tmp_path)
-    again = Denoiser.from_pretrained(tmp_path)
+    save_pretrained(denoiser, tmp_path)
+    again = from_pretrained(tmp_path)
     assert (again.process, again.prediction, again.sigma_data) == (VE(0.01, 50), "edm", 0.7)
     assert again.body.time_range == [-1.6, 1.1]
     assert torch.equal(again.denoised(sample, 3.0), denoiser.denoised(sample, 3.0))
@@ -299,7 +300,7 @@ def test_an_edm_network_is_taken_as_it_is(generator, tmp_path):
             sigma = sigma.reshape(-1, 1, 1, 1)
             return x * self.variance / (self.variance + sigma**2)
 
-    denoiser = Denoiser.from_edm(Preconditioned(), sigma_max=20.0)
+    denoiser = from_edm(Preconditioned(), sigma_max=20.0)
     assert (denoiser.process, denoiser.prediction) == (VE(0.002, 20.0), "sample")
     x = torch.randn(4, 1, 2, 2, generator=generator())
     for sigma in (0.002, 2.0, 20.0, torch.tensor([0.1, 1.0, 3.0, 20.0])):
@@ -310,17 +311,17 @@ def test_an_edm_network_is_taken_as_it_is(generator, tmp_path):
     again = Denoiser.load(tmp_path / "edm", body=type(denoiser.body)(Preconditioned()))
     assert torch.equal(again.denoised(x, 2.0), denoiser.denoised(x, 2.0))
     with pytest.raises(ValueError, match="and this denoiser's body is a EDMBody"):
-        denoiser.save_pretrained(tmp_path)
+        save_pretrained(denoiser, tmp_path)
 
 
 def test_what_diffusers_cannot_say_is_not_written(make_unet, tmp_path):
     process = DiscreteVP.linear(10)
     with pytest.raises(ValueError, match="this denoiser's body is a MLP"):
-        Denoiser(MLP((2,), levels=10), process).save_pretrained(tmp_path)
+        save_pretrained(Denoiser(MLP((2,), levels=10), process), tmp_path)
     with pytest.raises(ValueError, match=r"cannot describe the process VE\(.*'sample'"):
-        Denoiser(make_unet(), VE(), "sample").save_pretrained(tmp_path)
+        save_pretrained(Denoiser(make_unet(), VE(), "sample"), tmp_path)
     with pytest.raises(ValueError, match="cannot describe a time_range"):
-        Denoiser(make_unet(time_range=(0, 10)), process).save_pretrained(tmp_path)
+        save_pretrained(Denoiser(make_unet(time_range=(0, 10)), process), tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
@@ -359,7 +360,7 @@ def test_what_diffusers_cannot_say_is_not_written(make_unet, tmp_path):
 def test_other_pipelines_are_named_and_refused(index, sentence, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=sentence):
-        Denoiser.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -386,19 +387,19 @@ def test_settings_that_fewstep_does_not_honour_are_refused(settings, sentence, f
     path = folder()
     change(path / "scheduler" / "scheduler_config.json", **settings)
     with pytest.raises(CheckpointError, match=sentence):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
 
 
 def test_pickled_weights_are_refused(folder):
     path = folder() / "unet"
     torch.save(load_file(path / WEIGHTS), path / "diffusion_pytorch_model.bin")
-    Denoiser.from_pretrained(path.parent)  # beside safetensors it does no harm
+    from_pretrained(path.parent)  # beside safetensors it does no harm
     (path / "diffusion_pytorch_model.bin").replace(path / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"carries a pickle .* only safetensors"):
-        Denoiser.from_pretrained(path.parent)
+        from_pretrained(path.parent)
     (path / WEIGHTS).rename(path / "diffusion_pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"model\.bin carries a pickle .* only safetensors"):
-        Denoiser.from_pretrained(path.parent)
+        from_pretrained(path.parent)
 
 
 def test_broken_files_are_refused(folder):
@@ -408,38 +409,38 @@ def test_broken_files_are_refused(folder):
     for part in (whole[:-100], whole[:20], b""):
         weights.write_bytes(part)
         with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
-            Denoiser.from_pretrained(path)
+            from_pretrained(path)
     weights.write_bytes(whole)
     tensors = load_file(weights)
     conv = tensors.pop("conv_in.weight")
     save_file(tensors, weights)
     with pytest.raises(CheckpointError, match=r"missing or unknown, such as conv_in\.weight"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     save_file({**tensors, "conv_in.weight": conv, "extra": conv.clone()}, weights)
     with pytest.raises(CheckpointError, match="missing or unknown, such as extra"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     save_file({**tensors, "conv_in.weight": conv[:, :1].contiguous()}, weights)
     mismatch = r"give no UNet2DModel: size mismatch for conv_in\.weight.* 1, 3, 3.* 2, 3, 3\]\)\.$"
     with pytest.raises(CheckpointError, match=mismatch) as caught:
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     assert "\n" not in str(caught.value)
     save_file({**tensors, "conv_in.weight": conv.clone().fill_(torch.nan)}, weights)
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is damaged: its weight conv_in\.weight"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=f"unet lacks the weights, {WEIGHTS}"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
         text = (path / name).read_text()
         for broken in (text[:-10], "[]"):
             (path / name).write_text(broken)
             with pytest.raises(CheckpointError, match=f"{name} is damaged"):
-                Denoiser.from_pretrained(path)
+                from_pretrained(path)
         (path / name).write_text(text)
         if name != "model_index.json":
             (path / name).unlink()
             with pytest.raises(FileNotFoundError, match=f"lacks {name}"):
-                Denoiser.from_pretrained(path)
+                from_pretrained(path)
             (path / name).write_text(text)
 
 
@@ -449,23 +450,23 @@ def test_networks_that_are_no_bodies_are_refused(folder, tmp_path):
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     UNet2DModel(**{**options, "num_class_embeds": 3}).save_pretrained(path / "unet")
     with pytest.raises(CheckpointError, match=r"class-conditional .* conditional networks yet"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     change(path / "unet" / "config.json", num_class_embeds=None)
     change(path / "unet" / "config.json", down_block_types=["DownBlock3D", "DownBlock2D"])
     with pytest.raises(CheckpointError, match=r"give no UNet2DModel: .*DownBlock3D"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
 
 
 def test_names_that_lead_nowhere_say_so(cache, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder nowhere, and it is no name of the hub"):
-        Denoiser.from_pretrained("nowhere")
+        from_pretrained("nowhere")
     with pytest.raises(FileNotFoundError, match="no folder /tmp/no/where"):
-        Denoiser.from_pretrained("/tmp/no/where")
+        from_pretrained("/tmp/no/where")
     with pytest.raises(FileNotFoundError, match=r"holds neither a diffusers pipeline \(model_ind"):
-        Denoiser.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"is a file; .* Denoiser\.load"):
-        Denoiser.from_pretrained(tmp_path / "file")
+        from_pretrained(tmp_path / "file")
 
 
 OTHER_SCHEDULERS = [
@@ -493,7 +494,7 @@ OTHER_SCHEDULERS = [
 def test_schedulers_of_the_same_chain_say_the_same(kind, options, betas, folder, sample):
     """What diffusers itself makes of the config of another scheduler is the judge."""
     scheduler = kind(**betas, **options, prediction_type="v_prediction")
-    denoiser = Denoiser.from_pretrained(folder(scheduler))
+    denoiser = from_pretrained(folder(scheduler))
     judge = DDPMScheduler.from_config(scheduler.config)
     assert judge.config.prediction_type == "v_prediction"
     torch.testing.assert_close(denoiser.process.betas.float(), judge.betas, rtol=1e-6, atol=0)
@@ -518,13 +519,13 @@ def test_weights_in_shards_and_variants_are_those_diffusers_reads(
     model.save_pretrained(path / "unet", variant=variant, max_shard_size=shards)
     assert (len([*path.glob("unet/*.safetensors")]) > 1) == (shards == "4KB")
     theirs = UNet2DModel.from_pretrained(path / "unet", variant=variant).float()
-    denoiser = Denoiser.from_pretrained(path, variant=variant)
+    denoiser = from_pretrained(path, variant=variant)
     assert torch.equal(denoiser(sample, 5), theirs(sample, 4).sample)
     if variant == "fp16":  # nothing else is there
-        assert torch.equal(Denoiser.from_pretrained(path)(sample, 5), denoiser(sample, 5))
+        assert torch.equal(from_pretrained(path)(sample, 5), denoiser(sample, 5))
     if variant == "non_ema":
         with pytest.raises(FileNotFoundError, match="the argument variant chooses"):
-            Denoiser.from_pretrained(path)
+            from_pretrained(path)
 
 
 def test_a_broken_index_of_shards_is_refused(make_unet, folder, tmp_path):
@@ -537,14 +538,14 @@ def test_a_broken_index_of_shards_is_refused(make_unet, folder, tmp_path):
     whole = (path / "unet" / shard).read_bytes()
     (path / "unet" / shard).write_bytes(whole[:-9])
     with pytest.raises(CheckpointError, match=f"{shard} is truncated"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     (path / "unet" / shard).rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=f"lacks {shard}, which {index.name} names"):
-        Denoiser.from_pretrained(path)
+        from_pretrained(path)
     for weights in ({}, [], {"conv_in.weight": 3}, {"conv_in.weight": "../../elsewhere"}):
         change(index, weight_map=weights)
         with pytest.raises(CheckpointError, match="weight_map names no files beside it"):
-            Denoiser.from_pretrained(path)
+            from_pretrained(path)
 
 
 def test_a_network_larger_than_its_file_is_never_built(folder, monkeypatch):
@@ -558,7 +559,7 @@ def test_a_network_larger_than_its_file_is_never_built(folder, monkeypatch):
     ):
         change(path / "unet" / "config.json", **options)
         with pytest.raises(CheckpointError, match="give no UNet2DModel"):
-            Denoiser.from_pretrained(path)
+            from_pretrained(path)
     assert not built
 
 
@@ -578,7 +579,7 @@ def test_solvers_by_name_draw_what_diffusers_draws(kind, variance_type, folder):
     In float64: diffusers' float32 betas alone move samples of this network by 5e-5.
     """
     scheduler = DDPMScheduler(clip_sample=True, variance_type=variance_type)
-    denoiser = Denoiser.from_pretrained(folder(scheduler)).double()
+    denoiser = from_pretrained(folder(scheduler)).double()
     solver = {DDPMScheduler: "ancestral", DDIMScheduler: "ddim"}[kind]
     tableau = make_solver(solver, Schedule.leading(denoiser.process, 10), denoiser)
     judge = kind.from_config(scheduler.config)
@@ -596,17 +597,17 @@ def test_solvers_by_name_draw_what_diffusers_draws(kind, variance_type, folder):
 
 
 def test_the_variance_stays_in_files_and_pipelines(folder, tmp_path):
-    denoiser = Denoiser.from_pretrained(folder(DDPMScheduler(variance_type="fixed_large")))
+    denoiser = from_pretrained(folder(DDPMScheduler(variance_type="fixed_large")))
     assert denoiser.variance == "large"
     denoiser.save(tmp_path / "denoiser.safetensors")
-    denoiser.save_pretrained(tmp_path / "plain")
+    save_pretrained(denoiser, tmp_path / "plain")
     tableau = make_solver("ancestral", Schedule.leading(denoiser.process, 4), denoiser)
     assert tableau.name == "ancestral (large, clipped)"
-    denoiser.export_pipeline(tmp_path / "exported", tableau)
+    export_pipeline(denoiser, tmp_path / "exported", tableau)
     again = [
         Denoiser.load(tmp_path / "denoiser.safetensors"),
-        Denoiser.from_pretrained(tmp_path / "plain"),
-        Denoiser.from_pretrained(tmp_path / "exported"),
+        from_pretrained(tmp_path / "plain"),
+        from_pretrained(tmp_path / "exported"),
     ]
     assert [(each.variance, each.clip) for each in again] == [("large", True)] * 3
     config = DDPMPipeline.from_pretrained(tmp_path / "plain").scheduler.config
@@ -614,7 +615,7 @@ def test_the_variance_stays_in_files_and_pipelines(folder, tmp_path):
 
 
 def test_options_that_are_given_win_over_the_denoiser_s(folder):
-    denoiser = Denoiser.from_pretrained(folder(DDPMScheduler(variance_type="fixed_large")))
+    denoiser = from_pretrained(folder(DDPMScheduler(variance_type="fixed_large")))
     schedule = Schedule.leading(denoiser.process, 4)
     table = make_solver("ancestral", schedule, denoiser, clip=False, variance="small")
     assert table.name == "ancestral (small)"

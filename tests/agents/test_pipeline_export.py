@@ -15,8 +15,9 @@ from diffusers import (
 )
 
 from fewstep.agents import Denoiser, Tableau
-from fewstep.agents.denoisers.denoiser import edm_time_range
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
+from fewstep.agents.denoisers.parameterisations import time_range_of
+from fewstep.agents.pretrained import export_pipeline, from_pretrained
 from fewstep.agents.pretrained.scheduler import TableauScheduler
 from fewstep.agents.solvers import ancestral, ddim, dpm_solver_pp, heun, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
@@ -30,7 +31,7 @@ def make(make_unet):
     """`make(process, prediction)`: a denoiser with a small U-Net."""
 
     def denoiser(process=VP, prediction="epsilon", clip=False):
-        time_range = edm_time_range(process) if prediction == "edm" else None
+        time_range = time_range_of("edm", process) if prediction == "edm" else None
         body = make_unet(time_range=time_range)
         return Denoiser(body, process, prediction, sigma_data=0.6, clip=clip)
 
@@ -89,7 +90,7 @@ TABLES = {
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
 def test_the_pipeline_draws_what_the_tableau_draws(name, prediction, make, generator, tmp_path):
     denoiser, tableau = make(VP, prediction), TABLES[name](VP)
-    denoiser.export_pipeline(tmp_path, tableau)
+    export_pipeline(denoiser, tmp_path, tableau)
     ours = sample(tableau, denoiser, generator(3))
     assert torch.equal(draw(open_pipeline(tmp_path), tableau.nfe, generator(3)), ours)
 
@@ -97,7 +98,7 @@ def test_the_pipeline_draws_what_the_tableau_draws(name, prediction, make, gener
 @pytest.mark.parametrize("name", TABLES)
 def test_the_pipeline_runs_edm_from_unit_noise(name, make, generator, tmp_path):
     denoiser, tableau = make(EDM, "edm"), TABLES[name](EDM)
-    denoiser.export_pipeline(tmp_path, tableau)
+    export_pipeline(denoiser, tmp_path, tableau)
     # In float64, as samples of unit size are differences of states of 80.
     pipeline, denoiser = open_pipeline(tmp_path).to(torch.float64), denoiser.double()
     theirs = draw(pipeline, tableau.nfe, generator(3))
@@ -114,7 +115,7 @@ def test_the_pipeline_runs_edm_from_unit_noise(name, make, generator, tmp_path):
 
 def test_the_pipeline_asks_the_network_as_the_tableau_does(make, generator, tmp_path, count_calls):
     denoiser, tableau = make(EDM, "edm"), heun(Schedule.karras(EDM, 3))
-    denoiser.export_pipeline(tmp_path, tableau)
+    export_pipeline(denoiser, tmp_path, tableau)
     pipeline = open_pipeline(tmp_path)
     theirs, ours = count_calls(pipeline.unet), count_calls(denoiser.body.unet)
     draw(pipeline, tableau.nfe, generator())
@@ -126,7 +127,7 @@ def test_the_pipeline_asks_the_network_as_the_tableau_does(make, generator, tmp_
 def test_times_are_whole_where_they_can_be(make, tmp_path):
     for name, whole in (("one-step", True), ("fractional-times", False)):
         tableau = TABLES[name](VP)
-        make().export_pipeline(tmp_path, tableau)
+        export_pipeline(make(), tmp_path, tableau)
         timesteps = open_pipeline(tmp_path).scheduler.timesteps
         assert timesteps.dtype == (torch.int64 if whole else torch.float32)
         np.testing.assert_allclose(timesteps, tableau.times[:-1] - 1, rtol=1e-6)
@@ -134,7 +135,7 @@ def test_times_are_whole_where_they_can_be(make, tmp_path):
 
 def test_a_pipeline_samples_again_and_again(make, generator, tmp_path):
     tableau = TABLES["multistep"](VP)
-    make().export_pipeline(tmp_path, tableau)
+    export_pipeline(make(), tmp_path, tableau)
     pipeline = open_pipeline(tmp_path)
     first = draw(pipeline, tableau.nfe, generator(1))
     draw(pipeline, tableau.nfe, generator(2), batch_size=5)
@@ -146,7 +147,7 @@ def test_a_pipeline_samples_again_and_again(make, generator, tmp_path):
 
 def test_each_sample_may_have_its_own_generator(make, generator, tmp_path):
     denoiser, tableau = make(), TABLES["stochastic"](VP)
-    denoiser.export_pipeline(tmp_path, tableau)
+    export_pipeline(denoiser, tmp_path, tableau)
     pipeline = open_pipeline(tmp_path)
     theirs = draw(pipeline, tableau.nfe, [generator(seed) for seed in range(3)])
     ours = [sample(tableau, denoiser, generator(seed), batch_size=1) for seed in range(3)]
@@ -159,7 +160,7 @@ def test_the_state_between_steps_may_be_edited(make, generator, tmp_path):
     """Inpainting and the like overwrite the sample that `step` returned."""
     tableau = TABLES["one-step"](VP)
     denoiser = make()
-    denoiser.export_pipeline(tmp_path, tableau)
+    export_pipeline(denoiser, tmp_path, tableau)
     scheduler = open_pipeline(tmp_path).scheduler
     state = torch.randn(3, 2, 8, 8, generator=generator())
     states = [state]
@@ -198,19 +199,19 @@ def test_memory_does_not_grow_with_the_steps():
 
 def test_a_saved_pipeline_is_saved_again_by_diffusers(make, generator, tmp_path):
     denoiser, tableau = make(VP, "v", clip=True), TABLES["multistep"](VP)
-    denoiser.export_pipeline(tmp_path / "ours", tableau)
+    export_pipeline(denoiser, tmp_path / "ours", tableau)
     pipeline = open_pipeline(tmp_path / "ours")
     pipeline.save_pretrained(tmp_path / "theirs")
     expected = draw(pipeline, tableau.nfe, generator())
     assert torch.equal(draw(open_pipeline(tmp_path / "theirs"), tableau.nfe, generator()), expected)
-    again = Denoiser.from_pretrained(tmp_path / "theirs")
+    again = from_pretrained(tmp_path / "theirs")
     assert (again.process, again.prediction, again.clip) == (VP, "v", True)
     assert torch.equal(sample(tableau, again, generator()), expected)
 
 
 def test_the_folder_names_our_scheduler_and_holds_the_table(make, tmp_path):
     tableau = TABLES["anchored"](VP)
-    make().export_pipeline(tmp_path, tableau)
+    export_pipeline(make(), tmp_path, tableau)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "DDPMPipeline"
     assert index["scheduler"] == ["fewstep.agents.pretrained.scheduler", "TableauScheduler"]
@@ -220,7 +221,7 @@ def test_the_folder_names_our_scheduler_and_holds_the_table(make, tmp_path):
 
 
 def test_another_number_of_steps_is_refused(make, tmp_path):
-    make().export_pipeline(tmp_path, TABLES["anchored"](VP))
+    export_pipeline(make(), tmp_path, TABLES["anchored"](VP))
     pipeline = open_pipeline(tmp_path)
     with pytest.raises(ValueError, match=r"'heun', which makes exactly 5 .*=5, not 1000\."):
         pipeline()
@@ -243,16 +244,16 @@ def test_steps_out_of_turn_are_refused():
 def test_what_a_pipeline_cannot_run_is_not_exported(make, tmp_path):
     tableau = TABLES["one-step"](VP)
     with pytest.raises(ValueError, match="this denoiser's body is a MLP"):
-        Denoiser(MLP((2,), levels=1000), VP).export_pipeline(tmp_path, tableau)
+        export_pipeline(Denoiser(MLP((2,), levels=1000), VP), tmp_path, tableau)
     with pytest.raises(ValueError, match=r"made for DiscreteVP.*, the denoiser for VE"):
-        make(EDM, "edm").export_pipeline(tmp_path, tableau)
+        export_pipeline(make(EDM, "edm"), tmp_path, tableau)
     with pytest.raises(ValueError, match=r"runs prediction='edm' on VE\(.*\), not 'sample'"):
-        make(EDM, "sample").export_pipeline(tmp_path, TABLES["one-step"](EDM))
+        export_pipeline(make(EDM, "sample"), tmp_path, TABLES["one-step"](EDM))
     second_head = dataclasses.replace(
         ancestral(Schedule.uniform(VP, 4)), covariance=np.array([0.0, 1.0, 0.0, 0.0])
     )
     with pytest.raises(ValueError, match="a second head of the network, which a diffusers pipel"):
-        make().export_pipeline(tmp_path, second_head)
+        export_pipeline(make(), tmp_path, second_head)
     assert not [*tmp_path.iterdir()]
 
 
@@ -260,7 +261,7 @@ def test_what_a_pipeline_cannot_run_is_not_exported(make, tmp_path):
 def test_other_schedulers_get_our_chain(prediction, clip, make, tmp_path):
     """diffusers' way to swap schedulers."""
     process = DiscreteVP.sigmoid(200)
-    make(process, prediction, clip).export_pipeline(tmp_path, ddim(Schedule.uniform(process, 5)))
+    export_pipeline(make(process, prediction, clip), tmp_path, ddim(Schedule.uniform(process, 5)))
     config = open_pipeline(tmp_path).scheduler.config
     for kind in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler):
         theirs = kind.from_config(config)
@@ -275,7 +276,7 @@ def test_other_schedulers_get_our_chain(prediction, clip, make, tmp_path):
 
 
 def test_noise_is_added_as_diffusers_adds_it(make, generator, tmp_path):
-    make().export_pipeline(tmp_path, ddim(Schedule.uniform(VP, 5)))
+    export_pipeline(make(), tmp_path, ddim(Schedule.uniform(VP, 5)))
     ours = open_pipeline(tmp_path).scheduler
     theirs = DDPMScheduler(trained_betas=VP.betas.tolist())
     clean, noise = torch.randn(2, 4, 2, 8, 8, generator=generator(1))
@@ -291,7 +292,7 @@ def test_noise_is_added_as_diffusers_adds_it(make, generator, tmp_path):
 def test_noise_is_added_at_edm_s_levels(make, generator, tmp_path):
     """What the network reads at each of the table's times: c_in(sigma) (x_0 + sigma noise)."""
     table = heun(Schedule.karras(EDM, 4))
-    make(EDM, "edm").export_pipeline(tmp_path, table)
+    export_pipeline(make(EDM, "edm"), tmp_path, table)
     scheduler = open_pipeline(tmp_path).scheduler
     assert scheduler.config.trained_betas is None
     clean, noise = torch.randn(2, len(scheduler.timesteps), 2, 8, 8, generator=generator(1))

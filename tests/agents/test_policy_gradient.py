@@ -4,14 +4,17 @@ The chain is linear and Gaussian and f quadratic, so E f(x_0) follows from propa
 covariance; autograd of that expression is the closed form. All of it is float64.
 """
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 from fewstep.agents import SFT, SFTPG, Denoiser
+from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solvers import ancestral
-from fewstep.envs import Schedule
+from fewstep.envs import DiffusionMDP, Schedule
 
 pytestmark = pytest.mark.numeric
 
@@ -44,8 +47,21 @@ def chain(process):
     return GaussianChain(denoiser, ancestral(schedule, "beta"), learn_std=True).double()
 
 
-def expected_reward(chain, process):
-    """E f(x_0) for x_s = (x_t - beta e / sigma) / sqrt(1 - beta) + s z."""
+@dataclass(frozen=True, eq=False)
+class Squeezed(DiffusionMDP):
+    """A decision process that takes each action to a smaller and shifted one, with noise on it."""
+
+    def transition(self, sample, action, step, draw=torch.randn_like):
+        return 0.8 * action + 0.1 + 0.3 * draw(action)
+
+
+# Of the transition x_s = factor action + shift + std z.
+TRANSITIONS = {DiffusionMDP: (1.0, 0.0, 0.0), Squeezed: (0.8, 0.1, 0.3)}
+
+
+def expected_reward(chain, process, transition=(1.0, 0.0, 0.0)):
+    """E f(x_0) for the action (x_t - beta e / sigma) / sqrt(1 - beta) + s z."""
+    factor, shift, std = transition
     body = chain.denoiser.body
     mean = torch.zeros(2, dtype=torch.float64)
     covariance = torch.eye(2, dtype=torch.float64)
@@ -56,7 +72,9 @@ def expected_reward(chain, process):
         matrix = (torch.eye(2, dtype=torch.float64) + push * body.A) / (1 - beta).sqrt()
         mean = matrix @ mean + push * body.b / (1 - beta).sqrt()
         noise = torch.eye(2, dtype=torch.float64) * (2 * chain.log_std[step]).exp()
-        covariance = matrix @ covariance @ matrix.T + noise
+        covariance = factor**2 * (matrix @ covariance @ matrix.T + noise)
+        covariance = covariance + std**2 * torch.eye(2, dtype=torch.float64)
+        mean = factor * mean + shift
     return (CURVATURE * covariance).sum() + mean @ CURVATURE @ mean + SLOPE @ mean
 
 
@@ -87,24 +105,24 @@ def assert_agrees(estimate, exact, sharpness):
     assert (error < sharpness * exact.norm()).all(), (error, exact)
 
 
-def test_policy_pathwise_and_closed_form_gradients_agree(chain, process, generator):
+def test_policy_pathwise_and_closed_form_gradients_agree(chain, process, play, generator):
     exact = gradient(expected_reward(chain, process), chain)
     assert exact.abs().min() > 0.05
 
     def by_score(noise, rng):
         with torch.no_grad():
-            states = chain.rollout(noise, rng)
+            states = play(chain, noise, rng)
         reward = quadratic(states[-1])
         return score_function(chain, states, reward.expand(chain.steps, -1))
 
     def by_path(noise, rng):
-        return gradient(quadratic(chain.rollout(noise, rng)[-1]).mean(), chain)
+        return gradient(quadratic(play(chain, noise, rng)[-1]).mean(), chain)
 
     assert_agrees(batches(chain, generator, by_score), exact, sharpness=0.05)
     assert_agrees(batches(chain, generator, by_path), exact, sharpness=0.01)
 
 
-def test_any_baseline_leaves_the_expectation_unchanged(chain, generator):
+def test_any_baseline_leaves_the_expectation_unchanged(chain, play, generator):
     """S.4: E[V(x_t, t) grad log p(x_s | x_t)] = 0, whatever V; but not if V saw the next state."""
     rng = generator(1)
     direction = torch.randn(4, 2, 1, generator=rng, dtype=torch.float64)
@@ -113,7 +131,7 @@ def test_any_baseline_leaves_the_expectation_unchanged(chain, generator):
     def contribution(first):
         def estimate(noise, rng):
             with torch.no_grad():
-                states = chain.rollout(noise, rng)
+                states = play(chain, noise, rng)
                 seen = states[first : first + chain.steps]
                 values = 3 * torch.sin(2 * seen @ direction).squeeze(-1) + offset
             return score_function(chain, states, values)
@@ -167,10 +185,12 @@ def settings():
     return {"batch_size": 4000, "n_critic": 1, "n_generator": 1, "learning_rate": 0.0}
 
 
+@pytest.mark.parametrize("kind", TRANSITIONS)
 @pytest.mark.parametrize("clip_range", [None, 0.2])
-def test_sft_pg_descends_that_gradient(clip_range, chain, mdp, process, settings):
+def test_sft_pg_descends_that_gradient(clip_range, kind, chain, mdp, process, settings):
+    """In an environment of other transitions that of the action's density, not the next state's."""
     agent = SFTPG(
-        mdp,
+        kind(mdp.target, process, mdp.schedule),
         Denoiser(Linear().float(), process),
         critic=StubCritic(baseline=2.0),
         max_grad_norm=1e9,
@@ -181,20 +201,22 @@ def test_sft_pg_descends_that_gradient(clip_range, chain, mdp, process, settings
         **settings,
     )
     # The loss is a mean over transitions, the theorem has a sum over the K steps.
-    exact = -gradient(expected_reward(chain, process), chain) / 4
+    exact = -gradient(expected_reward(chain, process, TRANSITIONS[kind]), chain) / 4
     assert_agrees(agent_gradients(agent, rounds=40), order_as(agent, exact), sharpness=0.05)
 
 
-def test_sft_descends_that_gradient(chain, mdp, process, settings):
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_sft_descends_that_gradient(kind, chain, mdp, process, settings):
+    """In an environment of other transitions through them."""
     agent = SFT(
-        mdp,
+        kind(mdp.target, process, mdp.schedule),
         Denoiser(Linear().float(), process),
         critic=StubCritic(),
         max_grad_norm=1e9,
         learn_std=True,
         **settings,
     )
-    exact = -gradient(expected_reward(chain, process), chain)
+    exact = -gradient(expected_reward(chain, process, TRANSITIONS[kind]), chain)
     assert_agrees(agent_gradients(agent, rounds=40), order_as(agent, exact), sharpness=0.02)
 
 
@@ -217,11 +239,19 @@ def make_pg(mdp, make_denoiser, **changes):
     )
 
 
+def kept(agent, states):
+    """Put states (K + 1, M, *shape) into a buffer of the agent's."""
+    trajectories = Trajectories(len(states) - 1, states.shape[1], agent.device)
+    for step, sample in enumerate(states):
+        trajectories.keep(step, sample)
+    return trajectories
+
+
 def test_advantages_with_lambda_1_are_reward_minus_value(mdp, make_denoiser, generator):
     agent = make_pg(mdp, make_denoiser, gae_lambda=1)
     states = torch.randn(5, 6, 2, generator=generator())
     expected = quadratic(states[-1]) - agent.critic.value(states[:-1])
-    torch.testing.assert_close(agent.advantages(states), expected)
+    torch.testing.assert_close(agent.advantages(kept(agent, states)), expected)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.6, 0.95])
@@ -234,12 +264,14 @@ def test_advantages_below_lambda_1_are_generalised_ones(lam, mdp, make_denoiser,
     for j in range(4):
         for i in range(j, 4):
             expected[j] += lam ** (i - j) * (values[i + 1] - values[i])
-    torch.testing.assert_close(agent.advantages(states), expected)
+    torch.testing.assert_close(agent.advantages(kept(agent, states)), expected)
 
 
 def test_the_baseline_sees_the_state_before_the_step(mdp, make_denoiser):
     agent = make_pg(mdp, make_denoiser, gae_lambda=1)
-    buffer, _ = agent.train_critic()
+    trajectories = agent.collect()
+    agent.train_critic(trajectories)
+    buffer = trajectories.states
     assert buffer.shape == (5, 16, 2)
     assert set(agent.critic.steps.tolist()) <= {0, 1, 2, 3}
     assert torch.equal(agent.critic.states, buffer[agent.critic.steps, 8:])

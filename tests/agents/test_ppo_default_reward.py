@@ -7,7 +7,7 @@ import torch
 from stable_baselines3 import PPO
 
 from fewstep.agents import BehaviorCloning, Denoiser, DenoiserPolicy
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.critics.metrics.distances import SlicedWasserstein
 from fewstep.envs import SB3VecEnv
 
@@ -17,8 +17,7 @@ SEEDS, EPISODES, ROLLOUTS = (0, 1, 2), 128, 32  # 40,960 steps; docs/rl-tools.md
 def judged(model, mdp, distance, spread):
     """Return sliced W2 to fresh data, and the deviations as fractions of theirs."""
     with torch.no_grad():
-        noise = mdp.initial(20_000, torch.Generator().manual_seed(9))
-        samples = model.policy.chain.rollout(noise, torch.Generator().manual_seed(5))[-1]
+        samples = mdp.rollout(model.policy.chain, 20_000, torch.Generator().manual_seed(9))
     return distance(samples), samples.std(0) / spread
 
 

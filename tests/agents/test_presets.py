@@ -7,7 +7,7 @@ from fewstep.agents import AGENTS, SFTPG, BehaviorCloning
 from fewstep.agents.denoisers.bodies import new_denoiser
 from fewstep.agents.presets import CLONING, FINE_TUNING, PROCESSES, SCHEDULES, preset
 from fewstep.envs.mdp import no_reward
-from fewstep.envs.processes.process import make_process
+from fewstep.envs.processes import make_process
 from fewstep.envs.registration import ENVIRONMENTS, make_mdp
 from fewstep.runs.commands.train import check
 from fewstep.runs.settings.train import parse

@@ -30,6 +30,11 @@ CASES = {
         "settings": {**PG, "learning_rate": 1.0},
         "reward": "mmd",
     },
+    "SFT-PG, known pixels that all processes draw alike": {
+        "agent": "sft-pg",
+        "settings": {**PG, "learning_rate": 1.0},
+        "inpaint": "random",
+    },
     "SFT, gradient penalty": {
         "agent": "sft",
         "settings": {

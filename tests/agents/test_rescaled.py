@@ -18,8 +18,8 @@ from fewstep.agents import (
     VarianceLearning,
 )
 from fewstep.agents.denoisers.exact import MixtureBody
-from fewstep.agents.denoisers.networks.small import MLP, SmallUNet
-from fewstep.agents.denoisers.networks.unet import UNet2D
+from fewstep.agents.denoisers.networks import MLP, SmallUNet, UNet2D
+from fewstep.agents.pretrained import save_pretrained
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 from fewstep.envs.mdp import no_reward
@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         network.rescaled(2.0, process=VE(0.01, 10))
     unet = Denoiser(UNet2D((1, 8, 8), preset="tiny"), VP).rescaled(2.0)
     with pytest.raises(ValueError, match="is rescaled"):
-        unet.save_pretrained(tmp_path / "pipeline")
+        save_pretrained(unet, tmp_path / "pipeline")
     Denoiser(Table(1000), VP).rescaled(2.0).save(tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="foreign"):
         Denoiser.load(tmp_path / "foreign.safetensors")

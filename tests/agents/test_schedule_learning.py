@@ -35,7 +35,7 @@ from schedule_worlds import (
 from torch import nn
 
 from fewstep.agents import DODE, SFTPG, CheckpointError, Denoiser, ScheduleLearning, Tableau
-from fewstep.agents.denoisers.networks.small import MLP
+from fewstep.agents.denoisers.networks import MLP
 from fewstep.agents.solver_learning.scheduling.levels import EVEN
 from fewstep.agents.solver_learning.scheduling.objective import Objective
 from fewstep.agents.solvers import make_solver

@@ -16,8 +16,8 @@ from scipy.optimize import brentq
 from torch import nn
 
 from fewstep.agents import Denoiser
-from fewstep.agents.denoisers.denoiser import edm_time_range
-from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.denoisers.networks import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.denoisers.parameterisations import time_range_of
 from fewstep.agents.solver_learning.scheduling.adjoint import (
     Sensitivity,
     backpropagate,
@@ -1247,10 +1247,10 @@ class Timed(nn.Module):
         (lambda: MLP((2,), 1000), "epsilon", 500.0, (2,)),
         (lambda: MLP((2,), 1000), "epsilon", 500.3, (2,)),
         (lambda: MLP((2,), 1000), "v", 1.0, (2,)),
-        (lambda: MLP((2,), 64, time_range=edm_time_range(EDM)), "edm", 1.0, (2,)),
-        (lambda: MLP((2,), 64, time_range=edm_time_range(EDM)), "edm", 79.0, (2,)),
+        (lambda: MLP((2,), 64, time_range=time_range_of("edm", EDM)), "edm", 1.0, (2,)),
+        (lambda: MLP((2,), 64, time_range=time_range_of("edm", EDM)), "edm", 79.0, (2,)),
         (lambda: ResidualMLP((2,), 16, 1), "epsilon", 400.0, (2,)),
-        (lambda: ResidualMLP((1, 2, 2), 16, 1, edm_time_range(EDM)), "edm", 0.5, (1, 2, 2)),
+        (lambda: ResidualMLP((1, 2, 2), 16, 1, time_range_of("edm", EDM)), "edm", 0.5, (1, 2, 2)),
         (lambda: SmallUNet((1, 4, 4), 8), "epsilon", 400.0, (1, 4, 4)),
         (lambda: Timed(lambda _, time: time.sin().unsqueeze(1)), "sample", 30.0, (2,)),
     ],
@@ -1264,8 +1264,9 @@ def test_networks_with_a_smooth_time_are_accepted(make_body, prediction, t, shap
 
 @pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
 def test_a_table_of_times_may_be_flat_at_its_ends(process):
-    prediction, time_range = ("epsilon", None) if process == VP else ("edm", edm_time_range(EDM))
-    denoiser = Denoiser(MLP((2,), 1000, time_range=time_range), process, prediction)
+    prediction = "epsilon" if process == VP else "edm"
+    body = MLP((2,), 1000, time_range=time_range_of(prediction, process))
+    denoiser = Denoiser(body, process, prediction)
     check_differentiable(denoiser, Schedule.karras(process, 6).times[:-1].tolist(), (2,))
 
 

@@ -21,7 +21,7 @@ from fewstep.agents import (
     VarianceLearning,
 )
 from fewstep.agents.denoisers.exact import mixture
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.solver_learning.scheduling.amplification import (
     _Costs,
     adjoints,

@@ -16,7 +16,7 @@ from fewstep.agents import (
     DenoiserPolicy,
     SolverPolicy,
 )
-from fewstep.agents.denoisers.networks.small import make_body
+from fewstep.agents.denoisers.networks import make_body
 from fewstep.agents.solvers import make_solver
 from fewstep.critics import IPMCritic, make_baseline, make_critic
 from fewstep.envs import (

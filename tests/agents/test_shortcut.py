@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.agents import SFT, SFTPG, BehaviorCloning
-from fewstep.agents.policy_gradient.sft_pg import Minibatch
+from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.policy_gradient.shortcut import WARMUP_ROUNDS
 from fewstep.critics import IPMCritic, MLPCritic, make_baseline, make_critic
 from fewstep.critics.metrics.distances import sliced_wasserstein
@@ -50,23 +50,26 @@ def test_the_ratio_is_exactly_1_before_any_update(clip_range, log_density, learn
 
 
 def test_noise_power_weights_the_gradient_of_each_step(make_pg):
-    buffer, _ = make_pg().train_critic()
-    steps, count = len(buffer) - 1, buffer.shape[1]
+    trajectories = make_pg().collect()
+    steps, count = 4, trajectories.states.shape[1]
 
     def gradient(agent, step):
-        """The policy gradient of one step's transitions alone."""
+        """The policy gradient of one step's transitions alone, which is what Adam is handed."""
         advantages = torch.zeros(steps, count)
         advantages[step] = torch.linspace(-1, 1, count)
-        minibatch = Minibatch(buffer, advantages, torch.arange(steps * count))
-        (loss,) = agent._losses(minibatch, None, [])
-        parameters = list(agent.denoiser.parameters())
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+        agent.collect = lambda: trajectories
+        agent.advantages = lambda _: advantages
+        agent.train_round()
+        return torch.cat([weight.grad.flatten() for weight in agent.denoiser.parameters()])
 
+    whole = {"n_generator": 1, "minibatch_size": steps * count, "max_grad_norm": 1e9}
     std = torch.tensor(make_pg()._tableau.noise)
     for power in (1.0, 2.0):
         weights = std**power / (std**power).mean()
         for step, weight in enumerate(weights.tolist()):
-            plain, weighted = (gradient(make_pg(noise_power=p), step) for p in (0.0, power))
+            plain, weighted = (
+                gradient(make_pg(noise_power=p, **whole), step) for p in (0.0, power)
+            )
             torch.testing.assert_close(weighted, weight * plain)
     with pytest.raises(ValueError, match="noise_power"):
         make_pg(noise_power=-1.0)
@@ -122,15 +125,15 @@ def test_minibatches_hold_transitions_of_the_buffer_and_none_twice(make_pg, monk
     """Also each with its own step and advantage."""
     agent = make_pg(n_critic=3, n_generator=4, minibatch_size=40)  # 160 of 192
     kept, drawn = {}, []
-    train_critic, advantages = agent.train_critic, agent.advantages
+    collect, advantages = agent.collect, agent.advantages
     log_density, policy_loss = agent.policy.log_density, agent.policy_loss
 
     def note_buffer():
-        kept["buffer"], metrics = train_critic()
-        return kept["buffer"], metrics
+        kept["buffer"] = collect()
+        return kept["buffer"]
 
-    def note_advantages(buffer):
-        kept["advantages"] = advantages(buffer)
+    def note_advantages(trajectories):
+        kept["advantages"] = advantages(trajectories)
         return kept["advantages"]
 
     def note_transitions(next_sample, sample, step, reduction):
@@ -141,13 +144,13 @@ def test_minibatches_hold_transitions_of_the_buffer_and_none_twice(make_pg, monk
         drawn[-1].append(advantage)
         return policy_loss(density, advantage, old)
 
-    monkeypatch.setattr(agent, "train_critic", note_buffer)
+    monkeypatch.setattr(agent, "collect", note_buffer)
     monkeypatch.setattr(agent, "advantages", note_advantages)
     monkeypatch.setattr(agent.policy, "log_density", note_transitions)
     monkeypatch.setattr(agent, "policy_loss", note_advantage)
     agent.train_round()
     assert [len(parts[0]) for parts in drawn] == [40] * 4
-    buffer = kept["buffer"]
+    buffer = kept["buffer"].states
     seen = set()
     for parts in drawn:
         for next_sample, sample, step, advantage in zip(*parts, strict=True):
@@ -161,8 +164,11 @@ def test_minibatches_hold_transitions_of_the_buffer_and_none_twice(make_pg, monk
 
 def test_normalised_advantages_have_unit_deviation_and_keep_their_sign(make_pg, generator):
     states = torch.randn(5, 6, 2, generator=generator())
-    plain = make_pg(normalize_advantage=False).advantages(states)
-    scaled = make_pg(normalize_advantage=True).advantages(states)
+    trajectories = Trajectories(4, 6, torch.device("cpu"))
+    for step, sample in enumerate(states):
+        trajectories.keep(step, sample)
+    plain = make_pg(normalize_advantage=False).advantages(trajectories)
+    scaled = make_pg(normalize_advantage=True).advantages(trajectories)
     assert float(scaled.std()) == pytest.approx(1, rel=1e-5)
     torch.testing.assert_close(scaled, plain / plain.std())
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.agents import Denoiser, Tableau
-from fewstep.agents.variance.head import VarianceHead
+from fewstep.agents.denoisers.variance_head import VarianceHead
 from fewstep.envs import DiscreteVP
 
 pytestmark = pytest.mark.numeric

@@ -11,9 +11,10 @@ from torch import nn
 
 from fewstep.agents import SFT, SFTPG, CheckpointError, Denoiser, VarianceLearning
 from fewstep.agents.denoisers.exact import MixtureBody
-from fewstep.agents.denoisers.networks.small import SmallUNet
-from fewstep.agents.policies import DenoiserPolicy, SolverPolicy
+from fewstep.agents.denoisers.networks import SmallUNet
+from fewstep.agents.policies import DenoiserPolicy
 from fewstep.agents.samplers.gaussian import GaussianChain
+from fewstep.agents.samplers.solver_policy import SolverPolicy
 from fewstep.agents.solvers import ancestral, make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
 
@@ -333,7 +334,7 @@ def test_sft_differentiates_through_the_noise_of_each_pixel(mdp, prepared):
 
 
 @pytest.mark.parametrize("solver", SAMPLERS)
-def test_the_chain_is_the_table(solver, mdp, prepared, generator):
+def test_the_chain_is_the_table(solver, mdp, prepared, play, generator):
     """Same states from the same draws; and so for the table with what was learned."""
     denoiser = prepared(solver)
     table = make_solver(solver, mdp.schedule, denoiser, **options_of(solver))
@@ -342,7 +343,7 @@ def test_the_chain_is_the_table(solver, mdp, prepared, generator):
     for factors in (torch.zeros(4), torch.tensor([0.3, -0.5, 0.1, 0.7])):
         with torch.no_grad():
             chain.log_std += factors
-            states = chain.rollout(noise, generator(1))
+            states = play(chain, noise, generator(1))
             expected = chain.export().sample(
                 denoiser, noise, generator=generator(1), return_trajectory=True
             )

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from fewstep.agents import Denoiser
-from fewstep.agents.denoisers.networks.small import MLP, ResidualMLP, SmallUNet
-from fewstep.agents.denoisers.networks.unet import UNet2D
-from fewstep.agents.variance.head import VarianceHead
+from fewstep.agents.denoisers.networks import MLP, ResidualMLP, SmallUNet, UNet2D
+from fewstep.agents.denoisers.variance_head import VarianceHead
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import VE, DiscreteVP
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from fewstep.agents import SFT, SFTPG, BehaviorCloning, Denoiser
-from fewstep.agents.denoisers.networks.small import ResidualMLP
+from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
 from fewstep.envs.registration import make_mdp
@@ -21,7 +21,7 @@ AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG}
 
 def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     """Return the weights after some rounds; batches are shared among `count` processes."""
-    mdp = make_mdp("Digits", steps=4)
+    mdp = make_mdp("Digits", steps=4, inpaint=case.get("inpaint"))
     with seeded(0):
         body = ResidualMLP(mdp.shape, hidden=16, blocks=1)
     settings = dict(case["settings"])

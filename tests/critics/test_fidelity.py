@@ -14,7 +14,7 @@ from torch_fidelity import metric_kid
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from fewstep.critics import FeatureDistances, metrics
-from fewstep.critics.metrics.distances import fid, kid, precision_recall
+from fewstep.critics.metrics import fid, kid, precision_recall
 
 pytestmark = pytest.mark.numeric
 

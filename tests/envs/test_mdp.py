@@ -1,10 +1,21 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, make_target
+from fewstep.common.distributed import Processes
+from fewstep.envs import (
+    VE,
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    Schedule,
+    make_mdp,
+    make_target,
+)
+from fewstep.envs.mdp import no_reward
 
 pytestmark = pytest.mark.numeric
 
@@ -34,7 +45,7 @@ def test_observe_tells_the_time_of_each_state(mdp):
 
 def test_transition_is_the_identity_and_keeps_the_gradient(mdp):
     action = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    after = mdp.transition(torch.zeros(3, 2), action)
+    after = mdp.transition(torch.zeros(3, 2), action, 0)
     assert after.dtype == torch.float32
     torch.testing.assert_close(after, action.float())
     mdp.terminal_reward(after).sum().backward()
@@ -44,13 +55,13 @@ def test_transition_is_the_identity_and_keeps_the_gradient(mdp):
 @pytest.mark.parametrize("action", [None, [[0.0, 0.0]] * 3, torch.zeros(3, 2, dtype=torch.int64)])
 def test_actions_of_the_wrong_type_are_refused(mdp, action):
     with pytest.raises(TypeError, match="action must be a floating torch tensor"):
-        mdp.transition(torch.zeros(3, 2), action)
+        mdp.check_action(torch.zeros(3, 2), action)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3,), (3, 2, 1), (6,)])
 def test_actions_of_the_wrong_shape_are_refused(mdp, shape):
     with pytest.raises(ValueError, match=r"action must have shape \(3, 2\)"):
-        mdp.transition(torch.zeros(3, 2), torch.zeros(shape))
+        mdp.check_action(torch.zeros(3, 2), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -58,29 +69,23 @@ def test_actions_that_are_not_finite_are_refused(mdp, value):
     action = torch.zeros(3, 2)
     action[1] = value
     with pytest.raises(ValueError, match=r"action holds NaN or infinity for 1 of 3 .* index 1"):
-        mdp.transition(torch.zeros(3, 2), action)
+        mdp.check_action(torch.zeros(3, 2), action)
 
 
 def test_a_finite_action_whose_sum_overflows_is_accepted(mdp):
     action = torch.full((3, 2), 3e38)
-    assert torch.equal(mdp.transition(torch.zeros(3, 2), action), action)
+    mdp.check_action(torch.zeros(3, 2), action)
+    assert torch.equal(mdp.transition(torch.zeros(3, 2), action, 0), action)
 
 
 def test_actions_on_another_device_are_refused(mdp):
     with pytest.raises(ValueError, match="action is on meta, the environment on cpu"):
-        mdp.transition(torch.zeros(3, 2), torch.zeros(3, 2, device="meta"))
+        mdp.check_action(torch.zeros(3, 2), torch.zeros(3, 2, device="meta"))
 
 
 @pytest.mark.parametrize(
     ("reward", "error", "complaint"),
     [
-        (
-            lambda x: x.sum(1) * math.nan,
-            ValueError,
-            "returned NaN or infinity for 3 of 3 finite samples",
-        ),
-        (lambda x: x.sum(1) + math.inf, ValueError, "'<lambda>' returned NaN or infinity"),
-        (lambda x: x.sum(1).numpy() * math.nan, ValueError, "returned NaN or infinity for 3 of 3"),
         (
             lambda x: x[:, :1],
             ValueError,
@@ -96,6 +101,24 @@ def test_bad_rewards_are_refused(mdp, reward, error, complaint):
     mdp = mdp.with_reward(reward)
     with pytest.raises(error, match=complaint):
         mdp.terminal_reward(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("reward", "complaint"),
+    [
+        (lambda x: x.sum(1) * math.nan, "returned NaN or infinity for 3 of 3 finite samples"),
+        (lambda x: x.sum(1) + math.inf, "'<lambda>' returned NaN or infinity"),
+        (lambda x: x.sum(1).numpy() * math.nan, "returned NaN or infinity for 3 of 3"),
+    ],
+)
+def test_rewards_that_are_not_finite_are_refused_at_the_end_of_an_episode(mdp, reward, complaint):
+    """The shells refuse them; an agent's own critic may diverge, which is for the agent to say."""
+    env = DiffusionVectorEnv(mdp.with_reward(reward), 3)
+    observation, _ = env.reset(seed=0)
+    for _ in range(mdp.steps - 1):
+        observation, *_ = env.step(observation["sample"])
+    with pytest.raises(ValueError, match=complaint):
+        env.step(observation["sample"])
 
 
 @pytest.mark.parametrize(
@@ -116,3 +139,79 @@ def test_numbers_of_any_kind_are_rewards(mdp, reward):
 def test_a_schedule_of_another_process_is_refused(mdp):
     with pytest.raises(ValueError, match="the schedule is made for VE"):
         mdp.with_schedule(Schedule.karras(VE(), 5))
+
+
+# -- rollouts ------------------------------------------------------------------------------------
+
+
+class Jumping:
+    """A policy that halves each sample and adds noise; `weight` may require a gradient."""
+
+    def __init__(self, weight=0.5):
+        self.weight = weight
+        self.seen = []
+
+    def act(self, observation, step, draw):
+        self.seen.append((step, observation["timestep"].tolist()))
+        return self.weight * observation["sample"] + draw(observation["sample"])
+
+
+class Rounding:
+    """A recorder that keeps what it is given and hands whole numbers back."""
+
+    def __init__(self):
+        self.kept = []
+
+    def keep(self, step, sample, action=None):
+        self.kept.append((step, sample, action))
+        return sample.round()
+
+
+def test_a_rollout_is_the_loop_of_the_decision_process(mdp):
+    policy, rng = Jumping(), torch.Generator().manual_seed(3)
+    found = mdp.rollout(policy, 6, torch.Generator().manual_seed(3))
+    sample = mdp.initial(6, rng)
+    for _ in range(5):
+        sample = 0.5 * sample + torch.randn(6, 2, generator=rng)
+    assert torch.equal(found, sample)
+    times = mdp.schedule.times.float().tolist()
+    assert policy.seen == [(j, [times[j]] * 6) for j in range(5)]
+
+
+def test_a_rollout_goes_on_from_what_its_recorder_returns(mdp):
+    recorder = Rounding()
+    found = mdp.rollout(Jumping(), 3, recorder=recorder)
+    assert [step for step, _, _ in recorder.kept] == list(range(6))
+    assert recorder.kept[0][2] is None
+    for (_, before, _), (_, after, action) in pairwise(recorder.kept):
+        # The transition is the identity: nothing was copied.
+        assert after is action
+        assert (after - 0.5 * before.round()).abs().max() < 6
+    assert torch.equal(found, recorder.kept[-1][1].round())
+
+
+def test_gradients_flow_through_a_rollout(mdp):
+    """Of x_K = w^K x_0 + ... with respect to w; without one nothing is recorded."""
+    weight = torch.tensor(0.5, requires_grad=True)
+    (exact,) = torch.autograd.grad(mdp.rollout(Jumping(weight), 4, rng()).sum(), weight)
+    with torch.no_grad():
+        assert not mdp.rollout(Jumping(weight), 4, rng()).requires_grad
+    with torch.no_grad():
+        ends = [float(mdp.rollout(Jumping(0.5 + h), 4, rng()).sum()) for h in (1e-3, -1e-3)]
+    assert float(exact) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-3)
+
+
+def rng():
+    return torch.Generator().manual_seed(8)
+
+
+@pytest.mark.parametrize("inpaint", [None, "half"])
+def test_processes_share_the_episodes_that_one_would_play(inpaint):
+    """Each group of episodes in equal parts, known pixels and all noise included."""
+    mdp = make_mdp("Digits", steps=3, inpaint=inpaint, reward=no_reward)
+    alone = mdp.rollout(Jumping(), 12, rng())
+    shares = [
+        mdp.rollout(Jumping(), 6, rng(), processes=Processes(rank, 2), groups=3) for rank in (0, 1)
+    ]
+    together = torch.cat([share.unflatten(0, (3, 2)) for share in shares], dim=1).flatten(0, 1)
+    assert torch.equal(together, alone)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fewstep.common import files
 from fewstep.envs import VE, DiscreteVP, Schedule, make_schedule, refine_times
-from fewstep.envs.schedules.schedule import SCHEDULES
+from fewstep.envs.schedules import SCHEDULES
 
 pytestmark = pytest.mark.numeric
 

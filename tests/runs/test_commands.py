@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from fewstep import agents, critics, envs
-from fewstep.runs import measurements
 from fewstep.runs.cli import COMMANDS
 from fewstep.runs.reports.console import console, print_report
 from fewstep.runs.settings.train import parse
-from fewstep.runs.tables import table
+from fewstep.runs.speed import training
 
 
 def test_pretrain_leaves_a_denoiser_that_evaluate_and_sample_use(tmp_path, fewstep, tiny, capsys):
@@ -85,44 +84,17 @@ def test_every_command_explains_itself(command, fewstep, capsys):
     assert f"fewstep {command}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_study_runs_resumes_and_writes_its_table(tmp_path, fewstep, monkeypatch):
-    from fewstep.runs import benchmark
-
-    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--evaluation-samples=500", "--seeds", "0", "1"]
-    assert fewstep("benchmark", "gradients", *flags) == 0
-    folder = tmp_path / "benchmark" / "gradients"
-    table = (folder / "table.md").read_text()
-    for label in ("SFT (GP)", "SFT-PG (GP)", "SFT-PG (B)"):
-        assert label in table
-    assert "±" in table
-    assert len(json.loads((folder / "results.json").read_text())) == 6
-    assert (folder / "plot.png").is_file()
-
-    # A second call finds every cell finished; with one removed, it runs just that one.
-    ran = []
-    run_cell = benchmark.run_cell
-    monkeypatch.setattr(
-        benchmark, "run_cell", lambda cell, *rest: ran.append(cell.key) or run_cell(cell, *rest)
-    )
-    lost = "SwissRoll__10__sft--gp-__seed1"
-    shutil.rmtree(folder / "cells" / lost)
-    assert fewstep("benchmark", "gradients", *flags) == 0
-    assert ran == [lost]
-    assert (folder / "table.md").read_text().count("SwissRoll") == table.count("SwissRoll")
-
-
 def test_a_report_s_columns_keep_their_names(monkeypatch, capsys):
     monkeypatch.setattr(console, "width", 12)
     name = "sliced_wasserstein_fresh"
-    print_report(table([name], [["8.1e-02"]]))
+    print_report(f"| {name} |\n| --- |\n| 8.1e-02 |")
     head = capsys.readouterr().out.partition("─")[0]
     assert "".join(head.split()) == name
 
 
 @pytest.mark.parametrize("measurement", ["overhead", "profile", "fitting"])
 def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep, monkeypatch):
-    monkeypatch.setattr(measurements, "EPISODES", 2)
+    monkeypatch.setattr(training, "EPISODES", 2)
     assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
     folder = tmp_path / "benchmark" / measurement
     figures = json.loads((folder / "results.json").read_text())
@@ -136,7 +108,7 @@ def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep, 
         assert all(figure["teacher"] > 0 and figure["fit"] > 0 for figure in figures.values())
     else:
         table = (folder / "table.md").read_text()
-        assert all(f"{figure['ratio']:.3f}" in table for figure in figures.values())
+        assert all(f"{figure['ratio']:.4f}" in table for figure in figures.values())
 
 
 def test_loops_are_timed_by_turns(monkeypatch):
@@ -152,7 +124,7 @@ def test_loops_are_timed_by_turns(monkeypatch):
         return run
 
     first, second = loop("a", iter([9.0, 1, 2, 4])), loop("b", iter([1.0, 3, 4, 20]))
-    ratio, medians = measurements.interleaved(first, second, 4)
+    ratio, medians = training.interleaved(first, second, 4)
     assert order == ["a", "b"] * 4
     assert (ratio, medians) == (2.5, (3.0, 3.5))
 
@@ -160,9 +132,9 @@ def test_loops_are_timed_by_turns(monkeypatch):
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++-2m", "dpm-solver-3m"])
 def test_the_loops_whose_speed_is_compared_do_the_same_work(solver):
     from fewstep.agents import Denoiser
-    from fewstep.agents.denoisers.networks.small import MLP
+    from fewstep.agents.denoisers.networks import MLP
     from fewstep.envs import DiscreteVP
-    from fewstep.runs.sampling_speed import STEPS, _loops
+    from fewstep.runs.speed.sampling import STEPS, _loops
 
     process = DiscreteVP.linear(1000)
     denoiser = Denoiser(MLP((2,), 1000, hidden=8, input_gain=1), process)
@@ -183,7 +155,7 @@ def test_studies_are_listed(fewstep, capsys):
     assert fewstep("benchmark", "list") == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if not line.startswith(" ")]
-    assert {"main", "gradients", "steps", "memory"} <= {row.split()[0] for row in rows}
+    assert {"main", "gradients", "composition", "memory"} <= {row.split()[0] for row in rows}
     # One column, whatever the length of the names.
     titles = len("schedule-solvers") + 2
     assert all(line[titles - 2 : titles] == "  " != line[titles : titles + 1] for line in lines)
@@ -262,6 +234,7 @@ def test_studies_are_listed(fewstep, capsys):
         (["sample", "/nowhere", "--output=x.bmp"], ".npy or .png"),
         (["benchmark", "gradient"], "did you mean 'gradients'"),
         (["benchmark", "main", "--threads=0"], "--threads must be at least 1"),
+        (["benchmark", "main", "--workers=0"], "--workers must be at least 1"),
         (["benchmark", "main", "--rounds=-1"], "--rounds must be at least 1"),
         (
             ["benchmark", "main", "--evaluation-samples=1"],

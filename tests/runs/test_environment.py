@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.agents import CheckpointError, Denoiser
-from fewstep.agents.denoisers.networks.small import MLP, SmallUNet
+from fewstep.agents.denoisers.networks import MLP, SmallUNet
 from fewstep.agents.solvers import default_schedule
 from fewstep.envs import DiscreteVP, Target, make_process
 from fewstep.runs.settings.environment import build_environment, check_fits

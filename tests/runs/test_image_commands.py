@@ -11,7 +11,8 @@ import torch
 from image_files import without_checksums, write_cifar10, write_folder, write_mnist
 
 from fewstep.agents import Denoiser
-from fewstep.agents.denoisers.networks.unet import UNet2D
+from fewstep.agents.denoisers.networks import UNet2D
+from fewstep.agents.pretrained import save_pretrained
 from fewstep.envs import DiscreteVP
 from fewstep.runs.settings.train import parse
 
@@ -46,7 +47,7 @@ def files(tmp_path_factory):
     for name, shape in (("ddpm", (3, 32, 32)), ("grey", (1, 32, 32))):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            Denoiser(UNet2D(shape, **SMALL), process).save_pretrained(folder / name)
+            save_pretrained(Denoiser(UNet2D(shape, **SMALL), process), folder / name)
     return folder
 
 

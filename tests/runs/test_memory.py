@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fewstep.agents import SFT, SFTPG
-from fewstep.runs.memory import peaks_of_gradient, peaks_of_round
+from fewstep.runs.speed.memory import peaks_of_gradient, peaks_of_round
 
 pytestmark = pytest.mark.slow  # each figure wants a fresh process
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -157,48 +156,3 @@ def test_a_schedule_of_another_kind_is_refused(learned, finished, tmp_path, fews
     foreign.write_text((learned / "tableau.json").read_text())
     assert fewstep("evaluate", learned, "--solver=ddim", f"--schedule={foreign}") == 2
     assert "is not a schedule" in capsys.readouterr().err
-
-
-def test_a_study_of_schedules_runs_and_resumes(tmp_path, fewstep, monkeypatch):
-    from fewstep.runs import schedule_study, solver_study
-    from fewstep.runs.schedule_studies import SCHEDULE_STUDIES, Learner
-
-    monkeypatch.setattr(solver_study, "REFERENCE_STEPS", 20)
-    monkeypatch.setattr(solver_study, "HELD_OUT", 50)
-    monkeypatch.setattr(solver_study, "FRESH_SAMPLES", 100)
-    few = {"schedule_rounds": 2, "batch_size": 20, "batches": 1, "check_teacher": False}
-    study = dataclasses.replace(
-        SCHEDULE_STUDIES["schedule"],
-        environments=("Mixture", "SwissRoll"),
-        learners={
-            "stage 1": Learner({**few, "tuning_rounds": 0}),
-            "two-stage": Learner({**few, "tuning_rounds": 2}),
-            "and D-ODE": Learner(
-                {**few, "gradient": "none", "start": "environment", "tuning_rounds": 0},
-                after="stage 1",
-                dode={"batches": 1},
-            ),
-        },
-    )
-    monkeypatch.setitem(SCHEDULE_STUDIES, "schedule", study)
-    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--seeds", "0", "1", "--steps", "5"]
-    assert fewstep("benchmark", "schedule", *flags) == 0
-    folder = tmp_path / "benchmark" / "schedule"
-    records = json.loads((folder / "results.json").read_text())
-    assert [len(record["scores"]) for record in records] == [3, 3, 4, 4]
-    table = (folder / "table.md").read_text()
-    assert "| SwissRoll | euler | 5 | two-stage |" in table
-    assert (folder / "plot.png").is_file()
-    learnt = []
-    learn = schedule_study._learn
-    monkeypatch.setattr(schedule_study, "_learn", lambda *cell: learnt.append(cell) or learn(*cell))
-    cell = folder / "cells" / "Mixture__edm__seed1__euler__5.json"
-    record = json.loads(cell.read_text())
-    del record["scores"]["and D-ODE"]
-    cell.write_text(json.dumps(record))
-    assert fewstep("benchmark", "schedule", *flags) == 0
-    assert len(learnt) == 1
-    again = json.loads((folder / "results.json").read_text())
-    for old, new in zip(records, again, strict=True):
-        for label, score in old["scores"].items():
-            assert score["error"] == new["scores"][label]["error"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import warnings
@@ -133,42 +132,6 @@ def test_analyze_draws_what_distillation_changes(distilled, tmp_path, fewstep):
         assert set(analysis["squared_error_to_reference"]) == {"base", "distilled"}
         assert all(0 < c <= 1 for c in analysis["cosine_similarity_of_neighbours"].values())
     assert (analysis["solver"], analysis["nfe"]) == ("dpm-solver++-2m", 5)
-
-
-@pytest.mark.slow
-def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, monkeypatch, capsys):
-    from fewstep.runs import solver_study
-    from fewstep.runs.solver_studies import SOLVER_STUDIES
-
-    monkeypatch.setattr(solver_study, "REFERENCE_STEPS", 20)
-    monkeypatch.setattr(solver_study, "HELD_OUT", 50)
-    monkeypatch.setattr(solver_study, "FRESH_SAMPLES", 100)
-    study = SOLVER_STUDIES["dode-align"]
-    study = dataclasses.replace(study, environments=("Mixture", "SwissRoll"))
-    monkeypatch.setitem(SOLVER_STUDIES, "dode-align", study)
-    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--seeds", "0", "1", "--steps", "5"]
-    assert fewstep("benchmark", "dode-align", *flags) == 0
-    folder = tmp_path / "benchmark" / "dode-align"
-    records = json.loads((folder / "results.json").read_text())
-    assert len(records) == 2 * 2 * 3
-    assert all(record["nfe"] == 5 for record in records)
-    table = (folder / "table.md").read_text()
-    assert "time error" in table
-    assert "index error" in table
-    assert (folder / "plot.png").is_file()
-    measured = []
-    measure = solver_study.World.measure
-    monkeypatch.setattr(
-        solver_study.World,
-        "measure",
-        lambda self, variant, *rest: (
-            measured.append(variant.label) or measure(self, variant, *rest)
-        ),
-    )
-    next((folder / "cells").glob("Mixture__edm__seed1__edm-heun__5.json")).unlink()
-    assert fewstep("benchmark", "dode-align", *flags) == 0
-    assert measured == ["EDM Heun"]
-    assert json.loads((folder / "results.json").read_text()) == records
 
 
 @pytest.mark.parametrize(

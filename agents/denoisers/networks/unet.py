@@ -1,7 +1,7 @@
 """U-Nets for images: diffusers' `UNet2DModel` as a body, with the sizes of the literature by name.
 
 It is the network of Ho et al. 2020 (appendix B) in the form that the hub's checkpoints have, so
-that `Denoiser.from_pretrained` and `save_pretrained` exchange weights with diffusers as they are.
+that `fewstep.agents.pretrained` exchanges weights with diffusers as they are.
 diffusers is imported when a U-Net is built, not before: `pip install "fewstep[images]"`.
 """
 
@@ -9,24 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ....common.names import unknown_name
 from ....common.shapes import is_image
-from .small import BODIES, check_range, stretched
-
-if TYPE_CHECKING:
-    from ..denoiser import Prediction
-
-
-# What a network predicts, in diffusers' words and in ours.
-PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "epsilon",
-    "sample": "sample",
-    "v_prediction": "v",
-}
+from .times import check_range, stretched
 
 
 def _preset(
@@ -54,12 +43,10 @@ def _preset(
     }
 
 
-# Weights for the usual channels (1, 1, 3, 3): 0.43, 1.11, 35.7 and 78.7 million.
+# Weights for the usual channels (1, 3, 3): 0.43, 35.7 and 78.7 million.
 PRESETS: dict[str, dict[str, Any]] = {
     # 8x8 digits and up; the sides are even.
     "tiny": _preset((32, 48), None, layers=1, groups=8, dropout=0.0),
-    # 28x28, which halves twice; attention at 14x14. A CPU can train it.
-    "mnist": _preset((32, 64, 64), 1, layers=1, groups=8, dropout=0.0),
     # Ho et al. 2020, appendix B, attention at 16x16: the network of google/ddpm-cifar10-32.
     "cifar10": _preset((128, 256, 256, 256), 1, layers=2, groups=32, dropout=0.1),
     # Song et al. 2021 (DDIM), the CelebA configuration, attention at 16x16.
@@ -68,14 +55,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class UNet2D(nn.Module):
-    """diffusers' `UNet2DModel` as a body ``body(sample, time)``.
+    """diffusers' `UNet2DModel` as a body `body(sample, time)`.
 
     Args:
         shape: (channels, height, width) of one sample; both sides can be halved once for each level
             but the last.
-        preset: a key of `PRESETS`, "tiny" (8x8 and up), "mnist" (28x28), "cifar10" (32x32) or
-            "celeba64" (64x64); None starts from diffusers' own defaults, a network of 114 million
-            weights.
+        preset: a key of `PRESETS`, "tiny" (8x8 and up), "cifar10" (32x32) or "celeba64" (64x64);
+            None starts from diffusers' own defaults, a network of 114 million weights.
         time_range: (low, high) of times that are mapped linearly onto 0 .. 1000 first, as in
             `SinusoidalTime`. None takes times as they are.
         diffusers_options: arguments of `UNet2DModel`, which win over the preset's.
@@ -167,8 +153,6 @@ class UNet2D(nn.Module):
         """The last layer; its input (N, channels of the first level, H, W) are the features."""
         return self.unet.conv_out
 
-
-BODIES["unet2d"] = UNet2D
 
 # Options of UNet2DModel that the shape decides.
 _FROM_SHAPE = {"sample_size", "in_channels", "out_channels"}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ....common.names import unknown_name
+from ....envs.schedules import Schedule
 from ....envs.schedules.ends import EmptyStartWarning
-from ....envs.schedules.schedule import Schedule
 from ....envs.schedules.spacings import SUBSETS, refine_times
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau

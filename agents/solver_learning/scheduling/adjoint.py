@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....envs.processes.process import NoiseProcess
-from ....envs.schedules.schedule import Schedule
+from ....envs.processes import NoiseProcess
+from ....envs.schedules import Schedule
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
 from .levels import level_of_time, noise_levels, schedule_at, time_of_level

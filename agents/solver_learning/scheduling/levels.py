@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ....common.names import unknown_name
-from ....envs.processes.process import NoiseProcess
-from ....envs.schedules.schedule import Schedule
+from ....envs.processes import NoiseProcess
+from ....envs.schedules import Schedule
 from ....envs.schedules.spacings import Spacing, variable
 
 Space = Literal["sigma", "log", "rho"]

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ....envs.schedules.schedule import Schedule
+from ....envs.schedules import Schedule
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
 from ..selection import coordinate_errors

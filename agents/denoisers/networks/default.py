@@ -1,0 +1,34 @@
+"""The body that a new denoiser gets where none is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from ....common.shapes import is_image
+from .mlp import MLP
+from .residual_mlp import ResidualMLP
+from .small_unet import SmallUNet
+
+
+def make_body(
+    shape: Sequence[int], levels: int, time_range: Sequence[float] | None = None
+) -> nn.Module:
+    """Choose a body: a residual MLP for tiny images, a small U-Net for others, else an MLP.
+
+    The MLP reads all numbers of a sample as one vector, that of a sequence (L, C) too.
+
+    Args:
+        shape: shape of one sample.
+        levels: number of network times, which only the MLP asks for.
+        time_range: (low, high) of the network times where they are not 0 .. levels - 1; see
+            `edm_time_range`.
+    """
+    if not is_image(shape):
+        return MLP(shape, levels, time_range=time_range)
+    if math.prod(shape) <= 256:
+        return ResidualMLP(shape, time_range=time_range)
+    levels = 3 if min(shape[1:]) >= 16 and not any(side % 4 for side in shape[1:]) else 2
+    return SmallUNet(shape, time_range=time_range, levels=levels)

@@ -1,0 +1,27 @@
+"""The network predicts the noise, as in Ho et al. (2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Parameterisation
+
+
+class Epsilon(Parameterisation):
+    """The network answers eps."""
+
+    name = "epsilon"
+    pipeline_name = "epsilon"
+
+    def epsilon(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
+        """See `Parameterisation.epsilon`."""
+        return raw
+
+    def denoised(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
+        """See `Parameterisation.denoised`."""
+        alpha, sigma = self._levels(sample, t)
+        return (sample - sigma * raw) / alpha
+
+    def training_target(self, clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
+        """See `Parameterisation.training_target`."""
+        return noise

@@ -1,0 +1,6 @@
+"""The studies that `fewstep benchmark` runs: one engine, and declarations by kind of question."""
+
+from . import agents, schedules, solvers
+from .engine import Study
+
+STUDIES: dict[str, Study] = {**agents.STUDIES, **solvers.STUDIES, **schedules.STUDIES}

@@ -1,0 +1,130 @@
+"""Studies of agents that train the network, and of few-step samplers of one network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .contenders import Contender, Grid
+from .engine import Study
+from .stages import Clone, Learn, Sample, Stage, fine_tune
+from .world import Scoring
+
+DDPM = Sample("ancestral")
+# A denoiser that all contenders share, and one for every seed, as in the main job.
+SHARED, OWN = Clone(seed=0), Clone()
+SCORING = Scoring(own_noise=False)
+COLUMNS = ("sliced_wasserstein", "sliced_wasserstein_fresh", "seconds")
+
+
+def _study(title: str, *contenders: Contender, env: str = "SwissRoll", **more: Any) -> Study:
+    """Return a study of agents in one environment."""
+    columns = more.pop("columns", COLUMNS)
+    return Study(title, Grid((env,), contenders, scoring=SCORING, **more), columns)
+
+
+def _tuned(label: str, clone: Clone, agent: str = "sft-pg", **settings: Any) -> Contender:
+    return Contender(label, (clone, DDPM, fine_tune(agent, **settings)))
+
+
+SFT_PG_B = _tuned("SFT-PG (B)", SHARED)
+
+# Evenly spaced with both ends, as Analytic-DPM's and FastDPM's papers have it: 1000, ..., 1, 0.
+EVEN: dict[str, Any] = {"schedule": "linspace"}
+VAR: dict[str, Any] = {"schedule": "fast_dpm", "schedule_options": {"spacing": "quadratic"}}
+STEP: dict[str, Any] = {
+    "schedule": "fast_dpm",
+    "schedule_options": {"kind": "step", "spacing": "quadratic"},
+}
+BODY: dict[str, Any] = {"width": 16, "levels": 3}
+T_MIN: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
+YARDSTICK = "DDPM, every noising"
+
+
+def _sampler(label: str, *stages: Stage, calls: tuple[int, ...] | None = None) -> Contender:
+    return Contender(label, (Clone("linear-1000"), *stages), calls=calls)
+
+
+def _variance(kind: str) -> Learn:
+    return Learn("variance", {"kind": kind})
+
+
+def _mnist(label: str, n_generator: int, **settings: Any) -> Contender:
+    clone = Clone("linear-1000/10", seed=0, body="small-unet", body_options=BODY)
+    return _tuned(label, clone, evaluations=2, n_generator=n_generator, **settings)
+
+
+STUDIES = {
+    "main": _study(
+        "The main job, from nothing, five seeds",
+        _tuned("SFT-PG (B)", OWN),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "long": _study(
+        "The long preset, from nothing",
+        _tuned("SFT-PG (B), long", OWN, preset="long"),
+        seeds=(0, 1),
+    ),
+    "gradients": _study(
+        "Pathwise or policy gradient, gradient penalty or baseline (Fan & Lee 2023, 6.2.2)",
+        _tuned("SFT (GP)", SHARED, "sft"),
+        _tuned("SFT-PG (GP)", SHARED, regularizer="gradient-penalty", coefficient=0.1),
+        SFT_PG_B,
+    ),
+    "steps": _study(
+        "How few steps (Fan & Lee 2023, Table 1)",
+        SFT_PG_B,
+        Contender("DDPM", (OWN, DDPM), calls=(10, 100, 1000)),
+        calls=(3, 5, 8, 10),
+    ),
+    "ingredients": _study(
+        "What our additions to SFT-PG (B) earn",
+        SFT_PG_B,
+        _tuned("V alone", SHARED, residual_baseline=False),
+        _tuned("GAE lambda = 1", SHARED, gae_lambda=1.0),
+        _tuned("all states for V", SHARED, baseline_states=10),
+        _tuned("PPO ratio clip 0.2", SHARED, clip_range=0.2),
+    ),
+    "digits": _study(
+        "Real 8x8 digits in ten steps",
+        SFT_PG_B,
+        env="Digits",
+        columns=("sliced_wasserstein", "sliced_wasserstein_fresh", "mmd", "seconds"),
+    ),
+    "mnist": _study(
+        "MNIST: a DDPM of ten steps, then SFT-PG (B) (Fan & Lee 2023, Table 2)",
+        _mnist("1 generator step", 1),
+        # The gradient's norm is about 0.01: never clipped, now and then, always.
+        _mnist("5 generator steps, gamma 1", 5, max_grad_norm=1.0),
+        _mnist("5 generator steps, gamma 0.01", 5, max_grad_norm=0.01),
+        _mnist("5 generator steps, gamma 0.003", 5, max_grad_norm=0.003),
+        env="MNIST",
+        columns=(),
+    ),
+    "samplers": Study(
+        "Few-step samplers of one DDPM on the digits (the shape of Fan & Lee 2023, Table 3)",
+        Grid(
+            ("Digits",),
+            (
+                _sampler(YARDSTICK, DDPM, calls=(1000,)),
+                _sampler("DDPM, sub-sampled", Sample("ancestral", **EVEN)),
+                _sampler("DDPM, sub-sampled, clipped", Sample("ancestral", {"clip": True}, **EVEN)),
+                _sampler("FastDPM (STEP)", Sample("fast-dpm", **STEP)),
+                _sampler("FastDPM (VAR)", Sample("fast-dpm", **VAR)),
+                _sampler("Analytic-DPM", _variance("gamma"), Sample("analytic-dpm", **EVEN)),
+                _sampler("NPR-DDPM", _variance("npr"), Sample("npr-ddpm", **EVEN)),
+                _sampler("SN-DDPM", _variance("sn"), Sample("sn-ddpm", **EVEN)),
+                _sampler("DDIM", Sample("ddim", **EVEN)),
+                _sampler("DPM-Solver-3", Sample("dpm-solver-3", **T_MIN)),
+                _sampler("DPM-Solver++ (2M)", Sample("dpm-solver++-2m", **T_MIN)),
+                _sampler("D-DDIM", Sample("ddim", **EVEN), Learn("dode")),
+                _sampler(
+                    "SFT-PG (B)", Sample("fast-dpm", {"last_std": 0.05}, **VAR), fine_tune("sft-pg")
+                ),
+            ),
+            calls=(10, 5),
+            seeds=(0, 1, 2),
+            scoring=Scoring(before=False),
+        ),
+        yardstick=YARDSTICK,
+    ),
+}

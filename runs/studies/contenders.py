@@ -1,0 +1,87 @@
+"""Contenders on equal terms: a grid of chains of stages, each scored alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from ...common.shapes import is_vector
+from ..run.threads import threads
+from ..settings.benchmark import BenchmarkSettings
+from .engine import Cell, Record
+from .stages import Stage, run_chain
+from .tables import BEFORE, FLOOR
+from .world import Scoring, World
+
+# The same world while cells ask for the same.
+_world = lru_cache(maxsize=1)(World)
+PLAIN = Scoring()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to a few-step sampler.
+
+    Attributes:
+        label: its name in the table and the plot.
+        stages: the chain.
+        solver: name of the solver that it starts from, where that tells contenders apart.
+        envs: environments, if not all of the study's.
+        calls: network calls, if not the study's.
+    """
+
+    label: str
+    stages: tuple[Stage, ...]
+    solver: str = ""
+    envs: tuple[str, ...] | None = None
+    calls: tuple[int, ...] | None = None
+
+    def run(
+        self, env: str, seed: int, calls: int, scoring: Scoring, settings: BenchmarkSettings
+    ) -> Record:
+        """Run the chain and score what it ends in."""
+        world = _world(env, seed, scoring, settings)
+        with threads(settings.threads or (1 if is_vector(world.target.shape) else None)):
+            sampler = run_chain(self.stages, world, calls)
+            assert sampler.tableau is not None, "A chain chooses a solver."
+            origin = sampler.origin, sampler.pretrained
+            scores: Record = world.score(*origin, sampler.tableau, sampler.denoiser)
+            if sampler.before is not None and scoring.before:
+                before = world.score(*origin, *sampler.before)
+                scores |= {name + BEFORE: value for name, value in before.items()}
+        if scoring.samples:
+            metrics = world.evaluation.metrics
+            scores |= {metric.name + FLOOR: metric.floor for metric in metrics}
+            scores["higher_is_better"] = [m.name for m in metrics if m.higher_is_better]
+        where = {"env": env, "process": repr(sampler.denoiser.process), "solver": self.solver}
+        who = {"contender": self.label, "calls": sampler.tableau.nfe, "seed": seed}
+        return {**where, **who, **scores, "seconds": 0.0, **sampler.facts}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a study: environment x seed x contender x network calls; flags win."""
+
+    envs: tuple[str, ...]
+    contenders: tuple[Contender, ...]
+    calls: tuple[int, ...] = (10,)
+    seeds: tuple[int, ...] = (0,)
+    scoring: Scoring = PLAIN
+
+    def __call__(self, settings: BenchmarkSettings) -> list[Cell]:
+        """Return the cells."""
+        cells = []
+        for env in self.envs:
+            for seed in settings.seeds or self.seeds:
+                for each in self.contenders:
+                    for calls in each.calls or settings.steps or self.calls:
+                        if env in (each.envs or self.envs):
+                            parts = [env, each.solver, each.label, f"{calls}", f"seed{seed}"]
+                            parts += [f"rounds{settings.rounds}"] if settings.rounds else []
+                            run = partial(each.run, env, seed, calls, self.scoring, settings)
+                            cells.append(Cell("__".join(_slug(p) for p in parts if p), run))
+        return cells
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c == "+" else " " for c in text).lower().split())

@@ -1,0 +1,169 @@
+"""The study engine: a study is a list of cells, and each finished cell leaves a record.
+
+A record is a flat JSON object of coordinates and scores, written to `cells/KEY.json` atomically: a
+study that was stopped goes on where it was. Several processes may work on one list; a lock says who
+runs a cell, and it goes when its process ends, however that ends.
+
+logs/benchmark/STUDY/results.json  table.md  plot.png  cells/KEY.json  locks/  stages/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...common.files import write_atomically
+from ..reports.console import console
+from ..reports.plots import save_figure
+from ..run.folder import read_record, unwritable_folder, write_json
+from ..run.threads import threads
+from ..settings.benchmark import BenchmarkSettings
+from .tables import figure, report
+
+Record = dict[str, Any]
+# What the record of a cell that failed has instead of scores.
+FAILED = "failed"
+
+
+class CellError(ValueError):
+    """A cell failed; the records of the others are kept."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: its key, which names files, and what returns its record."""
+
+    key: str
+    run: Callable[[], Record]
+
+    def file(self, folder: Path) -> Path:
+        """Where its record is kept."""
+        return folder / "cells" / f"{self.key}.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison on equal terms.
+
+    Attributes:
+        title: what it asks.
+        cells: returns the cells under a command's flags.
+        columns: of the table, see `tables.summary`; all metrics and the seconds if empty.
+        yardstick: label of the contender that the others are to beat, if there is one.
+    """
+
+    title: str
+    cells: Callable[[BenchmarkSettings], Sequence[Cell]]
+    columns: tuple[str, ...] = ()
+    yardstick: str | None = None
+
+
+def run_study(study: Study, settings: BenchmarkSettings) -> str:
+    """Run every cell that is not finished; write table, results.json and plot; return the table.
+
+    Raises:
+        CellError: a cell failed. The others were run, and the table shows them.
+        PermissionError: the folder cannot be written.
+    """
+    cells, folder, text = study.cells(settings), settings.folder, ""
+    records = carry_out(cells, folder, settings.workers, settings.threads)
+    finished = [record for record in records if FAILED not in record]
+    if finished:
+        write_json(folder / "results.json", finished)
+        text = report(study.title, finished, study.columns, study.yardstick)
+        write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
+        save_figure(figure(finished, study.columns), folder / "plot.png")
+    for cell, record in zip(cells, records, strict=True):
+        if FAILED in record:
+            count = f"{len(cells) - len(finished)} of {len(cells)} cells failed"
+            raise CellError(f"{count}, first {cell.key}: {record[FAILED]}")
+    return text
+
+
+def carry_out(
+    cells: Sequence[Cell], folder: Path, workers: int = 1, cpu_threads: int | None = None
+) -> list[Record]:
+    """Run every cell that is not finished, and those that failed before; return all records.
+
+    Args:
+        cells: what to run, in order; with several workers they are pickled.
+        folder: where records are kept.
+        workers: processes; one is this process, more are spawned and end with this one.
+        cpu_threads: of each; None leaves PyTorch's default, which several workers share.
+    """
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_folder(folder, error) from None
+    for cell in cells:
+        if cell.file(folder).is_file() and FAILED in read_record(cell.file(folder)):
+            cell.file(folder).unlink()
+    if workers == 1:
+        _work(cells, folder, cpu_threads)
+    else:
+        share = cpu_threads or max((os.cpu_count() or 1) // workers, 1)
+        spawn = multiprocessing.get_context("spawn")
+        processes = [
+            spawn.Process(target=_work, args=(cells, folder, share, True), daemon=True)
+            for _ in range(workers)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                process.terminate()
+    killed = {FAILED: "its process was killed."}
+    files = [cell.file(folder) for cell in cells]
+    return [read_record(file) if file.is_file() else killed for file in files]
+
+
+def _work(cells: Sequence[Cell], folder: Path, count: int | None, quiet: bool = False) -> None:
+    """Run the cells that nobody else runs; at the end wait for those that others are at."""
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would mix
+    with threads(count):
+        for wait in (False, True):
+            for cell in cells:
+                if not cell.file(folder).is_file():
+                    with locked(folder / "locks" / cell.key, wait) as mine:
+                        if mine and not cell.file(folder).is_file():
+                            _attempt(cell, folder)
+
+
+def _attempt(cell: Cell, folder: Path) -> None:
+    """Run a cell and write its record, or why it failed."""
+    console.rule(cell.key)
+    try:
+        record = cell.run()
+    except Exception as error:
+        record = {FAILED: str(error) or repr(error), "traceback": traceback.format_exc()}
+        console.out(record["traceback" if os.environ.get("FEWSTEP_DEBUG") else FAILED])
+    write_json(cell.file(folder), record)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that one process at a time can have; yield whether it is ours.
+
+    Args:
+        path: the lock's file, which is made and stays.
+        wait: until another process gives it back.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

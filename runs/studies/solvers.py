@@ -1,0 +1,148 @@
+"""Studies of solvers and their distillation, and of what the solver agents return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from .contenders import Contender, Grid
+from .engine import Study
+from .stages import Clone, Learn, Sample
+from .world import LONG, MIXTURE, Scoring
+
+# The two kinds of network: a noise predictor of a thousand noisings, and EDM's.
+VP, EDM = Clone(noisings=LONG), Clone("ve")
+UNIFORM: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
+KARRAS: dict[str, Any] = {"schedule": "karras"}
+SCORING = Scoring(20_000, held_out=2000, features=False)
+COLUMNS = ("error", "factor error", "sliced_wasserstein_fresh", "mmd", "returned", "seconds")
+
+Start = tuple[str, Clone, Sample]
+
+
+def _vp(label: str, solver: str) -> Start:
+    return label, VP, Sample(solver, **UNIFORM)
+
+
+DDIM, IPNDM, DPM_2M = (
+    _vp("DDIM", "ddim"),
+    _vp("iPNDM-4", "ipndm"),
+    _vp("DPM-Solver++ 2M", "dpm-solver++-2m"),
+)
+EDM_EULER: Start = ("DDIM (EDM)", EDM, Sample("euler", **KARRAS))
+EDM_HEUN: Start = ("EDM Heun", EDM, Sample("heun", **KARRAS))
+STARTS = (
+    DDIM,
+    IPNDM,
+    _vp("DEIS-3", "deis"),
+    _vp("DPM-Solver-2", "dpm-solver-2"),
+    _vp("DPM-Solver-3", "dpm-solver-3"),
+    _vp("DDIM (data)", "euler"),
+    DPM_2M,
+    _vp("DPM-Solver++ 2S", "dpm-solver++-2s"),
+    _vp("DPM-Solver++ 3S", "dpm-solver++-3s"),
+    EDM_EULER,
+    EDM_HEUN,
+)
+
+
+def _distilled(
+    title: str,
+    starts: Iterable[Start],
+    treatments: dict[str, dict[str, Any]],
+    calls: tuple[int, ...] = (5, 10, 15),
+) -> Study:
+    """Return the study of D-ODE with several settings on several solvers."""
+    contenders = tuple(
+        Contender(label, (clone, sample, Learn("dode", settings)), solver)
+        for solver, clone, sample in starts
+        for label, settings in treatments.items()
+        # The look-ahead form is for solvers of the clean sample.
+        if settings.get("form") != "lookahead" or clone is EDM
+    )
+    envs = (MIXTURE, "SwissRoll", "Digits")
+    return Study(title, Grid(envs, contenders, calls, (0, 1, 2), SCORING), COLUMNS)
+
+
+# Networks that were trained for a moment only are rough, as third parties' networks may be, and a
+# solver's errors on them are not those of theory. A good one takes ten times the rounds or more.
+WEAK_ROUNDS = 100
+SCHEDULE: dict[str, Any] = {"tuning_rounds": 0, "batch_size": 200, "schedule_rounds": 60}
+TUNING: dict[str, Any] = {
+    "schedule_rounds": 0,
+    "start": "environment",
+    "tuning_rounds": 100,
+    "tuning_batch_size": 100,
+    "batch_size": 200,
+}
+REFINED: dict[str, Any] = {"refine": "end-to-end", "refine_steps": 5}
+# What takes minutes is tried, on a network, with few calls.
+LEARNERS = (
+    Contender("schedule learning", (Learn("schedule", SCHEDULE),)),
+    Contender("D-ODE", (Learn("dode"),)),
+    Contender("D-ODE, refined", (Learn("dode", REFINED),), envs=(MIXTURE,)),
+    Contender("stage two alone", (Learn("schedule", TUNING),), envs=("Digits",), calls=(6,)),
+)
+
+
+def _weak(learner: Contender, start: Start) -> Contender:
+    solver, clone, sample = start
+    network = "EDM, to level 80" if clone is EDM else "noise predictor, linear-1000"
+    stages = (replace(clone, rounds=WEAK_ROUNDS), sample, *learner.stages)
+    return replace(learner, stages=stages, solver=f"{solver} ({network})")
+
+
+WEAK_STARTS = (
+    DDIM,
+    DPM_2M,
+    ("DDIM", EDM, Sample("ddim", **KARRAS)),
+    ("DPM-Solver++ 2M", EDM, Sample("dpm-solver++-2m", **KARRAS)),
+)
+
+STUDIES = {
+    "dode": _distilled(
+        "D-ODE solvers against their base solvers (Kim, Tang & Yu 2024)", STARTS, {"distilled": {}}
+    ),
+    "dode-align": _distilled(
+        "Teacher and student compared at the same time, or by index as the official code does",
+        (("DDIM", VP, Sample("ddim", schedule="uniform_torch")), EDM_EULER, EDM_HEUN),
+        {"time": {}, "index": {"align": "index", "teacher": "ddim"}},
+    ),
+    "dode-forms": _distilled(
+        "What a step may mix in (Kim, Tang & Yu 2024, Table 2 and section 13)",
+        (DDIM, EDM_EULER),
+        {
+            "difference": {},
+            **{form: {"form": form} for form in ("two", "sep", "all", "general", "fixed")},
+            "lookahead": {"form": "lookahead"},
+        },
+    ),
+    "dode-all": _distilled(
+        "One parameter a call as in the paper, or free weights on all outputs so far",
+        STARTS,
+        {"difference": {}, "all": {"form": "all"}},
+        calls=(10,),
+    ),
+    "dode-refine": _distilled(
+        "The plain fit of the paper, ours, and the same refined end to end",
+        (DDIM, IPNDM, DPM_2M, EDM_HEUN),
+        {
+            "100 samples, no ridge": {"batches": 1, "ridge": 0.0},
+            "greedy": {},
+            "end-to-end": {"refine": "end-to-end", "refine_steps": 10},
+        },
+        calls=(10,),
+    ),
+    "returned": Study(
+        "What learners return, and what they were given, on exact denoisers and weak networks",
+        Grid(
+            (MIXTURE, "Digits"),
+            tuple(_weak(learner, start) for start in WEAK_STARTS for learner in LEARNERS),
+            (6, 10),
+            (0, 1, 2),
+            Scoring(0, held_out=1000, reference_steps=400),
+        ),
+        ("error", "factor error", "returned", "tuned", "seconds"),
+    ),
+}

@@ -1,0 +1,230 @@
+"""The studies in small: every kind of stage, the table, and what a second call finds finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from signal import SIGINT, raise_signal
+
+import numpy as np
+import pytest
+import torch
+from image_files import write_mnist
+
+from fewstep.agents import DODE, SFTPG, ScheduleLearning
+from fewstep.agents.base import Agent
+from fewstep.runs.settings.benchmark import BenchmarkSettings
+from fewstep.runs.studies import STUDIES, agents
+from fewstep.runs.studies.contenders import Contender
+from fewstep.runs.studies.stages import Clone, Learn, Sample, fine_tune, run_chain
+from fewstep.runs.studies.world import MIXTURE, Scoring, World
+
+QUICK = {"samples": 100, "held_out": 50, "reference_steps": 20}
+DIFFUSION = Clone(noisings=1000)
+
+
+@pytest.fixture
+def shrink(monkeypatch):
+    """`shrink(name, **changes)`: a study's grid with other parts."""
+
+    def change(name, **changes):
+        grid = dataclasses.replace(STUDIES[name].cells, **changes)
+        monkeypatch.setitem(STUDIES, name, dataclasses.replace(STUDIES[name], cells=grid))
+
+    return change
+
+
+@pytest.fixture
+def learnt(monkeypatch):
+    """The agents that learn, by their names."""
+    names = []
+    learn = Agent.learn
+
+    def watched(self, *arguments, **keywords):
+        names.append(self.name)
+        return learn(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Agent, "learn", watched)
+    return names
+
+
+def with_settings(contender, **settings):
+    """A contender whose agents have other settings, too."""
+    stages = tuple(
+        dataclasses.replace(stage, settings={**stage.settings, **settings})
+        if isinstance(stage, Learn)
+        else stage
+        for stage in contender.stages
+    )
+    return dataclasses.replace(contender, stages=stages)
+
+
+def quick_world(tmp_path, env=MIXTURE, **settings):
+    return World(env, 0, Scoring(**QUICK), BenchmarkSettings("some", tmp_path, **settings))
+
+
+def records_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, shrink, learnt):
+    grid = STUDIES["dode-align"].cells
+    shrink("dode-align", envs=(MIXTURE,), scoring=Scoring(**QUICK, features=False))
+    flags = [f"--log-dir={tmp_path}", "--seeds", "0", "1", "--steps", "5"]
+    assert fewstep("benchmark", "dode-align", *flags) == 0
+    folder = tmp_path / "benchmark" / "dode-align"
+    records = records_of(folder)
+    assert len(records) == 2 * len(grid.contenders) == 12 == len(learnt)
+    assert {record["calls"] for record in records} == {5}
+    assert {"error", "error before", "mmd", "mmd before", "mmd floor"} <= records[0].keys()
+    table = (folder / "table.md").read_text()
+    assert "| Mixture | DDIM (EDM) | index | 5 |" in table
+    assert "Factor error not above 1 for every seed" in table
+    assert (folder / "plot.png").stat().st_size > 1000
+    # Only the cell that is lost is run again; its agent is found trained.
+    (lost,) = folder.glob("cells/mixture__edm-heun__time__5__seed1.json")
+    lost.unlink()
+    assert fewstep("benchmark", "dode-align", *flags) == 0
+    assert len(learnt) == 12
+    assert records_of(folder) == records
+    assert (folder / "table.md").read_text() == table
+
+
+def test_chains_that_begin_alike_share_what_they_learned(tmp_path, fewstep, shrink, learnt):
+    few = {"schedule_rounds": 2, "batch_size": 20, "batches": 1, "check_teacher": False}
+    one, two = {**few, "tuning_rounds": 0}, {**few, "schedule_rounds": 0, "start": "environment"}
+    start = (Clone("ve"), Sample("euler"))
+    dode = Learn("dode", {"batches": 1, "batch_size": 50})
+    tuned = {**two, "tuning_rounds": 2, "tuning_batch_size": 10, "target": "data"}
+    shrink(
+        "schedule",
+        envs=("SwissRoll",),
+        contenders=(
+            Contender("stage 1", (*start, Learn("schedule", one))),
+            Contender("two-stage", (*start, Learn("schedule", one), Learn("schedule", tuned))),
+            Contender("and D-ODE", (*start, Learn("schedule", one), dode)),
+        ),
+        scoring=Scoring(**QUICK),
+    )
+    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--seeds", "0", "--steps", "5"]
+    assert fewstep("benchmark", "schedule", *flags) == 0
+    assert learnt == ["behavior-cloning", "schedule", "schedule", "dode"]
+    first, second, third = records_of(tmp_path / "benchmark" / "schedule")
+    assert first["error before"] == second["error before"] == third["error before"]
+    assert second["tuned"]
+    for record in (second, third):
+        assert record["training calls"] > first["training calls"]
+        assert record["seconds"] > first["seconds"]
+
+
+def test_a_stage_hands_on_what_it_learned(tmp_path):
+    """Learning a schedule, then D-ODE, is what the two agents do by hand."""
+    few = {"schedule_rounds": 2, "batch_size": 20, "batches": 1, "tuning_rounds": 0}
+    start = [DIFFUSION, Sample("ddim", schedule="uniform", schedule_options={"end": 1.0})]
+    world = quick_world(tmp_path)
+    chain = [*start, Learn("schedule", few), Learn("dode", {"batches": 1})]
+    sampler = run_chain(chain, world, 5)
+    given = run_chain(start, world, 5)
+    mdp = world.mdp(given.denoiser.process, given.schedule)
+    first = ScheduleLearning(mdp, given.denoiser, solver="ddim", **few)
+    first.learn()
+    second = DODE(mdp.with_schedule(first.schedule), given.denoiser, solver="ddim", batches=1)
+    second.learn()
+    assert sampler.schedule == first.schedule
+    np.testing.assert_array_equal(sampler.tableau.weights, second.tableau.weights)
+    np.testing.assert_array_equal(sampler.before[0].weights, given.tableau.weights)
+    assert sampler.facts["returned"] == second.returned
+
+
+def test_sft_pg_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, monkeypatch):
+    few = {"batch_size": 16, "minibatch_size": 16}
+    chain = [Clone(), Sample("ancestral"), fine_tune("sft-pg", evaluations=2, **few)]
+    ends, train_round = [], SFTPG.train_round
+
+    def stopping(self):
+        if self.rounds == 1:
+            raise_signal(SIGINT)
+        return train_round(self)
+
+    for name in ("at once", "interrupted"):
+        world = quick_world(tmp_path / name, "SwissRoll", rounds=4)
+        run_chain(chain[:2], world, 5)
+        if name == "interrupted":
+            with monkeypatch.context() as patch:
+                patch.setattr(SFTPG, "train_round", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    run_chain(chain, world, 5)
+        sampler = run_chain(chain, world, 5)
+        assert len(sampler.facts["curve"][0]) == 2
+        ends.append(sampler.denoiser.state_dict())
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_ctrl_c_in_a_study_says_so_and_ends_with_130(tmp_path, fewstep, shrink, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(World, "score", interrupted)
+    shrink("dode-align", envs=(MIXTURE,))
+    assert fewstep("benchmark", "dode-align", f"--log-dir={tmp_path}", "--steps", "5") == 130
+
+
+def test_a_study_of_agents_shows_before_after_and_floor(tmp_path, fewstep, shrink, learnt):
+    quick = {"batch_size": 16, "minibatch_size": 16}
+    shrink("gradients", contenders=(with_settings(agents.SFT_PG_B, **quick),))
+    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--evaluation-samples=100", "--seeds", "0", "1"]
+    assert fewstep("benchmark", "gradients", *flags) == 0
+    assert learnt == ["behavior-cloning", "sft-pg", "sft-pg"]  # one denoiser for all seeds
+    folder = tmp_path / "benchmark" / "gradients"
+    table = (folder / "table.md").read_text()
+    row = next(line for line in table.splitlines() if "SFT-PG (B)" in line)
+    assert len(re.findall(r" → [^|]+ \(\d[^|]+\) \|", row)) == 2
+    assert (folder / "plot.png").is_file()
+
+
+def test_a_failure_is_one_sentence_that_names_the_cell(tmp_path, fewstep, capsys):
+    flags = [f"--log-dir={tmp_path}", f"--data-dir={tmp_path}"]
+    assert fewstep("benchmark", "mnist", *flags) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "4 of 4 cells failed, first mnist__1-generator-step__10__seed0: " in said
+    assert "--data-dir" in said
+
+
+# So few steps of FastDPM start late, and say so.
+@pytest.mark.filterwarnings("ignore:Sampling starts from pure noise")
+def test_the_study_of_samplers(tmp_path, fewstep, shrink):
+    wanted = {"DDPM, sub-sampled", "SN-DDPM", "D-DDIM", "SFT-PG (B)"}
+    yardstick, *others = STUDIES["samplers"].cells.contenders
+    few = [contender for contender in others if contender.label in wanted]
+    shrink("samplers", contenders=(dataclasses.replace(yardstick, calls=(7,)), *few))
+    flags = [f"--log-dir={tmp_path}", "--rounds=1", "--seeds", "0", "--steps", "4"]
+    assert fewstep("benchmark", "samplers", *flags) == 0
+    folder = tmp_path / "benchmark" / "samplers"
+    records = records_of(folder)
+    assert {(record["contender"], record["calls"]) for record in records} == {
+        ("DDPM, every noising", 7),
+        *((label, 4) for label in wanted),
+    }
+    table = (folder / "table.md").read_text()
+    assert "frechet_distance[digits-classifier] ↓" in table
+    assert "precision[digits-classifier] ↑" in table
+    assert "Better than 'DDPM, every noising' in frechet_distance" in table
+    assert (folder / "plot.png").stat().st_size > 1000
+    cells = {file: file.stat().st_mtime_ns for file in (folder / "cells").iterdir()}
+    assert fewstep("benchmark", "samplers", *flags) == 0
+    assert cells == {file: file.stat().st_mtime_ns for file in (folder / "cells").iterdir()}
+
+
+def test_the_study_on_mnist(tmp_path, fewstep, shrink):
+    write_mnist(tmp_path)
+    contender = STUDIES["mnist"].cells.contenders[1]
+    few = with_settings(contender, batch_size=4, minibatch_size=4, critic_width=8)
+    clone = dataclasses.replace(few.stages[0], body_options={"width": 8, "levels": 3})
+    few = dataclasses.replace(few, stages=(clone, *few.stages[1:]))
+    shrink("mnist", contenders=(few,))
+    flags = [f"--log-dir={tmp_path}", f"--data-dir={tmp_path}", "--rounds=1", "--steps", "3"]
+    assert fewstep("benchmark", "mnist", *flags, "--evaluation-samples=8") == 0
+    table = (tmp_path / "benchmark" / "mnist" / "table.md").read_text()
+    assert "5 generator steps, gamma 1" in table
+    assert "frechet_distance[mnist-classifier]" in table
