@@ -37,7 +37,7 @@ def agent_of(make_mdp, smooth_denoiser):
 @pytest.fixture
 def smooth_denoiser(make_denoiser, process):
     from fewstep.agents import Denoiser
-    from fewstep.agents.denoisers.networks.small import ResidualMLP
+    from fewstep.agents.denoisers.networks.residual_mlp import ResidualMLP
 
     def make():
         with torch.random.fork_rng():
