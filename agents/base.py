@@ -1,8 +1,11 @@
-"""Agent: what all agents share: settings, the learn loop, logging, checkpoint and resume.
+"""Agent: what all agents share, and the loop in which they learn.
 
 An agent has Stable-Baselines3's face (learn, predict, save, load, set_logger), and SB3's callbacks
 work on it, but it acts on the decision process itself (`DiffusionMDP`), whole batches at a time on
-one device. A subclass implements `train_round`, one round of its algorithm, and names its state.
+one device. It acts by `Actor`, and is saved by `Trainee`; here it learns.
+
+A subclass implements `train_round`, one round of its algorithm, and names its `state`. Runs treat
+all agents through these two, `sampler`, `done`, `report` and `files`.
 
 One timestep is one denoiser call on one sample.
 """
@@ -118,8 +121,13 @@ class Agent(Trainee):
         return Report()
 
     def files(self) -> dict[str, Any]:
-        """Return what a run writes beside each checkpoint: file name -> what has a `save(path)`."""
+        """Return what a run writes beside its checkpoint: file name -> what has a `save(path)`."""
         return {"tableau.json": self.tableau}
+
+    @property
+    def learns_tableau(self) -> bool:
+        """Whether training changes the table: then a run writes it at every checkpoint."""
+        return self.tableau is not self._tableau
 
     def networks(self) -> list[nn.Module]:
         """Return the networks whose calls are counted, where they are."""

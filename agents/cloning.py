@@ -88,6 +88,10 @@ class BehaviorCloning(Agent):
     def _size(self) -> int:
         return self.settings.batch_size * self.processes.count
 
+    def files(self) -> dict[str, Any]:
+        """Return nothing: the denoiser is for any sampler."""
+        return {}
+
     def smaller(self) -> str:
         """See `Agent.smaller`."""
         half = max((self.settings.execution.micro_batch_size or self.settings.batch_size) // 2, 1)

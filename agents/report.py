@@ -17,8 +17,8 @@ class Panel:
         title: what is drawn.
         x: label of the horizontal axis.
         curves: label -> x and y of the points of a line.
-        logged: label -> name of a metric in the run's log, to be drawn over the rounds; one that the
-            log lacks is left out.
+        logged: label -> name of a metric in the run's log, to be drawn over the rounds; those that
+            the log lacks are left out.
         scale: of the vertical axis, a name of matplotlib's.
     """
 

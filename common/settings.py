@@ -151,7 +151,7 @@ def _check_bounds(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     wanted = [(words, limits[key], holds) for key, words, holds in rules if limits[key] is not None]
     if math.isfinite(value) and all(holds(bound) for _, bound, holds in wanted):
         return
-    said = " and ".join(f"{words} {bound:g}" for words, bound, _ in wanted)
+    said = " and ".join(f"{words} {bound:g}" for words, bound, _ in wanted) or "finite"
     raise ValueError(f"{name} must be {said}, got {value}.")
 
 

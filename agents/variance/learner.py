@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...envs import DiffusionMDP
 from ..denoisers.denoiser import Denoiser
-from ..solver_learning.held_out_data import Noised
+from .held_out import Noised
 from .settings import VarianceSettings
 
 GIVEN, LEARNED = "given", "learned"

@@ -25,9 +25,9 @@ from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..report import Report
 from ..samplers.tableau import Tableau
-from ..solver_learning.held_out_data import Noised, held_out_samples
 from ..solvers import ancestral
 from .head_training import HeadTraining
+from .held_out import Noised, held_out_samples
 from .learner import LEARNED, VarianceLearner
 from .settings import VarianceSettings
 from .sums import GammaSums

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...envs import DiffusionMDP, DiscreteVP
 from ..denoisers.denoiser import Denoiser
-from ..solver_learning.held_out_data import Noised
 from ..solver_learning.selection import is_better
+from .held_out import Noised
 from .learner import GIVEN, LEARNED, VarianceLearner
 from .settings import VarianceSettings
 

@@ -290,6 +290,8 @@ class Target:
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its samples on ``device``; bytes stay bytes."""
+        if not self.has_samples:
+            return Target.without_samples(self.shape, device)
         return Target(
             self.name,
             self._training.to(device),

@@ -432,7 +432,7 @@ def test_timesteps_are_the_calls_that_training_acts_with(kind, make_agent, count
 
 @pytest.mark.parametrize("agent", [BehaviorCloning, SFT, SFTPG])
 def test_images(agent, generator, tmp_path):
-    """Digits: 8 x 8 images, a U-Net, paper A's last standard deviation of 0.001."""
+    """Digits: 8 x 8 images, a U-Net, Fan & Lee's (2023) last standard deviation of 0.001."""
     mdp = make_mdp("Digits", steps=3)
     with torch.random.fork_rng():
         denoiser = Denoiser(make_body(mdp.shape, 1000), mdp.process)

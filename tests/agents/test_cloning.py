@@ -203,7 +203,7 @@ def test_an_edm_agent_comes_back_and_goes_on(make_edm, tmp_path):
     agent.learn(3 * 32)
     agent.save(tmp_path / "agent")
     again = BehaviorCloning.load(tmp_path / "agent", agent.mdp)
-    assert (again.p_mean, again.p_std) == (-0.7, 1.0)
+    assert (again.settings.p_mean, again.settings.p_std) == (-0.7, 1.0)
     assert (again.denoiser.prediction, again.denoiser.sigma_data) == ("edm", 0.8)
     assert torch.equal(agent.train_round()["train/loss"], again.train_round()["train/loss"])
 
@@ -211,11 +211,11 @@ def test_an_edm_agent_comes_back_and_goes_on(make_edm, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"p_std": 0.0}, "positive p_std"),
-        ({"p_mean": float("nan")}, "finite p_mean"),
+        ({"p_std": 0.0}, "p_std must be above 0"),
+        ({"p_mean": float("nan")}, "p_mean must be finite, got nan"),
         ({"lr_schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"ema": 1.0}, "ema must lie in"),
-        ({"ema": -0.1}, "ema must lie in"),
+        ({"ema": 1.0}, "ema must be at least 0 and below 1"),
+        ({"ema": -0.1}, "ema must be at least 0 and below 1"),
         ({"solver": "ddmi"}, "did you mean 'ddim'"),
         ({"solver_options": {"varianc": "small"}}, "did you mean 'variance'"),
     ],

@@ -375,3 +375,12 @@ def test_a_fingerprint_tells_contents_apart():
         assert one.to("cpu").fingerprint == one.fingerprint
     # The last bits of a generator are its machine's.
     assert Target.from_sampler(samplers[1], n=5000).matches(targets[6].fingerprint)
+
+
+def test_a_target_without_samples_has_a_shape_and_gives_none():
+    target = Target.without_samples((3, 8, 8))
+    assert target.shape == (3, 8, 8) and not target.has_samples
+    assert Target.from_samples(torch.zeros(2, 3)).has_samples
+    with pytest.raises(ValueError, match="no samples to draw"):
+        target.sample(1)
+    assert not target.to("cpu").has_samples
