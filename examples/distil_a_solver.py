@@ -13,7 +13,7 @@ denoiser = Denoiser(SmallUNet((1, 8, 8)), process, prediction="epsilon")  # your
 schedule = Schedule.trailing(process, 6)
 few = {"batch_size": 20, "batches": 1}  # leave out for the real thing
 agent = DODE.without_data(denoiser, schedule, (1, 8, 8), solver="ddim", **few)
-agent.learn(agent.total_timesteps)
+agent.learn()
 print("errors on held-out noise:", agent.errors, "returned:", agent.returned)
 agent.save("six_steps.json")
 

@@ -14,11 +14,11 @@ denoiser = Denoiser(ResidualMLP((1, 8, 8), time_range=(-1.6, 1.1)), process, "ed
 start = Schedule.karras(process, 6)
 few = {"schedule_rounds": 10, "tuning_rounds": 5, "batch_size": 20}  # leave out for the real thing
 agent = ScheduleLearning.without_data(denoiser, start, (1, 8, 8), solver="euler", **few)
-agent.learn(agent.total_timesteps)
+agent.learn()
 agent.schedule.save("schedule.json")
 print(agent.sample(4).shape, "at the levels", agent.levels.tolist())
 
 schedule = Schedule.load("schedule.json")
 distilled = DODE.without_data(agent.sampling_denoiser, schedule, (1, 8, 8), batch_size=20)
-distilled.learn(distilled.total_timesteps)
+distilled.learn()
 print("errors on held-out noise:", distilled.errors)

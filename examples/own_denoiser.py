@@ -27,7 +27,7 @@ class MyNetwork(torch.nn.Module):
 mdp = make_mdp("SwissRoll", steps=10)
 denoiser = Denoiser(MyNetwork(), mdp.process, prediction="epsilon")
 cloning = BehaviorCloning.for_environment(mdp, denoiser)
-cloning.learn(cloning.total_timesteps)
+cloning.learn()
 cloning.save("mine.safetensors")  # weights come from the file, code from you
 denoiser = Denoiser.load("mine.safetensors", body=MyNetwork())
 agent = SFTPG(mdp, denoiser, batch_size=64)

@@ -12,12 +12,12 @@ from fewstep.envs import make_mdp
 
 mdp = make_mdp("SwissRoll", steps=10)
 cloning = BehaviorCloning.for_environment(mdp, new_denoiser(mdp, seed=0))
-cloning.learn(cloning.total_timesteps)
+cloning.learn()
 cloning.save("denoiser.safetensors")  # the averaged weights
 print("before", evaluate(cloning, mdp.target, n=20_000), sep="\n")
 
 agent = SFTPG.for_environment(mdp, Denoiser.load("denoiser.safetensors"))
-agent.learn(agent.total_timesteps)
+agent.learn()
 agent.save("agent.safetensors")
 print("after", evaluate(agent, mdp.target, n=20_000), sep="\n")
 print(agent.sample(1000).shape, "in", agent.nfe, "network calls")
