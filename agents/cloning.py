@@ -58,7 +58,8 @@ class BehaviorCloning(Agent):
     Args:
         env: the environment; its target gives the data, its process the noise.
         denoiser: the network to train, in place.
-        settings: see `CloningSettings`; the remaining arguments are `Agent`'s.
+        *args: the settings, see `CloningSettings`.
+        **arguments: single settings by name, and `Agent`'s remaining arguments.
     """
 
     name = "behavior-cloning"

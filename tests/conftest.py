@@ -22,8 +22,11 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
     ours, theirs = Agent.learn, OnPolicyAlgorithm.learn
 
-    def learn(agent: Agent, total_timesteps: int, **options: Any) -> Agent:
-        return ours(agent, min(total_timesteps, 2 * agent.timesteps_per_round), **options)
+    def learn(agent: Agent, total_timesteps: int | None = None, **options: Any) -> Agent:
+        calls = agent.timesteps_per_round
+        if calls is not None:  # the others count as they go; their examples are short themselves
+            total_timesteps = min(total_timesteps or 2 * calls, 2 * calls)
+        return ours(agent, total_timesteps, **options)
 
     def learn_theirs(model: Any, total_timesteps: int, *rest: Any, **options: Any) -> Any:
         short = 2 * model.n_steps * model.n_envs

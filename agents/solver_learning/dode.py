@@ -58,7 +58,8 @@ class DODE(SolverAgent):
     Args:
         env: the environment; its schedule is the student's, its process gives the noise.
         denoiser: the network, which stays as it is.
-        settings: see `DODESettings`; the remaining arguments are `Agent`'s.
+        *args: the settings, see `DODESettings`.
+        **arguments: single settings by name, and `Agent`'s remaining arguments.
 
     Attributes:
         fits: what each step's parameters did (`StepFit`), empty before the first round.

@@ -67,7 +67,8 @@ class ScheduleLearning(SolverAgent):
     Args:
         env: the environment; its schedule gives the number of steps and the ends.
         denoiser: the network; stage two trains it, in place.
-        settings: see `ScheduleSettings`; the remaining arguments are `Agent`'s.
+        *args: the settings, see `ScheduleSettings`.
+        **arguments: single settings by name, and `Agent`'s remaining arguments.
 
     Attributes:
         converged: whether the alternation ended because the levels stayed.

@@ -52,7 +52,8 @@ class VarianceLearning(Agent):
     Args:
         env: the environment; its target gives the data, its process the noise.
         denoiser: the pretrained network, which is not trained.
-        settings: see `VarianceSettings`; the remaining arguments are `Agent`'s.
+        *args: the settings, see `VarianceSettings`.
+        **arguments: single settings by name, and `Agent`'s remaining arguments.
 
     Attributes:
         errors: the losses of both and of what is "returned", mean squares per coordinate (of Gamma
