@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from ...agents import DODE, Denoiser
@@ -24,6 +23,7 @@ from ...envs import DiffusionMDP
 from ..reports.console import console, print_fit
 from ..reports.plots import correlation_figure, lambdas_figure, paths_figure, save_figure
 from ..run.folder import tableau_file, write_json
+from ..settings.flags import parse_flags
 from ..settings.foreign import check_body, foreign_body
 from ..settings.pretrained import PretrainedSettings, check_samples, load, run_of
 from ..settings.train import resumed_settings
@@ -54,7 +54,7 @@ class AnalyzeSettings(PretrainedSettings):
 
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep analyze` with these flags."""
-    settings = tyro.cli(AnalyzeSettings, args=list(argv), prog="fewstep analyze")
+    settings = parse_flags(AnalyzeSettings, argv, prog="fewstep analyze")
     if settings.samples < 2 or settings.reference_steps < 2:
         raise ValueError("--samples and --reference-steps must be at least 2.")
     mdp, denoiser, agent = distilled_agent(settings)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tyro
 from rich.table import Table
 
 from ...common.checks import at_least
@@ -17,6 +16,7 @@ from ..reports.console import console, print_report
 from ..run.folder import write_json
 from ..run.threads import threads
 from ..settings.benchmark import BenchmarkSettings
+from ..settings.flags import parse_flags
 from ..settings.train import check_seed
 from ..speed import MEASUREMENTS
 from ..studies import STUDIES
@@ -25,7 +25,7 @@ from ..studies.engine import run_study
 
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep benchmark` with these flags."""
-    settings = tyro.cli(BenchmarkSettings, args=list(argv), prog="fewstep benchmark")
+    settings = parse_flags(BenchmarkSettings, argv, prog="fewstep benchmark")
     titles = {name: study.title for name, study in STUDIES.items()}
     titles |= {name: measurement.title for name, measurement in MEASUREMENTS.items()}
     if settings.study == "list":

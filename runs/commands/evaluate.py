@@ -15,6 +15,7 @@ from ...critics.metrics.evaluation import evaluate
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..run.folder import check_output, write_json
+from ..settings.flags import parse_flags
 from ..settings.pretrained import PretrainedSettings, finite_sampler, load
 
 
@@ -33,7 +34,7 @@ class EvaluateSettings(PretrainedSettings):
 
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep evaluate` with these flags."""
-    settings = tyro.cli(EvaluateSettings, args=list(argv), prog="fewstep evaluate")
+    settings = parse_flags(EvaluateSettings, argv, prog="fewstep evaluate")
     at_least(2, **{"--evaluation-samples": settings.evaluation_samples})
     if settings.output is not None:
         check_output(settings.output)

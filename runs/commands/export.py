@@ -11,6 +11,7 @@ import tyro
 
 from ...agents.pretrained import export_pipeline
 from ..reports.console import console
+from ..settings.flags import parse_flags
 from ..settings.pretrained import PretrainedSettings, load
 
 
@@ -24,7 +25,7 @@ class ExportSettings(PretrainedSettings):
 
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep export` with these flags."""
-    settings = tyro.cli(ExportSettings, args=list(argv), prog="fewstep export")
+    settings = parse_flags(ExportSettings, argv, prog="fewstep export")
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
     _, denoiser, tableau = load(settings, needs_data=False)

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tyro
 from rich.table import Table
 
 from ...agents import AGENTS
@@ -15,11 +14,12 @@ from ...envs.registration import ENVIRONMENTS
 from ...envs.targets.images import IMAGE_SETS
 from ...envs.targets.target import make_target
 from ..reports.console import console
+from ..settings.flags import parse_flags
 
 
 def envs(argv: Sequence[str]) -> None:
     """List the environments."""
-    tyro.cli(_no_flags, args=list(argv), prog="fewstep envs", description=envs.__doc__)
+    parse_flags(_no_flags, argv, prog="fewstep envs", description=envs.__doc__)
     table = Table()
     for column in ("id", "sample", "training set", "noisings", "K"):
         table.add_column(column, no_wrap=True)
@@ -42,7 +42,7 @@ def envs(argv: Sequence[str]) -> None:
 
 def agents(argv: Sequence[str]) -> None:
     """List the agents and the solvers."""
-    tyro.cli(_no_flags, args=list(argv), prog="fewstep agents", description=agents.__doc__)
+    parse_flags(_no_flags, argv, prog="fewstep agents", description=agents.__doc__)
     console.print(_listed("agent", {name: _summary(agent) for name, agent in AGENTS.items()}))
     console.print(_listed("solver", {name: solver.summary for name, solver in SOLVERS.items()}))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 from ...common.files import write_atomically
 from ..reports.console import console
 from ..reports.plots import pictured, samples_figure, save_figure
 from ..run.folder import check_output
+from ..settings.flags import parse_flags
 from ..settings.pretrained import PretrainedSettings, finite_sampler, load
 
 
@@ -29,7 +29,7 @@ class SampleSettings(PretrainedSettings):
 
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep sample` with these flags."""
-    settings = tyro.cli(SampleSettings, args=list(argv), prog="fewstep sample")
+    settings = parse_flags(SampleSettings, argv, prog="fewstep sample")
     if settings.output.suffix not in (".npy", ".png"):
         raise ValueError(f"Cannot write {settings.output}: give a .npy or .png file.")
     if settings.n < 1:

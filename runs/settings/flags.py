@@ -1,8 +1,14 @@
-"""The flags behind what a message of the library speaks of: the library does not know them."""
+"""Flags: parsed by tyro, with errors of one sentence, and named behind the library's messages."""
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from typing import Any, TypeVar
+
+Flags = TypeVar("Flags")
 
 # What a message says, and the flag that sets it.
 FLAGS = {
@@ -31,3 +37,48 @@ def with_flags(message: str) -> str:
         if re.search(rf"(?<![\w.]){re.escape(words)}(?!\w)", message) and flag not in message
     ]
     return f"{message} ({'; '.join(named)})" if named else message
+
+
+def parse_flags(
+    kind: Callable[..., Flags], argv: Sequence[str], prog: str, **options: Any
+) -> Flags:
+    """Read flags as `tyro.cli` does, whose boxes become one sentence.
+
+    Args:
+        kind: what the flags build, a dataclass or a function.
+        argv: the flags.
+        prog: the command's name, for its help.
+        options: of `tyro.cli`, such as `default`.
+
+    Raises:
+        ValueError: a flag that does not exist, or a value that it does not take.
+    """
+    import tyro
+
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            return tyro.cli(kind, args=list(argv), prog=prog, **options)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+    raise ValueError(one_sentence(said.getvalue()))
+
+
+def one_sentence(box: str) -> str:
+    """Return what a box of tyro says, in one sentence.
+
+    The box has a title, the message, and after rules of dashes what may be meant and other help.
+    """
+    lines = [line.strip("│| ").strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= set("─-╭╮╰╯")]
+    first = 1 if lines and re.match(r"^[╭+]", lines[0]) else 0
+    end = next((i for i in rules if i > first), len(lines))
+    text = " ".join(" ".join(lines[first:end]).split())
+    # The library's classes mean nothing on a command line.
+    text = re.sub(r"Error parsing (?:agent\.|run: |agent: )?", "", text)
+    if not text.startswith("Unrecognized options"):
+        return text
+    unknown = [word for word in re.findall(r"[^\s,]+", text) if word.startswith("-")]
+    text = f"Unknown flag {', '.join(unknown)}" if unknown else text
+    meant = re.findall(r"^--[\w.-]+", "\n".join(lines[end:]), flags=re.M)
+    return f"{text}; did you mean {' or '.join(meant)}?" if meant else f"{text}."

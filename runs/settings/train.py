@@ -28,6 +28,7 @@ from ...common.settings import Settings as AnySettings
 from ...common.settings import bounded
 from ...envs.registration import resolve_environment
 from ..run.joining import check_own_gpu
+from .flags import parse_flags
 from .foreign import Recorded, is_foreign, needs_flag
 
 # Generators take twice as many; runs add a little to theirs.
@@ -180,9 +181,9 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
             ("pretrain", CloningSettings),
         ],
     )
-    flags = tyro.cli(
+    flags = parse_flags(
         everything,
-        args=list(argv),
+        argv,
         default=everything(base.run, base.agent, base.cloning),
         prog=f"fewstep {'pretrain' if agent else 'train'}",
         description=inspect.getdoc(TrainSettings),
