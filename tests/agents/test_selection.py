@@ -250,7 +250,6 @@ def test_variance_learning_returns_nothing_worse(kind):
         batch_size=500,
         samples_per_time=5000,
         learning_rate=1e-2,
-        rounds=60,
         **settings,
     )
     long.learn()
@@ -263,7 +262,6 @@ def test_variance_learning_returns_nothing_worse(kind):
         batch_size=4,
         samples_per_time=1,
         learning_rate=1,
-        rounds=5,
         seed=1,
         **settings,
     )
