@@ -57,10 +57,14 @@ class Agent(Trainee):
             critic says.
         processes: those that train together, under `torchrun`; else this one alone.
         data_parallel: whether several processes can train it together.
+        needs_denoiser: whether it starts from a trained network, rather than from nothing.
+        grid: schedule that a run takes where none is named, if not the environment's.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
 
     data_parallel: ClassVar[bool] = False
+    needs_denoiser: ClassVar[bool] = True
+    grid: ClassVar[str | None] = None
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class BehaviorCloning(Agent):
 
     name = "behavior-cloning"
     data_parallel = True
+    needs_denoiser = False
 
     settings: CloningSettings
     Settings = CloningSettings

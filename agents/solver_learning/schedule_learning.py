@@ -88,6 +88,7 @@ class ScheduleLearning(SolverAgent):
     """
 
     name = "schedule"
+    grid = "karras"
     obeys_transitions = False
 
     settings: ScheduleSettings

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...agents import DODE, Denoiser
+from ...agents import AGENTS, Denoiser
 from ...agents.samplers.tableau import Tableau
 from ...agents.solvers import ddim
 from ...envs import DiffusionMDP
-from ..reports.console import console, print_fit
-from ..reports.plots import correlation_figure, lambdas_figure, paths_figure, save_figure
+from ..reports.console import console
+from ..reports.plots import correlation_figure, panels_figure, paths_figure, save_figure
+from ..reports.results import print_report_tables
 from ..run.folder import tableau_file, write_json
 from ..settings.flags import parse_flags
 from ..settings.foreign import check_body, foreign_body
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
         }
     for name, tableau in solvers.items():
         check_samples(states[name], settings, tableau)
+    report = agent.report()
     figures: dict[str, Any] = {
         "correlation": correlation_figure(reference.times, reference.similarity),
         "trajectory": paths_figure(
@@ -78,7 +80,10 @@ def main(argv: Sequence[str]) -> None:
             },
             coordinates_of(noise, settings.seed),
         ),
-        "lambdas": lambdas_figure(agent.base.times.tolist(), agent.lambdas),
+        **{
+            name.removesuffix(".png"): panels_figure([(panel, panel.curves) for panel in panels])
+            for name, panels in report.figures.items()
+        },
     }
     for name, figure in figures.items():
         save_figure(figure, settings.output / f"{name}.png")
@@ -103,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
             **agent.state(),
         },
     )
-    print_fit(agent.base.name, agent.base.times.tolist(), agent.fits, agent.errors)
+    print_report_tables(report)
     console.print(
         f"Squared error to {reference.steps} steps of DDIM from the same noise: "
         f"{agent.base.name} {errors['base']:.2e}, distilled {errors['distilled']:.2e}"
@@ -111,22 +116,22 @@ def main(argv: Sequence[str]) -> None:
     console.out(f"Pictures and analysis.json: {settings.output}")
 
 
-def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, DODE]:
+def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, Any]:
     """Return the environment, the denoiser and a distilled solver: the run's own, or a new one."""
     table = tableau_file(settings.denoiser)
     chosen = (settings.solver, settings.steps, settings.schedule, settings.schedule_options)
     made = run_of(settings.denoiser)
-    distilled = made is not None and made.agent == DODE.name
+    distilled = made is not None and made.agent == "dode"
     if table is not None and distilled and all(choice is None for choice in chosen):
         run = resumed_settings(table.parent, settings.body)
         mdp = build_mdp(run)
         body = foreign_body(run.run.body, run.run.body_options)
         denoiser = Denoiser.load(table.parent / "denoiser.safetensors", mdp.device, body)
         check_body(denoiser, mdp.shape, settings.body)
-        return mdp, denoiser, DODE.load(table, mdp, denoiser=denoiser)
+        return mdp, denoiser, AGENTS["dode"].load(table, mdp, denoiser=denoiser)
     solver = settings.solver or "ddim"
     mdp, denoiser, _ = load(dataclasses.replace(settings, solver=solver))
-    agent = DODE(
+    agent = AGENTS["dode"](
         mdp, denoiser, solver=solver, solver_options=settings.solver_options, seed=settings.seed
     )
     agent.learn()

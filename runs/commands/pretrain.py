@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...agents import BehaviorCloning
+from ..settings.train import CLONER
 from . import train
 
 
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep pretrain` with these flags."""
-    train.main(argv, agent=BehaviorCloning.name)
+    train.main(argv, agent=CLONER)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.logger import Logger
 
-from ...agents import AGENTS, BehaviorCloning, Denoiser, ScheduleLearning
+from ...agents import AGENTS, Denoiser
 from ...agents.base import Agent
 from ...agents.denoisers.bodies import new_denoiser
 from ...agents.samplers.sampling import sample, sampler_of
@@ -30,7 +30,7 @@ from ...envs.processes import NoiseProcess, make_process
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..reports.plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
-from ..reports.results import combine, report_agent, save_sampler
+from ..reports.results import combine, save_files, show_report
 from ..run.folder import RunFolder, flat
 from ..run.interrupts import Interrupts
 from ..run.joining import agreed_path, is_lost_peer, joined_processes
@@ -41,6 +41,7 @@ from ..settings.environment import build_environment, check_fits
 from ..settings.foreign import check_body, foreign_body, is_foreign
 from ..settings.sources import starting_denoiser
 from ..settings.train import (
+    CLONER,
     Settings,
     TrainSettings,
     defaults,
@@ -146,7 +147,7 @@ class Run:
             self.evaluation = Evaluation(
                 self.mdp.target, run.evaluation_samples, features, real_distances
             )
-        if run.agent == BehaviorCloning.name:
+        if not AGENTS[run.agent].needs_denoiser:
             agent, before = self.clone(), None
         else:
             if self._adopts:
@@ -162,9 +163,9 @@ class Run:
     def clone(self) -> Agent:
         """Train a denoiser by behaviour cloning, or find it trained."""
         run = self.settings.run
-        its = self.settings.agent if run.agent == BehaviorCloning.name else self.settings.cloning
+        its = self.settings.cloning if AGENTS[run.agent].needs_denoiser else self.settings.agent
         denoiser = denoiser_of(self.mdp, run)
-        agent = BehaviorCloning(self.mdp, denoiser, its, seed=run.seed)
+        agent = AGENTS[CLONER](self.mdp, denoiser, its, seed=run.seed)
         return self._learn(agent, self.folder.cloning)
 
     def _cloned(self, device: torch.device | str) -> Denoiser:
@@ -249,14 +250,14 @@ class Run:
         preset = defaults(run.env, run.agent, run.preset).run
         # A body of one's own would be cloned, which does not go with a denoiser that is given.
         plain = all(getattr(run, name) == getattr(preset, name) for name in CLONED)
-        if agent.name != BehaviorCloning.name and plain and not self._adopts:
+        if agent.needs_denoiser and plain and not self._adopts:
             start += f" --denoiser {shlex.quote(str(self.folder.cloning))}"
         smaller = f"and a smaller {flags}" if flags else "and other settings"
         return f"--resume would come to the same end; start anew with:  {start}  {smaller}."
 
     def _saved(self, agent: Agent) -> None:
         """Write what goes with a checkpoint."""
-        save_sampler(agent, self.folder)
+        save_files(agent, self.folder)
         self.folder.update_results(seconds=self.seconds)
 
     # -- what a person sees --------------------------------------------------------------------
@@ -265,7 +266,7 @@ class Run:
         """Score before and after; write results.json and the pictures; print the table."""
         console.print("Evaluating ...")
         assert self.evaluation is not None  # only the first process reports
-        samplers = {"after": (agent.tableau, agent.sampling_denoiser)}
+        samplers = {"after": agent.sampler}
         if before is not None:
             samplers = {"before": (agent.starting_tableau(before), before), **samplers}
         draw = {
@@ -275,7 +276,7 @@ class Run:
         draw["after"] = finite(draw["after"], agent.num_timesteps)
         scores = {name: self.evaluation(draw[name]) for name in draw}
         self._pictures(samplers)
-        report_agent(agent, self.folder)
+        show_report(agent.report(), self.folder)
         results = self.folder.update_results(
             env=self.settings.run.env,
             agent=agent.name,
@@ -334,7 +335,7 @@ def check(settings: Settings) -> DiffusionMDP:
     mdp = build_mdp(settings, denoiser)
     if denoiser is None:
         denoiser = denoiser_of(mdp, run)
-    elif run.agent == BehaviorCloning.name:
+    elif not AGENTS[run.agent].needs_denoiser:
         raise ValueError(
             "Behaviour cloning starts from nothing: --denoiser and --pretrained are for the other "
             "agents."
@@ -356,7 +357,7 @@ def check(settings: Settings) -> DiffusionMDP:
             )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
-    BehaviorCloning(mdp, denoiser, settings.cloning)
+    AGENTS[CLONER](mdp, denoiser, settings.cloning)
     AGENTS[run.agent](mdp, denoiser, settings.agent)
     return mdp
 
@@ -390,7 +391,7 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
         download=run.download,
         image_size=run.image_size,
         inpaint=run.inpaint,
-        default_schedule="karras" if run.agent == ScheduleLearning.name else None,
+        default_schedule=AGENTS[run.agent].grid,
     )
     if run.download and processes.first:
         processes.wait()

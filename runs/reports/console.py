@@ -14,8 +14,6 @@ from rich.markdown import Markdown, TableElement
 from rich.markup import escape
 from rich.table import Table
 
-from ...agents.solver_learning.distillation.fit import StepFit
-
 console = Console(highlight=False)
 
 
@@ -61,46 +59,11 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-def print_fit(
-    name: str, times: Sequence[float], fits: Sequence[StepFit], errors: Mapping[str, float]
-) -> None:
-    """Print what each step's D-ODE parameters did to the error against the teacher."""
-    table = Table(title=f"What distillation did to {name}", title_justify="left")
-    for column in ("call", "from", "to", "lambda", "squared error", "with lambda", "removed"):
-        table.add_column(column, justify="right")
-    for j, fit in enumerate(fits):
-        lambdas = ", ".join(f"{value:.3f}" for value in fit.lambdas) or "-"
-        table.add_row(
-            str(j + 1),
-            f"{times[j]:.4g}",
-            f"{times[j + 1]:.4g}",
-            lambdas,
-            figure(fit.before),
-            figure(fit.after),
-            f"{100 * fit.removed:.1f} %",
-        )
+def print_table(title: str, columns: Mapping[str, Sequence[float | str]]) -> None:
+    """Print a table of columns of equal length, numbers with four digits."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row))
     console.print(table)
-    _print_errors(errors)
-
-
-def print_levels(
-    before: Sequence[float],
-    after: Sequence[float],
-    weights: Sequence[float],
-    errors: Mapping[str, float],
-) -> None:
-    """Print a learned schedule beside the one before, and what learning did to the error."""
-    table = Table(title="What schedule learning did", title_justify="left")
-    for column in ("call", "level before", "level learned", "lambda"):
-        table.add_column(column, justify="right")
-    for j, (old, new) in enumerate(zip(before, after, strict=True)):
-        weight = figure(weights[j]) if j < len(weights) else "-"
-        table.add_row(str(j + 1), f"{old:.4g}", f"{new:.4g}", weight)
-    console.print(table)
-    _print_errors(errors)
-
-
-def _print_errors(errors: Mapping[str, float]) -> None:
-    """Print what an agent reports of finished samples, in the unit that all of them share."""
-    finished = ", ".join(f"{key} {figure(value)}" for key, value in errors.items())
-    console.print(f"Mean squared errors per coordinate, noise of their own: {finished}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from ...agents.report import Curve, Panel
 from ...common.files import write_atomically
 from ...common.shapes import is_image
 
@@ -110,81 +111,24 @@ def curve_figure(
     return figure
 
 
-def lambdas_figure(times: Sequence[float], lambdas: Sequence[np.ndarray]) -> Figure:
-    """Draw the D-ODE parameters over the network calls, labelled with their times.
-
-    Args:
-        times: the K + 1 times of the tableau.
-        lambdas: (n_j,) for each of the K calls, in the order of its `directions`: those along the
-            most recent output first.
-    """
-    figure, axes = new_figure(1, 1, size=4.5)
-    axis = axes[0, 0]
-    most = max((len(values) for values in lambdas), default=0)
-    for k in range(most):
-        calls = [j for j, values in enumerate(lambdas) if len(values) > k]
-        axis.plot(calls, [lambdas[j][k] for j in calls], marker="o", markersize=4, label=f"{k + 1}")
-    axis.axhline(0, color=REAL, linestyle="--", linewidth=1)
-    if max((float(np.abs(values).max()) for values in lambdas if len(values)), default=0.0) > 5:
-        # A misaligned or ill-determined step can have a lambda of hundreds.
-        axis.set_yscale("symlog", linthresh=2)
-    axis.set_xticks(range(len(lambdas)), [f"{t:.4g}" for t in times[: len(lambdas)]], rotation=60)
-    axis.set_xlabel("time of the network call")
-    axis.set_ylabel("lambda")
-    axis.grid(alpha=0.3)
-    if most > 1:
-        figure.legend(title="direction", fontsize=8, loc="outside right upper")
-    return figure
-
-
-def schedule_figure(
-    levels: Mapping[str, np.ndarray],
-    weights: Mapping[str, np.ndarray],
-    history: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-) -> Figure:
-    """Draw a learned schedule, what it weighs, and how it was learned (paper B, Figs. 3 and 4).
-
-    Args:
-        levels: name -> (T,) noise levels, the noisiest first.
-        weights: name -> (T - 1,) weights lambda of the network's outputs.
-        history: name -> updates and values, of the losses and the "variance ratio"; it may be
-            empty, and then has no panel.
-    """
-    figure, axes = new_figure(1, 3 if history else 2, size=4.2)
-    for name, values in levels.items():
-        axes[0, 0].plot(range(len(values)), values, marker="o", markersize=4, label=name)
-    for name, values in weights.items():
-        axes[0, 1].plot(range(len(values)), values, marker="o", markersize=4, label=name)
-    for axis, what in zip(axes[0], ("noise level", "weight lambda"), strict=False):
-        axis.set_title(f"{what} of each call")
-        axis.set_xlabel("network call")
+def panels_figure(panels: Sequence[tuple[Panel, Mapping[str, Curve]]]) -> Figure:
+    """Draw an agent's panels beside each other, each with its curves by label."""
+    figure, axes = new_figure(1, max(len(panels), 1), size=4.2)
+    for axis, (panel, curves) in zip(axes[0], panels, strict=False):
+        for name, (x, y) in curves.items():
+            axis.plot(x, y, marker=marker(y), markersize=4, label=name)
+        axis.set_title(panel.title)
+        axis.set_xlabel(panel.x)
         axis.xaxis.set_major_locator(whole_numbers())
-    if history:
-        draw_history(axes[0, 2], history)
-    for axis in axes[0]:
-        axis.set_yscale("log")
+        if panel.scale == "symlog":
+            axis.axhline(0, color=REAL, linestyle="--", linewidth=1)
+            axis.set_yscale("symlog", linthresh=2)
+        else:
+            axis.set_yscale(panel.scale)
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if len(curves) > 1:
             axis.legend(fontsize=8)
     return figure
-
-
-def draw_history(
-    axis: Axes, history: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-) -> None:
-    """Draw the losses of stage one, and the variance ratio on an axis of its own."""
-    ratio = axis.twinx()
-    for name, (updates, course) in history.items():
-        style: dict[str, Any] = {"marker": marker(course), "markersize": 4}
-        if name == "variance ratio":
-            ratio.plot(updates, course, color=REAL, linestyle="--", **style)
-        else:
-            axis.plot(updates, course, label=name, **style)
-    ratio.set_ylim(bottom=0)
-    ratio.set_ylabel("variance of samples / of targets (dashed)", color=REAL)
-    axis.set_title("stage one")
-    axis.set_xlabel("update")
-    axis.xaxis.set_major_locator(whole_numbers())
 
 
 def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) -> Figure:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...agents import AGENTS, DODE
+from ...agents import AGENTS
 from ...agents.base import Agent
 from ...agents.denoisers.files import STAGES
 from ...common.checkpoint import CheckpointError
@@ -29,7 +29,7 @@ from ...common.reading import CONSTANTS, read_json
 from ..settings.train import Settings, defaults
 
 CLONING, CHECKPOINT = "denoiser.safetensors", Agent.checkpoint_name
-TABLEAU, SCHEDULE = DODE.checkpoint_name, "schedule.json"
+TABLEAU, SCHEDULE = "tableau.json", "schedule.json"
 
 
 class RunFolder:

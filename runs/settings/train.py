@@ -31,6 +31,8 @@ from ..run.joining import check_own_gpu
 from .flags import parse_flags
 from .foreign import Recorded, is_foreign, needs_flag
 
+# The agent that trains a denoiser from nothing, before the others.
+CLONER = "behavior-cloning"
 # Generators take twice as many; runs add a little to theirs.
 LAST_SEED = 2**63 - 1
 
