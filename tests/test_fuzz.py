@@ -28,8 +28,8 @@ from fewstep.critics.metrics.classifier import ClassifierFeatures
 from fewstep.envs import DiscreteVP, Schedule, make_target
 from fewstep.envs.registration import make_mdp
 from fewstep.runs.cli import main
-from fewstep.runs.commands.train import Run
 from fewstep.runs.run.folder import RunFolder
+from fewstep.runs.run.run import Run
 from fewstep.runs.settings.train import Settings, defaults
 
 TIMES = int(os.environ.get("FUZZ", "1"))

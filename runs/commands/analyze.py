@@ -23,12 +23,12 @@ from ...envs import DiffusionMDP
 from ..reports.console import console
 from ..reports.plots import correlation_figure, panels_figure, paths_figure, save_figure
 from ..reports.results import print_report_tables
+from ..run.building import build_mdp
 from ..run.folder import tableau_file, write_json
 from ..settings.flags import parse_flags
 from ..settings.foreign import check_body, foreign_body
 from ..settings.pretrained import PretrainedSettings, check_samples, load, run_of
 from ..settings.train import resumed_settings
-from .train import build_mdp
 
 # Times at which outputs are compared and reference states are drawn.
 SHOWN_TIMES = 100

@@ -9,7 +9,7 @@ from fewstep.agents.presets import CLONING, FINE_TUNING, PROCESSES, SCHEDULES, p
 from fewstep.envs.mdp import no_reward
 from fewstep.envs.processes import make_process
 from fewstep.envs.registration import ENVIRONMENTS, make_mdp
-from fewstep.runs.commands.train import check
+from fewstep.runs.run.building import check
 from fewstep.runs.settings.train import parse
 
 

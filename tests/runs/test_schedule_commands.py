@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fewstep.agents import Denoiser, ScheduleLearning, Tableau
 from fewstep.envs import VE, Schedule
-from fewstep.runs.commands.train import build_mdp
+from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=60", "--pretrain.batch-size=256", "--evaluation-samples=500"]

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewstep.agents import DODE, Denoiser, Tableau
 from fewstep.agents.solvers import SOLVERS
 from fewstep.envs import VE
-from fewstep.runs.commands.train import build_mdp
+from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]

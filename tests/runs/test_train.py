@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewstep.agents import SFTPG
 from fewstep.common.checkpoint import load_checkpoint
 from fewstep.envs import make_mdp
-from fewstep.runs.commands.train import check
+from fewstep.runs.run.building import check
 from fewstep.runs.run.folder import described_changes
 from fewstep.runs.run.logs import read_live_metric
 from fewstep.runs.settings.train import defaults, parse

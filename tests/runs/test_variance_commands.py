@@ -12,7 +12,7 @@ from fewstep.agents import Denoiser, Tableau, VarianceLearning
 from fewstep.agents.samplers.sampling import sampler_of
 from fewstep.agents.solvers import fast_dpm
 from fewstep.envs import Schedule
-from fewstep.runs.commands.train import build_mdp
+from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]

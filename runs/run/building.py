@@ -1,0 +1,110 @@
+"""What a run is made of, built and checked before a folder is made: environment and denoiser."""
+
+from __future__ import annotations
+
+from ...agents import AGENTS, Denoiser
+from ...agents.denoisers.bodies import new_denoiser
+from ...common.distributed import Processes
+from ...common.optimisation import seeded
+from ...envs import DiffusionMDP
+from ...envs.processes import NoiseProcess, make_process
+from ..settings.environment import build_environment, check_fits
+from ..settings.foreign import check_body, foreign_body, is_foreign
+from ..settings.sources import starting_denoiser
+from ..settings.train import (
+    CLONER,
+    Settings,
+    TrainSettings,
+    defaults,
+)
+
+# Settings of a denoiser that the run clones itself.
+CLONED = ("body", "body_options", "prediction")
+
+
+def check(settings: Settings) -> DiffusionMDP:
+    """Build all that the settings name, to refuse bad ones before a folder is made.
+
+    Returns:
+        The environment.
+
+    Raises:
+        ValueError: settings that do not go together, or are not possible.
+    """
+    run = settings.run
+    denoiser = starting_denoiser(run)
+    mdp = build_mdp(settings, denoiser)
+    if denoiser is None:
+        denoiser = denoiser_of(mdp, run)
+    elif not AGENTS[run.agent].needs_denoiser:
+        raise ValueError(
+            "Behaviour cloning starts from nothing: --denoiser and --pretrained are for the other "
+            "agents."
+        )
+    else:
+        check_fits(denoiser, mdp, run.denoiser or run.pretrained)
+        of_preset = defaults(run.env, run.agent, run.preset).run
+        check_body(denoiser, mdp.shape, run.body)
+        cloned = ("prediction",) if is_foreign(run.body) else CLONED
+        for flag in cloned:
+            if getattr(run, flag) != getattr(of_preset, flag):
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")
+        asked = run.process if run.process != of_preset.process else None
+        if asked is not None and make_process(asked) != denoiser.process:
+            raise ValueError(
+                f"--process {asked} is not that of the given denoiser, {denoiser.process!r}; leave "
+                "it out."
+            )
+    if run.inception_weights is not None and not run.inception_weights.is_file():
+        raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
+    AGENTS[CLONER](mdp, denoiser, settings.cloning)
+    AGENTS[run.agent](mdp, denoiser, settings.agent)
+    return mdp
+
+
+def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> DiffusionMDP:
+    """Build the environment that the settings name.
+
+    Args:
+        settings: of the run.
+        denoiser: the one that the run starts from, if it is loaded already.
+    """
+    run, processes = settings.run, Processes.current()
+    denoiser = denoiser or starting_denoiser(run)
+    if denoiser is not None:
+        process: NoiseProcess | None = denoiser.process
+    elif run.process is None or (run.schedule or "").endswith(".json"):
+        process = None
+    else:
+        process = make_process(run.process)
+    if run.download and not processes.first:
+        processes.wait()  # for the files that the first is fetching
+    mdp = build_environment(
+        run.env,
+        steps=run.steps,
+        schedule=run.schedule,
+        schedule_options=run.schedule_options,
+        process=process,
+        solver=settings.agent.solver or "",
+        device=run.device,
+        data_dir=run.data_dir,
+        download=run.download,
+        image_size=run.image_size,
+        inpaint=run.inpaint,
+        default_schedule=AGENTS[run.agent].grid,
+    )
+    if run.download and processes.first:
+        processes.wait()
+    return mdp
+
+
+def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:
+    """Build the untrained denoiser that a run's settings name."""
+    with seeded(run.seed):
+        body = foreign_body(run.body, run.body_options)
+    if body is None:
+        return new_denoiser(mdp, run.seed, run.prediction, run.body, run.body_options)
+    denoiser = new_denoiser(mdp, run.seed, run.prediction, body)
+    check_body(denoiser, mdp.shape, run.body)
+    return denoiser
