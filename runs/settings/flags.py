@@ -14,10 +14,10 @@ Flags = TypeVar("Flags")
 FLAGS = {
     "batch_size": "--batch-size",
     "body_options": "--body NAME --body-options",
-    "buffer='cpu'": "--buffer cpu",
+    "buffer='cpu'": "--execution.buffer cpu",
     "data_dir": "--data-dir",
     "download=True": "--download",
-    "gradient_checkpointing": "--gradient-checkpointing",
+    "gradient_checkpointing": "--policy.gradient-checkpointing",
     "image_size": "--image-size",
     "kind='gamma'": "--agent variance --kind gamma",
     "kind='npr'": "--agent variance --kind npr",
@@ -25,7 +25,7 @@ FLAGS = {
     "kind='step'": "--schedule-options kind step",
     "last_std=0.001": "--solver ancestral --solver-options last_std 0.001",
     "use an earlier one": "in a run folder delete it: --resume then goes on from the stage before",
-    "micro_batch_size": "--micro-batch-size, in the first stage --pretrain.micro-batch-size",
+    "micro_batch_size": "--execution.micro-batch-size, in the first stage --pretrain.execution.micro-batch-size",
 }
 
 

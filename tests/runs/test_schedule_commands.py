@@ -15,7 +15,7 @@ from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=60", "--pretrain.batch-size=256", "--evaluation-samples=500"]
-FEW = ["--schedule-rounds=12", "--tuning-rounds=4", "--batch-size=60", "--batches=1"]
+FEW = ["--schedule-rounds=12", "--tuning.rounds=4", "--batch-size=60", "--batches=1"]
 AGENT = ["--agent=schedule", "--steps=6", "--log-interval=1", "--evaluations=1", *FEW]
 
 
@@ -133,8 +133,8 @@ def test_a_vp_process_learns_too(tmp_path, fewstep):
         (["--start=nowhere"], "unknown start 'nowhere'"),
         (["--schedule=missing.json"], "No schedule at missing.json"),
         (["--schedule=80,40,50,1,0", "--process=ve"], "must strictly decrease"),
-        (["--schedule-rounds=0", "--tuning-rounds=0"], "nothing to do"),
-        (["--tuning-learning-rate=nan"], "must be positive and finite"),
+        (["--schedule-rounds=0", "--tuning.rounds=0"], "nothing to do"),
+        (["--tuning.learning-rate=nan"], "must be positive and finite"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_no_folder(flags, says, tmp_path, fewstep, capsys):

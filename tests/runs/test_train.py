@@ -193,7 +193,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, fewstep, tiny, monk
 @pytest.mark.parametrize("evaluations", [0, 1])
 def test_cloning_that_diverges_says_so(evaluations, tmp_path, fewstep, capsys):
     """One step breaks the samples; weights and loss are still finite when the metric looks."""
-    flags = ["--learning-rate=1e9", "--rounds=1", f"--evaluations={evaluations}"]
+    flags = ["--optimizer.learning-rate=1e9", "--rounds=1", f"--evaluations={evaluations}"]
     sizes = ["--batch-size=16", "--evaluation-samples=50"]
     assert fewstep("pretrain", *flags, *sizes, f"--log-dir={tmp_path}") == 2
     assert "Training went non-finite: a sample is NaN" in capsys.readouterr().err

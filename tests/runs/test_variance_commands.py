@@ -16,7 +16,7 @@ from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]
-AGENT = ["--agent=variance", "--steps=4", "--process=linear-20", "--batch-size=32", "--hidden=8"]
+AGENT = ["--agent=variance", "--steps=4", "--process=linear-20", "--batch-size=32", "--head.hidden=8"]
 SOLVERS = {"gamma": "analytic-dpm", "sn": "sn-ddpm", "npr": "npr-ddpm"}
 
 
@@ -59,7 +59,7 @@ def test_a_run_leaves_a_sampler(kind, learned, tmp_path, fewstep):
 @pytest.mark.parametrize("kind", ["gamma", "npr"])
 def test_sft_pg_starts_from_what_was_learned(kind, learned, tmp_path, fewstep, tiny):
     flags = ["--agent=sft-pg", f"--denoiser={learned(kind)}", f"--solver={SOLVERS[kind]}"]
-    flags += ["--solver-options", "last_std", "0.05", "--learn-std", "--steps=4"]
+    flags += ["--solver-options", "last_std", "0.05", "--policy.learn-std", "--steps=4"]
     tiny = [flag for flag in tiny if not flag.startswith("--pretrain")]
     assert fewstep("train", *flags, *tiny, f"--log-dir={tmp_path}") == 0
     (folder,) = tmp_path.iterdir()
