@@ -2,7 +2,7 @@
 
     max over f:   E_real f - E_fake f - regularisation                         (MATH.md S.1, S.5)
 
-f is high on data and low on fakes. One of five regularisers imposes the function class; paper A's
+f is high on data and low on fakes. One of five regularisers imposes the function class; Fan & Lee's (2023)
 best is "baseline", which keeps f(x_0) near what V expected of the states on the way to x_0.
 One call of `update` is one Adam step on both networks; the critic itself is the sampler's reward.
 """
@@ -38,7 +38,7 @@ class IPMCritic(nn.Module):
     """Critic f, baseline V, and the Adam that trains them.
 
     Args:
-        network: f, ``(N, *shape) -> (N,)``; see `make_critic`. "spectral-norm" changes its layers.
+        network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers.
         regularizer: what keeps f in its class:
             "baseline" subtracts coefficient * R_B, R_B = E sum_steps (V(x_t, step) - f(x_0))^2,
             which both f and V descend;

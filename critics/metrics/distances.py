@@ -168,7 +168,7 @@ def floor(
 
     Args:
         metric: of two sets of samples, such as `sliced_wasserstein`.
-        draw: ``draw(n, seed)`` gives n real samples, independent for different seeds, such as a
+        draw: `draw(n, seed)` gives n real samples, independent for different seeds, such as a
             target's `sample_fresh`.
         n: samples a set, as many as the sampler will be judged by.
         seed: of the first set; the second has seed + 1.

@@ -1,8 +1,8 @@
 """Sets of images on disk, read once into bytes: MNIST, CIFAR-10, CelebA and your own folder.
 
-``load_images(name, data_dir)`` gives what a ``Target`` is made of. The files lie where torchvision
+`load_images(name, data_dir)` gives what a `Target` is made of. The files lie where torchvision
 looks for them, and torchvision fetches them when asked to; nothing is ever written otherwise. MNIST
-is also read from its ``.gz`` files as they are, so a folder without write access will do.
+is also read from its `.gz` files as they are, so a folder without write access will do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...common.reading import read_text
 
 
 def default_data_dir() -> Path:
-    """Where data files are looked for unless ``data_dir`` says otherwise: see ``cache_root``."""
+    """Where data files are looked for unless `data_dir` says otherwise: see `cache_root`."""
     return cache_root() / "data"
 
 
@@ -52,10 +52,10 @@ class ImageSet:
     """Images in memory, as bytes.
 
     Attributes:
-        samples: Training images ``(N, C, H, W)`` uint8.
-        held_out: Images of the test split ``(M, C, H, W)`` uint8, or None.
-        labels: Classes of the training images, ``(N,)`` integers, or None.
-        held_out_labels: Classes of the held-out images, ``(M,)`` integers, or None.
+        samples: Training images `(N, C, H, W)` uint8.
+        held_out: Images of the test split `(M, C, H, W)` uint8, or None.
+        labels: Classes of the training images, `(N,)` integers, or None.
+        held_out_labels: Classes of the held-out images, `(M,)` integers, or None.
         flip: Whether a mirrored image is as real as the image.
     """
 
@@ -71,8 +71,8 @@ class ImageSource:
     """How a set of images is read.
 
     Attributes:
-        load: ``(root, download, image_size) -> ImageSet``.
-        shape: Shape of one image, ``(C, H, W)``, unless ``image_size`` says otherwise.
+        load: `(root, download, image_size) -> ImageSet`.
+        shape: Shape of one image, `(C, H, W)`, unless `image_size` says otherwise.
     """
 
     load: Callable[[Path, bool, int], ImageSet]
@@ -89,15 +89,15 @@ def load_images(
     """Read a set of images.
 
     Args:
-        name: A key of ``IMAGE_SETS``.
-        data_dir: Folder of the data files, torchvision's root, ``default_data_dir()`` if None; for
-            ``ImageFolder`` the folder of images itself, which has no default.
-        download: Fetch missing files through torchvision; ``ImageFolder`` has no source to fetch.
-        image_size: Side in pixels of the images of ``ImageFolder``, at least 1.
+        name: A key of `IMAGE_SETS`.
+        data_dir: Folder of the data files, torchvision's root, `default_data_dir()` if None; for
+            `ImageFolder` the folder of images itself, which has no default.
+        download: Fetch missing files through torchvision; `ImageFolder` has no source to fetch.
+        image_size: Side in pixels of the images of `ImageFolder`, at least 1.
 
     Raises:
         FileNotFoundError: Files are missing.
-        ValueError: A file is damaged, or ``image_size`` is below 1.
+        ValueError: A file is damaged, or `image_size` is below 1.
         ConnectionError: The download failed.
         ImportError: torchvision is needed and not installed.
     """
@@ -111,7 +111,7 @@ def load_images(
 
 
 def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
-    """70,000 handwritten digits, 1 x 28 x 28, from ``root/MNIST/raw``, packed or not."""
+    """70,000 handwritten digits, 1 x 28 x 28, from `root/MNIST/raw`, packed or not."""
     folder = root / "MNIST" / "raw"
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in _IDX_KINDS]
 
@@ -138,7 +138,7 @@ def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
 
 
 def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
-    """60,000 photographs of 10 classes, 3 x 32 x 32, from ``root/cifar-10-batches-py``."""
+    """60,000 photographs of 10 classes, 3 x 32 x 32, from `root/cifar-10-batches-py`."""
     folder = root / "cifar-10-batches-py"
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
 
@@ -167,7 +167,7 @@ def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
 
 
 def celeba64(root: Path, download: bool, image_size: int) -> ImageSet:
-    """182,732 aligned faces of the training and test splits, from ``root/celeba``.
+    """182,732 aligned faces of the training and test splits, from `root/celeba`.
 
     The central 140 x 140 pixels, resized to 3 x 64 x 64. The validation split is left out.
     """
@@ -208,7 +208,7 @@ def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
     There have to be 2 or more. A seeded 10 % of them, at most 10,000, are held out; of fewer than
     40 none, as metrics compare at least 4 images with as many. If all lie in sub-folders, two or
     more, those are their classes, numbered in alphabetical order. Hidden files and those without an
-    image's suffix (``IMAGE_SUFFIXES``) are passed over.
+    image's suffix (`IMAGE_SUFFIXES`) are passed over.
     """
     files = _image_files(root)
     if not files:
@@ -257,7 +257,7 @@ def decode(files: Sequence[Path], size: int, crop: int | None = None) -> Tensor:
         crop: Side of the central square that is cut out first; the largest if None.
 
     Returns:
-        ``(N, 3, size, size)`` uint8, in the order of the files.
+        `(N, 3, size, size)` uint8, in the order of the files.
 
     Raises:
         ValueError: A file cannot be read as an image of 8 bits a channel, or is smaller than the
