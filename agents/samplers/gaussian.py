@@ -40,7 +40,7 @@ def gaussian_log_density(
         mean: the means.
         std: standard deviation, a number or a tensor that broadcasts against `mean`.
         reduction: over dimensions: "sum" is the log-density itself, "mean" divides it by the number
-            of dimensions (what paper A does for images).
+            of dimensions (what Fan & Lee (2023) do for images).
     """
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     z = (sample - mean) / std

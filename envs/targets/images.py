@@ -116,16 +116,10 @@ def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in _IDX_KINDS]
 
     def missing() -> list[str]:
-        return [
-            name
-            for name in names
-            if not (folder / name).is_file() and not (folder / f"{name}.gz").is_file()
-        ]
+        packed = [f"{name}.gz" for name in names if not (folder / name).is_file()]
+        return [name for name in packed if not (folder / name).is_file()]
 
-    if missing() and download:
-        _fetch("MNIST", root, lambda datasets: datasets.MNIST(root, download=True))
-    if absent := missing():
-        raise _not_found("MNIST", [f"{name}.gz" for name in absent], folder)
+    _provide("MNIST", root, folder, missing, download)
     samples, labels, held_out, held_out_labels = (_read_idx(folder, name) for name in names)
     sets = ((samples, labels, names[1]), (held_out, held_out_labels, names[3]))
     for images, classes, name in sets:
@@ -145,10 +139,7 @@ def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
     def missing() -> list[str]:
         return [name for name in names if not (folder / name).is_file()]
 
-    if missing() and download:
-        _fetch("CIFAR10", root, lambda datasets: datasets.CIFAR10(root, download=True))
-    if absent := missing():
-        raise _not_found("CIFAR10", absent, folder)
+    _provide("CIFAR10", root, folder, missing, download)
     # The files are pickles: torchvision compares their checksums before it opens them.
     try:
         train, test = (_torchvision("CIFAR10").CIFAR10(root, train) for train in (True, False))
@@ -157,8 +148,6 @@ def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
             f"files of CIFAR10 in {folder} are damaged, their checksums are wrong: remove them and "
             "use download=True"
         ) from None
-    for split in (train, test):
-        _check_cifar10(folder, split.data, split.targets)
     samples, held_out = (
         torch.as_tensor(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)
     )
@@ -352,22 +341,6 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     return values
 
 
-def _check_cifar10(folder: Path, images: Any, labels: Any) -> None:
-    """Raise ValueError unless these are bytes (N, 32, 32, 3) with N classes 0 to 9."""
-    images, labels = np.asarray(images), np.asarray(labels)
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (32, 32, 3)
-    if not fits or not len(images):
-        raise ValueError(
-            f"files of CIFAR10 in {folder} hold {images.dtype} {images.shape}, not bytes "
-            "(N, 32, 32, 3)"
-        )
-    integers = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
-    if not integers or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(
-            f"files of CIFAR10 in {folder} hold labels that are not {len(images)} numbers, 0 to 9"
-        )
-
-
 def _torchvision(name: str) -> ModuleType:
     try:
         from torchvision import datasets
@@ -388,8 +361,14 @@ def _fetch(name: str, root: Path, call: Callable[[Any], object]) -> None:
         raise ConnectionError(f"could not download {name} into {root}: {reason}") from error
 
 
-def _not_found(name: str, absent: Sequence[str], folder: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{name} is not at hand: {', '.join(absent)} not found in {folder}; use download=True "
-        "to fetch what is missing, or another data_dir"
-    )
+def _provide(
+    name: str, root: Path, folder: Path, missing: Callable[[], list[str]], download: bool
+) -> None:
+    """Download what is missing in the folder of one of torchvision's sets, or say what is."""
+    if download and missing():
+        _fetch(name, root, lambda datasets: getattr(datasets, name)(root, download=True))
+    if absent := missing():
+        raise FileNotFoundError(
+            f"{name} is not at hand: {', '.join(absent)} not found in {folder}; use download=True "
+            "to fetch what is missing, or another data_dir"
+        )

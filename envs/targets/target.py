@@ -2,8 +2,8 @@
 
 A `Target` holds the training samples on one device and draws *fresh* real samples. An evaluation
 needs them, because a sampler must not be scored against the points it was trained on. A generator
-draws fresh points with another seed, and a data set keeps a fixed held-out split. Images stay bytes,
-which take a quarter of float32's memory, and become numbers in [-1, 1] when they are drawn.
+draws fresh points with another seed, a data set keeps a fixed held-out split. Images stay bytes, a
+quarter of float32's memory, and become numbers in [-1, 1] when they are drawn.
 """
 
 from __future__ import annotations
@@ -236,11 +236,7 @@ class Target:
             # Shifted by one so that no seed is the training seed.
             fresh = _to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
             return _to_float(fresh.to(self.device))
-        if self._held_out is None or n > len(self._held_out):
-            raise ValueError(
-                f"{self.name} has {self.fresh_limit} fresh samples, {n} were asked for"
-            )
-        return _to_float(self._held_out[_fresh_rows(n, self._held_out, seed)])
+        return _to_float(self._choose_fresh(self._held_out, n, seed))
 
     def fresh_labels(self, n: int, seed: int = 0) -> Tensor:
         """The labels `(n,)` int64 of the samples that `sample_fresh(n, seed)` draws.
@@ -252,11 +248,16 @@ class Target:
         _check_seed(seed)
         if self._sampler is not None or self.held_out_labels is None:
             raise ValueError(f"the fresh samples of {self.name} have no labels")
-        if n > len(self.held_out_labels):
+        return self._choose_fresh(self.held_out_labels, n, seed)
+
+    def _choose_fresh(self, held_out: Tensor | None, n: int, seed: int) -> Tensor:
+        """A seeded choice of `n` held-out samples or labels, without replacement."""
+        if held_out is None or n > len(held_out):
             raise ValueError(
                 f"{self.name} has {self.fresh_limit} fresh samples, {n} were asked for"
             )
-        return self.held_out_labels[_fresh_rows(n, self.held_out_labels, seed)]
+        rows = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
+        return held_out[rows[:n].to(held_out.device)]
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its samples on `device`; bytes stay bytes."""
@@ -317,8 +318,3 @@ def _to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32 - 1:
         raise ValueError(f"seed must be 0 to 2**32 - 2; got {seed}")
-
-
-def _fresh_rows(n: int, held_out: Tensor, seed: int) -> Tensor:
-    rows = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
-    return rows[:n].to(held_out.device)

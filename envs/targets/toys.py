@@ -13,7 +13,7 @@ from .target import TRAINING_SEED, Target
 
 
 def _swiss_roll(n: int, seed: int) -> np.ndarray:
-    """The toy of Fan & Lee (2023), MATH.md S.8: coordinates 0 and 2 of the 3-D roll, divided by 20."""
+    """The toy of Fan & Lee (2023), S.8: coordinates 0 and 2 of the 3-D roll, divided by 20."""
     from sklearn.datasets import make_swiss_roll
 
     points, _ = make_swiss_roll(n, noise=0.05, random_state=seed)

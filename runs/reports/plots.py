@@ -142,7 +142,7 @@ def schedule_figure(
     weights: Mapping[str, np.ndarray],
     history: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 ) -> Figure:
-    """Draw a learned schedule, what it weighs, and how it was learned (paper B, Figs. 3 and 4).
+    """Draw a learned schedule, what it weighs, and how it was learned (Huang 2024, Figs. 3 and 4).
 
     Args:
         levels: name -> (T,) noise levels, the noisiest first.
@@ -188,7 +188,7 @@ def draw_history(
 
 
 def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) -> Figure:
-    """Draw how alike a network's outputs are at different times (paper C, Fig. 2).
+    """Draw how alike a network's outputs are at different times (Kim et al. 2024, Fig. 2).
 
     Args:
         times: (M + 1,) the first M belong to the rows and columns.
@@ -212,7 +212,7 @@ def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) 
 def paths_figure(
     paths: Mapping[str, tuple[np.ndarray, Tensor]], coordinates: Sequence[int]
 ) -> Figure:
-    """Draw the mean norm of the states and coordinates of one sample (paper C, Fig. 5).
+    """Draw the mean norm of the states and coordinates of one sample (Kim et al. 2024, Fig. 5).
 
     Args:
         paths: name -> times (M,) and states (M, N, *shape); the first is the reference.
