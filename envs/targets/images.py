@@ -49,7 +49,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in memory, as bytes.
+    """Images in memory, as bytes: the arguments of a `Target`.
 
     Attributes:
         samples: Training images `(N, C, H, W)` uint8.

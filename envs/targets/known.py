@@ -54,11 +54,4 @@ def make_target(
     if name in TOYS:
         return TOYS[name]().to(device)
     images = load_images(name, data_dir, download=download, image_size=image_size)
-    return Target(
-        name,
-        images.samples,
-        held_out=images.held_out,
-        labels=images.labels,
-        held_out_labels=images.held_out_labels,
-        flip=images.flip,
-    ).to(device)
+    return Target(name, **vars(images)).to(device)
