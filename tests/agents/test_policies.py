@@ -24,8 +24,8 @@ from fewstep.envs import (
 
 
 @pytest.fixture
-def make_vec_env(make_mdp):
-    return lambda n: SB3VecEnv(DiffusionVectorEnv(make_mdp(), n))
+def make_vec_env(make_mdp, reward):
+    return lambda n: SB3VecEnv(DiffusionVectorEnv(make_mdp(reward=reward), n))
 
 
 @pytest.fixture
