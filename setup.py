@@ -1,6 +1,6 @@
 """Install the top-level folders as a namespace: envs/ becomes fewstep.envs, and so on.
 
-Everything else (name, version, dependencies, the ``fewstep`` command) is in pyproject.toml.
+Everything else (name, version, dependencies, the `fewstep` command) is in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

@@ -12,13 +12,6 @@ def at_least(least: int, **values: float | None) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def not_negative(**values: float | None) -> None:
-    """Raise ValueError for a value that is not a finite number >= 0; None passes."""
-    for name, value in values.items():
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
-
-
 def positive(**values: float | None) -> None:
     """Raise ValueError for a value that is not a finite number > 0; None passes."""
     for name, value in values.items():

@@ -12,12 +12,12 @@ def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build the error for a name that is in no table, to be raised by the caller.
 
     Args:
-        kind: What was being named, for instance ``"solver"``.
+        kind: What was being named, for instance `"solver"`.
         name: What the user wrote.
         choices: The names that would have worked.
 
     Returns:
-        A ``ValueError`` such as ``unknown solver 'ddmi'; did you mean 'ddim'? Known: ddim, heun.``
+        A `ValueError` such as `unknown solver 'ddmi'; did you mean 'ddim'? Known: ddim, heun.`
     """
     known = sorted(choices)
     by_lower = {choice.lower(): choice for choice in known}

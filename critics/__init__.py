@@ -1,6 +1,6 @@
 """Critics: who says how good a sample is. They know tensors only, and nothing of diffusion.
 
-A critic is a function ``f(sample (N, *shape)) -> (N,)``, high on data and low on fakes: the reward
+A critic is a function `f(sample (N, *shape)) -> (N,)`, high on data and low on fakes: the reward
 of the environments. `MMDCritic` is ready at once; `IPMCritic` learns, with networks from
 `make_critic` and `make_baseline`. `metrics` holds the distances between sets of samples that a run
 reports; those of images are taken in the space of a feature extractor. `evaluate` takes them all.

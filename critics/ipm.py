@@ -2,8 +2,9 @@
 
     max over f:   E_real f - E_fake f - regularisation                         (MATH.md S.1, S.5)
 
-f is high on data and low on fakes. One of five regularisers imposes the function class; paper A's
-best is "baseline", which keeps f(x_0) near what V expected of the states on the way to x_0.
+f is high on data and low on fakes. One of five regularisers imposes the function class. Fan & Lee
+(2023) found "baseline" the best: it keeps f(x_0) near what V expected of the states on the way to
+x_0.
 One call of `update` is one Adam step on both networks; the critic itself is the sampler's reward.
 """
 
@@ -20,7 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from ..common.arguments import checked
 from ..common.distributed import Processes
 from ..common.names import unknown_name
-from ..common.precision import Precision, check_precision, lower_precision
+from ..common.precision import Precision, lower_precision
 from .checks import check_finite, check_samples
 
 # Each regulariser and the default of its coefficient; None where there is none to set.
@@ -38,7 +39,7 @@ class IPMCritic(nn.Module):
     """Critic f, baseline V, and the Adam that trains them.
 
     Args:
-        network: f, ``(N, *shape) -> (N,)``; see `make_critic`. "spectral-norm" changes its layers.
+        network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers.
         regularizer: what keeps f in its class:
             "baseline" subtracts coefficient * R_B, R_B = E sum_steps (V(x_t, step) - f(x_0))^2,
             which both f and V descend;
@@ -54,7 +55,7 @@ class IPMCritic(nn.Module):
             at once, and R_B also keeps f from varying along the last, small steps (our extension).
         coefficient: weight of the regulariser. Defaults: "baseline" 0.1 (the official toys' 1 / K),
             "gradient-penalty" 10, "weight-clip" 0.01; the others have none.
-        learning_rate: of f; paper A has 1e-3 for the toys, 1e-4 for images.
+        learning_rate: of f; Fan & Lee (2023) have 1e-3 for the toys, 1e-4 for images.
         baseline_learning_rate: of V.
         betas: of Adam.
         precision: "float32", or "bf16": the networks compute in bfloat16 where that is safe
@@ -90,7 +91,6 @@ class IPMCritic(nn.Module):
         processes: Processes | None = None,
     ) -> None:
         super().__init__()
-        check_precision(precision)
         self.precision = precision
         self.processes = Processes.current() if processes is None else processes
         self.coefficient = _resolve_coefficient(regularizer, coefficient)

@@ -1,7 +1,7 @@
 """Critic networks f(x) and value baselines V(x_t, step), for vectors and for images (MATH.md S.8).
 
 `make_critic` and `make_baseline` choose by the shape of a sample: multilayer perceptrons for
-vectors, the convolutional critic of paper A and a wider baseline for images (C, H, W).
+vectors, the convolutional critic of Fan & Lee (2023) and a wider baseline for images (C, H, W).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class MLPCritic(nn.Module):
 
     Args:
         shape: shape of one sample.
-        hidden: width of the hidden layers (paper A 128, its code 256).
+        hidden: width of the hidden layers (Fan & Lee (2023) 128, their code 256).
         layers: number of hidden layers.
         frequencies: number of Fourier features of the input; 0, as published, has none.
     """
@@ -79,7 +79,7 @@ class MLPCritic(nn.Module):
 
 
 class ConvCritic(nn.Module):
-    """Convolutional critic f(x) of paper A, for images (C, H, W).
+    """Convolutional critic f(x) of Fan & Lee (2023), for images (C, H, W).
 
     Convolutions k4 s2 p1 halve the image until its shorter side is 4 to 7 pixels (32, 16, 8, 4 or
     28, 14, 7), doubling the channels up to 4 * width; then a convolution k4 s1 p0 to one channel
@@ -181,7 +181,7 @@ class _StepLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, steps: int) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
-        self.embedding = nn.Parameter(torch.rand(steps, outputs))  # as paper A's code draws it
+        self.embedding = nn.Parameter(torch.rand(steps, outputs))  # as Fan & Lee's code draws it
 
     def forward(self, h: Tensor, step: Tensor) -> Tensor:
         """Return embedding[step] * linear(h), for h (N, inputs) or rows (k, N, inputs)."""
@@ -225,5 +225,5 @@ def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:
 
 
 def _small(shape: Sequence[int]) -> bool:
-    """Tell images of up to 16 pixels, which deserve smaller networks than paper A's."""
+    """Tell images of up to 16 pixels, which deserve smaller networks than Fan & Lee's."""
     return max(shape[1:]) <= 16

@@ -20,7 +20,7 @@ class RewardCritic(nn.Module):
     """A given reward f, and a baseline V regressed on it.
 
     Args:
-        reward: f, ``(N, *shape) -> (N,)``, to be maximised: a tensor or NumPy array of finite
+        reward: f, `(N, *shape) -> (N,)`, to be maximised: a tensor or NumPy array of finite
             numbers. If it has an `update(real, fake)`, as
             `MMDCritic` does, it is told of every batch.
         baseline: V, as in `IPMCritic`; None for agents that need none.

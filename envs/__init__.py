@@ -1,9 +1,9 @@
 """Environments in which a diffusion sampler is a policy.
 
-Importing this package registers ``fewstep/SwissRoll-v0``, ``fewstep/Moons-v0``,
-``fewstep/GaussianCluster-v0`` and ``fewstep/Digits-v0`` with Gymnasium, for ``gym.make`` and
-``gym.make_vec``; and, for those who have the data files, ``fewstep/MNIST-v0``,
-``fewstep/CIFAR10-v0``, ``fewstep/CelebA64-v0`` and ``fewstep/ImageFolder-v0``.
+Importing this package registers `fewstep/SwissRoll-v0`, `fewstep/Moons-v0`,
+`fewstep/GaussianCluster-v0` and `fewstep/Digits-v0` with Gymnasium, for `gym.make` and
+`gym.make_vec`; and, for those who have the data files, `fewstep/MNIST-v0`,
+`fewstep/CIFAR10-v0`, `fewstep/CelebA64-v0` and `fewstep/ImageFolder-v0`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from .registration import ENVIRONMENTS, make_mdp, register_environments
 from .schedules import Schedule, make_schedule
 from .schedules.spacings import refine_times
 from .single import DiffusionEnv
-from .targets.target import Target, make_target
+from .targets.known import make_target
+from .targets.target import Target
 from .vector import DiffusionVectorEnv
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..common.arguments import checked
 from .mdp import DiffusionMDP, Observation, Reward
 from .single import NumpyObservation, to_numpy
 from .vector import DiffusionVectorEnv, observation_space, to_tensor
@@ -78,6 +79,7 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
         return to_numpy(observation), _array(reward), *flags, info
 
 
+@checked
 def make_vector_env(
     mdp: DiffusionMDP | str,
     num_envs: int = 1,
@@ -99,8 +101,6 @@ def make_vector_env(
         TypeError: a setting does not exist, or `numpy` is no flag.
         ValueError: `max_episode_steps` is not the number of steps; a setting is out of range.
     """
-    if not isinstance(numpy, bool | np.bool_):
-        raise TypeError(f"numpy must be True or False, got {numpy!r}.")
     env = DiffusionVectorEnv(mdp, num_envs, **settings)
     if max_episode_steps not in (None, env.mdp.steps):
         raise ValueError(

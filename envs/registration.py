@@ -22,7 +22,8 @@ from .mdp import DiffusionMDP, Reward
 from .processes import DiscreteVP, NoiseProcess
 from .schedules import Schedule, listed_times, make_schedule
 from .targets.images import IMAGE_SETS
-from .targets.target import Target, make_target
+from .targets.known import make_target
+from .targets.target import Target
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Pictures of samples, as ``(H, W, 3)`` uint8 frames for videos and TensorBoard.
+"""Pictures of samples, as `(H, W, 3)` uint8 frames for videos and TensorBoard.
 
-``frame`` draws vectors as a scatter of their first two coordinates over the real data, and images
+`frame` draws vectors as a scatter of their first two coordinates over the real data, and images
 as a grid. It paints pixels directly: a fraction of a millisecond a frame, where a plotting library
 takes tens, which counts when a vector environment renders every sample at every step.
 """
@@ -26,13 +26,13 @@ def frame(
     """Draw a batch in one picture.
 
     Args:
-        samples: ``(N, *shape)`` on any device.
-        shape: Shape of one sample: ``(D,)``, or ``(C, H, W)`` in [-1, 1] with 1 or 3 channels.
-        real: Real samples ``(M, *shape)`` to show faintly behind a scatter; they set its limits.
+        samples: `(N, *shape)` on any device.
+        shape: Shape of one sample: `(D,)`, or `(C, H, W)` in [-1, 1] with 1 or 3 channels.
+        real: Real samples `(M, *shape)` to show faintly behind a scatter; they set its limits.
         size: Side of a scatter in pixels; the aim for the longer side of a grid.
 
     Returns:
-        ``(H, W, 3)`` uint8.
+        `(H, W, 3)` uint8.
 
     Raises:
         ValueError: Samples of this shape have no picture.
@@ -65,7 +65,7 @@ def _scatter(samples: np.ndarray, real: np.ndarray, size: int) -> np.ndarray:
 def _paint(
     canvas: np.ndarray, points: np.ndarray, reach: float, color: tuple[int, ...], radius: int
 ) -> None:
-    """Paint discs of ``radius`` pixels; points beyond ``reach`` lie on the border."""
+    """Paint discs of `radius` pixels; points beyond `reach` lie on the border."""
     size = len(canvas)
     xy = np.zeros((len(points), 2))
     xy[:, : points.shape[1]] = points[:, :2]  # one coordinate alone lies on the middle line

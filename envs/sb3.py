@@ -1,8 +1,8 @@
-"""The Stable-Baselines3 shell: a vector environment as SB3's own ``VecEnv``, in NumPy.
+"""The Stable-Baselines3 shell: a vector environment as SB3's own `VecEnv`, in NumPy.
 
-SB3 does not take a ``gymnasium.vector.VectorEnv``. This adapter lets its algorithms, callbacks and
-``evaluate_policy`` run on one without a Python loop over environments; wrap it in SB3's
-``VecMonitor`` to have ``rollout/ep_rew_mean``.
+SB3 does not take a `gymnasium.vector.VectorEnv`. This adapter lets its algorithms, callbacks and
+`evaluate_policy` run on one without a Python loop over environments; wrap it in SB3's
+`VecMonitor` to have `rollout/ep_rew_mean`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .vector import DiffusionVectorEnv, observation_space
 
 
 class SB3VecEnv(VecEnv):
-    """A ``DiffusionVectorEnv`` behind Stable-Baselines3's interface.
+    """A `DiffusionVectorEnv` behind Stable-Baselines3's interface.
 
-    Observations are ``{"sample": (N, *shape), "timestep": (N, 1)}`` float32 arrays. As SB3
-    expects, finished episodes restart in the same step, ``x_0`` is in
-    ``infos[i]["terminal_observation"]``. The batch is one environment: attributes, methods and
-    options are shared by all ``N``.
+    Observations are `{"sample": (N, *shape), "timestep": (N, 1)}` float32 arrays. As SB3
+    expects, finished episodes restart in the same step, `x_0` is in
+    `infos[i]["terminal_observation"]`. The batch is one environment: attributes, methods and
+    options are shared by all `N`.
 
     Args:
         env: An environment in any autoreset mode, or a registered id such as
-            ``"fewstep/SwissRoll-v0"``.
+            `"fewstep/SwissRoll-v0"`.
         num_envs: Batch size, for an id.
-        **settings: For an id: the keyword arguments of ``DiffusionVectorEnv``.
+        **settings: For an id: the keyword arguments of `DiffusionVectorEnv`.
 
     Raises:
-        TypeError: ``env`` is not a diffusion environment, or an instance comes with settings.
+        TypeError: `env` is not a diffusion environment, or an instance comes with settings.
     """
 
     actions: np.ndarray
@@ -54,18 +54,18 @@ class SB3VecEnv(VecEnv):
         super().__init__(made.num_envs, observation_space(made.mdp, (1,)), made.single_action_space)
 
     def reset(self) -> NumpyObservation:
-        """Start an episode, with the seed and the options given to ``seed`` and ``set_options``."""
+        """Start an episode, with the seed and the options given to `seed` and `set_options`."""
         observation, _ = self.env.reset(seed=self._seeds[0], options=self._options[0])
         self._reset_seeds()
         self._reset_options()
         return to_numpy(observation)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Keep the actions for ``step_wait``."""
+        """Keep the actions for `step_wait`."""
         self.actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Take the step: observations, rewards ``(N,)`` float32, dones ``(N,)``, infos."""
+        """Take the step: observations, rewards `(N,)` float32, dones `(N,)`, infos."""
         observation, reward, terminated, _, info = self.env.step(self.actions)
         dones = terminated.cpu().numpy()
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
@@ -91,7 +91,7 @@ class SB3VecEnv(VecEnv):
         return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set the shared attribute, ``reward`` for instance."""
+        """Set the shared attribute, `reward` for instance."""
         setattr(self.env, attr_name, value)
 
     def env_method(

@@ -88,10 +88,10 @@ class SolverPolicy:
                 f"'{self.tableau.name}', with unfinished samples: give the environment as many "
                 "steps, or pass state=None to drop them."
             )
-        history = (
-            [] if fresh else [torch.as_tensor(part, device=self.device) for part in state or ()]
-        )
-        states, outputs = (list(part) for part in history) if history else ([], [])
+        states: list[Tensor] = []
+        outputs: list[Tensor] = []
+        if state and not fresh:
+            states, outputs = (list(torch.as_tensor(part, device=self.device)) for part in state)
         j = len(states)
         if j >= self.tableau.steps:
             raise ValueError(

@@ -1,9 +1,10 @@
 """Distances between two sets of samples, each reported beside its sampling floor.
 
-`sliced_wasserstein` is paper A's metric and scales to 200,000 samples; `wasserstein` is the exact
-one, for a few thousand; `mmd` is the kernel two-sample distance. Inputs are tensors or arrays
-(N, *shape), flattened; the arithmetic is float64. One set of real samples does not score 0 against
-another: `floor` measures what it scores, and below that no sampler can be told from the truth.
+`sliced_wasserstein` is the metric of Fan & Lee (2023) and scales to 200,000 samples; `wasserstein`
+is the exact one, for a few thousand; `mmd` is the kernel two-sample distance. Inputs are tensors or
+arrays (N, *shape), flattened; the arithmetic is float64. One set of real samples does not score 0
+against another: `floor` measures what it scores, and below that no sampler can be told from the
+truth.
 
 For images, `fid`, `kid` and `precision_recall` (see `fidelity`) compare features, not pixels.
 """
@@ -168,7 +169,7 @@ def floor(
 
     Args:
         metric: of two sets of samples, such as `sliced_wasserstein`.
-        draw: ``draw(n, seed)`` gives n real samples, independent for different seeds, such as a
+        draw: `draw(n, seed)` gives n real samples, independent for different seeds, such as a
             target's `sample_fresh`.
         n: samples a set, as many as the sampler will be judged by.
         seed: of the first set; the second has seed + 1.

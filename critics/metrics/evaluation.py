@@ -3,10 +3,10 @@
 `evaluate(agent, target)` scores whatever samples; `Evaluation` prepares the real side once, for
 several samplers. The command line's figures are these.
 
-`sliced_wasserstein` is paper A's metric: against the training set, 100 projections, up to 10,000
-samples. `sliced_wasserstein_fresh` is the honest one: 200 projections, up to 200,000 samples
-against as many fresh real points, so a sampler is not rewarded for reproducing the training set
-and its own sampling noise is small. `mmd` is the energy distance's square root on up to 2,000
+`sliced_wasserstein` is the metric of Fan & Lee (2023): against the training set, 100 projections,
+up to 10,000 samples. `sliced_wasserstein_fresh` is the honest one: 200 projections, up to 200,000
+samples against as many fresh real points, so a sampler is not rewarded for reproducing the training
+set and its own sampling noise is small. `mmd` is the energy distance's square root on up to 2,000
 fresh points. The floor of a metric is its value between two independent real sets of the same size.
 
 Images take fewer samples (2,000 for the first metric, which is also the live one, at most 10,000

@@ -28,7 +28,7 @@ INCEPTION = "inception-v3-compat"
 
 
 class FeatureExtractor(Protocol):
-    """A callable ``images (N, C, H, W) in [-1, 1] -> features (N, d) float32``."""
+    """A callable `images (N, C, H, W) in [-1, 1] -> features (N, d) float32`."""
 
     @property
     def name(self) -> str:
@@ -151,7 +151,7 @@ class Cifar10ResNet(NetworkFeatures):
     weights of github.com/akamaster/pytorch_resnet_cifar10, whose test error is 8.27 %.
 
     Args:
-        path: ``resnet20-12fca82f.th``, or the folder that it lies in.
+        path: `resnet20-12fca82f.th`, or the folder that it lies in.
 
     Raises:
         FileNotFoundError: no such file.

@@ -169,13 +169,7 @@ def kid(samples: Samples, real: Samples, *, feature_extractor: FeatureExtractor)
     over 100 random subsets of 1,000 of either set, always the same ones. Where a set is smaller,
     the subsets have its size.
 
-    Args:
-        samples: images (N, C, H, W) in [-1, 1], N > 1.
-        real: images (M, C, H, W), M > 1.
-        feature_extractor: see `FeatureExtractor`.
-
-    Raises:
-        ValueError: misshapen, non-finite or too few images, or no finite features (N, d).
+    Arguments and errors are those of `fid`.
     """
     return _kernel(*_both(samples, real, feature_extractor))
 
@@ -190,13 +184,7 @@ def precision_recall(
     that of the real images in the samples' manifold. Real against real does not score 1; the floor
     tells what it scores.
 
-    Args:
-        samples: images (N, C, H, W) in [-1, 1], N > 3.
-        real: images (M, C, H, W), M > 3.
-        feature_extractor: see `FeatureExtractor`.
-
-    Raises:
-        ValueError: misshapen, non-finite or too few images, or no finite features (N, d).
+    Arguments and errors are those of `fid`, but N and M are above 3.
     """
     return _precision_recall(*_both(samples, real, feature_extractor))
 

@@ -1,8 +1,8 @@
 """Sets of images on disk, read once into bytes: MNIST, CIFAR-10, CelebA and your own folder.
 
-``load_images(name, data_dir)`` gives what a ``Target`` is made of. The files lie where torchvision
+`load_images(name, data_dir)` gives what a `Target` is made of. The files lie where torchvision
 looks for them, and torchvision fetches them when asked to; nothing is ever written otherwise. MNIST
-is also read from its ``.gz`` files as they are, so a folder without write access will do.
+is also read from its `.gz` files as they are, so a folder without write access will do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...common.reading import read_text
 
 
 def default_data_dir() -> Path:
-    """Where data files are looked for unless ``data_dir`` says otherwise: see ``cache_root``."""
+    """Where data files are looked for unless `data_dir` says otherwise: see `cache_root`."""
     return cache_root() / "data"
 
 
@@ -49,13 +49,13 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in memory, as bytes.
+    """Images in memory, as bytes: the arguments of a `Target`.
 
     Attributes:
-        samples: Training images ``(N, C, H, W)`` uint8.
-        held_out: Images of the test split ``(M, C, H, W)`` uint8, or None.
-        labels: Classes of the training images, ``(N,)`` integers, or None.
-        held_out_labels: Classes of the held-out images, ``(M,)`` integers, or None.
+        samples: Training images `(N, C, H, W)` uint8.
+        held_out: Images of the test split `(M, C, H, W)` uint8, or None.
+        labels: Classes of the training images, `(N,)` integers, or None.
+        held_out_labels: Classes of the held-out images, `(M,)` integers, or None.
         flip: Whether a mirrored image is as real as the image.
     """
 
@@ -71,8 +71,8 @@ class ImageSource:
     """How a set of images is read.
 
     Attributes:
-        load: ``(root, download, image_size) -> ImageSet``.
-        shape: Shape of one image, ``(C, H, W)``, unless ``image_size`` says otherwise.
+        load: `(root, download, image_size) -> ImageSet`.
+        shape: Shape of one image, `(C, H, W)`, unless `image_size` says otherwise.
     """
 
     load: Callable[[Path, bool, int], ImageSet]
@@ -89,15 +89,15 @@ def load_images(
     """Read a set of images.
 
     Args:
-        name: A key of ``IMAGE_SETS``.
-        data_dir: Folder of the data files, torchvision's root, ``default_data_dir()`` if None; for
-            ``ImageFolder`` the folder of images itself, which has no default.
-        download: Fetch missing files through torchvision; ``ImageFolder`` has no source to fetch.
-        image_size: Side in pixels of the images of ``ImageFolder``, at least 1.
+        name: A key of `IMAGE_SETS`.
+        data_dir: Folder of the data files, torchvision's root, `default_data_dir()` if None; for
+            `ImageFolder` the folder of images itself, which has no default.
+        download: Fetch missing files through torchvision; `ImageFolder` has no source to fetch.
+        image_size: Side in pixels of the images of `ImageFolder`, at least 1.
 
     Raises:
         FileNotFoundError: Files are missing.
-        ValueError: A file is damaged, or ``image_size`` is below 1.
+        ValueError: A file is damaged, or `image_size` is below 1.
         ConnectionError: The download failed.
         ImportError: torchvision is needed and not installed.
     """
@@ -111,21 +111,15 @@ def load_images(
 
 
 def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
-    """70,000 handwritten digits, 1 x 28 x 28, from ``root/MNIST/raw``, packed or not."""
+    """70,000 handwritten digits, 1 x 28 x 28, from `root/MNIST/raw`, packed or not."""
     folder = root / "MNIST" / "raw"
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in _IDX_KINDS]
 
     def missing() -> list[str]:
-        return [
-            name
-            for name in names
-            if not (folder / name).is_file() and not (folder / f"{name}.gz").is_file()
-        ]
+        packed = [f"{name}.gz" for name in names if not (folder / name).is_file()]
+        return [name for name in packed if not (folder / name).is_file()]
 
-    if missing() and download:
-        _fetch("MNIST", root, lambda datasets: datasets.MNIST(root, download=True))
-    if absent := missing():
-        raise _not_found("MNIST", [f"{name}.gz" for name in absent], folder)
+    _provide("MNIST", root, folder, missing, download)
     samples, labels, held_out, held_out_labels = (_read_idx(folder, name) for name in names)
     sets = ((samples, labels, names[1]), (held_out, held_out_labels, names[3]))
     for images, classes, name in sets:
@@ -138,17 +132,14 @@ def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
 
 
 def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
-    """60,000 photographs of 10 classes, 3 x 32 x 32, from ``root/cifar-10-batches-py``."""
+    """60,000 photographs of 10 classes, 3 x 32 x 32, from `root/cifar-10-batches-py`."""
     folder = root / "cifar-10-batches-py"
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
 
     def missing() -> list[str]:
         return [name for name in names if not (folder / name).is_file()]
 
-    if missing() and download:
-        _fetch("CIFAR10", root, lambda datasets: datasets.CIFAR10(root, download=True))
-    if absent := missing():
-        raise _not_found("CIFAR10", absent, folder)
+    _provide("CIFAR10", root, folder, missing, download)
     # The files are pickles: torchvision compares their checksums before it opens them.
     try:
         train, test = (_torchvision("CIFAR10").CIFAR10(root, train) for train in (True, False))
@@ -157,8 +148,6 @@ def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
             f"files of CIFAR10 in {folder} are damaged, their checksums are wrong: remove them and "
             "use download=True"
         ) from None
-    for split in (train, test):
-        _check_cifar10(folder, split.data, split.targets)
     samples, held_out = (
         torch.as_tensor(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)
     )
@@ -167,7 +156,7 @@ def cifar10(root: Path, download: bool, image_size: int) -> ImageSet:
 
 
 def celeba64(root: Path, download: bool, image_size: int) -> ImageSet:
-    """182,732 aligned faces of the training and test splits, from ``root/celeba``.
+    """182,732 aligned faces of the training and test splits, from `root/celeba`.
 
     The central 140 x 140 pixels, resized to 3 x 64 x 64. The validation split is left out.
     """
@@ -208,7 +197,7 @@ def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
     There have to be 2 or more. A seeded 10 % of them, at most 10,000, are held out; of fewer than
     40 none, as metrics compare at least 4 images with as many. If all lie in sub-folders, two or
     more, those are their classes, numbered in alphabetical order. Hidden files and those without an
-    image's suffix (``IMAGE_SUFFIXES``) are passed over.
+    image's suffix (`IMAGE_SUFFIXES`) are passed over.
     """
     files = _image_files(root)
     if not files:
@@ -257,7 +246,7 @@ def decode(files: Sequence[Path], size: int, crop: int | None = None) -> Tensor:
         crop: Side of the central square that is cut out first; the largest if None.
 
     Returns:
-        ``(N, 3, size, size)`` uint8, in the order of the files.
+        `(N, 3, size, size)` uint8, in the order of the files.
 
     Raises:
         ValueError: A file cannot be read as an image of 8 bits a channel, or is smaller than the
@@ -352,22 +341,6 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     return values
 
 
-def _check_cifar10(folder: Path, images: Any, labels: Any) -> None:
-    """Raise ValueError unless these are bytes (N, 32, 32, 3) with N classes 0 to 9."""
-    images, labels = np.asarray(images), np.asarray(labels)
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (32, 32, 3)
-    if not fits or not len(images):
-        raise ValueError(
-            f"files of CIFAR10 in {folder} hold {images.dtype} {images.shape}, not bytes "
-            "(N, 32, 32, 3)"
-        )
-    integers = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
-    if not integers or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(
-            f"files of CIFAR10 in {folder} hold labels that are not {len(images)} numbers, 0 to 9"
-        )
-
-
 def _torchvision(name: str) -> ModuleType:
     try:
         from torchvision import datasets
@@ -388,8 +361,14 @@ def _fetch(name: str, root: Path, call: Callable[[Any], object]) -> None:
         raise ConnectionError(f"could not download {name} into {root}: {reason}") from error
 
 
-def _not_found(name: str, absent: Sequence[str], folder: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{name} is not at hand: {', '.join(absent)} not found in {folder}; use download=True "
-        "to fetch what is missing, or another data_dir"
-    )
+def _provide(
+    name: str, root: Path, folder: Path, missing: Callable[[], list[str]], download: bool
+) -> None:
+    """Download what is missing in the folder of one of torchvision's sets, or say what is."""
+    if download and missing():
+        _fetch(name, root, lambda datasets: getattr(datasets, name)(root, download=True))
+    if absent := missing():
+        raise FileNotFoundError(
+            f"{name} is not at hand: {', '.join(absent)} not found in {folder}; use download=True "
+            "to fetch what is missing, or another data_dir"
+        )

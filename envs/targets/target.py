@@ -1,11 +1,9 @@
-"""The real distributions that samplers are to match.
+"""The real distribution that samplers are to match.
 
-A ``Target`` holds the training samples on one device and can give *fresh* real samples, which an
-evaluation needs: a sampler must not be scored against the very points it was trained on. Toys draw
-fresh points from their generator with another seed, data sets keep a fixed held-out split. Sets of
-images stay bytes, a quarter of float32's memory, and become numbers in [-1, 1] as they are drawn.
-``make_target(name)`` builds the known ones; ``Target.from_samples`` and ``Target.from_sampler`` are
-for your own.
+A `Target` holds the training samples on one device and draws *fresh* real samples. An evaluation
+needs them, because a sampler must not be scored against the points it was trained on. A generator
+draws fresh points with another seed, a data set keeps a fixed held-out split. Images stay bytes, a
+quarter of float32's memory, and become numbers in [-1, 1] when they are drawn.
 """
 
 from __future__ import annotations
@@ -13,20 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.arguments import checked
-from ...common.names import unknown_name
 from ...common.shapes import is_image
-from .images import IMAGE_SETS, load_images
 
 Sampler = Callable[[int, int], Any]
-"""``(n, seed) -> (n, *shape)`` array or tensor; the same seed gives the same points."""
+"""`(n, seed) -> (n, *shape)` array or tensor; the same seed gives the same points."""
 
 # Name of a target without samples.
 NO_DATA = "no data"
@@ -43,29 +36,29 @@ _REMEMBERED, _TOLERANCE = 64, 1e-4
 class Target:
     """A real distribution: training samples and a source of fresh ones.
 
-    Samples are float32, or images as bytes: arrays ``(N, C, H, W)`` of dtype uint8 are kept as they
-    are, and whatever hands samples out gives ``byte / 127.5 - 1``, float32 in [-1, 1]. Floats are
+    Samples are float32, or images as bytes: arrays `(N, C, H, W)` of dtype uint8 are kept as they
+    are, and whatever hands samples out gives `byte / 127.5 - 1`, float32 in [-1, 1]. Floats are
     copied, so that nobody else can change them; bytes are not, for there may be gigabytes.
 
     Args:
         name: What to call it in logs.
-        samples: Training samples ``(N, *shape)``, finite; bytes or stored as float32.
-        held_out: Fixed fresh samples ``(M, *shape)``, bytes if the training samples are.
-        sampler: Unlimited fresh samples; used in place of ``held_out``.
-        labels: Classes of the training samples, ``(N,)`` integers.
-        held_out_labels: Classes of the held-out samples, ``(M,)`` integers.
-        flip: Let ``sample`` mirror each image it draws left to right with probability 1/2.
+        samples: Training samples `(N, *shape)`, finite; bytes or stored as float32.
+        held_out: Fixed fresh samples `(M, *shape)`, bytes if the training samples are.
+        sampler: Unlimited fresh samples; used in place of `held_out`.
+        labels: Classes of the training samples, `(N,)` integers.
+        held_out_labels: Classes of the held-out samples, `(M,)` integers.
+        flip: Let `sample` mirror each image it draws left to right with probability 1/2.
 
     Attributes:
         name: The same.
-        labels: ``(N,)`` int64 on ``device``, or None.
-        held_out_labels: ``(M,)`` int64 on ``device``, or None.
+        labels: `(N,)` int64 on `device`, or None.
+        held_out_labels: `(M,)` int64 on `device`, or None.
         flip: The same.
-        has_samples: False if it is one of ``without_samples``.
+        has_samples: False if it is one of `without_samples`.
 
     Raises:
         ValueError: Samples are empty, not finite, or not of one shape; only one of the two sets is
-            bytes; labels do not fit their samples; or ``flip`` with samples that are no images.
+            bytes; labels do not fit their samples; or `flip` with samples that are no images.
         TypeError: Labels are not integers.
     """
 
@@ -109,12 +102,12 @@ class Target:
 
     @classmethod
     def from_samples(cls, samples: Any, name: str = "custom", *, held_out: Any = None) -> Target:
-        """Wrap your own samples ``(N, *shape)``, with a held-out split if you have one."""
+        """Wrap your own samples `(N, *shape)`, with a held-out split if you have one."""
         return cls(name, samples, held_out=held_out)
 
     @classmethod
     def from_sampler(cls, sampler: Sampler, name: str = "custom", n: int = TOY_SAMPLES) -> Target:
-        """Wrap your own generator ``(n, seed) -> (n, *shape)``; trains on ``n`` of seed 0."""
+        """Wrap your own generator `(n, seed) -> (n, *shape)`; trains on `n` of seed 0."""
         return cls(name, sampler(n, TRAINING_SEED), sampler=sampler)
 
     @classmethod
@@ -131,16 +124,16 @@ class Target:
 
     @property
     def samples(self) -> Tensor:
-        """The whole training set, ``(N, *shape)`` float32 on ``device``.
+        """The whole training set, `(N, *shape)` float32 on `device`.
 
-        A copy at each access, for a target never changes: of a large set use ``take``, ``subset``
-        or ``sample``.
+        A copy at each access, for a target never changes: of a large set use `take`, `subset`
+        or `sample`.
         """
         return self.take(len(self))
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of one sample: ``(D,)``, ``(C, H, W)``, or any other."""
+        """Shape of one sample: `(D,)`, `(C, H, W)`, or any other."""
         return self._training.shape[1:]
 
     @property
@@ -173,7 +166,7 @@ class Target:
     def fingerprint(self) -> str | list[float]:
         """What tells its training samples from another target's: a hash, or some of the numbers.
 
-        The samples of a generator (``from_sampler``) may differ in their last bits from one
+        The samples of a generator (`from_sampler`) may differ in their last bits from one
         processor to the next: of them it is 64 numbers, evenly spread; else the SHA-256 of samples
         and labels. It is computed when it is first asked for, at some 0.5 GB a second.
         """
@@ -191,7 +184,7 @@ class Target:
         return digest.hexdigest()
 
     def matches(self, fingerprint: str | list[float]) -> bool:
-        """Whether its training samples are those that a ``fingerprint`` was taken of."""
+        """Whether its training samples are those that a `fingerprint` was taken of."""
         own = self.fingerprint
         if isinstance(own, str) or not isinstance(fingerprint, list):
             return own == fingerprint
@@ -209,20 +202,20 @@ class Target:
         return float(self._training.abs().max())
 
     def take(self, n: int) -> Tensor:
-        """The first ``n`` training samples, or all if there are fewer: ``(min(n, N), *shape)``.
+        """The first `n` training samples, or all if there are fewer: `(min(n, N), *shape)`.
 
         Raises:
-            ValueError: ``n`` is negative.
+            ValueError: `n` is negative.
         """
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
         return _to_float(self._training[:n]).clone()
 
     def subset(self, n: int, seed: int = 0) -> Tensor:
-        """A seeded choice of ``n`` training samples without replacement; all if there are no more.
+        """A seeded choice of `n` training samples without replacement; all if there are no more.
 
         Raises:
-            ValueError: ``n`` is negative.
+            ValueError: `n` is negative.
         """
         if n >= len(self):
             return self.samples
@@ -232,9 +225,9 @@ class Target:
         return _to_float(self._training[rows[:n].to(self.device)])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``(n, *shape)`` training samples, with replacement; mirrored by chance if ``flip``.
+        """Draw `(n, *shape)` training samples, with replacement; mirrored by chance if `flip`.
 
-        The generator may live on any device; the global one of ``device`` if None.
+        The generator may live on any device; the global one of `device` if None.
 
         Raises:
             ValueError: There are no samples.
@@ -251,45 +244,46 @@ class Target:
         return _to_float(drawn)
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
-        """Draw ``(n, *shape)`` real samples that are not among the training samples.
+        """Draw `(n, *shape)` real samples that are not among the training samples.
 
         Args:
-            n: How many; at most ``fresh_limit``.
+            n: How many; at most `fresh_limit`.
             seed: 0 to 2**32 - 2. A generator gives other points for every seed, a held-out split a
                 seeded choice without replacement. They are never mirrored.
 
         Raises:
-            ValueError: ``n`` exceeds ``fresh_limit``, or the seed is out of range.
+            ValueError: `n` exceeds `fresh_limit`, or the seed is out of range.
         """
         _check_seed(seed)
         if self._sampler is not None:
             # Shifted by one so that no seed is the training seed.
             fresh = _to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
             return _to_float(fresh.to(self.device))
-        if self._held_out is None or n > len(self._held_out):
-            raise ValueError(
-                f"{self.name} has {self.fresh_limit} fresh samples, {n} were asked for"
-            )
-        return _to_float(self._held_out[_fresh_rows(n, self._held_out, seed)])
+        return _to_float(self._choose_fresh(self._held_out, n, seed))
 
     def fresh_labels(self, n: int, seed: int = 0) -> Tensor:
-        """The labels ``(n,)`` int64 of the samples that ``sample_fresh(n, seed)`` draws.
+        """The labels `(n,)` int64 of the samples that `sample_fresh(n, seed)` draws.
 
         Raises:
-            ValueError: Fresh samples have no labels, ``n`` exceeds ``fresh_limit``, or the seed is
+            ValueError: Fresh samples have no labels, `n` exceeds `fresh_limit`, or the seed is
                 out of range.
         """
         _check_seed(seed)
         if self._sampler is not None or self.held_out_labels is None:
             raise ValueError(f"the fresh samples of {self.name} have no labels")
-        if n > len(self.held_out_labels):
+        return self._choose_fresh(self.held_out_labels, n, seed)
+
+    def _choose_fresh(self, held_out: Tensor | None, n: int, seed: int) -> Tensor:
+        """A seeded choice of `n` held-out samples or labels, without replacement."""
+        if held_out is None or n > len(held_out):
             raise ValueError(
                 f"{self.name} has {self.fresh_limit} fresh samples, {n} were asked for"
             )
-        return self.held_out_labels[_fresh_rows(n, self.held_out_labels, seed)]
+        rows = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
+        return held_out[rows[:n].to(held_out.device)]
 
     def to(self, device: torch.device | str) -> Target:
-        """The same target with its samples on ``device``; bytes stay bytes."""
+        """The same target with its samples on `device`; bytes stay bytes."""
         if not self.has_samples:
             return Target.without_samples(self.shape, device)
         return Target(
@@ -310,109 +304,10 @@ class Target:
         return f"Target({self.name!r}, {len(self)} samples of {tuple(self.shape)})"
 
 
-@checked
-def make_target(
-    name: str,
-    *,
-    device: torch.device | str = "cpu",
-    data_dir: str | Path | None = None,
-    download: bool = False,
-    image_size: int | None = None,
-) -> Target:
-    """Build a known target.
-
-    ``SwissRoll``, ``Moons``, ``GaussianCluster`` and ``Digits`` need no files; ``MNIST``,
-    ``CIFAR10``, ``CelebA64`` and ``ImageFolder`` read images from ``data_dir``.
-
-    Args:
-        name: Which one.
-        device: Where its samples shall live.
-        data_dir: Folder of the data files, for targets that need one: torchvision's root, by
-            default ``images.default_data_dir()``; for ``ImageFolder`` the folder of images itself.
-        download: Fetch missing files of ``MNIST``, ``CIFAR10`` or ``CelebA64`` into ``data_dir``,
-            through torchvision.
-        image_size: Side in pixels, at least 1, that ``ImageFolder`` resizes to; 64 by default.
-
-    Raises:
-        ValueError: The name is unknown, ``image_size`` is below 1 or given for another target, or a
-            file is damaged.
-        FileNotFoundError: ``data_dir`` is given and is not a folder, or data files are missing.
-        ConnectionError: The download failed.
-        ImportError: torchvision is needed and not installed.
-    """
-    if name not in TARGETS and name not in IMAGE_SETS:
-        raise unknown_name("target", name, [*TARGETS, *IMAGE_SETS])
-    if image_size is not None and name != "ImageFolder":
-        raise ValueError(f"image_size is for ImageFolder; the size of {name} is fixed")
-    # A download makes its own folder.
-    if data_dir is not None and not download and not Path(data_dir).expanduser().is_dir():
-        found = "is a file" if Path(data_dir).expanduser().exists() else "does not exist"
-        raise FileNotFoundError(f"data folder {str(data_dir)!r} {found}")
-    if name in TARGETS:
-        return TARGETS[name]().to(device)
-    images = load_images(name, data_dir, download=download, image_size=image_size)
-    return Target(
-        name,
-        images.samples,
-        held_out=images.held_out,
-        labels=images.labels,
-        held_out_labels=images.held_out_labels,
-        flip=images.flip,
-    ).to(device)
-
-
-# scikit-learn takes a second to import, so only those who need it pay.
-
-
-def _swiss_roll(n: int, seed: int) -> np.ndarray:
-    """The toy of SFT-PG (MATH.md S.8): coordinates 0 and 2 of the 3-D roll, divided by 20."""
-    from sklearn.datasets import make_swiss_roll
-
-    points, _ = make_swiss_roll(n, noise=0.05, random_state=seed)
-    return points[:, [0, 2]] / 20
-
-
-def _moons(n: int, seed: int) -> np.ndarray:
-    """Two half circles, moved to the origin and divided by 1.5: about ``[-1, 1] x [-0.5, 0.5]``."""
-    from sklearn.datasets import make_moons
-
-    points, _ = make_moons(n, noise=0.05, random_state=seed)
-    return (points - (0.5, 0.25)) / 1.5
-
-
-def _gaussian_cluster(n: int, seed: int) -> np.ndarray:
-    """A single narrow cluster, ``N((0.5, 0.5), 0.01^2 I)``."""
-    return np.random.default_rng(seed).normal(0.5, 0.01, (n, 2))
-
-
-def _digits() -> Target:
-    """scikit-learn's 1,797 digits, 8 x 8 in [-1, 1]; 1,297 to train on and 500 held out."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = digits.images[:, None] / 8 - 1
-    order = np.random.default_rng(TRAINING_SEED).permutation(len(images))
-    return Target(
-        "Digits",
-        images[order[:-500]],
-        held_out=images[order[-500:]],
-        labels=digits.target[order[:-500]],
-        held_out_labels=digits.target[order[-500:]],
-    )
-
-
-TARGETS: dict[str, Callable[[], Target]] = {
-    "SwissRoll": lambda: Target.from_sampler(_swiss_roll, "SwissRoll"),
-    "Moons": lambda: Target.from_sampler(_moons, "Moons"),
-    "GaussianCluster": lambda: Target.from_sampler(_gaussian_cluster, "GaussianCluster"),
-    "Digits": _digits,
-}
-
-
 def _to_stored(values: Any, what: str, own: bool = False) -> Tensor:
     """Check samples and bring them to what is kept: images as bytes, or else float32.
 
-    With ``own`` the floats are a copy.
+    With `own` the floats are a copy.
     """
     samples = torch.as_tensor(values).detach()
     if samples.ndim < 2 or not samples.numel():
@@ -448,8 +343,3 @@ def _to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32 - 1:
         raise ValueError(f"seed must be 0 to 2**32 - 2; got {seed}")
-
-
-def _fresh_rows(n: int, held_out: Tensor, seed: int) -> Tensor:
-    rows = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
-    return rows[:n].to(held_out.device)

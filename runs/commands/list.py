@@ -12,7 +12,7 @@ from ...agents import AGENTS
 from ...agents.solvers import SOLVERS
 from ...envs.registration import ENVIRONMENTS
 from ...envs.targets.images import IMAGE_SETS
-from ...envs.targets.target import make_target
+from ...envs.targets.known import make_target
 from ..reports.console import console
 from ..settings.flags import parse_flags
 

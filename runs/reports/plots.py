@@ -132,7 +132,7 @@ def panels_figure(panels: Sequence[tuple[Panel, Mapping[str, Curve]]]) -> Figure
 
 
 def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) -> Figure:
-    """Draw how alike a network's outputs are at different times (paper C, Fig. 2).
+    """Draw how alike a network's outputs are at different times (Kim et al. 2024, Fig. 2).
 
     Args:
         times: (M + 1,) the first M belong to the rows and columns.
@@ -156,7 +156,7 @@ def correlation_figure(times: np.ndarray, similarity: Mapping[str, np.ndarray]) 
 def paths_figure(
     paths: Mapping[str, tuple[np.ndarray, Tensor]], coordinates: Sequence[int]
 ) -> Figure:
-    """Draw the mean norm of the states and coordinates of one sample (paper C, Fig. 5).
+    """Draw the mean norm of the states and coordinates of one sample (Kim et al. 2024, Fig. 5).
 
     Args:
         paths: name -> times (M,) and states (M, N, *shape); the first is the reference.

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 MESSAGE = (
@@ -43,12 +43,7 @@ class Interrupts:
             self._installed = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._installed:
             # None: a handler that was not set from Python, and cannot be set again from here.
             previous = signal.SIG_DFL if self._previous is None else self._previous

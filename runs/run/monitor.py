@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -71,14 +70,9 @@ class Monitor(BaseCallback):
         self.interrupts.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
-            self.interrupts.__exit__(kind, error, traceback)
+            self.interrupts.__exit__(*error)
         finally:
             if self.bar is not None:
                 self.bar.close()

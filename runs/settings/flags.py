@@ -67,18 +67,18 @@ def parse_flags(
 def one_sentence(box: str) -> str:
     """Return what a box of tyro says, in one sentence.
 
-    The box has a title, the message, and after rules of dashes what may be meant and other help.
+    Under its title the box has a message, and after rules of dashes what may be meant, and help.
     """
-    lines = [line.strip("│| ").strip() for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and set(line) <= set("─-╭╮╰╯")]
-    first = 1 if lines and re.match(r"^[╭+]", lines[0]) else 0
-    end = next((i for i in rules if i > first), len(lines))
-    text = " ".join(" ".join(lines[first:end]).split())
-    # The library's classes mean nothing on a command line.
-    text = re.sub(r"Error parsing (?:agent\.|run: |agent: )?", "", text)
+    lines = [line.strip("│|╭╮╰╯─+ ") for line in box.strip().splitlines()[1:]]
+    blocks = [" ".join(block.split()) for block in re.split(r"^-*$", "\n".join(lines), flags=re.M)]
+    text, *hints = [block for block in blocks if block] or ["The flags cannot be read."]
+    if wrong := re.match(r"Error parsing ([\w.]+): (\w+) (must be .*)", text):
+        group, name, rule = wrong.groups()
+        group = re.sub(r"^(?:run|agent)\b\.?", "", group)
+        return f"--{f'{group}.' if group else ''}{name.replace('_', '-')} {rule}"
     if not text.startswith("Unrecognized options"):
-        return text
+        return re.sub(r"^Error parsing (?:(?:run|agent)\b[.\w]*: )?", "", text)
     unknown = [word for word in re.findall(r"[^\s,]+", text) if word.startswith("-")]
     text = f"Unknown flag {', '.join(unknown)}" if unknown else text
-    meant = re.findall(r"^--[\w.-]+", "\n".join(lines[end:]), flags=re.M)
+    meant = re.findall(r"(?:^| )(--[a-z][\w.-]*)", " ".join(hints[:1]))
     return f"{text}; did you mean {' or '.join(meant)}?" if meant else f"{text}."

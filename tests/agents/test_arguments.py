@@ -20,7 +20,7 @@ from fewstep.critics import IPMCritic, MMDCritic
 from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, Schedule
 from fewstep.envs.registration import make_mdp
 from fewstep.envs.schedules import SCHEDULES
-from fewstep.envs.targets.target import make_target
+from fewstep.envs.targets.known import make_target
 from fewstep.runs.settings.train import Settings, parse
 
 # The first arguments need not make sense: types are checked before anything is done with them.

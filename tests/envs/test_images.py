@@ -1,5 +1,4 @@
 import gzip
-import pickle
 import struct
 import sys
 import tracemalloc
@@ -238,24 +237,6 @@ def test_cifar10_is_what_torchvision_reads(tmp_path, no_checksums):
 def test_a_cifar10_of_other_bytes_is_never_unpickled(tmp_path):
     write_cifar10(tmp_path)
     with pytest.raises(ValueError, match=r"CIFAR10 in .* are damaged"):
-        make_target("CIFAR10", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "values", "complaint"),
-    [
-        ("labels", [10] * 8, "labels that are not 40 numbers, 0 to 9"),
-        ("labels", [-1] * 8, "labels that are not 40 numbers, 0 to 9"),
-        ("labels", [0] * 7, "labels that are not 40 numbers, 0 to 9"),
-        ("data", np.zeros((8, 3072), np.float32), "hold float32"),
-    ],
-)
-def test_a_cifar10_out_of_range_is_refused(tmp_path, no_checksums, key, values, complaint):
-    write_cifar10(tmp_path)
-    file = tmp_path / "cifar-10-batches-py" / "data_batch_1"
-    batch = {**pickle.loads(file.read_bytes()), key: values}
-    file.write_bytes(pickle.dumps(batch))
-    with pytest.raises(ValueError, match=f"CIFAR10 in {tmp_path}.*{complaint}"):
         make_target("CIFAR10", data_dir=tmp_path)
 
 

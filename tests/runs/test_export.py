@@ -29,7 +29,13 @@ TINY = [
 def run(tmp_path_factory, fewstep):
     """A run of SFT-PG whose sampler no flag's default describes: three steps, learned noise."""
     folder = tmp_path_factory.mktemp("logs")
-    noisy = ["--policy.learn-std", "--optimizer.learning-rate=0.1", "--solver-options", "last_std", "0.2"]
+    noisy = [
+        "--policy.learn-std",
+        "--optimizer.learning-rate=0.1",
+        "--solver-options",
+        "last_std",
+        "0.2",
+    ]
     assert fewstep("train", *TINY, f"--log-dir={folder}", *noisy) == 0
     (path,) = folder.iterdir()
     return path

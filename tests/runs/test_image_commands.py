@@ -61,7 +61,10 @@ def no_checksums(monkeypatch):
 def test_a_pretrained_ddpm_is_fine_tuned_evaluated_and_sampled(files, tmp_path, fewstep):
     where = [f"--data-dir={files}", f"--log-dir={tmp_path}"]
     train = ["train", "--env=CIFAR10", f"--pretrained={files / 'ddpm'}", "--steps=3", *where]
-    assert fewstep(*train, "--execution.micro-batch-size=5", "--execution.buffer=cpu-float16", *TINY) == 0
+    assert (
+        fewstep(*train, "--execution.micro-batch-size=5", "--execution.buffer=cpu-float16", *TINY)
+        == 0
+    )
     (folder,) = tmp_path.iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert results["nfe"] == 3

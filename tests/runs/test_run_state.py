@@ -63,7 +63,9 @@ def test_threads_have_folders_of_their_own_too(tmp_path):
 
 
 def test_the_runs_of_a_sweep_are_told_apart(tmp_path):
-    flags = [[f"--optimizer.learning-rate={rate}", f"--log-dir={tmp_path}"] for rate in (1e-3, 1e-4)]
+    flags = [
+        [f"--optimizer.learning-rate={rate}", f"--log-dir={tmp_path}"] for rate in (1e-3, 1e-4)
+    ]
     flags += [
         ["--pretrain.optimizer.learning-rate=0.002", f"--log-dir={tmp_path}"],
         ["--solver-options", "last_std", "0.1", "clip", "True", f"--log-dir={tmp_path}"],
@@ -80,9 +82,15 @@ def test_the_runs_of_a_sweep_are_told_apart(tmp_path):
 
 def test_a_long_name_is_cut_and_still_tells_apart(tmp_path):
     many = ["--batch-size=8", "--n-critic=2", "--n-generator=1", "--critic.learning-rate=0.01"]
-    many += ["--critic.baseline-learning-rate=0.02", "--optimizer.max-grad-norm=0.3", "--policy.gae-lambda=0.5"]
+    many += [
+        "--critic.baseline-learning-rate=0.02",
+        "--optimizer.max-grad-norm=0.3",
+        "--policy.gae-lambda=0.5",
+    ]
     names = [
-        RunFolder.create(parse([*many, f"--optimizer.ema={ema}", f"--log-dir={tmp_path}"])).path.name
+        RunFolder.create(
+            parse([*many, f"--optimizer.ema={ema}", f"--log-dir={tmp_path}"])
+        ).path.name
         for ema in (0.1, 0.2)
     ]
     assert all(len(name) < 180 for name in names)
@@ -153,7 +161,10 @@ def test_divergence_says_how_to_go_on_and_that_works(tmp_path, fewstep, tiny, mo
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "--resume would come to the same end" in said
-    assert "a smaller --optimizer.learning-rate or --critic.learning-rate or --baseline-learning" in said
+    assert (
+        "a smaller --optimizer.learning-rate or --critic.learning-rate or --baseline-learning"
+        in said
+    )
     command = re.search(r"start anew with: +fewstep (.*?) +and a smaller", said)[1]
     assert fewstep(*shlex.split(command), "--optimizer.learning-rate=1e-6") == 0
     assert len(list(tmp_path.iterdir())) == 2

@@ -16,7 +16,13 @@ from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=500"]
-AGENT = ["--agent=variance", "--steps=4", "--process=linear-20", "--batch-size=32", "--head.hidden=8"]
+AGENT = [
+    "--agent=variance",
+    "--steps=4",
+    "--process=linear-20",
+    "--batch-size=32",
+    "--head.hidden=8",
+]
 SOLVERS = {"gamma": "analytic-dpm", "sn": "sn-ddpm", "npr": "npr-ddpm"}
 
 

@@ -1,7 +1,7 @@
 """The greedy fit: each step's lambdas by least squares, one step after the other (MATH.md 2.7).
 
 With b the state's motion along a direction, the best lambda of a step is one dot product divided by
-another, ``<b, y - base> / <b, b>`` (MATH.md 2.2). The student's own states are carried forward,
+another, `<b, y - base> / <b, b>` (MATH.md 2.2). The student's own states are carried forward,
 not the teacher's, so a step also repairs what the steps before it left.
 
 Several directions of a step are often nearly parallel. The least squares problem is therefore

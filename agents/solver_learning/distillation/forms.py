@@ -1,6 +1,6 @@
 """Forms: the few directions in which D-ODE may move each row of a solver's tableau.
 
-Every step of a solver is ``base + c * O`` with O its newest (effective) output and c its factor.
+Every step of a solver is `base + c * O` with O its newest (effective) output and c its factor.
 D-ODE replaces O_j by O_j + lambda_j (O_j - O_{j-1}) (Kim, Tang & Yu 2024, Eq. 8; MATH.md 2.1), so
 the new state moves by lambda_j along b = c (O_j - O_{j-1}), a row of weights on the raw outputs.
 Other forms have other directions, or several. This one mechanism makes every variant of

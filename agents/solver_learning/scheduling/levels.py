@@ -1,6 +1,6 @@
 """Noise levels as free parameters: any numbers give a valid schedule (MATH.md 3.4).
 
-The noise level of a time is EDM's, ``sigma / alpha``, for every process. Between a least and a
+The noise level of a time is EDM's, `sigma / alpha`, for every process. Between a least and a
 greatest level the others are a softmax's running sums on the scale of an increasing map f,
 
     f(level_t) = f(level_min) + (f(level_max) - f(level_min)) sum_{j < t} w_j,  w = softmax(v, 1)
