@@ -19,7 +19,6 @@ def names(path: Path) -> set[str]:
     return {alias.name for node in nodes for alias in node.names if isinstance(alias, ast.alias)}
 
 
-@pytest.mark.xfail(strict=True, reason="denoisers and their exporters import each other")
 def test_no_files_import_each_other_in_a_circle():
     assert house.circles(house.imports()) == []
 
@@ -28,17 +27,14 @@ def test_imports_point_one_way():
     assert house.wrong_way(house.imports()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the tree of the second edition is being built")
 def test_a_folder_holds_few_files():
     assert [place for place in house.fullest_folders() if place[0] > MOST_FILES] == []
 
 
-@pytest.mark.xfail(strict=True, reason="the README is being rewritten")
 def test_the_first_page_is_short():
     assert house.lines([house.ROOT / "README.md"]) <= MOST_README_LINES
 
 
-@pytest.mark.xfail(strict=True, reason="processes do not answer for themselves yet")
 def test_only_processes_ask_which_process_there_is():
     asked = []
     for path in house.files():
@@ -50,7 +46,6 @@ def test_only_processes_ask_which_process_there_is():
     assert [place for place in asked if not place.startswith("envs/processes/")] == []
 
 
-@pytest.mark.xfail(strict=True, reason="runs/ still knows agents by name")
 def test_runs_know_agents_by_their_table_alone():
     from fewstep.agents import AGENTS
 
@@ -59,6 +54,8 @@ def test_runs_know_agents_by_their_table_alone():
         str(path.relative_to(house.ROOT)): sorted(classes & names(path))
         for path in house.files()
         if path.is_relative_to(house.ROOT / "runs")
+        # A measurement is of an agent that it names.
+        and not path.is_relative_to(house.ROOT / "runs" / "speed")
     }
     assert {path: found for path, found in known.items() if found} == {}
 

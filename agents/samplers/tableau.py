@@ -38,7 +38,7 @@ from ...common.reading import damage_named, read_text
 from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
 from .sparse import NOT_LOWER, SparseRows, read_only
-from .tableau_json import read_table, write_table
+from .tableau_json import OPTIONAL, read_table, write_table
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
@@ -435,7 +435,16 @@ class Tableau:
         Args:
             extra: further entries, JSON values; readers of the table ignore them.
         """
-        return write_table(self, extra)
+        arrays: dict[str, Any] = {
+            "times": self.times.tolist(),
+            "scale": self.scale.tolist(),
+            "weights": self.sparse_weights.pairs(),
+            "noise": self.noise.tolist(),
+        }
+        for name in OPTIONAL:
+            if not self.is_default(name):
+                arrays[name] = getattr(self, name).tolist()
+        return write_table(self.name, self.output, self.process, arrays, extra)
 
     @classmethod
     def from_json(cls, text: str) -> Tableau:

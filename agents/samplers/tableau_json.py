@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from ...common.reading import parse_json, quoted, reason
 from ...envs.processes import NoiseProcess
 from .sparse import SparseRows
 
-if TYPE_CHECKING:
-    from .tableau import Tableau
+Table = TypeVar("Table")
 
 FORMAT = "fewstep-tableau"
 VERSION = 4
@@ -21,33 +20,35 @@ VERSION = 4
 _ARRAYS = ("times", "scale", "weights", "noise")
 # What a table that says nothing of them does without. The anchors may be missing since version 4;
 # version 1 had none of the others, version 2 the first.
-_OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap")
+OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap")
 
 
-def write_table(tableau: Tableau, extra: Mapping[str, Any]) -> str:
-    """Return the JSON of a tableau, and further entries after its own.
+def write_table(
+    name: str,
+    output: str,
+    process: NoiseProcess,
+    arrays: dict[str, Any],
+    extra: Mapping[str, Any],
+) -> str:
+    """Return the JSON of a tableau.
 
-    Its weights are K lists of pairs [k, W_jk], one list a row, without the zeros. What `Tableau`
-    has as the default of an optional array is left out.
+    Args:
+        name: of the tableau.
+        output: what it combines.
+        process: the noise process.
+        arrays: as lists; the weights are K lists of pairs [k, W_jk], one list a row, without the
+            zeros, and optional arrays that have their default are left out.
+        extra: further entries after its own.
     """
-    arrays: dict[str, Any] = {
-        "times": tableau.times.tolist(),
-        "scale": tableau.scale.tolist(),
-        "weights": tableau.sparse_weights.pairs(),
-        "noise": tableau.noise.tolist(),
-    }
-    for name in _OPTIONAL:
-        if not tableau.is_default(name):
-            arrays[name] = getattr(tableau, name).tolist()
     if "cap" in arrays:
         # JSON knows no infinity.
         arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
     table = {
         "format": FORMAT,
         "version": VERSION,
-        "name": tableau.name,
-        "output": tableau.output,
-        "process": tableau.process.to_config(),
+        "name": name,
+        "output": output,
+        "process": process.to_config(),
         **arrays,
         **extra,
     }
@@ -55,7 +56,7 @@ def write_table(tableau: Tableau, extra: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
+def read_table(text: str, build: Callable[..., Table]) -> Table:
     """Read the JSON of `write_table`, and build the tableau by its constructor.
 
     Raises:
@@ -78,10 +79,10 @@ def read_table(text: str, build: Callable[..., Tableau]) -> Tableau:
     if missing:
         raise ValueError(f"The tableau lacks {', '.join(missing)}.")
     values = {name: table[name] for name in needed}
-    values |= {name: table.get(name) for name in _OPTIONAL}
+    values |= {name: table.get(name) for name in OPTIONAL}
     if isinstance(values["cap"], list):
         values["cap"] = [math.inf if cap is None else cap for cap in values["cap"]]
-    for name in ("times", "scale", "noise", *_OPTIONAL):
+    for name in ("times", "scale", "noise", *OPTIONAL):
         # NumPy reads numbers out of strings.
         if isinstance(values[name], list) and any(isinstance(each, str) for each in values[name]):
             raise ValueError(f"The tableau is malformed: {name} holds text instead of numbers.")

@@ -1,11 +1,14 @@
-"""DEIS: the predicted noise extrapolated by a polynomial, integrated exactly (MATH.md 1.5, 1.8).
+"""DEIS and iPNDM (Zhang & Chen 2023): the predicted noise extrapolated from the last outputs.
+
+DEIS extrapolates by a polynomial, and integrates it exactly (MATH.md 1.5, 1.8):
 
     x_{i+1} = (alpha_{i+1} / alpha_i) x_i + sum_j C_ij epsilon_{i-j},
     C_ij = alpha_{i+1} * Integral_{rho_i}^{rho_{i+1}} l_j drho
 
 with rho = sigma / alpha and l_j Lagrange's basis on the last nodes, a polynomial in the time
 ("time", tAB-DEIS) or in rho itself ("rho", Adams-Bashforth of variable step). A polynomial in the
-log-SNR is `dpm_solver_multistep(order=3, solver_type="taylor")`.
+log-SNR is `dpm_solver_multistep(order=3, solver_type="taylor")`. iPNDM takes the Adams-Bashforth
+weights of equal steps on any grid (MATH.md 1.3).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from ...common.arguments import checked
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
-from .exponential import scale
+from .exponential import coefficient, scale
 from .rows import Node, Rows, check_budget, check_order, nodes_of
 
 Basis = Literal["time", "rho"]
@@ -94,3 +97,39 @@ def _time_of_rho(process: NoiseProcess) -> Callable[[np.ndarray], np.ndarray]:
         return process.time_of_log_snr(-torch.from_numpy(rho).log()).numpy()
 
     return time_of_rho
+
+
+# Weights on the newest output first, for equal steps; used as they stand on any grid.
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+@checked
+def ipndm(schedule: Schedule, order: int = 4) -> Tableau:
+    """Build iPNDM: linear multistep in noise prediction, without PNDM's costly warm-up.
+
+    Args:
+        schedule: the times; it may end at 0.
+        order: 1 (DDIM) to 4; the first steps use lower orders.
+
+    Raises:
+        ValueError: no such order, or fewer steps than the order.
+    """
+    check_order(order, range(1, 5), "iPNDM")
+    check_budget(schedule.steps, order, f"iPNDM of order {order}")
+    nodes = nodes_of(schedule)
+    rows = Rows()
+    for i in range(schedule.steps):
+        start, end = nodes[i], nodes[i + 1]
+        c1 = coefficient(1, start, end, "epsilon")
+        weights = ADAMS_BASHFORTH[min(i + 1, order) - 1]
+        rows.add(
+            start.time,
+            scale(start, end, "epsilon"),
+            {i - back: c1 * weight for back, weight in enumerate(weights)},
+        )
+    return rows.tableau(f"ipndm-{order}", schedule.process, nodes[-1].time, "epsilon")

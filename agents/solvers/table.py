@@ -12,11 +12,10 @@ from ..samplers.tableau import Tableau
 from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral
 from .ddim import ddim
-from .deis import deis
+from .deis import deis, ipndm
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
 from .fastdpm import fast_dpm
 from .heun import euler, heun
-from .ipndm import ipndm
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...envs import DiffusionMDP, DiscreteVP
+from ...envs import DiffusionMDP
 from ..denoisers.denoiser import Denoiser
 from ..solver_learning.selection import is_better
 from .held_out import Noised
@@ -28,13 +28,13 @@ class GammaSums(VarianceLearner):
         self, mdp: DiffusionMDP, denoiser: Denoiser, settings: VarianceSettings, seed: int
     ) -> None:
         super().__init__(mdp, denoiser, settings)
-        process = mdp.process
-        if not isinstance(process, DiscreteVP):
+        process, betas = mdp.process, mdp.process.betas
+        if betas is None:
             raise ValueError(
                 f"kind 'gamma' has one number a noising of a DiscreteVP, and this is {process!r}; "
                 "'sn' and 'npr' learn on any process."
             )
-        levels = torch.arange(len(process.betas), dtype=torch.float64) + 1
+        levels = torch.arange(len(betas), dtype=torch.float64) + 1
         alpha, sigma = process.alpha(levels), process.sigma(levels)
         # Gamma of Gaussian data of the same size: how much ||epsilon||^2 and ||eps||^2, of which
         # the mean is known, vary together.

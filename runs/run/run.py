@@ -193,9 +193,7 @@ class Run:
         """Say how to go on after divergence: a resumed run would repeat it, step by step."""
         first_stage = agent.name != self.settings.run.agent
         prefix = "--pretrain." if first_stage else "--"
-        rates = sorted(
-            (n for n in flat(agent.settings.to_tree()) if n.endswith("learning_rate")), key=len
-        )
+        rates = [n for n in flat(agent.settings.to_tree()) if n.endswith("learning_rate")]
         flags = " or ".join(prefix + name.replace("_", "-") for name in rates)
         config = shlex.quote(str(self.folder.path / "config.json"))
         start = f"fewstep train --config {config}"

@@ -25,7 +25,8 @@ FLAGS = {
     "kind='step'": "--schedule-options kind step",
     "last_std=0.001": "--solver ancestral --solver-options last_std 0.001",
     "use an earlier one": "in a run folder delete it: --resume then goes on from the stage before",
-    "micro_batch_size": "--execution.micro-batch-size, in the first stage --pretrain.execution.micro-batch-size",
+    "micro_batch_size": "--execution.micro-batch-size, in the first stage "
+    "--pretrain.execution.micro-batch-size",
 }
 
 
@@ -61,6 +62,8 @@ def parse_flags(
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
+        except ValueError as error:  # of settings that stand in no group
+            raise ValueError(_with_flag("", str(error))) from None
     raise ValueError(one_sentence(said.getvalue()))
 
 
@@ -72,13 +75,19 @@ def one_sentence(box: str) -> str:
     lines = [line.strip("│|╭╮╰╯─+ ") for line in box.strip().splitlines()[1:]]
     blocks = [" ".join(block.split()) for block in re.split(r"^-*$", "\n".join(lines), flags=re.M)]
     text, *hints = [block for block in blocks if block] or ["The flags cannot be read."]
-    if wrong := re.match(r"Error parsing ([\w.]+): (\w+) (must be .*)", text):
-        group, name, rule = wrong.groups()
-        group = re.sub(r"^(?:run|agent)\b\.?", "", group)
-        return f"--{f'{group}.' if group else ''}{name.replace('_', '-')} {rule}"
+    if wrong := re.match(r"Error parsing ([\w.]+): (.*)", text):
+        return _with_flag(re.sub(r"^(?:run|agent)\b\.?", "", wrong[1]), wrong[2])
     if not text.startswith("Unrecognized options"):
-        return re.sub(r"^Error parsing (?:(?:run|agent)\b[.\w]*: )?", "", text)
-    unknown = [word for word in re.findall(r"[^\s,]+", text) if word.startswith("-")]
+        return text.removeprefix("Error parsing ")
+    unknown = [word for word in re.findall(r"[^\s,=]+", text) if word.startswith("-")]
     text = f"Unknown flag {', '.join(unknown)}" if unknown else text
-    meant = re.findall(r"(?:^| )(--[a-z][\w.-]*)", " ".join(hints[:1]))
+    meant = re.findall(r"(?:^| )(--[a-z][\w.-]*)", " ".join(hints[:1]).replace("--help", ""))
     return f"{text}; did you mean {' or '.join(meant)}?" if meant else f"{text}."
+
+
+def _with_flag(group: str, message: str) -> str:
+    """Write the name of a setting, with which a message begins, as its flag."""
+    prefix = f"{group}." if group else ""
+    return re.sub(
+        r"^(\w+)(?= must be)", lambda name: f"--{prefix}{name[1].replace('_', '-')}", message
+    )

@@ -20,7 +20,7 @@ from typing import Any
 
 from stable_baselines3.common.logger import Logger
 
-from ...agents import AGENTS, BehaviorCloning, Denoiser, Tableau
+from ...agents import AGENTS, Denoiser, Tableau
 from ...agents.base import Agent
 from ...agents.denoisers.bodies import new_denoiser
 from ...agents.denoisers.exact import mixture
@@ -32,6 +32,7 @@ from ...envs.registration import ENVIRONMENTS
 from ..run.folder import read_record, write_json
 from ..run.logs import make_logger, read_live_metric
 from ..run.monitor import Monitor
+from ..settings.train import CLONER
 from .engine import Record, locked
 from .world import LONG, MIXTURE, World
 
@@ -96,14 +97,14 @@ class Clone:
         process = ENVIRONMENTS[world.env].process(self.noisings or calls)
         if self.process is not None:
             process = make_process(self.process)
-        budget = preset(world.env, BehaviorCloning.name)
+        budget = preset(world.env, CLONER)
         rounds = world.settings.rounds or self.rounds or budget.agent["rounds"]
         body = self.body or budget.body
         what = (process.to_config(), body, self.body_options, rounds)
         folder = world.settings.folder.parent / "denoisers" / _name(world.env, "clone", seed, what)
         mdp = world.mdp(process)
         new = new_denoiser(mdp, seed, budget.prediction, body, self.body_options)
-        agent = BehaviorCloning.for_environment(mdp, new, seed=seed, rounds=rounds)
+        agent = AGENTS[CLONER].for_environment(mdp, new, seed=seed, rounds=rounds)
         _train(agent, folder)
         denoiser = Denoiser.load(folder / agent.checkpoint_name, world.target.device)
         return Sampler(denoiser, denoiser, folder.name)

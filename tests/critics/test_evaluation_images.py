@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.critics.metrics import evaluation as module
-from fewstep.critics.metrics.distances import fid, kid, precision_recall, sliced_wasserstein
+from fewstep.critics.metrics import fid, kid, precision_recall, sliced_wasserstein
 from fewstep.critics.metrics.evaluation import FRESH_SEED, Evaluation
 from fewstep.critics.metrics.features import INCEPTION
 from fewstep.envs import Target, make_target

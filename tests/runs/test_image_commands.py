@@ -108,7 +108,7 @@ def test_mnist_is_cloned_in_ten_noisings(files, tmp_path, fewstep):
         (["--agent=behavior-cloning", "--pretrained={files}/ddpm"], "starts from nothing"),
         (["--pretrained={files}/ddpm", "--body=small-unet"], "--body is for a denoiser"),
         (["--pretrained={files}/ddpm", "--process=cosine-50"], "--process cosine-50 is not that"),
-        (["--env=MNIST", "--pretrain.batch-size=0"], "batch_size must be at least 1"),
+        (["--env=MNIST", "--pretrain.batch-size=0"], "--pretrain.batch-size must be at least 1"),
         (["--body=unet"], "unet-cifar10"),
         (["--body=small-unet", "--body-options", "depth", "3"], "depth"),
         (["--env=MNIST", "--body-options", "width", "8"], "--body"),
@@ -166,8 +166,8 @@ def test_a_run_goes_on_when_what_it_started_from_is_gone(files, tmp_path, fewste
 
 def test_a_preset_s_solver_options_go_with_its_solver(files):
     flags = ["--env=MNIST", f"--data-dir={files}"]
-    assert parse([*flags]).agent["solver_options"] == {"variance": "small", "last_std": 0.05}
-    assert parse([*flags, "--solver=fast-dpm"]).agent["solver_options"] is None
+    assert parse([*flags]).agent.solver_options == {"variance": "small", "last_std": 0.05}
+    assert parse([*flags, "--solver=fast-dpm"]).agent.solver_options is None
 
 
 def test_running_out_of_memory_is_one_sentence(files, tmp_path, fewstep, capsys, monkeypatch):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.agents.report import Panel
 from fewstep.runs.reports.plots import (
     curve_figure,
     dots_figure,
     image_grid,
-    lambdas_figure,
-    schedule_figure,
+    panels_figure,
 )
 
 
@@ -34,26 +34,22 @@ def test_a_curve_of_one_point_is_seen():
     assert figure.axes[0].lines[0].get_marker() == "o"
 
 
-def test_a_schedule_without_a_history_has_no_panel_for_it():
-    levels = {"learned": np.geomspace(80, 0.01, 4)}
-    weights = {"learned": np.ones(3)}
-    bare = schedule_figure(levels, weights, {})
-    history = {"error": ([10.0], [0.3]), "variance ratio": ([10.0], [0.9])}
-    full = schedule_figure(levels, weights, history)
-    titles = [[axis.get_title() for axis in figure.axes] for figure in (bare, full)]
-    assert "stage one" in titles[1]
-    assert titles[0] == titles[1][:2]
-    assert all(tick == round(tick) for axis in full.axes[:3] for tick in axis.get_xticks())
-
-
-def test_several_directions_are_told_apart():
-    one, several = (
-        lambdas_figure([9.0, 5.0, 1.0, 0.0], [np.ones(n) for n in counts])
-        for counts in ((1, 1, 1), (1, 2, 3))
+def test_panels_are_drawn_each_with_its_curves():
+    levels = {"learned": ([0, 1, 2], [80.0, 1.0, 0.01]), "Karras": ([0, 1, 2], [80.0, 2.0, 0.01])}
+    lambdas = {"1": ([0, 1], [0.5, -300.0])}
+    figure = panels_figure(
+        [
+            (Panel("noise level", "network call", scale="log"), levels),
+            (Panel("lambda", "network call", scale="symlog"), lambdas),
+        ]
     )
-    assert not one.legends
-    labels = [text.get_text() for text in several.legends[0].get_texts()]
-    assert labels == ["1", "2", "3"]
+    first, second = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["noise level", "lambda"]
+    assert [line.get_ydata().tolist() for line in first.lines] == [y for _, y in levels.values()]
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["learned", "Karras"]
+    assert second.get_legend() is None
+    assert (first.get_yscale(), second.get_yscale()) == ("log", "symlog")
+    assert all(tick == round(tick) for tick in first.get_xticks())
 
 
 @pytest.mark.parametrize("factor", [1.3, 7, 60, 1e3, 1e6])

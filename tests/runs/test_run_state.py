@@ -73,9 +73,9 @@ def test_the_runs_of_a_sweep_are_told_apart(tmp_path):
     names = [RunFolder.create(parse(each)).path.name for each in flags]
     stems = [re.sub(r"__\d{8}-\d{6}(-\d+)?$", "", name) for name in names]
     assert stems == [
-        "SwissRoll__sft-pg__seed0__learning_rate=0.001",
-        "SwissRoll__sft-pg__seed0__learning_rate=0.0001",
-        "SwissRoll__sft-pg__seed0__pretrain.learning_rate=0.002",
+        "SwissRoll__sft-pg__seed0__optimizer.learning_rate=0.001",
+        "SwissRoll__sft-pg__seed0__optimizer.learning_rate=0.0001",
+        "SwissRoll__sft-pg__seed0__pretrain.optimizer.learning_rate=0.002",
         "SwissRoll__sft-pg__seed0__solver_options=last_std-0.1,clip-True",
     ]
 
@@ -152,7 +152,7 @@ def test_divergence_says_how_to_go_on_and_that_works(tmp_path, fewstep, tiny, mo
 
     def diverges(self):
         metrics = train_round(self)
-        if self.learning_rate > 1e-6 and self.rounds == 2:
+        if self.settings.optimizer.learning_rate > 1e-6 and self.rounds == 2:
             metrics["train/policy_loss"] = torch.tensor(float("nan"))
         return metrics
 
@@ -162,7 +162,7 @@ def test_divergence_says_how_to_go_on_and_that_works(tmp_path, fewstep, tiny, mo
     assert "Traceback" not in said
     assert "--resume would come to the same end" in said
     assert (
-        "a smaller --optimizer.learning-rate or --critic.learning-rate or --baseline-learning"
+        "a smaller --optimizer.learning-rate or --critic.learning-rate or --critic.baseline-"
         in said
     )
     command = re.search(r"start anew with: +fewstep (.*?) +and a smaller", said)[1]
@@ -179,7 +179,7 @@ def test_divergence_of_the_cloning_stage_names_its_own_flag(
     monkeypatch.setattr(BehaviorCloning, "train_round", diverges)
     assert fewstep("train", f"--log-dir={tmp_path}", *tiny) == 2
     said = capsys.readouterr().err
-    assert "a smaller --pretrain.learning-rate." in said
+    assert "a smaller --pretrain.optimizer.learning-rate." in said
     assert "--denoiser" not in said
 
 

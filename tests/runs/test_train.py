@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import random
@@ -22,10 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewstep.agents import SFTPG
 from fewstep.common.checkpoint import load_checkpoint
 from fewstep.envs import make_mdp
-from fewstep.runs.run.building import check
 from fewstep.runs.run.folder import described_changes
 from fewstep.runs.run.logs import read_live_metric
-from fewstep.runs.settings.train import defaults, parse
+from fewstep.runs.settings.train import parse
 
 SCALARS = {
     "rollout/ep_rew_mean",
@@ -224,17 +222,6 @@ def test_a_damaged_run_says_what_to_delete(finished, tmp_path, fewstep, capsys):
     assert fewstep("train", "--resume", copy) == 0
     name = "checkpoint.safetensors"
     assert_same_weights(weights(finished / name), weights(copy / name))
-
-
-def test_a_run_of_an_agent_that_plans_its_rounds_is_repeated_by_its_config(tmp_path, fewstep):
-    """Its config.json names rounds, too, and may come from a version with another preset."""
-    settings = defaults("SwissRoll", "dode")
-    config = tmp_path / "config.json"
-    other = dataclasses.replace(settings.run, rounds=settings.run.rounds + 1)
-    config.write_text(dataclasses.replace(settings, run=other).to_json())
-    check(parse([f"--config={config}"]))
-    with pytest.raises(ValueError, match="leave out --rounds"):
-        check(parse([f"--config={config}", "--rounds=7"]))
 
 
 @pytest.mark.parametrize("agent", ["sft", "behavior-cloning"])
