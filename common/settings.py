@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from .arguments import check_value
 from .names import unknown_name
+from .reading import quoted
 
 Group = TypeVar("Group", bound="Settings")
 
@@ -56,6 +57,7 @@ class Settings:
         hints = hints_of(type(self))
         for field in dataclasses.fields(self):
             value = check_value(field.name, getattr(self, field.name), hints[field.name])
+            _check_group(field.name, value, hints[field.name])
             _check_bounds(field.name, value, field.metadata)
             object.__setattr__(self, field.name, value)
 
@@ -136,6 +138,12 @@ def _place(
             return group, keyword
     known = {name for each in (kind, *groups.values()) for name in hints_of(each)} - set(groups)
     raise unknown_name("setting", keyword, known)
+
+
+def _check_group(name: str, value: Any, hint: Any) -> None:
+    """Raise TypeError for a group of settings that is no instance of its class."""
+    if _is_group(hint) and not isinstance(value, hint):
+        raise TypeError(f"{name} must be {hint.__name__} or a mapping, got {quoted(value)}.")
 
 
 def _check_bounds(name: str, value: Any, limits: Mapping[str, Any]) -> None:
