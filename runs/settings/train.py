@@ -148,9 +148,9 @@ class Settings:
             # What an older version did not know takes its default.
             run = parts[0]
             for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
-                if run.get(key) is not None:
-                    if run[key] == "":
-                        raise ValueError(f"{key} is empty")
+                if run.get(key) == "":
+                    raise ValueError(f"{key} is empty")
+                if isinstance(run.get(key), str):
                     run[key] = Path(run[key])
             if is_foreign(run.get("body")):
                 run["body"] = Recorded(run["body"])

@@ -24,8 +24,13 @@ from fewstep.envs.targets.known import make_target
 from fewstep.runs.settings.train import Settings, parse
 
 # The first arguments need not make sense: types are checked before anything is done with them.
+GROUPS = {
+    f"{agent} {group}": kind
+    for agent, build in AGENTS.items()
+    for group, kind in {"settings": build.Settings, **build.Settings.groups()}.items()
+}
 PLACES = {
-    **AGENTS,
+    **GROUPS,
     "Denoiser": Denoiser,
     "MLP": MLP,
     "ResidualMLP": ResidualMLP,
@@ -59,10 +64,17 @@ def wrong_value(hint):
     return 3 if kinds == {str} else None
 
 
+def hints_of(build):
+    if build in GROUPS.values():  # a dataclass's constructor does not resolve its hints
+        return typing.get_type_hints(build)
+    return typing.get_type_hints(
+        inspect.unwrap(build.__init__ if inspect.isclass(build) else build)
+    )
+
+
 def typed_arguments():
     for place, build in PLACES.items():
-        function = build.__init__ if inspect.isclass(build) else build
-        hints = typing.get_type_hints(inspect.unwrap(function))
+        hints = hints_of(build)
         for name in inspect.signature(build).parameters:
             if name in hints and wrong_value(hints[name]) is not None:
                 yield pytest.param(build, name, wrong_value(hints[name]), id=f"{place}-{name}")
@@ -81,8 +93,7 @@ def filled(build, given):
 
 @pytest.mark.parametrize(("build", "name", "value"), list(typed_arguments()))
 def test_a_value_of_another_kind_is_refused(build, name, value):
-    function = inspect.unwrap(build.__init__ if inspect.isclass(build) else build)
-    hints = typing.get_type_hints(function)
+    hints = hints_of(build)
     # What is missing gets a value that its hint allows, so that only `name` can be at fault.
     samples = {int: 1, float: 1.0, str: "", bool: True, tuple: (1.0, 1.0), NoneType: None}
     arguments = {
@@ -94,13 +105,12 @@ def test_a_value_of_another_kind_is_refused(build, name, value):
 
 
 def named_arguments():
-    """Strings that are names of something, in the agents' constructors."""
-    free = {"tensorboard_log", "env"}
+    """Strings that are names of something, in the agents' settings."""
     for agent, build in AGENTS.items():
-        hints = typing.get_type_hints(build.__init__)
-        for name in inspect.signature(build).parameters:
-            if str in parts(hints[name]) and name not in free:
-                yield pytest.param(build, name, id=f"{agent}-{name}")
+        for kind in (build.Settings, *build.Settings.groups().values()):
+            for name, hint in typing.get_type_hints(kind).items():
+                if str in parts(hint):
+                    yield pytest.param(build, name, id=f"{agent}-{name}")
 
 
 @pytest.mark.parametrize(("build", "name"), list(named_arguments()))
@@ -119,20 +129,28 @@ def test_numpy_s_numbers_and_lists_are_taken_for_python_s(make_mdp, make_denoise
         betas=[0.5, 0.9],
         max_grad_norm=1,
     )
-    settings = agent.settings()
-    assert settings["batch_size"] == 8
-    assert type(settings["batch_size"]) is int
-    assert settings["learn_std"] is True
+    settings = agent.settings
+    assert settings.batch_size == 8
+    assert type(settings.batch_size) is int
+    assert settings.policy.learn_std is True
+    assert settings.optimizer.betas == (0.5, 0.9)
     agent.save(tmp_path / "agent")  # JSON knows no NumPy
-    assert load_checkpoint(tmp_path / "agent")["settings"]["learning_rate"] == 0.5
+    saved = load_checkpoint(tmp_path / "agent")["settings"]
+    assert saved["optimizer"]["learning_rate"] == 0.5
 
 
 BAD = [
-    ("log_density", "bogus", "unknown log_density 'bogus'"),
-    ("normalize_advantage", "no", "normalize_advantage must be True or False, got 'no'"),
+    ("policy", {"log_density": "bogus"}, "unknown log_density 'bogus'"),
+    (
+        "policy",
+        {"normalize_advantage": "no"},
+        "normalize_advantage must be True or False, got 'no'",
+    ),
     ("batch_size", 8.5, "batch_size must be a whole number, got 8.5"),
-    ("learning_rate", "fast", "learning_rate must be a number"),
-    ("learning_rat", 1.0, "did you mean 'learning_rate'"),
+    ("optimizer", {"learning_rate": "fast"}, "learning_rate must be a number"),
+    ("optimizer", {"learning_rat": 1.0}, "did you mean 'learning_rate'"),
+    ("optimizer", None, "optimizer must be OptimizerSettings or a mapping, got None"),
+    ("learning_rate", 1.0, "unknown setting 'learning_rate'"),
 ]
 
 
@@ -169,8 +187,14 @@ def test_settings_of_a_config_are_as_strictly_checked(name, value, complaint, tm
     [
         (lambda tree: tree.update(run=[]), "run, agent and cloning must be objects"),
         (lambda tree: tree.update(run={}), "env"),
-        (lambda tree: tree["run"].update(rounds=7.0007), "rounds must be a whole number"),
-        (lambda tree: tree["run"].update(rounds=-5), "rounds must be at least 1, got -5"),
+        (
+            lambda tree: tree["run"].update(log_interval=7.0007),
+            "log_interval must be a whole number",
+        ),
+        (
+            lambda tree: tree["run"].update(log_interval=-5),
+            "log_interval must be at least 1, got -5",
+        ),
         (lambda tree: tree["run"].update(seed=True), "seed must be a whole number, got True"),
         (lambda tree: tree["run"].update(download="no"), "download must be True or False"),
         (lambda tree: tree["run"].update(log_dir=3), "log_dir must be a path"),
@@ -186,7 +210,10 @@ def test_a_config_that_a_flag_could_not_say_is_refused(change, complaint, tmp_pa
 
 
 def test_a_config_says_what_the_flags_said(tmp_path):
-    settings = parse(["--betas", "0.4", "0.9", "--steps=3", "--log-dir=x", "--clip-range=0.2"])
+    flags = ["--optimizer.betas", "0.4", "0.9", "--steps=3", "--log-dir=x"]
+    settings = parse([*flags, "--policy.clip-range=0.2"])
+    assert settings.agent.optimizer.betas == (0.4, 0.9)
+    assert settings.agent.policy.clip_range == 0.2
     path = tmp_path / "config.json"
     path.write_text(settings.to_json())
     assert Settings.from_json(path) == settings
