@@ -82,6 +82,7 @@ def one_sentence(box: str) -> str:
     unknown = [word for word in re.findall(r"[^\s,=]+", text) if word.startswith("-")]
     text = f"Unknown flag {', '.join(unknown)}" if unknown else text
     meant = re.findall(r"(?:^| )(--[a-z][\w.-]*)", " ".join(hints[:1]).replace("--help", ""))
+    meant = [flag for flag in meant if flag not in unknown]  # of several, a title names each
     return f"{text}; did you mean {' or '.join(meant)}?" if meant else f"{text}."
 
 
