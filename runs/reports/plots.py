@@ -122,11 +122,15 @@ def panels_figure(panels: Sequence[tuple[Panel, Mapping[str, Curve]]]) -> Figure
         axis.xaxis.set_major_locator(whole_numbers())
         if panel.scale == "symlog":
             axis.axhline(0, color=REAL, linestyle="--", linewidth=1)
-            axis.set_yscale("symlog", linthresh=2)
+            # Small numbers are read best on a plain axis.
+            if max((abs(value) for _, y in curves.values() for value in y), default=0.0) > 5:
+                axis.set_yscale("symlog", linthresh=2)
         else:
             axis.set_yscale(panel.scale)
         axis.grid(alpha=0.3)
-        if len(curves) > 1:
+        if len(curves) > 5:  # they would hide the curves
+            figure.legend(fontsize=8, loc="outside right upper")
+        elif len(curves) > 1:
             axis.legend(fontsize=8)
     return figure
 

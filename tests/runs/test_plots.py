@@ -52,6 +52,14 @@ def test_panels_are_drawn_each_with_its_curves():
     assert all(tick == round(tick) for tick in first.get_xticks())
 
 
+def test_small_numbers_have_a_plain_axis_and_many_curves_a_legend_beside_it():
+    curves = {str(k): ([0, 1], [0.1 * k, -0.2]) for k in range(8)}
+    figure = panels_figure([(Panel("lambda", "network call", scale="symlog"), curves)])
+    assert figure.axes[0].get_yscale() == "linear"
+    assert figure.axes[0].get_legend() is None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
+
+
 @pytest.mark.parametrize("factor", [1.3, 7, 60, 1e3, 1e6])
 def test_ticks_of_a_logarithmic_axis_do_not_overlap(factor):
     scores = {str(row): 0.9 * factor ** (row / 4) for row in range(5)}
