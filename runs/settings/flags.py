@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, TypeVar
 
 Flags = TypeVar("Flags")
@@ -64,7 +64,21 @@ def parse_flags(
                 raise
         except ValueError as error:  # of settings that stand in no group
             raise ValueError(_with_flag("", str(error))) from None
-    raise ValueError(one_sentence(said.getvalue()))
+    sentence = one_sentence(said.getvalue())
+    if unknown := re.fullmatch(r"Unknown flag --([\w-]+)\.", sentence):
+        meant = [flag for flag in _flags(kind, options) if flag.endswith(f".{unknown[1]}")]
+        if meant:
+            sentence = f"{sentence[:-1]}; did you mean {' or '.join(meant)}?"
+    raise ValueError(sentence)
+
+
+def _flags(kind: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
+    """Return the flags there are, as their help lists them."""
+    import tyro
+
+    with redirect_stdout(io.StringIO()) as help_text, suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], **options)
+    return re.findall(r"^[\W]*(--[a-z][\w.-]*)", help_text.getvalue(), flags=re.M)
 
 
 def one_sentence(box: str) -> str:

@@ -223,6 +223,7 @@ def test_studies_are_listed(fewstep, capsys):
         (["train", "--agent=schedule", "--rounds=3"], "Unknown flag --rounds"),
         (["train", "--critic.widht=3"], "Unknown flag --critic.widht; did you mean --critic.width"),
         (["train", "--bogus"], "Unknown flag --bogus."),
+        (["train", "--learning-rate=1"], "--learning-rate; did you mean --"),
         (
             ["train", "--betas", "0", "0", "--bogus"],
             "Unknown flag --betas, --bogus; did you mean --optimizer.betas or ",
