@@ -47,6 +47,10 @@ class Cell:
         """Where its record is kept."""
         return folder / "cells" / f"{self.key}.json"
 
+    def begun(self, folder: Path) -> Path:
+        """A file that says that it was begun in this run of the study."""
+        return folder / "locks" / f"{self.key}.begun"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -103,6 +107,7 @@ def carry_out(
     except OSError as error:
         raise unwritable_folder(folder, error) from None
     for cell in cells:
+        cell.begun(folder).unlink(missing_ok=True)
         if cell.file(folder).is_file() and FAILED in read_record(cell.file(folder)):
             cell.file(folder).unlink()
     if workers == 1:
@@ -153,7 +158,10 @@ def _work(cells: Sequence[Cell], folder: Path, count: int | None) -> None:
             for cell in cells:
                 if not cell.file(folder).is_file():
                     with locked(folder / "locks" / cell.key, wait) as mine:
-                        if mine and not cell.file(folder).is_file():
+                        # A cell that killed one process is not tried by the next one.
+                        tried = cell.file(folder).is_file() or cell.begun(folder).is_file()
+                        if mine and not tried:
+                            cell.begun(folder).touch()
                             _attempt(cell, folder)
 
 
