@@ -84,11 +84,11 @@ _DIGITS_SFT_PG: Values = {
     "log_density": "mean",
     "noise_power": 1.0,
     "ema": 0.97,
-    # Paper A's last standard deviation, 0.001, would drown the other steps in the gradient; 0.05 is
-    # less than half a grey level of these digits.
+    # Fan & Lee's last standard deviation, 0.001, would drown the other steps in the gradient; 0.05
+    # is less than half a grey level of these digits.
     "solver_options": {"variance": "small", "last_std": 0.05},
 }
-# Paper A on images (MATH.md S.8): FastDPM's noise levels, small steps, gradients clipped hard.
+# Fan & Lee (2023) on images (MATH.md S.8): FastDPM's noise levels, small steps, hard clipping.
 _IMAGES_SFT_PG: Values = {
     "batch_size": 128,
     "n_critic": 5,
@@ -146,7 +146,7 @@ PROCESSES: dict[tuple[str, str], str] = {
 }
 
 
-# The times that paper A starts from on images.
+# The times that Fan & Lee (2023) start from on images.
 SCHEDULES: dict[tuple[str, str], str] = {
     (env, "sft-pg"): "fast_dpm" for env in ("CIFAR10", "CelebA64", "ImageFolder")
 }

@@ -26,24 +26,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...common.files import write_atomically
-from ...common.names import unknown_name
 from ...common.reading import damage_named, read_text
 from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
-from .sparse import NOT_LOWER, SparseRows, read_only
+from .sparse import SparseRows, read_only
+from .tableau_checks import ARRAYS, DEFAULTS, Output, check_arrays, check_times
 from .tableau_json import OPTIONAL, read_table, write_table
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
 
-Output = Literal["epsilon", "sample"]
 # Of an environment: (state, action, step) -> next state.
 Transition = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -121,14 +120,17 @@ class Tableau:
         if not np.issubdtype(anchors.dtype, np.integer):
             raise ValueError("Tableau.anchors must be whole numbers, the indices of states.")
         self._keep("anchors", read_only(anchors, np.int64))
-        for name, default in _DEFAULTS.items():
+        for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 self._keep(name, np.full(steps, default))
-        for name in ("times", "scale", "noise", *_DEFAULTS):
+        for name in ("times", "scale", "noise", *DEFAULTS):
             self._keep(name, read_only(getattr(self, name), np.float64))
         # `__getattr__` lays the matrix out again for whoever asks for it.
         self._keep("sparse_weights", _sparse(self.__dict__.pop("weights"), steps))
-        self._validate(steps)
+        check_arrays(
+            {name: getattr(self, name) for name in ARRAYS}, self.sparse_weights, self.output
+        )
+        check_times(self.times, self.process)
         self._keep("_rows", tuple(self._make_rows()))
 
     def _keep(self, name: str, value: object) -> None:
@@ -154,7 +156,7 @@ class Tableau:
 
     def is_default(self, name: str) -> bool:
         """Tell whether an optional field holds what it does when it is not given."""
-        default = np.arange(self.steps) if name == "anchors" else _DEFAULTS[name]
+        default = np.arange(self.steps) if name == "anchors" else DEFAULTS[name]
         return bool((self._optional(name) == default).all())
 
     def replace(self, **changes: Any) -> Tableau:
@@ -175,53 +177,6 @@ class Tableau:
         plain = zip(self.sparse_weights.pairs(), *(c.tolist() for c in columns), strict=True)
         for weights, time, anchor, scale, current, std, *others in plain:
             yield Row(time, anchor, scale, current, weights, std, *others)
-
-    def _validate(self, steps: int) -> None:
-        shapes = {
-            "times": (steps + 1,),
-            "scale": (steps,),
-            "noise": (steps,),
-            "anchors": (steps,),
-            **dict.fromkeys(_DEFAULTS, (steps,)),
-        }
-        for name, shape in shapes.items():
-            value = getattr(self, name)
-            if value.shape != shape:
-                raise ValueError(f"Tableau.{name} has shape {value.shape}, expected {shape}.")
-            # An infinite cap is none.
-            if not np.isfinite(value[value != np.inf] if name == "cap" else value).all():
-                raise ValueError(f"Tableau.{name} holds NaN or infinite numbers.")
-        weights = self.sparse_weights
-        if not np.isfinite(weights.values).all():
-            raise ValueError("Tableau.weights holds NaN or infinite numbers.")
-        if (weights.columns > weights.rows).any() or (weights.columns < 0).any():
-            raise ValueError(NOT_LOWER)
-        if (self.noise < 0).any():
-            raise ValueError("Tableau.noise holds negative standard deviations.")
-        for name in ("covariance", "cap"):
-            if (self._optional(name) < 0).any():
-                raise ValueError(f"Tableau.{name} holds negative numbers.")
-        if self.output != "sample" and self._optional("clipped").any():
-            raise ValueError(
-                "Tableau.clipped weighs predicted clean samples: it needs output 'sample', not "
-                f"{self.output!r}."
-            )
-        anchors = self._optional("anchors")
-        if ((anchors < 0) | (anchors > np.arange(steps))).any():
-            raise ValueError("Tableau.anchors must point to states that exist: 0 <= a(j) <= j.")
-        if self._optional("current")[anchors == np.arange(steps)].any():
-            raise ValueError(
-                "Tableau.current must be 0 where the anchor is the current state: use scale there."
-            )
-        if self.times.min() < 0 or self.times.max() > self.process.t_max:
-            raise ValueError(f"Tableau.times must lie in [0, {self.process.t_max}].")
-        if not bool((self.process.sigma(torch.from_numpy(self.times[:-1].copy())) > 0).all()):
-            raise ValueError(
-                "Tableau.times must have noise but for the last: no network is asked about clean "
-                "samples."
-            )
-        if self.output not in get_args(Output):
-            raise unknown_name("tableau output", self.output, get_args(Output))
 
     @property
     def steps(self) -> int:
@@ -473,9 +428,6 @@ class Tableau:
             return cls.from_json(read_text(path))
 
 
-# What the optional fields hold where they say nothing.
-_DEFAULTS = {"current": 0.0, "clipped": 0.0, "covariance": 0.0, "cap": math.inf}
-
 # A standard deviation of zero has no gradient; this one is as good as none.
 _LEAST_VARIANCE = 1e-30
 
@@ -510,26 +462,3 @@ def std_of(
     """
     std = (noise**2 + weight * covariance).clamp_min(_LEAST_VARIANCE).sqrt()
     return torch.clamp(std, max=cap)
-
-
-def one_step_tableau(
-    name: str,
-    process: NoiseProcess,
-    times: Sequence[float] | np.ndarray,
-    scale: np.ndarray,
-    weight: np.ndarray,
-    noise: np.ndarray,
-    output: Output = "epsilon",
-    clipped: np.ndarray | None = None,
-) -> Tableau:
-    """Build a one-step method's tableau: each state follows from the one before and its output."""
-    return Tableau(
-        name,
-        process,
-        np.asarray(times),
-        scale,
-        SparseRows.from_diagonal(weight),  # type: ignore[arg-type]  # kept sparse
-        noise,
-        output=output,
-        clipped=clipped,
-    )

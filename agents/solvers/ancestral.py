@@ -7,8 +7,8 @@ import numpy as np
 from ...common.arguments import checked
 from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Variance
-from ..samplers.tableau import Tableau, one_step_tableau
-from .rows import with_last_std
+from ..samplers.tableau import Tableau
+from .rows import one_step_tableau, with_last_std
 
 
 @checked

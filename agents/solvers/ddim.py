@@ -6,7 +6,8 @@ import numpy as np
 
 from ...common.arguments import checked
 from ...envs.schedules import Schedule
-from ..samplers.tableau import Output, Tableau, one_step_tableau
+from ..samplers.tableau import Output, Tableau
+from .rows import one_step_tableau
 
 
 @checked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -152,3 +152,26 @@ def check_budget(steps: int, needed: int, solver: str) -> None:
             f"{solver} needs at least {needed} network calls on this schedule, which has {steps}: "
             "take a lower order or more steps."
         )
+
+
+def one_step_tableau(
+    name: str,
+    process: NoiseProcess,
+    times: Sequence[float] | np.ndarray,
+    scale: np.ndarray,
+    weight: np.ndarray,
+    noise: np.ndarray,
+    output: Output = "epsilon",
+    clipped: np.ndarray | None = None,
+) -> Tableau:
+    """Build a one-step method's tableau: each state follows from the one before and its output."""
+    return Tableau(
+        name,
+        process,
+        np.asarray(times),
+        scale,
+        SparseRows.from_diagonal(weight),  # type: ignore[arg-type]  # kept sparse
+        noise,
+        output=output,
+        clipped=clipped,
+    )

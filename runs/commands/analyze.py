@@ -1,8 +1,8 @@
 """`fewstep analyze`: why few-step solvers work, and what distillation changes.
 
-Writes correlation.png (how alike the network's outputs are at different times; paper C, Fig. 2),
-trajectory.png (the states' norm and two coordinates of one sample against a fine reference; Fig.
-5), lambdas.png and analysis.json.
+Writes correlation.png (how alike the network's outputs are at different times; Kim, Tang & Yu
+2024, Fig. 2), trajectory.png (the states' norm and two coordinates of one sample against a fine
+reference; Fig. 5), lambdas.png and analysis.json.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What flags and settings files mean."""

@@ -54,7 +54,7 @@ def test_baseline_multiplies_hidden_layers_by_the_embedding_before_the_activatio
     ("shape", "width", "channels"),
     [
         ((1, 8, 8), None, [64, 1]),
-        ((3, 32, 32), None, [256, 512, 1024, 1]),  # paper A's
+        ((3, 32, 32), None, [256, 512, 1024, 1]),  # Fan & Lee's
         ((1, 28, 28), 8, [8, 16, 1]),
         ((3, 64, 64), 8, [8, 16, 32, 32, 1]),
     ],
