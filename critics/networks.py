@@ -19,28 +19,38 @@ from ..common.precision import in_full_precision
 from ..common.shapes import is_image
 
 
+# Of the Fourier features, in radians a unit of x: fit for data of size 1.
+BANDWIDTHS = (6.0,)
+
+
 class FourierFeatures(nn.Module):
     """Append sines and cosines of random projections, so that an MLP can learn fine detail.
 
-    x -> [scale x, sin(x W), cos(x W)] with W ~ N(0, bandwidth^2) fixed (Tancik et al. 2020). A
+    x -> [scale x, sin(x W), cos(x W)] with W ~ N(0, bandwidths^2) fixed (Tancik et al. 2020). A
     plain MLP learns low frequencies first and blurs a thin manifold.
 
     Args:
         dimension: of x.
-        count: number of frequencies; 0 leaves x as it is.
-        bandwidth: standard deviation of the frequencies, in radians a unit of x.
+        count: number of frequencies of each bandwidth; 0 leaves x as it is.
+        bandwidths: standard deviations of the frequencies, in radians a unit of x. The largest says
+            how fine a detail can be seen.
         scale: factor on x itself.
     """
 
     projections: Tensor
 
     def __init__(
-        self, dimension: int, count: int, bandwidth: float = 6.0, scale: float = 3.0
+        self,
+        dimension: int,
+        count: int,
+        bandwidths: Sequence[float] = BANDWIDTHS,
+        scale: float = 3.0,
     ) -> None:
         super().__init__()
-        self.register_buffer("projections", bandwidth * torch.randn(dimension, count))
+        projections = [each * torch.randn(dimension, count) for each in bandwidths]
+        self.register_buffer("projections", torch.cat(projections, dim=1))
         self.scale = scale
-        self.width = dimension + 2 * count
+        self.width = dimension + 2 * self.projections.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., dimension) to (..., width)."""
@@ -58,14 +68,20 @@ class MLPCritic(nn.Module):
         hidden: width of the hidden layers (Fan & Lee (2023) 128, their code 256).
         layers: number of hidden layers.
         frequencies: number of Fourier features of the input; 0, as published, has none.
+        bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
     """
 
     @checked
     def __init__(
-        self, shape: Sequence[int], hidden: int = 128, layers: int = 3, frequencies: int = 0
+        self,
+        shape: Sequence[int],
+        hidden: int = 128,
+        layers: int = 3,
+        frequencies: int = 0,
+        bandwidths: Sequence[float] = BANDWIDTHS,
     ) -> None:
         super().__init__()
-        self.features = FourierFeatures(math.prod(shape), frequencies)
+        self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *[hidden] * layers]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
@@ -200,7 +216,9 @@ class _StepLinear(nn.Module):
 FREQUENCIES = 32
 
 
-def make_critic(shape: Sequence[int], width: int | None = None) -> nn.Module:
+def make_critic(
+    shape: Sequence[int], width: int | None = None, bandwidths: Sequence[float] = BANDWIDTHS
+) -> nn.Module:
     """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`.
 
     Images, H and W at least 8, get the `ConvCritic`. The `MLPCritic` reads all numbers of any other
@@ -210,10 +228,13 @@ def make_critic(shape: Sequence[int], width: int | None = None) -> nn.Module:
         shape: shape of one sample.
         width: hidden width of the one, channels after the first stage of the other; the classes'
             defaults if None.
+        bandwidths: of the Fourier features of the `MLPCritic`; the other has none.
     """
     if is_image(shape):
         return ConvCritic(shape, width)
-    return MLPCritic(shape, hidden=width or 128, frequencies=FREQUENCIES)
+    return MLPCritic(
+        shape, hidden=width or 128, frequencies=FREQUENCIES, bandwidths=bandwidths
+    )
 
 
 def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:

@@ -98,7 +98,7 @@ def _learned(
     mdp: DiffusionMDP, settings: CriticSettings, execution: ExecutionSettings
 ) -> IPMCritic:
     of_baseline: dict[str, Any] = {}
-    network = make_critic(tuple(mdp.shape), settings.width)
+    network = make_critic(tuple(mdp.shape), settings.width, settings.bandwidths)
     if isinstance(settings, CriticAndBaselineSettings):
         of_baseline = {
             "baseline": _baseline(mdp, settings),
@@ -108,6 +108,7 @@ def _learned(
     critic = IPMCritic(
         network,
         settings.regularizer,
+        objective=settings.objective,
         coefficient=settings.coefficient,
         learning_rate=settings.learning_rate,
         precision=execution.precision,

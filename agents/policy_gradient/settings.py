@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...common.settings import Settings, bounded
+from ...critics.ipm import Objective
+from ...critics.networks import BANDWIDTHS
 from ..samplers.gaussian import Reduction
 from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings, RateSchedule
 
@@ -16,13 +18,19 @@ Buffer = Literal["float32", "float16", "cpu", "cpu-float16"]
 class CriticSettings(Settings):
     """The learned critic f, where no reward is given."""
 
+    objective: Objective = "ipm"
+    """ipm is the mean gap between real and fake samples; logistic makes f the log-density ratio,
+    which punishes samples where no real one lies."""
     regularizer: str = "baseline"
-    """baseline is SFT-PG (B), gradient-penalty SFT-PG (GP); also weight-clip, spectral-norm,
+    """baseline is SFT-PG (B), gradient-penalty SFT-PG (GP); also r1, weight-clip, spectral-norm,
     none."""
     coefficient: float | None = None
     """Weight of the regulariser; by default the critic's own."""
     width: int | None = bounded(None, least=1)
     """Hidden width of f, or the channels of its first stage; see `make_critic`."""
+    bandwidths: tuple[float, ...] = BANDWIDTHS
+    """Of the Fourier features of an f for vectors, in radians a unit: the largest says how fine a
+    detail it sees. See `FourierFeatures`."""
     learning_rate: float = bounded(1e-3, least=0)
     """Of f."""
     lr_schedule: RateSchedule = "constant"

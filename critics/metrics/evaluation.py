@@ -7,12 +7,15 @@ several samplers. The command line's figures are these.
 up to 10,000 samples. `sliced_wasserstein_fresh` is the honest one: 200 projections, up to 200,000
 samples against as many fresh real points, so a sampler is not rewarded for reproducing the training
 set and its own sampling noise is small. `mmd` is the energy distance's square root on up to 2,000
-fresh points. The floor of a metric is its value between two independent real sets of the same size.
+fresh points. `c2st` is the held-out accuracy of a classifier that tells samples from fresh points,
+20,000 at most a side: 0.5 is indistinguishable. `off_manifold` is the share of samples off the
+curve that a target lies on, where it has one. The floor of a metric is its value between two
+independent real sets of the same size.
 
 Images take fewer samples (2,000 for the first metric, which is also the live one, at most 10,000
-for the others) and have the metrics of a feature extractor besides: `fid`, `kid`, `precision` and
-`recall` if it is Inception, else `frechet_distance[NAME]`, `kernel_distance[NAME]`,
-`precision[NAME]` and `recall[NAME]`. Their floor holds training against fresh images. A classifier
+for the others) and have the metrics of a feature extractor instead of the last two: `fid`, `kid`,
+`precision`, `recall` and `c2st` if it is Inception, else `frechet_distance[NAME]`,
+`kernel_distance[NAME]`, `precision[NAME]`, `recall[NAME]` and `c2st[NAME]`. Their floor holds training against fresh images. A classifier
 knows its training images, which raises that floor where they are few (the digits' Frechet distance
 from about 0.45 to 0.8); a sampler can then go below it. All samplers meet the same one.
 """
@@ -33,6 +36,8 @@ from ..checks import check_samples
 from .distances import Samples, SlicedWasserstein, mmd
 from .features import INCEPTION, FeatureExtractor
 from .fidelity import FeatureDistances
+from .manifold import Manifold
+from .two_sample import c2st
 
 # Evaluation draws from these seeds, whatever the training seed, so that runs compare like with
 # like.
@@ -43,6 +48,8 @@ NOISE_SEED, FRESH_SEED, FLOOR_SEED = 10_001, 10_002, 10_003
 _VECTORS, _IMAGES, _LIVE_IMAGES, _NUMBERS = 10_000, 10_000, 2_000, 2**25
 # Numbers in the images that a sampler makes in one call.
 _DRAWN = 2**20
+# Most samples a side that a classifier tells apart.
+_CLASSIFIED = 20_000
 # With fewer real images than this, feature metrics are means over several sets of samples.
 _ENOUGH, _SETS = 2_000, 4
 
@@ -52,6 +59,7 @@ _FEATURE_METRICS = {
     "kid": ("kernel_distance", False),
     "precision": ("precision", True),
     "recall": ("recall", True),
+    "c2st": ("c2st", False),
 }
 
 Sampler = Callable[[int, torch.Generator], Tensor]
@@ -168,6 +176,12 @@ class Evaluation:
         self._add("mmd", lambda samples: mmd(samples, fresh), few, floor)
         if features is not None:
             self._add_features(features, min(fresh_limit, _IMAGES), distances)
+        if not self._images:
+            self._add_classifier(min(count, _CLASSIFIED))
+            manifold: Manifold | None = getattr(target, "manifold", None)
+            if manifold is not None:
+                floor = manifold.off(self._other_real(count))
+                self._add("off_manifold", manifold.off, count, floor)
 
     def _affordable(self, most: int) -> int:
         """Cut a number of images to what fits in memory as float64."""
@@ -176,6 +190,12 @@ class Evaluation:
     def _add(self, name: str, score: Callable[[Tensor], float], samples: int, floor: float) -> None:
         self.metrics.append(Metric(name, samples, float(floor)))
         self._measurements.append(_Measurement(samples, lambda x: {name: float(score(x))}))
+
+    def _add_classifier(self, count: int) -> None:
+        """Add the accuracy of a classifier against `count` fresh samples."""
+        fresh = self.target.sample_fresh(count, FRESH_SEED)
+        floor = c2st(self._other_real(count), fresh)
+        self._add("c2st", lambda samples: c2st(samples, fresh), count, floor)
 
     def _add_features(
         self, features: FeatureExtractor, count: int, distances_to: Distances

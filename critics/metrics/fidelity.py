@@ -25,6 +25,7 @@ from ...common.reading import DAMAGE, parse_json, reason
 from ...common.tensor_files import read_tensors, write_tensors
 from ..checks import check_finite, check_samples
 from .features import FeatureExtractor
+from .two_sample import c2st
 
 Samples = Tensor | NDArray
 Statistics = dict[str, NDArray[np.float64]]
@@ -63,7 +64,7 @@ class FeatureDistances:
         self.statistics = _statistics(self.features)
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        """Return "fid", "kid", "precision" and "recall" of images (N, C, H, W), N at least 4.
+        """Return "fid", "kid", "precision", "recall", "c2st" of images (N, C, H, W), N at least 4.
 
         See the functions of these names.
 
@@ -77,6 +78,7 @@ class FeatureDistances:
             "kid": _kernel(features, self.features),
             "precision": precision,
             "recall": recall,
+            "c2st": c2st(features, self.features),
         }
 
     def save(self, path: str | Path) -> None:

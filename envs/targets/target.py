@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.shapes import is_image
+from ...critics.metrics.manifold import Manifold
 
 Sampler = Callable[[int, int], Any]
 """`(n, seed) -> (n, *shape)` array or tensor; the same seed gives the same points."""
@@ -48,12 +49,14 @@ class Target:
         labels: Classes of the training samples, `(N,)` integers.
         held_out_labels: Classes of the held-out samples, `(M,)` integers.
         flip: Let `sample` mirror each image it draws left to right with probability 1/2.
+        manifold: The curve that samples `(D,)` lie on, for an evaluation to say how many do not.
 
     Attributes:
         name: The same.
         labels: `(N,)` int64 on `device`, or None.
         held_out_labels: `(M,)` int64 on `device`, or None.
         flip: The same.
+        manifold: The same, or None.
         has_samples: False if it is one of `without_samples`.
 
     Raises:
@@ -72,8 +75,10 @@ class Target:
         labels: Any = None,
         held_out_labels: Any = None,
         flip: bool = False,
+        manifold: Manifold | None = None,
     ) -> None:
         self.name = name
+        self.manifold = manifold
         self.has_samples = True
         self._training = _to_stored(samples, f"samples of {name}", own=True)
         self._held_out = None
@@ -106,9 +111,16 @@ class Target:
         return cls(name, samples, held_out=held_out)
 
     @classmethod
-    def from_sampler(cls, sampler: Sampler, name: str = "custom", n: int = TOY_SAMPLES) -> Target:
+    def from_sampler(
+        cls,
+        sampler: Sampler,
+        name: str = "custom",
+        n: int = TOY_SAMPLES,
+        *,
+        manifold: Manifold | None = None,
+    ) -> Target:
         """Wrap your own generator `(n, seed) -> (n, *shape)`; trains on `n` of seed 0."""
-        return cls(name, sampler(n, TRAINING_SEED), sampler=sampler)
+        return cls(name, sampler(n, TRAINING_SEED), sampler=sampler, manifold=manifold)
 
     @classmethod
     def without_samples(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> Target:
@@ -294,6 +306,7 @@ class Target:
             labels=self.labels,
             held_out_labels=self.held_out_labels,
             flip=self.flip,
+            manifold=self.manifold,
         )
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ...critics.metrics.manifold import Manifold
 from .target import TRAINING_SEED, Target
 
 
@@ -20,12 +21,24 @@ def _swiss_roll(n: int, seed: int) -> np.ndarray:
     return points[:, [0, 2]] / 20
 
 
+def _roll_curve(course: np.ndarray) -> np.ndarray:
+    angle = 1.5 * np.pi * (1 + 2 * course)
+    return np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / 20
+
+
 def _moons(n: int, seed: int) -> np.ndarray:
     """Two half circles, moved to the origin and divided by 1.5: about `[-1, 1] x [-0.5, 0.5]`."""
     from sklearn.datasets import make_moons
 
     points, _ = make_moons(n, noise=0.05, random_state=seed)
     return (points - (0.5, 0.25)) / 1.5
+
+
+def _moons_curve(course: np.ndarray) -> np.ndarray:
+    angle = np.pi * (2 * course % 1)
+    inner = (course >= 0.5)[:, None]
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return (np.where(inner, (1, 0.5) - circle, circle) - (0.5, 0.25)) / 1.5
 
 
 def _gaussian_cluster(n: int, seed: int) -> np.ndarray:
@@ -50,8 +63,13 @@ def _digits() -> Target:
 
 
 TOYS: dict[str, Callable[[], Target]] = {
-    "SwissRoll": lambda: Target.from_sampler(_swiss_roll, "SwissRoll"),
-    "Moons": lambda: Target.from_sampler(_moons, "Moons"),
+    "SwissRoll": lambda: Target.from_sampler(
+        _swiss_roll, "SwissRoll", manifold=Manifold(_roll_curve, 0.05 / 20)
+    ),
+    # Its noise is so wide that 12 standard deviations would reach from one moon into the other.
+    "Moons": lambda: Target.from_sampler(
+        _moons, "Moons", manifold=Manifold(_moons_curve, 0.05 / 1.5, far=4.0)
+    ),
     "GaussianCluster": lambda: Target.from_sampler(_gaussian_cluster, "GaussianCluster"),
     "Digits": _digits,
 }
