@@ -1,7 +1,7 @@
 """Agents: who acts in the environment, and how each learns.
 
-Behaviour cloning trains a denoiser on data; SFT-PG and SFT fine-tune the sampler it makes against a
-critic; D-ODE distils a solver's weights; schedule learning moves the times it visits; variance
+Behaviour cloning trains a denoiser on data; SFT-PG, SFT-V and SFT fine-tune the sampler it makes
+against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits; variance
 learning measures how much noise its steps want. A `Tableau` is a sampler as a table of numbers,
 which `solvers` build.
 """
@@ -16,6 +16,7 @@ from .denoisers.denoiser import Denoiser
 from .denoisers.networks import UNet2D
 from .policy_gradient.sft import SFT
 from .policy_gradient.sft_pg import SFTPG
+from .policy_gradient.sft_v import SFTV
 from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solver_learning.dode import DODE
@@ -37,7 +38,7 @@ else:
 
 AGENTS: dict[str, type[Agent]] = {
     agent.name: agent
-    for agent in (BehaviorCloning, SFT, SFTPG, DODE, ScheduleLearning, VarianceLearning)
+    for agent in (BehaviorCloning, SFT, SFTPG, SFTV, DODE, ScheduleLearning, VarianceLearning)
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "DODE",
     "SFT",
     "SFTPG",
+    "SFTV",
     "Agent",
     "BehaviorCloning",
     "CheckpointError",

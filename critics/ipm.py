@@ -15,6 +15,7 @@ An integral probability metric hardly minds a few samples a little off the data;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -146,6 +147,10 @@ class IPMCritic(nn.Module):
         Raises:
             ValueError: there is no baseline, or its output is not (k, N).
         """
+        return self._value(states, steps, self)
+
+    def _value(self, states: Tensor, steps: Tensor | None, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return V as `value` does, with this f in the place of the critic's own."""
         if self.baseline is None:
             raise ValueError("This critic has no baseline; build it with baseline=...")
         with lower_precision(self.precision, states.device):
@@ -156,9 +161,7 @@ class IPMCritic(nn.Module):
                 f"got {tuple(values.shape)}."
             )
         if self.residual_baseline:
-            f = self(states.flatten(0, 1)).view_as(values)
-            # Only the baseline regulariser lets V's error reach f.
-            values = values + (f if self.regularizer == "baseline" else f.detach())
+            values = values + f(states.flatten(0, 1)).view_as(values)
         return values
 
     def update(
@@ -206,8 +209,10 @@ class IPMCritic(nn.Module):
         regularization = baseline_loss = torch.zeros_like(gap)
 
         if states is not None and self.baseline is not None:
-            target = f_fake if self.regularizer == "baseline" else f_fake.detach()
-            error = (self.value(states, steps) - target).square().mean()
+            # Only the baseline regulariser lets V's error reach f.
+            joint = self.regularizer == "baseline"
+            value = self._value(states, steps, self if joint else torch.no_grad()(self))
+            error = (value - (f_fake if joint else f_fake.detach())).square().mean()
             # The mean over the rows given stands for that over all K; R_B is the sum.
             baseline_loss = (len(states) if steps is None else self.baseline.steps) * error
         if self.regularizer == "baseline":

@@ -18,7 +18,6 @@ from ..common.arguments import checked
 from ..common.precision import in_full_precision
 from ..common.shapes import is_image
 
-
 # Of the Fourier features, in radians a unit of x: fit for data of size 1.
 BANDWIDTHS = (6.0,)
 
@@ -232,9 +231,7 @@ def make_critic(
     """
     if is_image(shape):
         return ConvCritic(shape, width)
-    return MLPCritic(
-        shape, hidden=width or 128, frequencies=FREQUENCIES, bandwidths=bandwidths
-    )
+    return MLPCritic(shape, hidden=width or 128, frequencies=FREQUENCIES, bandwidths=bandwidths)
 
 
 def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:

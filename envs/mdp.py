@@ -54,6 +54,9 @@ class Policy(Protocol):
 class Recorder(Protocol):
     """What keeps the trajectories of a rollout."""
 
+    def begin(self, episodes: DiffusionMDP) -> None:
+        """Learn of the decision process of the episodes that begin, see `DiffusionMDP.episodes`."""
+
     def keep(self, step: int, sample: Tensor, action: Tensor | None = None) -> Tensor:
         """Keep the state `(N, *shape)` number `step`, and the action that was asked for before it.
 
@@ -256,6 +259,7 @@ class DiffusionMDP:
             episodes, sample = episodes.at(mine), sample[mine]
         draw = functools.partial(processes.noise, generator=generator, groups=groups)
         if recorder is not None:
+            recorder.begin(episodes)
             sample = recorder.keep(0, sample)
         for step in range(self.steps):
             action = policy.act(episodes.observe(sample, step), step, draw)

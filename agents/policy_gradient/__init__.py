@@ -1,1 +1,1 @@
-"""Fine-tuning of the sampler as a policy against a critic: SFT-PG, and SFT through the chain."""
+"""Fine-tuning of the sampler as a policy against a critic, by three gradients: SFT-PG, SFT-V, SFT."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.distributed import ALONE, Processes
+from ...envs.mdp import DiffusionMDP
 from .settings import Buffer
 
 # Where trajectories are kept (None: beside the networks) and as what.
@@ -54,6 +55,7 @@ class Trajectories:
         processes: those whose episodes these are, each of which keeps its own.
 
     Attributes:
+        episodes: the decision process of these episodes.
         states: (K + 1, M, *shape), the noisiest first, as they are kept.
         actions: (K, M, *shape) what the policy asked for, where that is not the next state; else
             None, and the next states are the actions.
@@ -66,8 +68,13 @@ class Trajectories:
     micro_batch_size: int | None = None
     processes: Processes = ALONE
 
+    episodes: DiffusionMDP = field(init=False)
     states: Tensor = field(init=False)
     actions: Tensor | None = field(init=False)
+
+    def begin(self, episodes: DiffusionMDP) -> None:
+        """Keep the decision process of the episodes."""
+        self.episodes = episodes
 
     def keep(self, step: int, sample: Tensor, action: Tensor | None = None) -> Tensor:
         """Keep state number `step`, and the action before it where the two differ.
@@ -106,6 +113,21 @@ class Trajectories:
         stored = self.states[step]
         for part in stored.split(self.micro_batch_size or len(stored)):
             yield self.fetch(part)
+
+    def starts(
+        self, count: int, generator: torch.Generator
+    ) -> Iterator[tuple[int, DiffusionMDP, Tensor]]:
+        """Draw `count` states at each of the K steps, those of the same episodes at all of them.
+
+        Yields:
+            A step, the decision process of some episodes, their states (n, *shape) before that
+            step: a portion at a time.
+        """
+        chosen = torch.randperm(self.states.shape[1], generator=generator, device=self.device)
+        for rows in chosen[:count].split(self.micro_batch_size or count):
+            episodes, stored = self.episodes.at(rows), rows.to(self.states.device)
+            for step in range(self.steps):
+                yield step, episodes, self.fetch(self.states[step, stored])
 
     def minibatches(self, count: int, size: int, generator: torch.Generator) -> list[Tensor]:
         """Draw `count` minibatches of `size` transitions, none twice; see `Piece.place`.

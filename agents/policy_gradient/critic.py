@@ -111,6 +111,7 @@ def _learned(
         objective=settings.objective,
         coefficient=settings.coefficient,
         learning_rate=settings.learning_rate,
+        betas=settings.betas,
         precision=execution.precision,
         **of_baseline,
     )

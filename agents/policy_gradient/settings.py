@@ -1,8 +1,8 @@
-"""Settings of SFT-PG and SFT, in groups: the round, the policy, its optimizer, the critic."""
+"""Settings of SFT-PG, SFT-V and SFT, in groups: the round, the policy, its optimizer, the critic."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...common.settings import Settings, bounded
@@ -33,6 +33,8 @@ class CriticSettings(Settings):
     detail it sees. See `FourierFeatures`."""
     learning_rate: float = bounded(1e-3, least=0)
     """Of f."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decays of the first and second moments, for f and V."""
     lr_schedule: RateSchedule = "constant"
     """Of f and V."""
 
@@ -116,11 +118,35 @@ class SFTPGSettings(ShortcutSettings):
 
 
 @dataclass(frozen=True)
-class PathwisePolicySettings(Settings):
-    """The policy and its gradient through the chain."""
+class StdSettings(Settings):
+    """The policy."""
 
     learn_std: bool = False
     """Train the K standard deviations as well."""
+
+
+@dataclass(frozen=True)
+class SFTVSettings(ShortcutSettings):
+    """Settings of `SFTV`."""
+
+    batch_size: int = bounded(512, least=1)
+    """Trajectories a critic step, and those whose K states a step of theta looks at."""
+    n_critic: int = bounded(4, least=1)
+    """Critic steps a round."""
+    policy: StdSettings = field(default_factory=StdSettings)
+    optimizer: OptimizerSettings = field(default_factory=lambda: replace(_optimizer(), ema=0.98))
+    critic: CriticAndBaselineSettings = field(
+        default_factory=lambda: CriticAndBaselineSettings(
+            objective="logistic", regularizer="r1", bandwidths=(6.0, 25.0), betas=(0.5, 0.99)
+        )
+    )
+    execution: RolloutExecutionSettings = field(default_factory=RolloutExecutionSettings)
+
+
+@dataclass(frozen=True)
+class PathwisePolicySettings(StdSettings):
+    """The policy and its gradient through the chain."""
+
     gradient_checkpointing: bool = False
     """Recompute each step's activations in the backward pass: memory for one network evaluation
     instead of K, for the price of one more forward pass."""

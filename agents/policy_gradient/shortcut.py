@@ -1,9 +1,9 @@
-"""ShortcutAgent: what SFT and SFT-PG share, a sampler fine-tuned against a critic.
+"""ShortcutAgent: what SFT-PG, SFT-V and SFT share, a sampler fine-tuned against a critic.
 
 Shortcut fine-tuning (Fan & Lee 2023) alternates: n_critic critic steps with the sampler fixed, then
 n_generator steps of the sampler with the critic fixed, descending the integral probability metric
-Phi(p_0^theta, q_0) (MATH.md S.1, S.7). The two agents differ in the gradient of the second part
-only.
+Phi(p_0^theta, q_0) (MATH.md S.1, S.7). The three agents differ in the gradient of the second
+part only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,19 @@ from ..samplers.tableau import Tableau
 from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
 from .execution import Execution
-from .settings import CriticAndBaselineSettings, SFTPGSettings, SFTSettings, ShortcutSettings
+from .settings import (
+    CriticAndBaselineSettings,
+    SFTPGSettings,
+    SFTSettings,
+    SFTVSettings,
+    ShortcutSettings,
+)
 
 WARMUP_ROUNDS = 20
 
 
 class ShortcutAgent(Agent):
-    """Base of SFT and SFT-PG.
+    """Base of SFT-PG, SFT-V and SFT.
 
     Args:
         env: the environment, in which the agent acts: its own `initial`, `observe`, `transition`
@@ -51,7 +57,7 @@ class ShortcutAgent(Agent):
 
     data_parallel = True
 
-    settings: SFTPGSettings | SFTSettings
+    settings: SFTPGSettings | SFTVSettings | SFTSettings
 
     def __init__(
         self,

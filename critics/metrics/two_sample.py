@@ -41,9 +41,7 @@ def c2st(x: Samples, y: Samples, neighbours: int | None = None) -> float:
         check_finite(name, side)
     half = min(map(len, sides)) // 2
     if half == 0:
-        raise ValueError(
-            f"c2st needs two samples a side, got {len(sides[0])} and {len(sides[1])}."
-        )
+        raise ValueError(f"c2st needs two samples a side, got {len(sides[0])} and {len(sides[1])}.")
     if neighbours is None:
         neighbours = min(VOTERS, half - 1 + half % 2)
     if not 1 <= neighbours <= half or neighbours % 2 == 0:
@@ -59,4 +57,3 @@ def c2st(x: Samples, y: Samples, neighbours: int | None = None) -> float:
 
 def _choose(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return points[torch.randperm(len(points), generator=generator)[:count]]
-

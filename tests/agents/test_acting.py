@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.agents import SFT, SFTPG, Denoiser
+from fewstep.agents import SFT, SFTPG, SFTV, Denoiser
 from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.samplers.sampling import sample
@@ -18,7 +18,7 @@ from fewstep.envs import DiffusionMDP, DiffusionVectorEnv, Schedule, make_mdp
 from fewstep.envs.mdp import no_reward
 
 SMALL = {"batch_size": 16, "n_critic": 2, "n_generator": 2}
-AGENTS = pytest.mark.parametrize("kind", [SFTPG, SFT])
+AGENTS = pytest.mark.parametrize("kind", [SFTPG, SFTV, SFT])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +63,15 @@ def test_a_spy_sees_every_step_of_every_round(kind, mdp, make_denoiser):
     agent = kind(spy, make_denoiser(), **SMALL)
     for _ in range(3):
         agent.train_round()
-    # 2 critic batches of 16, and in SFT 2 batches for theta, which alone are rewarded there.
-    episodes = 3 * 16 * (2 if kind is SFTPG else 4)
-    rewarded = 3 * 16 * 2
+    # 2 critic batches of 16. For theta SFT plays 2 new ones, SFT-V looks at every step of 2 kept
+    # ones again; these alone are rewarded there.
+    episodes = 3 * 16 * (4 if kind is SFT else 2)
+    steps = 4 * 3 * 16 * (2 if kind is SFTPG else 4)
     assert spy.calls == {
         "initial": episodes,
-        "observe": 4 * episodes,
-        "transition": 4 * episodes,
-        "terminal_reward": rewarded,
+        "observe": steps,
+        "transition": steps,
+        "terminal_reward": 3 * 16 * 2,
     }
 
 
@@ -187,8 +188,9 @@ def test_the_environments_own_reward_is_left_as_it_is(kind, make_mdp, make_denoi
 def test_a_reward_without_a_gradient_is_for_sft_pg(make_mdp, make_denoiser):
     mdp = make_mdp(reward=lambda x: x.detach().numpy().sum(1).astype(np.float32))
     SFTPG(mdp, make_denoiser(), **SMALL).train_round()
-    with pytest.raises(ValueError, match="train with SFTPG"):
-        SFT(mdp, make_denoiser(), **SMALL).train_round()
+    for kind in (SFT, SFTV):
+        with pytest.raises(ValueError, match="train with SFTPG"):
+            kind(mdp, make_denoiser(), **SMALL).train_round()
 
 
 # -- inpainting ----------------------------------------------------------------------------------
@@ -226,6 +228,18 @@ def test_trajectories_and_samples_of_an_agent_hold_the_known_pixels(kind, digits
     assert known_are_real(shorter, digits)
     with pytest.raises(TypeError, match="no option 'known'"):
         SFTPG(make_mdp("Digits", steps=4), small(digits), **SMALL).sample(3, known=mine)
+
+
+def test_a_value_gradient_moves_each_state_with_its_own_known_pixels(digits):
+    agent = SFTV(digits, small(digits), **SMALL, micro_batch_size=5)
+    trajectories = agent.collect()
+    last = [
+        episodes.transition(states, states, step)
+        for step, episodes, states in trajectories.starts(16, agent.generator)
+        if step == 3
+    ]
+    assert [len(part) for part in last] == [5, 5, 5, 1]
+    assert known_are_real(torch.cat(last), digits)
 
 
 def test_micro_batches_see_the_same_known_pixels(digits):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.agents import SFT, SFTPG, Denoiser
+from fewstep.agents import SFT, SFTPG, SFTV, Denoiser
 from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solvers import ancestral
@@ -217,6 +217,48 @@ def test_sft_descends_that_gradient(kind, chain, mdp, process, settings):
         **settings,
     )
     exact = -gradient(expected_reward(chain, process, TRANSITIONS[kind]), chain)
+    assert_agrees(agent_gradients(agent, rounds=40), order_as(agent, exact), sharpness=0.02)
+
+
+class ValueCritic(StubCritic):
+    """The exact value of the chain's states, in an environment of these transitions."""
+
+    def __init__(self, chain, process, transition):
+        super().__init__()
+        self.chain, self.process, self.transition = chain, process, transition
+
+    def value(self, states, steps):
+        """V by propagating mean and covariance from each state; (1, N) for one row of states."""
+        (factor, shift, std), betas = self.transition, self.process.betas
+        body, abar = self.chain.denoiser.body, (1 - betas).cumprod(0)
+        eye = torch.eye(2, dtype=torch.float64)
+        mean, covariance = states[0].double(), torch.zeros(2, 2, dtype=torch.float64)
+        for step in range(int(steps[0]), 4):
+            n = 3 - step
+            beta = betas[n]
+            push = -beta / (1 - abar[n]).sqrt() * (1 + n / 4)
+            matrix = factor * (eye + push * body.A.detach()) / (1 - beta).sqrt()
+            bias = factor * push * body.b.detach() / (1 - beta).sqrt() + shift
+            noise = (factor**2 * (2 * self.chain.log_std.detach()[step]).exp() + std**2) * eye
+            mean = mean @ matrix.T + bias
+            covariance = matrix @ covariance @ matrix.T + noise
+        value = ((mean @ CURVATURE) * mean).sum(1) + mean @ SLOPE + (CURVATURE * covariance).sum()
+        return value[None].to(states)
+
+
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_sft_v_descends_that_gradient_where_its_value_is_exact(kind, chain, mdp, process, settings):
+    """Step by step: the sum of the K one-step gradients is the whole one."""
+    agent = SFTV(
+        kind(mdp.target, process, mdp.schedule),
+        Denoiser(Linear().float(), process),
+        critic=ValueCritic(chain, process, TRANSITIONS[kind]),
+        max_grad_norm=1e9,
+        learn_std=True,
+        **settings,
+    )
+    # The loss is a mean over the K steps, the theorem has a sum.
+    exact = -gradient(expected_reward(chain, process, TRANSITIONS[kind]), chain) / 4
     assert_agrees(agent_gradients(agent, rounds=40), order_as(agent, exact), sharpness=0.02)
 
 

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from fewstep.agents import SFT, SFTPG, BehaviorCloning
+from fewstep.agents import SFT, SFTPG, SFTV, BehaviorCloning
 from fewstep.agents.policy_gradient.buffer import Trajectories
 from fewstep.agents.policy_gradient.shortcut import WARMUP_ROUNDS
 from fewstep.critics import IPMCritic, MLPCritic, make_baseline, make_critic
@@ -75,7 +75,12 @@ def test_noise_power_weights_the_gradient_of_each_step(make_pg):
         make_pg(noise_power=-1.0)
 
 
-@pytest.mark.parametrize("maker", ["make_pg", "make_sft"])
+@pytest.fixture
+def make_v(make_mdp, make_denoiser):
+    return lambda **settings: SFTV(make_mdp(), make_denoiser(), **{**SMALL, **settings})
+
+
+@pytest.mark.parametrize("maker", ["make_pg", "make_v", "make_sft"])
 def test_the_critic_learns_alone_at_first(maker, request):
     make = request.getfixturevalue(maker)
     agent = make(critic_rounds=2)
@@ -173,7 +178,7 @@ def test_normalised_advantages_have_unit_deviation_and_keep_their_sign(make_pg, 
     torch.testing.assert_close(scaled, plain / plain.std())
 
 
-@pytest.mark.parametrize("kind", [SFT, SFTPG])
+@pytest.mark.parametrize("kind", [SFT, SFTPG, SFTV])
 def test_the_gradient_is_clipped_and_its_norm_reported(kind, mdp, make_denoiser):
     agent = kind(mdp, make_denoiser(), **{**SMALL, "n_generator": 1}, max_grad_norm=1e-4)
     reported = agent.train_round()["train/grad_norm"]
@@ -203,6 +208,41 @@ def test_deviations_are_trained_only_if_asked(learn_std, make_pg):
         agent.train_round()
     assert (agent.tableau.noise != before).all() == learn_std
     assert (agent.tableau.noise != before).any() == learn_std
+
+
+def test_each_step_climbs_the_value_of_the_state_it_leads_to(make_v):
+    """With fresh noise, f after the last step; the critic's weights get no gradient."""
+    agent = make_v(n_generator=1, max_grad_norm=None)
+    trajectories = agent.collect()
+    starts = list(trajectories.starts(16, agent.generator))
+    assert [step for step, _, _ in starts] == [0, 1, 2, 3]
+    for step, episodes, states in starts:
+        state = agent.generator.get_state()
+        value = agent.value_after(episodes, states, step)
+        agent.generator.set_state(state)
+        noise = torch.empty_like(states).normal_(generator=agent.generator)
+        mean, std = agent.policy.distribution(states, step)
+        moved = (mean + std * noise)[None]
+        expected = agent.critic.value(moved, torch.tensor([step + 1])) if step < 3 else None
+        torch.testing.assert_close(value, agent.critic(moved[0]) if step == 3 else expected[0])
+    agent.critic.optimizer.zero_grad()
+    agent.train_critic = lambda _: {}
+    agent.train_round()
+    assert all(weight.grad is None for weight in agent.critic.parameters())
+    assert all(weight.requires_grad for weight in agent.critic.parameters())
+
+
+def test_micro_batches_of_a_value_gradient_share_its_mean(make_v):
+    """Without noise in the policy and critic, the gradient is that of the whole batch."""
+    gradients = []
+    for size in (None, 5):
+        agent = make_v(n_generator=1, micro_batch_size=size, max_grad_norm=None)
+        agent._draw = torch.zeros_like
+        trajectories = agent.collect()
+        agent.collect = lambda kept=trajectories: kept
+        agent.train_round()
+        gradients.append([weight.grad for weight in agent.denoiser.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_the_environment_pays_what_the_critic_says(make_pg, generator):
@@ -236,10 +276,10 @@ def rates_of(agent, rounds):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("kind", [SFT, SFTPG])
+@pytest.mark.parametrize("kind", [SFT, SFTPG, SFTV])
 def test_learning_rates_follow_their_schedules(kind, own, mdp, make_denoiser):
     """The critic's is its own, if it is one's own."""
-    baseline = make_baseline((2,), 4) if kind is SFTPG else None
+    baseline = None if kind is SFT else make_baseline((2,), 4)
     critic = IPMCritic(
         make_critic((2,)),
         "none",
@@ -261,13 +301,13 @@ def test_learning_rates_follow_their_schedules(kind, own, mdp, make_denoiser):
     assert theta == pytest.approx([1e-4 * min(1, n / WARMUP_ROUNDS) for n in (1, 2, 3, 4)])
     first = 3e-2 if own else 1e-2
     assert f == pytest.approx([first * left for left in (1, 0.75, 0.5, 0.25)])
-    if kind is SFTPG:
+    if kind is not SFT:
         first = 5e-2 if own else 1e-3
         assert value == pytest.approx([first * left for left in (1, 0.75, 0.5, 0.25)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [SFT, SFTPG])
+@pytest.mark.parametrize("kind", [SFT, SFTPG, SFTV])
 def test_a_shifted_sampler_is_brought_back(kind, mdp, make_denoiser):
     """Fine-tuning finds the target again, judged by samples it never saw."""
     denoiser = make_denoiser()

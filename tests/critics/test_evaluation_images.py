@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fewstep.critics.metrics import c2st, fid, kid, precision_recall, sliced_wasserstein
 from fewstep.critics.metrics import evaluation as module
-from fewstep.critics.metrics import fid, kid, precision_recall, sliced_wasserstein
 from fewstep.critics.metrics.evaluation import FRESH_SEED, Evaluation
 from fewstep.critics.metrics.features import INCEPTION
 from fewstep.envs import Target, make_target
@@ -44,6 +44,7 @@ NAMES = [
     "kernel_distance[pixels]",
     "precision[pixels]",
     "recall[pixels]",
+    "c2st[pixels]",
 ]
 
 
@@ -53,10 +54,10 @@ def test_names_say_whose_features_they_are():
     ours = Evaluation(target, features=Pixels())
     official = Evaluation(target, features=Pixels(INCEPTION))
     assert [*ours.floors] == [*plain.floors, *NAMES]
-    assert [*official.floors] == [*plain.floors, "fid", "kid", "precision", "recall"]
+    assert [*official.floors] == [*plain.floors, "fid", "kid", "precision", "recall", "c2st"]
     assert [*official.floors.values()] == [*ours.floors.values()]
     better = [name for name, higher in ours.higher_is_better.items() if higher]
-    assert better == NAMES[2:]
+    assert better == NAMES[2:4]
 
 
 def test_small_sets_are_scored_as_the_mean_over_disjoint_sets():
@@ -86,6 +87,7 @@ def test_small_sets_are_scored_as_the_mean_over_disjoint_sets():
                 fid(part, real, feature_extractor=extractor),
                 kid(part, real, feature_extractor=extractor),
                 *precision_recall(part, real, feature_extractor=extractor),
+                c2st(extractor(part), extractor(real)),
             )
             for part in sets
         ]
@@ -139,7 +141,7 @@ def test_the_live_metric_and_the_pixels_take_few_samples_of_large_images(monkeyp
     assert sum(asked) == 2000
     monkeypatch.setattr(module, "_NUMBERS", 16 * 100)
     small = Evaluation(target, fresh_samples=300, features=Pixels())
-    assert [metric.samples for metric in small.metrics] == [100, 100, 100, *[4 * 300] * 4]
+    assert [metric.samples for metric in small.metrics] == [100, 100, 100, *[4 * 300] * 5]
 
 
 def test_the_digits_keep_their_metrics_of_pixels():

@@ -72,6 +72,44 @@ def test_update_descends_the_formula_written_out(regularizer):
         torch.testing.assert_close(value, expected[name].detach(), msg=name)
 
 
+def test_the_logistic_objective_with_r1_is_the_formula_written_out():
+    critic = build("r1", objective="logistic", coefficient=0.3)
+    f = copy.deepcopy(critic.network)
+    real, fake, states = batch(real=9, fake=12)
+    metrics = critic.update(real, fake, states)
+    slopes = [torch.func.grad(lambda x: f(x[None])[0])(x) for x in real]
+    penalty = torch.stack(slopes).square().sum() / (2 * 9)
+    loss = -f(real).sigmoid().log().mean() - (1 - f(fake).sigmoid()).log().mean() + 0.3 * penalty
+    loss.backward()
+    torch.testing.assert_close(gradients(critic.network), gradients(f))
+    torch.testing.assert_close(metrics["critic_loss"], loss.detach())
+    torch.testing.assert_close(metrics["regularization"], penalty.detach())
+    assert not real.requires_grad
+
+
+def test_the_logistic_critic_learns_the_log_density_ratio():
+    """Of N(1, I) to N(-1, I) it is 2 (x + y)."""
+    torch.manual_seed(0)
+    critic = IPMCritic(Linear([0.0, 0.0]), "none", objective="logistic", learning_rate=2e-2)
+    for _ in range(600):
+        critic.update(*batch(real=512, fake=512)[:2])
+    # The standard error of 512 samples is 0.1; Adam's steps average over some fifty batches.
+    torch.testing.assert_close(critic.network.w.detach(), torch.full((2,), 2.0), atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_value_has_a_gradient_with_respect_to_the_states(residual):
+    """Also where V's error does not reach f: SFT-V follows it."""
+    critic = build("none", residual_baseline=residual)
+    _, fake, states = batch()
+    states.requires_grad_()
+    (ours,) = torch.autograd.grad(critic.value(states).sum(), states)
+    whole = critic.baseline(states).sum()
+    if residual:
+        whole = whole + critic.network(states.flatten(0, 1)).sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(whole, states)[0])
+
+
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 def test_baseline_error_reaches_f_for_the_baseline_regularizer_only(regularizer):
     # The same seed, two different sets of states: only R_B depends on them.

@@ -162,6 +162,9 @@ class Rounding:
     def __init__(self):
         self.kept = []
 
+    def begin(self, episodes):
+        pass
+
     def keep(self, step, sample, action=None):
         self.kept.append((step, sample, action))
         return sample.round()
