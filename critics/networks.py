@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ..common.arguments import checked
 from ..common.precision import in_full_precision
 from ..common.shapes import is_image
 
+BaselineKind = Literal["mlp", "conv"]
 # Of the Fourier features, in radians a unit of x: fit for data of size 1.
 BANDWIDTHS = (6.0,)
 
@@ -155,8 +157,7 @@ class MLPBaseline(nn.Module):
         frequencies: int = 0,
     ) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"A baseline needs at least one step, got {steps}.")
+        _check_steps(steps)
         self.steps = steps
         self.dimensions = len(shape)
         self.features = FourierFeatures(math.prod(shape), frequencies)
@@ -178,16 +179,68 @@ class MLPBaseline(nn.Module):
         Raises:
             ValueError: no `step`, and a number of rows that is not K.
         """
-        if step is None:
-            if len(sample) != self.steps:
-                raise ValueError(
-                    f"The baseline has {self.steps} steps, got states of {len(sample)}."
-                )
-            step = torch.arange(self.steps, device=sample.device)
+        step = _steps_of(sample, step, self.steps)
         h = self.features(sample.flatten(-self.dimensions))
         for layer in self.hidden:
             h = F.silu(layer(h, step))
         return in_full_precision(self.out, h).squeeze(-1)
+
+
+class ConvBaseline(nn.Module):
+    """Convolutional baseline V(x_t, step) for images (C, H, W): a `ConvCritic` that knows the step.
+
+    What each convolution but the last gives is multiplied by a learned embedding of the step.
+    Where a policy follows the gradient of V (SFT-V), V must know that neighbouring pixels belong
+    together; a perceptron's gradient is as rough as noise.
+
+    Args:
+        shape: (C, H, W) of one sample, H and W at least 8.
+        steps: number of steps K.
+        width: channels after the first stage; if None 64.
+
+    Raises:
+        ValueError: no steps, not the shape of an image, or one below 8 pixels.
+    """
+
+    @checked
+    def __init__(self, shape: Sequence[int], steps: int, width: int | None = None) -> None:
+        super().__init__()
+        _check_steps(steps)
+        self.steps = steps
+        self.layers = ConvCritic(shape, width or 64).layers
+        stages = [layer for layer in self.layers[:-1] if isinstance(layer, nn.Conv2d)]
+        self.embeddings = nn.ParameterList(
+            torch.ones(steps, stage.out_channels) for stage in stages
+        )
+
+    def forward(self, sample: Tensor, step: Tensor | None = None) -> Tensor:
+        """Return V; the arguments are those of `MLPBaseline`."""
+        step = _steps_of(sample, step, self.steps)
+        rows = sample.ndim == 5
+        h = sample.flatten(0, 1) if rows else sample
+        if rows:
+            step = step.repeat_interleave(sample.shape[1])
+        embeddings = iter(self.embeddings)
+        for layer in self.layers[:-1]:
+            h = layer(h)
+            if isinstance(layer, nn.Conv2d):
+                h = h * next(embeddings)[step, :, None, None]
+        values = in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
+        return values.view(sample.shape[:2]) if rows else values
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"A baseline needs at least one step, got {steps}.")
+
+
+def _steps_of(sample: Tensor, step: Tensor | None, steps: int) -> Tensor:
+    """Return the steps of samples or of rows; of all K rows where none are given."""
+    if step is not None:
+        return step
+    if len(sample) != steps:
+        raise ValueError(f"The baseline has {steps} steps, got states of {len(sample)}.")
+    return torch.arange(steps, device=sample.device)
 
 
 class _StepLinear(nn.Module):
@@ -234,10 +287,21 @@ def make_critic(
     return MLPCritic(shape, hidden=width or 128, frequencies=FREQUENCIES, bandwidths=bandwidths)
 
 
-def make_baseline(shape: Sequence[int], steps: int) -> MLPBaseline:
-    """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps."""
+def make_baseline(
+    shape: Sequence[int], steps: int, kind: BaselineKind = "mlp", width: int | None = None
+) -> MLPBaseline | ConvBaseline:
+    """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps.
+
+    Args:
+        shape: shape of one sample.
+        steps: K.
+        kind: "mlp", or "conv" for images; all else gets a perceptron.
+        width: channels after the first stage of a `ConvBaseline`; its default if None.
+    """
     if not is_image(shape):
         return MLPBaseline(shape, steps, frequencies=FREQUENCIES)
+    if kind == "conv":
+        return ConvBaseline(shape, steps, width)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)
     return MLPBaseline(shape, steps, hidden=widths)
 

@@ -13,10 +13,10 @@ import functools
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...common.optimisation import seeded
-from ...critics import IPMCritic, MLPBaseline, RewardCritic, make_baseline, make_critic
+from ...critics import IPMCritic, RewardCritic, make_baseline, make_critic
 from ...envs.mdp import DiffusionMDP, Reward
 from ..settings import ExecutionSettings
 from .settings import CriticAndBaselineSettings, CriticSettings
@@ -120,7 +120,7 @@ def _learned(
     return critic.to(mdp.device)
 
 
-def _baseline(mdp: DiffusionMDP, settings: CriticSettings) -> MLPBaseline | None:
+def _baseline(mdp: DiffusionMDP, settings: CriticSettings) -> nn.Module | None:
     if not isinstance(settings, CriticAndBaselineSettings):
         return None
-    return make_baseline(tuple(mdp.shape), mdp.steps)
+    return make_baseline(tuple(mdp.shape), mdp.steps, settings.baseline_network, settings.width)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...common.settings import Settings, bounded
 from ...critics.ipm import Objective
-from ...critics.networks import BANDWIDTHS
+from ...critics.networks import BANDWIDTHS, BaselineKind
 from ..samplers.gaussian import Reduction
 from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings, RateSchedule
 
@@ -49,6 +49,8 @@ class CriticAndBaselineSettings(CriticSettings):
     """V(x_t, t) = f(x_t) + a learned residual; False learns V alone, as published."""
     baseline_states: int = bounded(3, least=1)
     """Of the K states of a trajectory, how many V is trained on in a critic step."""
+    baseline_network: BaselineKind = "mlp"
+    """Of V on images: mlp is Fan & Lee's (2023); conv has a gradient that a policy can follow."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,11 @@ class SFTVSettings(ShortcutSettings):
     optimizer: OptimizerSettings = field(default_factory=lambda: replace(_optimizer(), ema=0.98))
     critic: CriticAndBaselineSettings = field(
         default_factory=lambda: CriticAndBaselineSettings(
-            objective="logistic", regularizer="r1", bandwidths=(6.0, 25.0), betas=(0.5, 0.99)
+            objective="logistic",
+            regularizer="r1",
+            bandwidths=(6.0, 25.0),
+            betas=(0.5, 0.99),
+            baseline_network="conv",
         )
     )
     execution: RolloutExecutionSettings = field(default_factory=RolloutExecutionSettings)
