@@ -1,9 +1,9 @@
 """Agents: who acts in the environment, and how each learns.
 
 Behaviour cloning trains a denoiser on data; SFT-PG, SFT-V and SFT fine-tune the sampler it makes
-against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits; variance
-learning measures how much noise its steps want. A `Tableau` is a sampler as a table of numbers,
-which `solvers` build.
+against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits;
+variance learning measures how much noise its steps want. A `Tableau` is a sampler as a table of
+numbers, which `solvers` build.
 """
 
 from typing import TYPE_CHECKING, Any

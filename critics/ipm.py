@@ -7,9 +7,10 @@ f is high on data and low on fakes. One of six regularisers imposes the function
 x_0.
 One call of `update` is one Adam step on both networks; the critic itself is the sampler's reward.
 
-With the logistic objective it leaves that family: f is then the log-density ratio log q/p of data to
-fakes, and a sampler that maximises it descends the reverse Kullback-Leibler divergence KL(p || q).
-An integral probability metric hardly minds a few samples a little off the data; this one does.
+With the logistic objective it leaves that family: f is then the log-density ratio log q/p of data
+to fakes, and a sampler that maximises it descends the reverse Kullback-Leibler divergence
+KL(p || q). An integral probability metric hardly minds a few samples a little off the data; this
+one does (MATH.md S.9).
 """
 
 from __future__ import annotations

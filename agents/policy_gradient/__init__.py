@@ -1,1 +1,1 @@
-"""Fine-tuning of the sampler as a policy against a critic, by three gradients: SFT-PG, SFT-V, SFT."""
+"""Fine-tuning of the sampler as a policy against a critic, by one of three gradients."""

@@ -1,4 +1,4 @@
-"""Settings of SFT-PG, SFT-V and SFT, in groups: the round, the policy, its optimizer, the critic."""
+"""Settings of SFT-PG, SFT-V and SFT in groups: round, policy, its optimizer, critic."""
 
 from __future__ import annotations
 

@@ -39,6 +39,13 @@ class SFTV(ShortcutAgent):
     settings: SFTVSettings
     Settings = SFTVSettings
 
+    @property
+    def timesteps_per_round(self) -> int:
+        """The calls of n_critic rollouts, and of the steps that theta learns in."""
+        settings = self.settings
+        batches = settings.n_critic + settings.n_generator
+        return batches * settings.batch_size * self.policy.steps * self.processes.count
+
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
         """Do one round.

@@ -15,9 +15,10 @@ independent real sets of the same size.
 Images take fewer samples (2,000 for the first metric, which is also the live one, at most 10,000
 for the others) and have the metrics of a feature extractor instead of the last two: `fid`, `kid`,
 `precision`, `recall` and `c2st` if it is Inception, else `frechet_distance[NAME]`,
-`kernel_distance[NAME]`, `precision[NAME]`, `recall[NAME]` and `c2st[NAME]`. Their floor holds training against fresh images. A classifier
-knows its training images, which raises that floor where they are few (the digits' Frechet distance
-from about 0.45 to 0.8); a sampler can then go below it. All samplers meet the same one.
+`kernel_distance[NAME]`, `precision[NAME]`, `recall[NAME]` and `c2st[NAME]`. Their floor holds
+training against fresh images. A classifier knows its training images, which raises that floor where
+they are few (the digits' Frechet distance from about 0.45 to 0.8); a sampler can then go below it.
+All samplers meet the same one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """The studies that `fewstep benchmark` runs: one engine, and declarations by kind of question."""
 
-from . import agents, schedules, solvers
+from . import agents, rl_tools, schedules, solvers
 from .engine import Study
 
-STUDIES: dict[str, Study] = {**agents.STUDIES, **solvers.STUDIES, **schedules.STUDIES}
+STUDIES: dict[str, Study] = {
+    **agents.STUDIES,
+    **solvers.STUDIES,
+    **schedules.STUDIES,
+    **rl_tools.STUDIES,
+}

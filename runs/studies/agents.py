@@ -13,7 +13,17 @@ DDPM = Sample("ancestral")
 # A denoiser that all contenders share, and one for every seed, as in the main job.
 SHARED, OWN = Clone(seed=0), Clone()
 SCORING = Scoring(own_noise=False)
-COLUMNS = ("sliced_wasserstein", "sliced_wasserstein_fresh", "seconds")
+COLUMNS = ("sliced_wasserstein", "sliced_wasserstein_fresh", "c2st", "off_manifold", "seconds")
+# The critic and the other settings that SFT-V has by default, for SFT-PG.
+LOGISTIC: dict[str, Any] = {
+    "objective": "logistic",
+    "regularizer": "r1",
+    "coefficient": None,
+    "critic_betas": (0.5, 0.99),
+    "critic_rounds": 20,
+}
+FINE: dict[str, Any] = {"bandwidths": (6.0, 25.0)}
+SHARP: dict[str, Any] = {"solver_options": {"last_std": 0.0025}}
 
 
 def _study(title: str, *contenders: Contender, env: str = "SwissRoll", **more: Any) -> Study:
@@ -57,11 +67,13 @@ STUDIES = {
     "main": _study(
         "The main job, from nothing, five seeds",
         _tuned("SFT-PG (B)", OWN),
+        _tuned("SFT-V", OWN, "sft-v"),
         seeds=(0, 1, 2, 3, 4),
     ),
     "long": _study(
         "The long preset, from nothing",
         _tuned("SFT-PG (B), long", OWN, preset="long"),
+        _tuned("SFT-V, long", OWN, "sft-v", preset="long"),
         seeds=(0, 1),
     ),
     "gradients": _study(
@@ -73,6 +85,7 @@ STUDIES = {
     "steps": _study(
         "How few steps (Fan & Lee 2023, Table 1)",
         SFT_PG_B,
+        _tuned("SFT-V", SHARED, "sft-v"),
         Contender("DDPM", (OWN, DDPM), calls=(10, 100, 1000)),
         calls=(3, 5, 8, 10),
     ),
@@ -83,6 +96,20 @@ STUDIES = {
         _tuned("GAE lambda = 1", SHARED, gae_lambda=1.0),
         _tuned("all states for V", SHARED, baseline_states=10),
         _tuned("PPO ratio clip 0.2", SHARED, clip_range=0.2),
+    ),
+    "seeing": _study(
+        "From SFT-PG (B) to samples that a classifier cannot tell from data, step by step",
+        SFT_PG_B,
+        _tuned("SFT-PG (B), last std of the data", SHARED, **SHARP),
+        _tuned("SFT-PG, logistic critic", SHARED, **SHARP, **LOGISTIC),
+        _tuned("SFT-PG, logistic critic, fine frequencies", SHARED, **SHARP, **LOGISTIC, **FINE),
+        _tuned(
+            "SFT, logistic critic, fine frequencies", SHARED, "sft", **SHARP, **LOGISTIC, **FINE
+        ),
+        _tuned("SFT-V, critic (B)", SHARED, "sft-v", objective="ipm", regularizer="baseline"),
+        _tuned("SFT-V, coarse frequencies", SHARED, "sft-v", bandwidths=(6.0,)),
+        _tuned("SFT-V", SHARED, "sft-v"),
+        seeds=(0, 1, 2),
     ),
     "digits": _study(
         "Real 8x8 digits in ten steps",

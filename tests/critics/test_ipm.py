@@ -101,8 +101,7 @@ def test_the_logistic_critic_learns_the_log_density_ratio():
 def test_the_value_has_a_gradient_with_respect_to_the_states(residual):
     """Also where V's error does not reach f: SFT-V follows it."""
     critic = build("none", residual_baseline=residual)
-    _, fake, states = batch()
-    states.requires_grad_()
+    states = batch()[2].requires_grad_()
     (ours,) = torch.autograd.grad(critic.value(states).sum(), states)
     whole = critic.baseline(states).sum()
     if residual:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import write_mnist
+from stable_baselines3 import PPO
 
 from fewstep.agents import DODE, SFTPG, ScheduleLearning
 from fewstep.agents.base import Agent
@@ -179,8 +180,28 @@ def test_a_study_of_agents_shows_before_after_and_floor(tmp_path, fewstep, shrin
     folder = tmp_path / "benchmark" / "gradients"
     table = (folder / "table.md").read_text()
     row = next(line for line in table.splitlines() if "SFT-PG (B)" in line)
-    assert len(re.findall(r" → [^|]+ \(\d[^|]+\) \|", row)) == 2
+    assert len(re.findall(r" → [^|]+ \(\d[^|]+\) \|", row)) == 4
     assert (folder / "plot.png").is_file()
+
+
+def test_ppo_of_another_library_is_a_stage_like_any_other(tmp_path, fewstep, monkeypatch):
+    """It trains the same network in the same calls; a second study finds it trained."""
+    flags = ["benchmark", "ppo", f"--log-dir={tmp_path}", "--rounds=2", "--evaluation-samples=200"]
+    fewstep(*flags)
+    folder = tmp_path / "benchmark" / "ppo"
+    records = {r["contender"]: r for r in json.loads((folder / "results.json").read_text())}
+    ppo = [records[name] for name in ("PPO, default reward", "PPO, learned critic")]
+    assert [record["training calls"] for record in ppo] == [2 * 5 * 256 * 10] * 2
+    assert records["SFT-PG (B)"]["training calls"] == 2 * 5 * 256 * 10
+    ends = [record["sliced_wasserstein_fresh"] for record in ppo]
+    befores = {record["sliced_wasserstein_fresh before"] for record in ppo}
+    assert len({*ends, *befores}) == 3  # both have moved the one network, each its own way
+    for cell in (folder / "cells").iterdir():
+        cell.unlink()
+    monkeypatch.setattr(PPO, "learn", lambda *_, **__: pytest.fail("it is trained already"))
+    fewstep(*flags)
+    again = {r["contender"]: r for r in json.loads((folder / "results.json").read_text())}
+    assert [again[record["contender"]]["sliced_wasserstein_fresh"] for record in ppo] == ends
 
 
 def test_a_failure_is_one_sentence_that_names_the_cell(tmp_path, fewstep, capsys):
