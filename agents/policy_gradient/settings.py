@@ -136,13 +136,17 @@ class SFTVSettings(ShortcutSettings):
     n_critic: int = bounded(4, least=1)
     """Critic steps a round."""
     policy: StdSettings = field(default_factory=StdSettings)
-    optimizer: OptimizerSettings = field(default_factory=lambda: replace(_optimizer(), ema=0.98))
+    optimizer: OptimizerSettings = field(
+        # The gradient's norm is some 0.02; where V leaps, it is 1, and theta must not follow.
+        default_factory=lambda: replace(_optimizer(), ema=0.98, max_grad_norm=0.1)
+    )
     critic: CriticAndBaselineSettings = field(
         default_factory=lambda: CriticAndBaselineSettings(
             objective="logistic",
             regularizer="r1",
             bandwidths=(6.0, 25.0),
             betas=(0.5, 0.99),
+            lr_schedule="linear",
             baseline_network="conv",
         )
     )

@@ -20,8 +20,10 @@ LOGISTIC: dict[str, Any] = {
     "regularizer": "r1",
     "coefficient": None,
     "critic_betas": (0.5, 0.99),
+    "critic_lr_schedule": "linear",
     "critic_rounds": 20,
 }
+ANALYTIC = (Learn("variance", {"kind": "gamma"}), Sample("analytic-dpm"))
 FINE: dict[str, Any] = {"bandwidths": (6.0, 25.0)}
 SHARP: dict[str, Any] = {"solver_options": {"last_std": 0.0025}}
 
@@ -108,6 +110,8 @@ STUDIES = {
         ),
         _tuned("SFT-V, critic (B)", SHARED, "sft-v", objective="ipm", regularizer="baseline"),
         _tuned("SFT-V, coarse frequencies", SHARED, "sft-v", bandwidths=(6.0,)),
+        Contender("SFT-V from Analytic-DPM's deviations", (SHARED, *ANALYTIC, fine_tune("sft-v"))),
+        _tuned("SFT-V, learned deviations", SHARED, "sft-v", learn_std=True),
         _tuned("SFT-V", SHARED, "sft-v"),
         seeds=(0, 1, 2),
     ),
