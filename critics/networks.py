@@ -142,6 +142,7 @@ class MLPBaseline(nn.Module):
         hidden: width of the hidden layers, or the widths of all of them.
         layers: number of hidden layers, when `hidden` is one width.
         frequencies: number of Fourier features of the input.
+        bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
 
     Raises:
         ValueError: no steps.
@@ -155,12 +156,13 @@ class MLPBaseline(nn.Module):
         hidden: int | Sequence[int] = 128,
         layers: int = 3,
         frequencies: int = 0,
+        bandwidths: Sequence[float] = BANDWIDTHS,
     ) -> None:
         super().__init__()
         _check_steps(steps)
         self.steps = steps
         self.dimensions = len(shape)
-        self.features = FourierFeatures(math.prod(shape), frequencies)
+        self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *([hidden] * layers if isinstance(hidden, int) else hidden)]
         self.hidden = nn.ModuleList(_StepLinear(i, o, steps) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
@@ -288,7 +290,11 @@ def make_critic(
 
 
 def make_baseline(
-    shape: Sequence[int], steps: int, kind: BaselineKind = "mlp", width: int | None = None
+    shape: Sequence[int],
+    steps: int,
+    kind: BaselineKind = "mlp",
+    width: int | None = None,
+    bandwidths: Sequence[float] = BANDWIDTHS,
 ) -> MLPBaseline | ConvBaseline:
     """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps.
 
@@ -297,9 +303,10 @@ def make_baseline(
         steps: K.
         kind: "mlp", or "conv" for images; all else gets a perceptron.
         width: channels after the first stage of a `ConvBaseline`; its default if None.
+        bandwidths: of the Fourier features for vectors.
     """
     if not is_image(shape):
-        return MLPBaseline(shape, steps, frequencies=FREQUENCIES)
+        return MLPBaseline(shape, steps, frequencies=FREQUENCIES, bandwidths=bandwidths)
     if kind == "conv":
         return ConvBaseline(shape, steps, width)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)

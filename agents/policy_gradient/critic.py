@@ -123,4 +123,6 @@ def _learned(
 def _baseline(mdp: DiffusionMDP, settings: CriticSettings) -> nn.Module | None:
     if not isinstance(settings, CriticAndBaselineSettings):
         return None
-    return make_baseline(tuple(mdp.shape), mdp.steps, settings.baseline_network, settings.width)
+    return make_baseline(
+        tuple(mdp.shape), mdp.steps, settings.baseline_network, settings.width, settings.bandwidths
+    )

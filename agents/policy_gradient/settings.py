@@ -29,7 +29,7 @@ class CriticSettings(Settings):
     width: int | None = bounded(None, least=1)
     """Hidden width of f, or the channels of its first stage; see `make_critic`."""
     bandwidths: tuple[float, ...] = BANDWIDTHS
-    """Of the Fourier features of an f for vectors, in radians a unit: the largest says how fine a
+    """Of the Fourier features of f and V for vectors, in radians a unit: the largest says how fine a
     detail it sees. See `FourierFeatures`."""
     learning_rate: float = bounded(1e-3, least=0)
     """Of f."""
