@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fewstep.critics import ConvCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
+from fewstep.critics.networks import ConvBaseline, FourierFeatures
 
 pytestmark = pytest.mark.numeric
 
@@ -19,6 +20,38 @@ def test_default_networks_give_one_number_a_sample(shape):
     assert baseline(sample.expand(4, 3, *shape)).shape == (4, 3)
     # Sample by sample, whatever the batch.
     assert torch.allclose(critic(sample)[1:2], critic(sample[1:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 24)])
+def test_the_convolutional_baseline_is_a_critic_whose_channels_know_the_step(shape):
+    baseline = make_baseline(shape, 4, "conv", width=8).double()
+    assert isinstance(baseline, ConvBaseline)
+    states = torch.randn(4, 3, *shape).double()
+    critic = ConvCritic(shape, 8).double()
+    critic.layers.load_state_dict(baseline.layers.state_dict())
+    # Its embeddings begin as ones.
+    torch.testing.assert_close(baseline(states).flatten(), critic(states.flatten(0, 1)))
+    with torch.no_grad():
+        for embedding in baseline.embeddings:
+            embedding.uniform_(0.5, 1.5)
+    step = torch.arange(4).repeat_interleave(3)
+    flat = baseline(states.flatten(0, 1), step)
+    torch.testing.assert_close(baseline(states).flatten(), flat)
+    torch.testing.assert_close(baseline(states[2:3], torch.tensor([2]))[0], flat[6:9])
+    assert not torch.allclose(baseline(states[:1].expand_as(states))[1], flat[:3])
+    with pytest.raises(ValueError, match="has 4 steps, got states of 2"):
+        baseline(states[:2])
+
+
+def test_features_of_several_bandwidths_have_those_deviations():
+    features = FourierFeatures(2, 2000, (6.0, 25.0))
+    coarse, fine = features.projections.split(2000, dim=1)
+    # The standard error of a deviation of 4000 normal numbers is 1.1 %.
+    assert float(coarse.std()) == pytest.approx(6, rel=0.05)
+    assert float(fine.std()) == pytest.approx(25, rel=0.05)
+    x = torch.randn(3, 2)
+    assert features(x).shape == (3, features.width) == (3, 2 + 2 * 4000)
+    assert make_critic((2,), bandwidths=(6.0, 25.0)).features.width == 2 + 2 * 2 * 32
 
 
 @pytest.mark.parametrize("rows", [2, 300])  # fewer and more rows than hidden units
