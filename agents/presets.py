@@ -108,9 +108,9 @@ _IMAGES_SFT_PG: Values = {
 FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
     ("SwissRoll", "sft-pg", "long"): {**_TOY_SFT_PG, "rounds": 2000, "ema": 0.99},
-    ("SwissRoll", "sft-v", "default"): {**_ROLL_SFT_V, "rounds": 400},
+    ("SwissRoll", "sft-v", "default"): {**_ROLL_SFT_V, "rounds": 300},
     ("SwissRoll", "sft-v", "long"): {**_ROLL_SFT_V, "rounds": 1500, "ema": 0.99},
-    ("Moons", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 400},
+    ("Moons", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 300},
     ("GaussianCluster", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 100},
     ("SwissRoll", "sft", "default"): {**_TOY_SFT, "rounds": 400},
     ("Moons", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
@@ -142,6 +142,10 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
 }
 
 
+# The agent that serves an environment best, where it is not SFT-PG.
+RECOMMENDED: dict[str, str] = {"SwissRoll": "sft-v", "Moons": "sft-v"}
+
+
 # An ODE solver needs a chain that ends in noise and has times between its steps; the toys' own
 # process, one noising a step, is neither.
 PROCESSES: dict[tuple[str, str], str] = {
@@ -161,6 +165,11 @@ SCHEDULES: dict[tuple[str, str], str] = {
 
 # The networks that Ho et al.'s and Song et al.'s budgets are for.
 BODIES: dict[str, str] = {"CIFAR10": "unet-cifar10", "CelebA64": "unet-celeba64"}
+
+
+def recommended_agent(env: str) -> str:
+    """Return the name of the agent that `fewstep train` takes in an environment."""
+    return RECOMMENDED.get(env, "sft-pg")
 
 
 def preset(env: str, agent: str, name: str = "default") -> Preset:

@@ -29,8 +29,8 @@ class CriticSettings(Settings):
     width: int | None = bounded(None, least=1)
     """Hidden width of f, or the channels of its first stage; see `make_critic`."""
     bandwidths: tuple[float, ...] = BANDWIDTHS
-    """Of the Fourier features of f and V for vectors, in radians a unit: the largest says how fine a
-    detail it sees. See `FourierFeatures`."""
+    """Of the Fourier features of f and V for vectors, in radians a unit: the largest says how fine
+    a detail they see. See `FourierFeatures`."""
     learning_rate: float = bounded(1e-3, least=0)
     """Of f."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -138,7 +138,7 @@ class SFTVSettings(ShortcutSettings):
     policy: StdSettings = field(default_factory=StdSettings)
     optimizer: OptimizerSettings = field(
         # The gradient's norm is some 0.02; where V leaps, it is 1, and theta must not follow.
-        default_factory=lambda: replace(_optimizer(), ema=0.98, max_grad_norm=0.1)
+        default_factory=lambda: replace(_optimizer(), ema=0.97, max_grad_norm=0.1)
     )
     critic: CriticAndBaselineSettings = field(
         default_factory=lambda: CriticAndBaselineSettings(

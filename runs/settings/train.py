@@ -20,7 +20,7 @@ import tyro
 
 from ...agents import AGENTS
 from ...agents.cloning import CloningSettings
-from ...agents.presets import preset, preset_settings
+from ...agents.presets import preset, preset_settings, recommended_agent
 from ...agents.solvers import Options
 from ...common.names import unknown_name
 from ...common.reading import DAMAGE, INFINITIES, read_json, reason
@@ -44,7 +44,8 @@ class TrainSettings(AnySettings):
     env: str = "SwissRoll"
     """Environment; `fewstep envs` lists them."""
     agent: str = "sft-pg"
-    """Agent; `fewstep agents` lists them."""
+    """Agent; `fewstep agents` lists them. If omitted the one that serves the environment best:
+    sft-v for the toys with a curve, else sft-pg."""
     preset: str = "default"
     """Named budget and hyper-parameters: default, or long where there is one."""
     steps: int | None = bounded(None, least=1)
@@ -214,9 +215,10 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
         return dataclasses.replace(
             base, run=dataclasses.replace(base.run, config=Path(chosen.config))
         )
+    env = resolve_environment(chosen.env or TrainSettings.env)
     base = defaults(
-        chosen.env or TrainSettings.env,
-        agent or chosen.agent or TrainSettings.agent,
+        env,
+        agent or chosen.agent or recommended_agent(env),
         chosen.preset or TrainSettings.preset,
     )
     if chosen.solver not in (None, base.agent.solver):

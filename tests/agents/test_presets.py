@@ -76,3 +76,16 @@ def test_an_id_names_an_environment_too():
     mdp = make_mdp("SwissRoll")
     agent = SFTPG.for_environment("fewstep/SwissRoll-v0", new_denoiser(mdp))
     assert agent.averaged.decay == 0.97
+
+
+@pytest.mark.parametrize(
+    ("flags", "agent"),
+    [
+        ([], "sft-v"),
+        (["--env=fewstep/Moons-v0"], "sft-v"),
+        (["--env=Digits"], "sft-pg"),
+        (["--agent=sft-pg"], "sft-pg"),
+    ],
+)
+def test_the_command_takes_the_agent_that_serves_the_environment(flags, agent):
+    assert parse(flags).run.agent == agent

@@ -47,6 +47,7 @@ def quick_pictures():
 def tiny() -> list[str]:
     """Flags of a run of a second."""
     return [
+        "--agent=sft-pg",
         "--rounds=4",
         "--batch-size=16",
         "--evaluations=2",

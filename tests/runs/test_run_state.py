@@ -73,10 +73,10 @@ def test_the_runs_of_a_sweep_are_told_apart(tmp_path):
     names = [RunFolder.create(parse(each)).path.name for each in flags]
     stems = [re.sub(r"__\d{8}-\d{6}(-\d+)?$", "", name) for name in names]
     assert stems == [
-        "SwissRoll__sft-pg__seed0__optimizer.learning_rate=0.001",
-        "SwissRoll__sft-pg__seed0__optimizer.learning_rate=0.0001",
-        "SwissRoll__sft-pg__seed0__pretrain.optimizer.learning_rate=0.002",
-        "SwissRoll__sft-pg__seed0__solver_options=last_std-0.1,clip-True",
+        "SwissRoll__sft-v__seed0__optimizer.learning_rate=0.001",
+        "SwissRoll__sft-v__seed0__optimizer.learning_rate=0.0001",
+        "SwissRoll__sft-v__seed0__pretrain.optimizer.learning_rate=0.002",
+        "SwissRoll__sft-v__seed0__solver_options=last_std-0.1,clip-True",
     ]
 
 
@@ -85,6 +85,7 @@ def test_a_long_name_is_cut_and_still_tells_apart(tmp_path):
     many += [
         "--critic.baseline-learning-rate=0.02",
         "--optimizer.max-grad-norm=0.3",
+        "--agent=sft-pg",
         "--policy.gae-lambda=0.5",
     ]
     names = [

@@ -224,9 +224,9 @@ def test_a_damaged_run_says_what_to_delete(finished, tmp_path, fewstep, capsys):
     assert_same_weights(weights(finished / name), weights(copy / name))
 
 
-@pytest.mark.parametrize("agent", ["sft", "behavior-cloning"])
+@pytest.mark.parametrize("agent", ["sft", "sft-v", "behavior-cloning"])
 def test_other_agents_train(tmp_path, fewstep, tiny, agent):
-    assert fewstep("train", f"--agent={agent}", f"--log-dir={tmp_path}", *tiny) == 0
+    assert fewstep("train", f"--log-dir={tmp_path}", *tiny, f"--agent={agent}") == 0
     (folder,) = tmp_path.iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert (results["agent"], results["nfe"]) == (agent, 10)
