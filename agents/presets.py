@@ -109,7 +109,6 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
     ("SwissRoll", "sft-pg", "long"): {**_TOY_SFT_PG, "rounds": 2000, "ema": 0.99},
     ("SwissRoll", "sft-v", "default"): {**_ROLL_SFT_V, "rounds": 300},
-    ("SwissRoll", "sft-v", "long"): {**_ROLL_SFT_V, "rounds": 1500, "ema": 0.99},
     ("Moons", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 300},
     ("GaussianCluster", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 100},
     ("SwissRoll", "sft", "default"): {**_TOY_SFT, "rounds": 400},

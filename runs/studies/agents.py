@@ -75,7 +75,6 @@ STUDIES = {
     "long": _study(
         "The long preset, from nothing",
         _tuned("SFT-PG (B), long", OWN, preset="long"),
-        _tuned("SFT-V, long", OWN, "sft-v", preset="long"),
         seeds=(0, 1),
     ),
     "gradients": _study(
