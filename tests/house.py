@@ -44,7 +44,7 @@ HEAVY = (
     "transformers",
     "tyro",
 )
-TINY_RUN = ("--rounds", "3", "--pretrain.rounds", "2", "--evaluations", "0")
+TINY_RUN = ("--agent", "sft-pg", "--rounds", "3", "--pretrain.rounds", "2", "--evaluations", "0")
 
 
 class Import(NamedTuple):

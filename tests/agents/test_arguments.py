@@ -168,7 +168,7 @@ def test_settings_of_a_checkpoint_are_as_strictly_checked(
 
 
 def config(tmp_path, change) -> Path:
-    tree = json.loads(parse([]).to_json())
+    tree = json.loads(parse(["--agent=sft-pg"]).to_json())
     change(tree)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tree))
@@ -210,7 +210,7 @@ def test_a_config_that_a_flag_could_not_say_is_refused(change, complaint, tmp_pa
 
 
 def test_a_config_says_what_the_flags_said(tmp_path):
-    flags = ["--optimizer.betas", "0.4", "0.9", "--steps=3", "--log-dir=x"]
+    flags = ["--agent=sft-pg", "--optimizer.betas", "0.4", "0.9", "--steps=3", "--log-dir=x"]
     settings = parse([*flags, "--policy.clip-range=0.2"])
     assert settings.agent.optimizer.betas == (0.4, 0.9)
     assert settings.agent.policy.clip_range == 0.2
