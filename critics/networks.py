@@ -36,6 +36,9 @@ class FourierFeatures(nn.Module):
         bandwidths: standard deviations of the frequencies, in radians a unit of x. The largest says
             how fine a detail can be seen.
         scale: factor on x itself.
+
+    Raises:
+        ValueError: no bandwidths, or one that is not positive and finite.
     """
 
     projections: Tensor
@@ -48,6 +51,8 @@ class FourierFeatures(nn.Module):
         scale: float = 3.0,
     ) -> None:
         super().__init__()
+        if not bandwidths or not all(0 < each < math.inf for each in bandwidths):
+            raise ValueError(f"bandwidths must be positive and finite, got {tuple(bandwidths)}.")
         projections = [each * torch.randn(dimension, count) for each in bandwidths]
         self.register_buffer("projections", torch.cat(projections, dim=1))
         self.scale = scale

@@ -52,6 +52,9 @@ def test_features_of_several_bandwidths_have_those_deviations():
     x = torch.randn(3, 2)
     assert features(x).shape == (3, features.width) == (3, 2 + 2 * 4000)
     assert make_critic((2,), bandwidths=(6.0, 25.0)).features.width == 2 + 2 * 2 * 32
+    for bad in ((), (6.0, -1.0), (float("inf"),)):
+        with pytest.raises(ValueError, match="bandwidths must be positive and finite"):
+            FourierFeatures(2, 4, bad)
 
 
 @pytest.mark.parametrize("rows", [2, 300])  # fewer and more rows than hidden units
