@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow  # each figure wants a fresh process
 
 
 def least(measure):
-    """The least of three peaks each: beside other processes an allocator may keep more, not less."""
+    """The least of three peaks each: beside other processes an allocator keeps more, never less."""
     return [min(peaks) for peaks in zip(measure(), measure(), measure(), strict=True)]
 
 
