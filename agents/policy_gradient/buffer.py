@@ -114,20 +114,24 @@ class Trajectories:
         for part in stored.split(self.micro_batch_size or len(stored)):
             yield self.fetch(part)
 
-    def starts(
-        self, count: int, generator: torch.Generator
-    ) -> Iterator[tuple[int, DiffusionMDP, Tensor]]:
-        """Draw `count` states at each of the K steps, those of the same episodes at all of them.
+    def starts(self, number: int) -> Iterator[tuple[int, DiffusionMDP, Tensor]]:
+        """Go through the states before each of the K steps of one of the batches.
+
+        Args:
+            number: of the batch; beyond the last it begins again with the first.
 
         Yields:
             A step, the decision process of some episodes, their states (n, *shape) before that
             step: a portion at a time.
         """
-        chosen = torch.randperm(self.states.shape[1], generator=generator, device=self.device)
-        for rows in chosen[:count].split(self.micro_batch_size or count):
-            episodes, stored = self.episodes.at(rows), rows.to(self.states.device)
+        first = number * self.batch_size % self.states.shape[1]
+        end = first + self.batch_size
+        size = self.micro_batch_size or self.batch_size
+        for begin in range(first, end, size):
+            rows = slice(begin, min(begin + size, end))
+            episodes = self.episodes.at(rows)
             for step in range(self.steps):
-                yield step, episodes, self.fetch(self.states[step, stored])
+                yield step, episodes, self.fetch(self.states[step, rows])
 
     def minibatches(self, count: int, size: int, generator: torch.Generator) -> list[Tensor]:
         """Draw `count` minibatches of `size` transitions, none twice; see `Piece.place`.

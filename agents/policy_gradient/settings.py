@@ -129,10 +129,10 @@ class StdSettings(Settings):
 
 @dataclass(frozen=True)
 class SFTVSettings(ShortcutSettings):
-    """Settings of `SFTV`."""
+    """Settings of `SFTV`; with another micro_batch_size theta's steps draw other noise."""
 
     batch_size: int = bounded(512, least=1)
-    """Trajectories a critic step, and those whose K states a step of theta looks at."""
+    """Trajectories a critic step, and a step of theta, which looks at their K states."""
     n_critic: int = bounded(4, least=1)
     """Critic steps a round."""
     policy: StdSettings = field(default_factory=StdSettings)

@@ -25,16 +25,10 @@ class SFT(ShortcutAgent):
     """
 
     name = "sft"
+    theta_acts = True
 
     settings: SFTSettings
     Settings = SFTSettings
-
-    @property
-    def timesteps_per_round(self) -> int:
-        """The calls of n_critic rollouts for the critic and n_generator for theta, everywhere."""
-        settings = self.settings
-        rollouts = settings.n_critic + settings.n_generator
-        return rollouts * settings.batch_size * self.policy.steps * self.processes.count
 
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
@@ -51,12 +45,7 @@ class SFT(ShortcutAgent):
             samples = self.mdp.rollout(
                 self.policy, self.settings.batch_size, self.generator, processes=self.processes
             )
-            loss = -self.mdp.terminal_reward(samples).mean()
-            if not loss.requires_grad:
-                raise ValueError(
-                    "SFT follows the gradient of the reward with respect to the sample, and this "
-                    "reward has none: train with SFTPG, which needs none."
-                )
+            loss = -self.differentiable_reward(samples).mean()
             self.optimizer.zero_grad()
             loss.backward()
             grad_norm = self.descend()

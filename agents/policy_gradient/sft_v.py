@@ -26,7 +26,7 @@ class SFTV(ShortcutAgent):
     What deterministic policy gradients (Silver et al. 2014) and stochastic value gradients of one
     step (Heess et al. 2015) do, with the value baseline of SFT-PG as the value. A round: roll out
     n_critic batches; one Adam step of critic and value on each; then n_generator steps of theta,
-    each on the states of `batch_size` episodes at all K steps, with fresh noise.
+    each on the states of one of these batches at all K steps, with fresh noise.
 
     Its arguments are `ShortcutAgent`'s, its settings `SFTVSettings`.
 
@@ -35,16 +35,10 @@ class SFTV(ShortcutAgent):
     """
 
     name = "sft-v"
+    theta_acts = True
 
     settings: SFTVSettings
     Settings = SFTVSettings
-
-    @property
-    def timesteps_per_round(self) -> int:
-        """The calls of n_critic rollouts, and of the steps that theta learns in."""
-        settings = self.settings
-        batches = settings.n_critic + settings.n_generator
-        return batches * settings.batch_size * self.policy.steps * self.processes.count
 
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
@@ -59,13 +53,11 @@ class SFTV(ShortcutAgent):
         if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
             return metrics
         share = 1 / (self.settings.batch_size * self.policy.steps)
-        for _ in range(self.settings.n_generator):
+        for number in range(self.settings.n_generator):
             self.optimizer.zero_grad()
             loss = torch.zeros((), device=self.device)
             with frozen(self._critic_network):
-                for step, episodes, states in trajectories.starts(
-                    self.settings.batch_size, self.generator
-                ):
+                for step, episodes, states in trajectories.starts(number):
                     part = -share * self.value_after(episodes, states, step).sum()
                     part.backward()
                     loss += part.detach()
@@ -84,26 +76,17 @@ class SFTV(ShortcutAgent):
         action = self.policy.act(episodes.observe(states, step), step, self._draw)
         moved = episodes.transition(states, action, step, self._draw)
         if step + 1 < self.policy.steps:
-            return self.critic.value(moved[None], self._steps[step + 1 : step + 2])[0]
-        value = self.mdp.terminal_reward(moved)
-        if not value.requires_grad:
-            raise ValueError(
-                "SFT-V follows the gradient of the reward with respect to the sample, and this "
-                "reward has none: train with SFTPG, which needs none."
-            )
-        return value
+            after = torch.full((1,), step + 1, device=self.device)
+            return self.critic.value(moved[None], after)[0]
+        return self.differentiable_reward(moved)
 
     def _draw(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like).normal_(generator=self.generator)
+        return self.processes.noise(like, self.generator)
 
     @property
     def _critic_network(self) -> nn.Module | None:
         """The critic, unless it is one of the caller's that is no network."""
         return self.critic if isinstance(self.critic, nn.Module) else None
-
-    @property
-    def _steps(self) -> Tensor:
-        return torch.arange(self.policy.steps, device=self.device)
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""

@@ -56,6 +56,8 @@ class ShortcutAgent(Agent):
     """
 
     data_parallel = True
+    # Whether theta's own steps act in the environment, too.
+    theta_acts = False
 
     settings: SFTPGSettings | SFTVSettings | SFTSettings
 
@@ -92,10 +94,10 @@ class ShortcutAgent(Agent):
 
     @property
     def timesteps_per_round(self) -> int:
-        """The rollouts' calls, those of all processes: n_critic batches of K steps."""
+        """The calls of acting, those of all processes: batches of K steps."""
         settings = self.settings
-        calls = settings.n_critic * settings.batch_size * self.policy.steps
-        return calls * self.processes.count
+        batches = settings.n_critic + (settings.n_generator if self.theta_acts else 0)
+        return batches * settings.batch_size * self.policy.steps * self.processes.count
 
     @property
     def sampling_denoiser(self) -> Denoiser:
@@ -150,6 +152,20 @@ class ShortcutAgent(Agent):
         # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
         # gives it.
         return {"rollout/ep_rew_mean": metrics["critic_fake"], **tagged}
+
+    def differentiable_reward(self, samples: Tensor) -> Tensor:
+        """Return the reward (n,) of finished samples (n, *shape), with its gradient.
+
+        Raises:
+            ValueError: the reward has none with respect to the sample.
+        """
+        reward = self.mdp.terminal_reward(samples)
+        if not reward.requires_grad:
+            raise ValueError(
+                f"{type(self).__name__} follows the gradient of the reward with respect to the "
+                "sample, and this reward has none: train with SFTPG, which needs none."
+            )
+        return reward
 
     def descend(self) -> Tensor:
         """Take a clipped step of the sampler along its gradient; return the norm before."""

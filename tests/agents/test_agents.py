@@ -16,6 +16,7 @@ from torch import nn
 from fewstep.agents import (
     SFT,
     SFTPG,
+    SFTV,
     BehaviorCloning,
     CheckpointError,
     Denoiser,
@@ -42,13 +43,14 @@ KINDS = {
     ),
     "sft": (SFT, {**SHORTCUT, "critic_lr_schedule": "cosine"}),
     "sft, spectral": (SFT, {**SHORTCUT, "regularizer": "spectral-norm", "learn_std": True}),
+    "sft-v": (SFTV, {**SHORTCUT, "learn_std": True}),
     "sft-pg": (SFTPG, {**SHORTCUT, "learn_std": True, "clip_range": 0.2}),
     "sft-pg, penalty": (
         SFTPG,
         {**SHORTCUT, "regularizer": "gradient-penalty", "ema": 0.0, "critic_lr_schedule": "linear"},
     ),
 }
-PLAIN = ["cloning", "sft", "sft-pg"]
+PLAIN = ["cloning", "sft", "sft-v", "sft-pg"]
 
 
 @pytest.fixture
@@ -430,7 +432,7 @@ def test_timesteps_are_the_calls_that_training_acts_with(kind, make_agent, count
     assert calls.samples == agent.num_timesteps + again
 
 
-@pytest.mark.parametrize("agent", [BehaviorCloning, SFT, SFTPG])
+@pytest.mark.parametrize("agent", [BehaviorCloning, SFT, SFTV, SFTPG])
 def test_images(agent, generator, tmp_path):
     """Digits: 8 x 8 images, a U-Net, Fan & Lee's (2023) last standard deviation of 0.001."""
     mdp = make_mdp("Digits", steps=3)

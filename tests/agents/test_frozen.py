@@ -8,7 +8,16 @@ import torch
 from rounds import learn_rounds
 from torch import nn
 
-from fewstep.agents import DODE, SFT, SFTPG, BehaviorCloning, Denoiser, ScheduleLearning, Tableau
+from fewstep.agents import (
+    DODE,
+    SFT,
+    SFTPG,
+    SFTV,
+    BehaviorCloning,
+    Denoiser,
+    ScheduleLearning,
+    Tableau,
+)
 from fewstep.agents.solvers import make_solver
 from fewstep.agents.variance.learning import VarianceLearning
 from fewstep.envs import VE, DiffusionMDP, DiffusionVectorEnv, DiscreteVP, Schedule, Target
@@ -111,6 +120,7 @@ BUILDERS = {
     "cloning": lambda *where: BehaviorCloning(*where, **EXECUTION),
     "sft": lambda *where: SFT(*where, **EXECUTION, **NOISE),
     "sft-pg": lambda *where: SFTPG(*where, **EXECUTION, **NOISE),
+    "sft-v": lambda *where: SFTV(*where, **EXECUTION, **NOISE),
     "dode": lambda *where: DODE(*where, batches=2, batch_size=4),
     "schedule": lambda *where: ScheduleLearning(*where, batches=1, batch_size=4),
     "gamma": lambda *where: VarianceLearning(*where, kind="gamma"),

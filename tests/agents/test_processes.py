@@ -35,6 +35,11 @@ CASES = {
         "settings": {**PG, "learning_rate": 1.0},
         "inpaint": "random",
     },
+    "SFT-V, a batch for each step, known pixels": {
+        "agent": "sft-v",
+        "settings": {"batch_size": 32, "n_critic": 2, "n_generator": 3, "learning_rate": 1.0},
+        "inpaint": "random",
+    },
     "SFT, gradient penalty": {
         "agent": "sft",
         "settings": {

@@ -16,6 +16,7 @@ BUDGETS = {
     "behavior-cloning": (FALLING, 5),
     "sft": ({**FALLING, "n_critic": 1}, 5),
     "sft-pg": ({**FALLING, "n_critic": 1, "n_generator": 1}, 5),
+    "sft-v": ({**FALLING, "n_critic": 1}, 5),
     "dode": ({**FEW, "refine": "end-to-end", "refine_steps": 2}, 3),
     "schedule": ({**FEW, "schedule_rounds": 2, "tuning_rounds": 3, "tuning_batch_size": 8}, 5),
     "variance": ({"batch_size": 10, "samples_per_time": 5}, 2),
@@ -69,7 +70,7 @@ def test_learn_trains_until_the_agent_s_own_budget_is_done(name, agent_of):
     assert agent.rounds == agent.budget
 
 
-@pytest.mark.parametrize("name", ["behavior-cloning", "sft", "sft-pg"])
+@pytest.mark.parametrize("name", ["behavior-cloning", "sft", "sft-pg", "sft-v"])
 def test_a_budget_is_as_many_timesteps_bit_for_bit(name, agent_of):
     """The learning rate falls with the progress, of which both say the same."""
     ours, theirs, interrupted = (agent_of(name) for _ in range(3))
@@ -99,7 +100,7 @@ def test_a_report_is_plain_data(name, agent_of):
             assert isinstance(panel, Panel)
             json.dumps(panel.curves)
             assert all(len(x) == len(y) for x, y in panel.curves.values())
-    if name in ("behavior-cloning", "sft", "sft-pg"):
+    if name in ("behavior-cloning", "sft", "sft-pg", "sft-v"):
         assert report == Report()
     else:
         assert report.sentence == agent.verdict

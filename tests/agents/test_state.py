@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from fewstep.agents import (
     SFT,
     SFTPG,
+    SFTV,
     BehaviorCloning,
     CheckpointError,
     Denoiser,
@@ -41,7 +42,7 @@ def floating(tree, name=""):
             yield from floating(value, f"{name}/{i}")
 
 
-@pytest.mark.parametrize("kind", [BehaviorCloning, SFTPG, SFT, VarianceLearning])
+@pytest.mark.parametrize("kind", [BehaviorCloning, SFTPG, SFTV, SFT, VarianceLearning])
 def test_nothing_non_finite_is_written_wherever_it_is(kind, make_mdp, make_denoiser, tmp_path):
     """Each tensor in turn: weights, averages, critic, baseline, head, both moments of every Adam.
 

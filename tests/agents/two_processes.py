@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from fewstep.agents import SFT, SFTPG, BehaviorCloning, Denoiser
+from fewstep.agents import SFT, SFTPG, SFTV, BehaviorCloning, Denoiser
 from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
 from fewstep.envs.registration import make_mdp
 
-AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG}
+AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG, "sft-v": SFTV}
 
 
 def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:

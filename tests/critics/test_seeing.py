@@ -61,7 +61,7 @@ def test_it_sees_a_blur_that_hardly_moves_the_sliced_wasserstein_distance():
         (normal(1, 0), normal(40, 0), None, "needs two samples a side, got 1 and 40"),
         (normal(40, 0), normal(40, 0), 4, "neighbours must be odd and 1 to 20, got 4"),
         (normal(40, 0), normal(40, 0), 21, "neighbours must be odd and 1 to 20, got 21"),
-        (normal(40, 0) * math.nan, normal(40, 0), None, "x"),
+        (normal(40, 0) * math.nan, normal(40, 0), None, "x holds NaN or infinite"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(x, y, neighbours, complaint):
