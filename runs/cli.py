@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import TextIO
@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             _fail(error, code=2)
         if not _lost_peer(error):
             raise
-        _fail(error, code=1)
+        with suppress(SystemExit):
+            _fail(error, code=1)
+        # Without the interpreter's end, at which the rest of the group may abort this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(130) from None

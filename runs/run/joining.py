@@ -35,17 +35,21 @@ def joined_processes() -> Iterator[Processes]:
         torch.cuda.set_device(local_rank())
     # Tensors travel by the way of the device they are on, which a flag decides later.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    lost = False
     try:
         processes = Processes.current()
         console.quiet = not processes.first
         yield processes
     except RuntimeError as error:
-        if not is_lost_peer(error):
+        lost = is_lost_peer(error)
+        if not lost:
             raise
         raise LostPeerError from None
     finally:
         console.quiet = False
-        dist.destroy_process_group()
+        # What is left of a group that lost a process stays: to take it apart may abort this one.
+        if not lost:
+            dist.destroy_process_group()
 
 
 class LostPeerError(RuntimeError):

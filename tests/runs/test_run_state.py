@@ -299,6 +299,6 @@ def test_rank_0_says_in_a_sentence_that_its_peer_is_gone(tmp_path, tiny):
         ]
         (_, said), _ = (process.communicate(timeout=120) for process in processes)
     assert processes[1].returncode == 7
-    assert processes[0].returncode == 1
+    assert processes[0].returncode == 1, said
     assert "fewstep: Another process of this run has ended" in said
     assert "Traceback" not in said
