@@ -3,7 +3,7 @@
 Importing this package registers `fewstep/SwissRoll-v0`, `fewstep/Moons-v0`,
 `fewstep/GaussianCluster-v0` and `fewstep/Digits-v0` with Gymnasium, for `gym.make` and
 `gym.make_vec`; and, for those who have the data files, `fewstep/MNIST-v0`,
-`fewstep/CIFAR10-v0`, `fewstep/CelebA64-v0` and `fewstep/ImageFolder-v0`.
+`fewstep/FashionMNIST-v0`, `fewstep/CIFAR10-v0`, `fewstep/CelebA64-v0` and `fewstep/ImageFolder-v0`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Shortcut fine-tuning, the main job of `fewstep train`, from Python.
+"""Shortcut fine-tuning, `fewstep train --agent sft-pg`, from Python.
 
 A small network is cloned from data as a DDPM with ten noisings. SFT-PG then fine-tunes its ten-step
 sampler against a learned critic. Both take the settings of the command line; the whole takes about

@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 import struct
+from functools import partial
 
 import numpy as np
 import torchvision
@@ -19,8 +20,8 @@ def idx(array):
     return header + array.tobytes()
 
 
-def write_mnist(root, packed=True):
-    folder = root / "MNIST" / "raw"
+def write_mnist(root, packed=True, name="MNIST"):
+    folder = root / name / "raw"
     folder.mkdir(parents=True)
     for split, count in (("train", 30), ("t10k", 12)):
         arrays = {"images-idx3": noise(count, 28, 28, seed=count), "labels-idx1": noise(count) % 10}
@@ -63,6 +64,7 @@ def write_folder(root, count=40, classes=("cats", "dogs"), size=(48, 32)):
 
 WRITERS = {
     "MNIST": write_mnist,
+    "FashionMNIST": partial(write_mnist, name="FashionMNIST"),
     "CIFAR10": write_cifar10,
     "CelebA64": write_celeba,
     "ImageFolder": write_folder,

@@ -146,7 +146,6 @@ class SFTVSettings(ShortcutSettings):
             regularizer="r1",
             bandwidths=(6.0, 25.0),
             betas=(0.5, 0.99),
-            lr_schedule="linear",
             baseline_network="conv",
         )
     )

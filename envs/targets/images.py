@@ -1,8 +1,9 @@
-"""Sets of images on disk, read once into bytes: MNIST, CIFAR-10, CelebA and your own folder.
+"""Sets of images on disk, read once into bytes: MNIST, Fashion-MNIST, CIFAR-10, CelebA, your own.
 
 `load_images(name, data_dir)` gives what a `Target` is made of. The files lie where torchvision
-looks for them, and torchvision fetches them when asked to; nothing is ever written otherwise. MNIST
-is also read from its `.gz` files as they are, so a folder without write access will do.
+looks for them, and torchvision fetches them when asked to; nothing is ever written otherwise. The
+two MNISTs are also read from their `.gz` files as they are, so a folder without write access will
+do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,22 +112,22 @@ def load_images(
     return IMAGE_SETS[name].load(root, download, size)
 
 
-def mnist(root: Path, download: bool, image_size: int) -> ImageSet:
-    """70,000 handwritten digits, 1 x 28 x 28, from `root/MNIST/raw`, packed or not."""
-    folder = root / "MNIST" / "raw"
+def mnist(root: Path, download: bool, image_size: int, name: str = "MNIST") -> ImageSet:
+    """70,000 images of 10 classes, 1 x 28 x 28, from `root/NAME/raw`, packed or not."""
+    folder = root / name / "raw"
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in _IDX_KINDS]
 
     def missing() -> list[str]:
-        packed = [f"{name}.gz" for name in names if not (folder / name).is_file()]
-        return [name for name in packed if not (folder / name).is_file()]
+        packed = [f"{file}.gz" for file in names if not (folder / file).is_file()]
+        return [file for file in packed if not (folder / file).is_file()]
 
-    _provide("MNIST", root, folder, missing, download)
-    samples, labels, held_out, held_out_labels = (_read_idx(folder, name) for name in names)
+    _provide(name, root, folder, missing, download)
+    samples, labels, held_out, held_out_labels = (_read_idx(folder, file) for file in names)
     sets = ((samples, labels, names[1]), (held_out, held_out_labels, names[3]))
-    for images, classes, name in sets:
+    for images, classes, file in sets:
         if len(images) != len(classes):
             raise ValueError(
-                f"{folder / name} has {len(classes)} labels for {len(images)} images: remove both "
+                f"{folder / file} has {len(classes)} labels for {len(images)} images: remove both "
                 "files and use download=True"
             )
     return ImageSet(samples[:, None], held_out[:, None], labels, held_out_labels, flip=False)
@@ -231,6 +233,7 @@ def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
 
 IMAGE_SETS: dict[str, ImageSource] = {
     "MNIST": ImageSource(mnist, (1, 28, 28)),
+    "FashionMNIST": ImageSource(partial(mnist, name="FashionMNIST"), (1, 28, 28)),
     "CIFAR10": ImageSource(cifar10, (3, 32, 32)),
     "CelebA64": ImageSource(celeba64, (3, CELEBA_SIZE, CELEBA_SIZE)),
     "ImageFolder": ImageSource(image_folder, (3, FOLDER_SIZE, FOLDER_SIZE)),

@@ -25,15 +25,15 @@ def make_target(
     """Build a known target.
 
     `SwissRoll`, `Moons`, `GaussianCluster` and `Digits` need no files; `MNIST`,
-    `CIFAR10`, `CelebA64` and `ImageFolder` read images from `data_dir`.
+    `FashionMNIST`, `CIFAR10`, `CelebA64` and `ImageFolder` read images from `data_dir`.
 
     Args:
         name: Which one.
         device: Where its samples shall live.
         data_dir: Folder of the data files, for targets that need one: torchvision's root, by
             default `images.default_data_dir()`; for `ImageFolder` the folder of images itself.
-        download: Fetch missing files of `MNIST`, `CIFAR10` or `CelebA64` into `data_dir`,
-            through torchvision.
+        download: Fetch missing files of `MNIST`, `FashionMNIST`, `CIFAR10` or `CelebA64` into
+            `data_dir`, through torchvision.
         image_size: Side in pixels, at least 1, that `ImageFolder` resizes to; 64 by default.
 
     Raises:

@@ -20,7 +20,6 @@ LOGISTIC: dict[str, Any] = {
     "regularizer": "r1",
     "coefficient": None,
     "critic_betas": (0.5, 0.99),
-    "critic_lr_schedule": "linear",
     "critic_rounds": 20,
 }
 ANALYTIC = (Learn("variance", {"kind": "gamma"}), Sample("analytic-dpm"))

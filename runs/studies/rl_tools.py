@@ -20,19 +20,27 @@ from ...critics import IPMCritic, make_baseline, make_critic
 from ...envs import DiffusionMDP, DiffusionVectorEnv, SB3VecEnv
 from ..run.folder import read_record, write_json
 from .contenders import Contender, Grid
-from .engine import Study
+from .engine import Study, locked
 from .stages import DONE, Clone, Learn, Sample, Sampler, fine_tune
 from .world import World
 
 # Episodes at once, and rollouts after which the quality is measured.
 EPISODES, MEASURED = 256, 20
+PPO_SETTINGS = {
+    "batch_size": 2560,
+    "n_epochs": 4,
+    "learning_rate": 1e-4,
+    "gamma": 1.0,
+    "gae_lambda": 1.0,
+}
 
 
 @dataclass(frozen=True)
 class StableBaselines(Learn):
     """PPO of Stable-Baselines3 on `DenoiserPolicy`, as a stage of a chain.
 
-    Its budget is that of SFT-PG's preset, in calls of the policy. Settings are PPO's.
+    Its budget is that of SFT-PG's preset, in calls of the policy. Settings are PPO's and win over
+    `PPO_SETTINGS`. A training that was stopped begins again.
 
     Attributes:
         learned_critic: the reward is an `IPMCritic` that a callback updates after each rollout, as
@@ -45,11 +53,11 @@ class StableBaselines(Learn):
         """Train in a folder, or find it trained there."""
         assert sampler.tableau is not None, "A solver is chosen before PPO trains it."
         network, done = folder / "denoiser.safetensors", folder / DONE
-        if not done.is_file():
-            facts, denoiser = self._train(sampler, world)
-            folder.mkdir(parents=True, exist_ok=True)
-            denoiser.save(network)
-            write_json(done, facts)
+        with locked(folder / "lock"):
+            if not done.is_file():
+                facts, denoiser = self._train(sampler, world)
+                denoiser.save(network)
+                write_json(done, facts)
         return replace(
             sampler,
             denoiser=Denoiser.load(network, world.target.device),
@@ -68,15 +76,10 @@ class StableBaselines(Learn):
             DenoiserPolicy,
             SB3VecEnv(DiffusionVectorEnv(mdp, EPISODES)),
             n_steps=mdp.steps,
-            batch_size=2560,
-            n_epochs=4,
-            learning_rate=1e-4,
-            gamma=1.0,
-            gae_lambda=1.0,
             policy_kwargs={"denoiser": denoiser, "tableau": sampler.tableau},
             seed=world.seed,
             device=mdp.device,
-            **self.settings,
+            **{**PPO_SETTINGS, **self.settings},
         )
         rounds = world.settings.rounds or preset(world.env, "sft-pg").agent.get("rounds", 400)
         budget = rounds * 5 * EPISODES * mdp.steps

@@ -27,8 +27,9 @@ from torchvision.transforms import v2
 from fewstep.envs import ENVIRONMENTS, Schedule, Target, make_mdp, make_target
 from fewstep.envs.targets.images import IMAGE_SETS, decode
 
-IMAGE_ENVIRONMENTS = ["MNIST", "CIFAR10", "CelebA64", "ImageFolder"]
+IMAGE_ENVIRONMENTS = list(IMAGE_SETS)
 REAL_MNIST = Path("/work/shared/data/MNIST/raw")
+REAL_FASHION = Path("/work/shared/data/FashionMNIST/raw")
 
 
 def to_bytes(samples):
@@ -57,7 +58,7 @@ def test_every_set_is_a_target_of_bytes_in_range(at_hand):
     target = make_target(name, data_dir=folder)
     assert target.name == name
     assert target.shape == IMAGE_SETS[name].shape
-    assert target.flip is (name != "MNIST")
+    assert target.flip is (not name.endswith("MNIST"))
     for samples in (target.take(4), target.sample(4), target.sample_fresh(2)):
         assert samples.dtype == torch.float32
         assert samples.min() >= -1
@@ -80,6 +81,7 @@ def test_a_missing_set_is_said_in_one_sentence(name, tmp_path):
     assert "\n" not in complaint
     wanted = {
         "MNIST": ["train-images-idx3-ubyte.gz", "download=True"],
+        "FashionMNIST": ["FashionMNIST", "train-images-idx3-ubyte.gz", "download=True"],
         "CIFAR10": ["data_batch_3", "download=True"],
         "CelebA64": ["img_align_celeba.zip", "list_eval_partition.txt", "gdown", "download=True"],
         "ImageFolder": [".png"],
@@ -115,17 +117,18 @@ def test_other_sets_have_one_size(name):
 # MNIST.
 
 
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_mnist_is_what_torchvision_reads(tmp_path, packed):
-    write_mnist(tmp_path, packed)
-    target = make_target("MNIST", data_dir=tmp_path)
+def test_mnist_is_what_torchvision_reads(tmp_path, packed, name):
+    write_mnist(tmp_path, packed, name)
+    target = make_target(name, data_dir=tmp_path)
     if packed:
-        write_mnist(tmp_path := tmp_path / "again", packed=False)
+        write_mnist(tmp_path := tmp_path / "again", packed=False, name=name)
     for train, samples, labels in (
         (True, target.samples, target.labels),
         (False, target.sample_fresh(12, seed=5), target.fresh_labels(12, seed=5)),
     ):
-        oracle = torchvision.datasets.MNIST(tmp_path, train=train)
+        oracle = getattr(torchvision.datasets, name)(tmp_path, train=train)
         images, classes = oracle.data, oracle.targets
         if not train:
             order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
@@ -148,6 +151,16 @@ def test_the_real_mnist():
         5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
     ]  # fmt: skip
     assert target.held_out_labels[:3].tolist() == [7, 2, 1]
+
+
+@pytest.mark.skipif(not REAL_FASHION.is_dir(), reason=f"it is not in {REAL_FASHION}")
+def test_the_real_fashion_mnist():
+    target = make_target("FashionMNIST", data_dir=REAL_FASHION.parents[1])
+    assert (len(target), target.fresh_limit) == (60_000, 10_000)
+    # The moments that everyone normalises Fashion-MNIST with, of pixels in [0, 1].
+    assert (target.take(60_000).mean() + 1) / 2 == pytest.approx(0.2860, abs=1e-4)
+    assert target.std / 2 == pytest.approx(0.3530, abs=1e-4)
+    assert target.labels.bincount().tolist() == [6000] * 10
 
 
 def damage_end(data):

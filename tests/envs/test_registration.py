@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fewstep.envs import ENVIRONMENTS, VE, Schedule, make_mdp, make_target, register_environments
+from fewstep.envs.targets.images import IMAGE_SETS
 
 # tests/envs/test_images.py has the others, which need data files.
 WITHOUT_FILES = ["SwissRoll", "Moons", "GaussianCluster", "Digits"]
@@ -10,7 +11,7 @@ IDS = {f"fewstep/{name}-v0" for name in ENVIRONMENTS}
 
 
 def test_importing_registers_each_environment_once():
-    assert set(ENVIRONMENTS) == {*WITHOUT_FILES, "MNIST", "CIFAR10", "CelebA64", "ImageFolder"}
+    assert set(ENVIRONMENTS) == {*WITHOUT_FILES, *IMAGE_SETS}
     assert set(gym.registry) >= IDS
     before = {name: gym.registry[name] for name in IDS}
     register_environments()
