@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def _rise(action: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated()
         action()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    if RESET.exists():
+    if os.access(RESET, os.W_OK):
         # The first time loads code, too. Memory that is free but not given back would hide a part:
         # glibc gives back at once what is larger than this threshold (M_MMAP_THRESHOLD).
         ctypes.CDLL(None).mallopt(-3, 2**16)
