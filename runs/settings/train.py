@@ -199,7 +199,7 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
     """Read the flags that decide what the defaults of all the others are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--env", "--agent", "--preset", "--config", "--solver", "--body"):
+    for name in ("--env", "--agent", "--preset", "--config", "--solver", "--body", "--steps"):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
     if chosen.config is not None:
@@ -216,9 +216,11 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
             base, run=dataclasses.replace(base.run, config=Path(chosen.config))
         )
     env = resolve_environment(chosen.env or TrainSettings.env)
+    # What is no number is refused where all flags are read.
+    steps = int(chosen.steps) if (chosen.steps or "").isdecimal() else None
     base = defaults(
         env,
-        agent or chosen.agent or recommended_agent(env),
+        agent or chosen.agent or recommended_agent(env, steps),
         chosen.preset or TrainSettings.preset,
     )
     if chosen.solver not in (None, base.agent.solver):

@@ -89,6 +89,10 @@ def home(tmp_path_factory):
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
     yield
+    forget_networks()
+
+
+def forget_networks():
     for name in [name for name in sys.modules if name.split(".")[0] == "own_networks"]:
         del sys.modules[name]
 
@@ -100,6 +104,7 @@ def foreign_run(home, fewstep, tiny):
         patch.chdir(home)
         given = [f"--body={BODY}", "--body-options", "width", "8", "--log-dir=logs"]
         assert fewstep("train", *tiny, *given) == 0
+    forget_networks()  # whichever test asks for the run first must not find them imported
     (folder,) = (home / "logs").iterdir()
     return folder
 
