@@ -93,8 +93,8 @@ _DIGITS_SFT_PG: Values = {
     # is less than half a grey level of these digits.
     "solver_options": {"variance": "small", "last_std": 0.05},
 }
-# With the gradient through the chain, a logistic critic earns in seconds what SFT-PG does in
-# minutes, and at twice this learning rate, held constant, the sampler ran away from it.
+# With the gradient through the chain, a logistic critic earns what SFT-PG does in half the time. At
+# twice this learning rate, held constant, the sampler ran away from it.
 _DIGITS_SFT: Values = {
     "batch_size": 128,
     "n_critic": 2,
