@@ -12,7 +12,15 @@ from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP
 from .numpy_vector import NumpyVectorEnv
-from .processes import VE, DiscreteVP, NoiseProcess, make_process
+from .processes import (
+    VE,
+    ContinuousVP,
+    CustomProcess,
+    DiscreteVP,
+    NoiseProcess,
+    RectifiedFlow,
+    make_process,
+)
 from .registration import ENVIRONMENTS, make_mdp, register_environments
 from .schedules import Schedule, make_schedule
 from .schedules.spacings import refine_times
@@ -39,6 +47,8 @@ register_environments()
 __all__ = [
     "ENVIRONMENTS",
     "VE",
+    "ContinuousVP",
+    "CustomProcess",
     "DiffusionEnv",
     "DiffusionMDP",
     "DiffusionVectorEnv",
@@ -46,6 +56,7 @@ __all__ = [
     "Inpainting",
     "NoiseProcess",
     "NumpyVectorEnv",
+    "RectifiedFlow",
     "SB3VecEnv",
     "Schedule",
     "Target",

@@ -77,8 +77,9 @@ def new_denoiser(
     Args:
         mdp: the environment; its process and its samples' shape and standard deviation count.
         seed: of the weights.
-        prediction: see `Denoiser`. By default the process's own, "edm" on a `VE`, else "sample"
-            for images and "epsilon" for vectors.
+        prediction: see `Denoiser`. By default the process's own, "edm" on a `VE` and "flow" on a
+            `RectifiedFlow`, else "sample" for images, and for vectors "epsilon", or "v" where the
+            last noising leaves no signal.
         body: a name, see `named_body`, by default chosen by the shape; or a module of yours.
         body_options: see `named_body`.
 
@@ -93,7 +94,8 @@ def new_denoiser(
     if prediction is None:
         # From pure noise an image's epsilon says little of it: a few-step sampler's first step
         # would magnify the errors of a network that predicts it.
-        prediction = process.prediction or ("sample" if is_image(mdp.shape) else "epsilon")
+        noise = "epsilon" if process.levels(process.t_max)[0] > 0 else "v"
+        prediction = process.prediction or ("sample" if is_image(mdp.shape) else noise)
     parameterisation = make_parameterisation(prediction, process, mdp.target.std)
     if not isinstance(body, nn.Module):
         times = parameterisation.time_range

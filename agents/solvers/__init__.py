@@ -15,8 +15,9 @@ from .defaults import default_schedule, default_solver_options
 from .deis import deis, ipndm
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
 from .fastdpm import fast_dpm
-from .heun import euler, heun
+from .heun import euler, flow_heun, heun
 from .singlestep import singlestep_orders
+from .stochastic.flow_sde import flow_sde
 from .table import SOLVERS, Options, Solver
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ __all__ = [
     "dpm_solver_pp",
     "euler",
     "fast_dpm",
+    "flow_heun",
+    "flow_sde",
     "heun",
     "ipndm",
     "make_solver",

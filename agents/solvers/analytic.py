@@ -71,7 +71,10 @@ def analytic_dpm(
     times = schedule.times.numpy()[:-1]
     alpha, sigma = (level[:-1] for level in schedule.levels())
     residue = 1 - np.interp(times, np.arange(len(values)) + 1.0, values)
-    covariance = np.clip((sigma / alpha) ** 2 * residue, 0.0, 1.0)
+    # Without signal Gamma says nothing of it: what remains is its bound.
+    level = np.divide(sigma, alpha, out=np.full_like(sigma, np.inf), where=alpha > 0)
+    bound = np.where(alpha > 0, residue, 1.0)
+    covariance = np.clip(level**2 * bound, 0.0, 1.0)
     table = _optimal(schedule, "analytic-dpm", eta, clip, late_clip)
     assert table.covariance is not None and table.cap is not None
     std = np.minimum(np.sqrt(table.noise**2 + table.covariance * covariance), table.cap)

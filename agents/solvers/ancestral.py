@@ -48,9 +48,11 @@ def ancestral(
     if variance == "large" and sigma[-1] == 0:
         std[-1] = 0.0
     zeros = np.zeros_like(std)
-    if clip:
-        scale, weight = ratio * (sigma[1:] / sigma[:-1]) ** 2, zeros
-        clipped = alpha[1:] * beta / sigma[:-1] ** 2
+    # Without signal at the first time the predicted noise says nothing of D.
+    in_data = clip or alpha[0] == 0
+    if in_data:
+        scale, weight = ratio * (sigma[1:] / sigma[:-1]) ** 2, alpha[1:] * beta / sigma[:-1] ** 2
+        weight, clipped = (zeros, weight) if clip else (weight, zeros)
     else:
         scale, weight, clipped = 1 / ratio, -beta / (ratio * sigma[:-1]), zeros
     table = one_step_tableau(
@@ -60,7 +62,7 @@ def ancestral(
         scale=scale,
         weight=weight,
         noise=std,
-        output="sample" if clip else "epsilon",
+        output="sample" if in_data else "epsilon",
         clipped=clipped,
     )
     return with_last_std(table, last_std)

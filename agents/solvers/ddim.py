@@ -58,7 +58,11 @@ def first_order(
         clip: clamp D.
     """
     alpha, sigma = levels
-    ratio = alpha[1:] / alpha[:-1]
+    if alpha[0] == 0:
+        # Without signal the predicted noise says nothing of the clean sample.
+        output = "sample"
+    with np.errstate(divide="ignore"):
+        ratio = alpha[1:] / alpha[:-1]
     beta = sigma[:-1] ** 2 - (sigma[1:] / ratio) ** 2
     std = eta * np.sqrt(beta) * sigma[1:] / sigma[:-1]
     kept = np.sqrt(sigma[1:] ** 2 - std**2)

@@ -54,8 +54,14 @@ def deis(schedule: Schedule, order: int = 3, basis: Basis = "time") -> Tableau:
     rows = Rows()
     for i in range(schedule.steps):
         start, end = nodes[i], nodes[i + 1]
+        if start.alpha == 0:
+            # Noise prediction has no step from there: see `Rows.tableau`.
+            rows.add(start.time, 0.0, {i: 0.0})
+            continue
         rho, weight = _quadrature(schedule.process, start, end)
         known = nodes[max(i - order, 0) : i + 1][::-1]
+        if basis == "rho":
+            known = [node for node in known if node.alpha > 0]
         if basis == "time":
             basis_values = _lagrange([node.time for node in known], time_of_rho(rho))
         else:

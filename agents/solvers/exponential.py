@@ -32,14 +32,21 @@ def exponential(k: int, a: float) -> float:
 
 
 def scale(s: Node, t: Node, output: Output) -> float:
-    """Return a, the factor on the state."""
+    """Return a, the factor on the state; 0 where noise prediction has none, see `coefficient`."""
+    if s.alpha == 0 and output == "epsilon":
+        return 0.0
     return t.alpha / s.alpha if output == "epsilon" else t.sigma / s.sigma
 
 
 def coefficient(k: int, s: Node, t: Node, output: Output) -> float:
-    """Return c_k; c_1 also for t at time 0, where h is infinite."""
+    """Return c_k; c_1 also where h is infinite, for t at time 0 or s without any signal.
+
+    From there noise prediction has no step: 0 stands for the row that `Rows.tableau` puts instead.
+    """
+    if s.alpha == 0 and output == "epsilon":
+        return 0.0
     h = t.log_snr - s.log_snr
     if math.isinf(h):
-        assert k == 1, "only first-order steps can end at clean data"
+        assert k == 1, "an infinite step is of first order"
         return -s.sigma * t.alpha / s.alpha if output == "epsilon" else t.alpha
     return -t.sigma * exponential(k, h) if output == "epsilon" else -t.alpha * exponential(k, -h)

@@ -1,11 +1,13 @@
-"""EDM's two samplers: Euler, and Heun's second-order method (Karras et al. 2022; MATH.md 1.9).
+"""Heun's second-order method, EDM's and that of flow matching, and EDM's Euler steps.
 
-Both integrate d xbar / d rho = epsilon with xbar = x / alpha and rho = sigma / alpha.
+EDM integrates d xbar / d rho = epsilon with xbar = x / alpha and rho = sigma / alpha (Karras et al.
+2022; MATH.md 1.9); flow matching integrates x itself.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from ...common.arguments import checked
 from ...envs.schedules import Schedule
@@ -35,7 +37,8 @@ def heun(
 ) -> Tableau:
     """Build EDM's sampler (its Algorithm 2): two calls a step, one on a last step to time 0.
 
-    A schedule of K steps costs 2 K - 1 calls if it ends at 0, else 2 K.
+    A schedule of K steps costs 2 K - 1 calls if it ends at 0, else 2 K; one less if no signal is
+    left at its first time, where the first step is of first order.
 
     Args:
         schedule: the times.
@@ -56,6 +59,9 @@ def heun(
     warn_of_empty_start("heun", schedule.process, float(schedule.times[0]))
     churn = min(s_churn / schedule.steps, math.sqrt(2) - 1)
     nodes = nodes_of(schedule)
+    if nodes[0].alpha == 0:
+        # Without signal the predicted noise says nothing of the clean sample.
+        output = "sample"
     # A step starts from its level, churned up; the noise is added where the step before ends.
     starts = [nodes[0]]
     noise = []
@@ -84,6 +90,11 @@ def _add_step(
 ) -> None:
     """Append the step from `start` to `level`; its result is scaled by `alpha`, then noised."""
     first = len(rows)
+    if start.alpha == 0:
+        # rho is infinite: the limit is a step of first order.
+        factor = alpha / level.alpha if level.alpha else 0.0
+        rows.add(start.time, level.sigma / start.sigma * factor, {first: alpha}, noise=noise)
+        return
     ratio, gap = alpha / start.alpha, level.rho - start.rho
     if level.sigma == 0:
         if output == "epsilon":
@@ -108,3 +119,37 @@ def _add_step(
         current=alpha / level.alpha * after,
         noise=noise,
     )
+
+
+@checked
+def flow_heun(schedule: Schedule) -> Tableau:
+    """Build Heun's method on x itself: two calls a step, one on a last step to time 0.
+
+        x' = x + (alpha_s - alpha_t) D + (sigma_s - sigma_t) epsilon          the Euler step, DDIM
+        x_s = x + the mean of that slope and of the slope with D and epsilon of x'
+
+    On a `RectifiedFlow` it is the trapezoidal rule for dx / du = v, on a `VE` EDM's method. Where
+    no signal is left it needs no limit: D and epsilon = x / sigma are finite there.
+
+    Args:
+        schedule: the times.
+    """
+    rows, nodes = Rows(), nodes_of(schedule)
+    for start, end in pairwise(nodes):
+        first = len(rows)
+        signal, noise = end.alpha - start.alpha, end.sigma - start.sigma
+        # epsilon = (x - alpha D) / sigma, in both places.
+        before = noise / start.sigma
+        on_first = signal - start.alpha * before
+        rows.add(start.time, 1 + before, {first: on_first})
+        if end.sigma == 0:
+            continue
+        after = noise / end.sigma
+        rows.add(
+            end.time,
+            1 + before / 2,
+            {first: on_first / 2, first + 1: (signal - end.alpha * after) / 2},
+            anchor=first,
+            current=after / 2,
+        )
+    return rows.tableau("flow-heun", schedule.process, nodes[-1].time, "sample")

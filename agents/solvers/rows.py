@@ -14,7 +14,10 @@ from ..samplers.tableau import Output, Tableau
 
 
 class Node(NamedTuple):
-    """A time of a noise process with its coefficients; the log-SNR is infinite at time 0."""
+    """A time of a noise process with its coefficients.
+
+    The log-SNR is infinite at time 0, and minus infinite where no signal is left.
+    """
 
     time: float
     alpha: float
@@ -24,7 +27,7 @@ class Node(NamedTuple):
     @property
     def rho(self) -> float:
         """The noise-to-signal ratio sigma / alpha, the noise level of EDM."""
-        return self.sigma / self.alpha
+        return self.sigma / self.alpha if self.alpha else np.inf
 
     @classmethod
     def at(cls, process: NoiseProcess, time: float) -> Node:
@@ -92,11 +95,21 @@ class Rows:
     def tableau(
         self, name: str, process: NoiseProcess, final_time: float, output: Output
     ) -> Tableau:
-        """Finish the table; its samples have time `final_time`."""
+        """Finish the table; its samples have time `final_time`.
+
+        Where no signal is left at the first time, a table in noise prediction is rewritten in data
+        prediction, see `without_signal`.
+        """
+        times = np.array([*self._times, final_time])
+        if output == "epsilon" and process.levels(times[0])[0] == 0:
+            levels = [process.levels(time) for time in times.tolist()]
+            rows = without_signal(levels, self._scale, self._anchors, self._weights)
+            self._scale, self._current, self._anchors, self._weights = rows
+            output = "sample"
         return Tableau(
             name,
             process,
-            np.array([*self._times, final_time]),
+            times,
             np.array(self._scale),
             SparseRows.from_pairs(self._weights),  # type: ignore[arg-type]  # kept sparse
             np.array(self._noise),
@@ -104,6 +117,60 @@ class Rows:
             output,
             np.array(self._current),
         )
+
+
+def without_signal(
+    levels: Sequence[tuple[float, float]],
+    scale: Sequence[float],
+    anchors: Sequence[int],
+    weights: Sequence[Iterable[tuple[int, float]]],
+) -> tuple[list[float], list[float], list[int], list[tuple[tuple[int, float], ...]]]:
+    """Rewrite a noise-free table from noise prediction into data prediction, exactly.
+
+    The predicted noise is (z_k - alpha_k D_k) / sigma_k. Where alpha_0 = 0 it says nothing of the
+    clean sample: step 0 becomes the limit, z_1 = (sigma_1 / sigma_0) z_0 + (alpha_1 - alpha_0
+    sigma_1 / sigma_0) D_0. A row that now reads more states than its own and one other reads z_0
+    instead of them: each is linear in z_0 and the outputs before it.
+
+    Args:
+        levels: alpha and sigma at the K + 1 times.
+        scale: p of the K rows.
+        anchors: a of the K rows.
+        weights: of the K rows, on the predicted noise.
+
+    Returns:
+        The scales, the factors on z_j itself, the anchors and the weights of the new rows.
+    """
+    composed: list[tuple[float, dict[int, float]]] = [(1.0, {})]
+    rows: tuple[list[float], list[float], list[int], list[tuple[tuple[int, float], ...]]]
+    rows = [], [], [], []
+    for j, (p, anchor, pairs) in enumerate(zip(scale, anchors, weights, strict=True)):
+        if j == 0:
+            ratio = levels[1][1] / levels[0][1]
+            states = {0: ratio}
+            outputs = {0: levels[1][0] - levels[0][0] * ratio}
+        else:
+            used = [(k, weight / levels[k][1], levels[k][0]) for k, weight in pairs if weight]
+            states = combine((1.0, {anchor: p}), *((share, {k: 1.0}) for k, share, _ in used))
+            outputs = {k: -share * alpha for k, share, alpha in used}
+        others = [k for k in states if k != j]
+        if len(others) > 1:
+            terms = [(states[k], composed[k]) for k in others]
+            outputs = combine((1.0, outputs), *((share, on) for share, (_, on) in terms))
+            states = {0: sum(share * on for share, (on, _) in terms), j: states.get(j, 0.0)}
+            others = [0]
+        first = others[0] if others else j
+        rows[0].append(states[first])
+        rows[1].append(states.get(j, 0.0) if others else 0.0)
+        rows[2].append(first)
+        rows[3].append(tuple(outputs.items()))
+        composed.append(
+            (
+                sum(share * composed[k][0] for k, share in states.items()),
+                combine((1.0, outputs), *((share, composed[k][1]) for k, share in states.items())),
+            )
+        )
+    return rows
 
 
 def combine(*terms: tuple[float, Mapping[int, float]]) -> dict[int, float]:

@@ -78,10 +78,13 @@ def check_solver_type(solver_type: str) -> None:
 
 def _blocks_of_budget(nodes: list[Node], order: int) -> list[list[Node]]:
     """Cut the nodes into blocks: the nodes between two block ends are the inner stages."""
-    calls = len(nodes) - 1
+    # In log-SNR a step from where no signal is left is infinitely long, as is one to clean data.
+    first = [1] if nodes[0].alpha == 0 and len(nodes) > 2 else []
+    calls = len(nodes) - 1 - len(first)
     orders = singlestep_orders(calls, order)
     if nodes[-1].sigma == 0 and orders[-1] != 1:
         orders = [*singlestep_orders(calls - 1, order), 1]
+    orders = [*first, *orders]
     ends = [0, *accumulate(orders)]
     return [nodes[start : end + 1] for start, end in pairwise(ends)]
 
@@ -103,6 +106,11 @@ def _blocks_of_steps(
                 f"{name}: a block of order {order} cannot end at time 0, where the log-SNR is "
                 f"infinite; end the schedule at process.t_min ({process.t_min:g}), or the orders "
                 "with a 1."
+            )
+        if start.alpha == 0 and order > 1:
+            raise ValueError(
+                f"{name}: a block of order {order} cannot start at time {start.time:g}, where no "
+                "signal is left and the log-SNR is infinite; begin the orders with a 1."
             )
         h = end.log_snr - start.log_snr
         stages = [

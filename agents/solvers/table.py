@@ -15,7 +15,8 @@ from .ddim import ddim
 from .deis import deis, ipndm
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
 from .fastdpm import fast_dpm
-from .heun import euler, heun
+from .heun import euler, flow_heun, heun
+from .stochastic.flow_sde import flow_sde
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
@@ -118,6 +119,10 @@ SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
     "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
     "heun": Solver(heun, "EDM's sampler, second order, two calls a step", by_signal=True),
+    "flow-heun": Solver(flow_heun, "Heun's method on x itself, flow matching's, two calls a step"),
+    "flow-sde": Solver(
+        flow_sde, "stochastic steps with a flow's marginals: Flow-GRPO's, DanceGRPO's"
+    ),
     "ipndm": Solver(ipndm, "improved PNDM, orders 1 to 4"),
     "deis": Solver(
         deis, "tAB-DEIS: polynomial in the time, degrees 0 to 3", {"basis": "time"}, by_signal=True

@@ -2,12 +2,15 @@
 
 from ...common.names import unknown_name
 from .base import NoiseProcess
+from .continuous_vp import ContinuousVP
+from .custom import CustomProcess
 from .discrete_vp import DiscreteVP
+from .rectified_flow import RectifiedFlow
 from .ve import VE
 
 # Each under the first words of its names: a new process is one more class here.
 PROCESSES: dict[str, type[NoiseProcess]] = {
-    name: process for process in (DiscreteVP, VE) for name in process.names
+    name: process for process in (DiscreteVP, VE, RectifiedFlow, ContinuousVP) for name in process.names
 }
 
 
@@ -16,8 +19,11 @@ def make_process(name: str) -> NoiseProcess:
 
     Args:
         name: `sigmoid-T`, `linear-T` or `cosine-T` for a `DiscreteVP` of `T` noisings
-            (`linear-1000`, say), `linear-1000/10` for its `subsampled` chain of 10; `ve` for the
-            `VE` of EDM, `ve-0.002-80` for one from `sigma_min` to `sigma_max`.
+            (`linear-1000`, say), `linear-1000/10` for its `subsampled` chain of 10,
+            `linear-1000-zero-snr` for one whose last noising leaves no signal; `ve` for the `VE`
+            of EDM, `ve-0.002-80` for one from `sigma_min` to `sigma_max`; `flow` for a
+            `RectifiedFlow`, `flow-3` with the shift 3; `vp` for the `ContinuousVP` of score
+            networks, `vp-0.1-20` with these betas.
 
     Raises:
         ValueError: The kind is unknown, its numbers are missing or no numbers, or the process
@@ -29,4 +35,13 @@ def make_process(name: str) -> NoiseProcess:
     return PROCESSES[kind].named(name)
 
 
-__all__ = ["PROCESSES", "VE", "DiscreteVP", "NoiseProcess", "make_process"]
+__all__ = [
+    "PROCESSES",
+    "VE",
+    "ContinuousVP",
+    "CustomProcess",
+    "DiscreteVP",
+    "NoiseProcess",
+    "RectifiedFlow",
+    "make_process",
+]

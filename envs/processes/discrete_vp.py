@@ -28,15 +28,18 @@ class DiscreteVP(NoiseProcess):
     `t_max`, the only side), and what lies within float64's rounding of an integer is taken for
     it: `time_of_log_snr(log_snr(n)) == n` exactly, with the same derivatives on every machine.
 
+    The last beta may be 1: no signal is left after it (`zero_terminal_snr`), and between it and the
+    noising before alpha itself is linear, for its logarithm has no end.
+
     Args:
-        betas: Noise added by each noising, `(T,)`, each in (0, 1).
+        betas: Noise added by each noising, `(T,)`, each in (0, 1), the last one in (0, 1].
 
     Attributes:
         betas: The same, float64 on the CPU; a copy at each access, for a process never changes.
         abar: Cumulative products of `1 - betas`, `(T + 1,)`, with `abar[0] = 1`; likewise.
 
     Raises:
-        ValueError: `betas` is not a non-empty vector of numbers inside (0, 1).
+        ValueError: `betas` is not a non-empty vector of such numbers.
     """
 
     names = ("sigmoid", "linear", "cosine")
@@ -47,8 +50,8 @@ class DiscreteVP(NoiseProcess):
         betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
         if betas.ndim != 1 or not len(betas):
             raise ValueError(f"betas must be a non-empty vector; got {tuple(betas.shape)}")
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("every beta must lie strictly between 0 and 1")
+        if not bool(((betas > 0) & (betas < 1))[:-1].all()) or not 0 < float(betas[-1]) <= 1:
+            raise ValueError("every beta must lie strictly between 0 and 1; the last one may be 1")
         self._betas = betas
         self.t_max = float(len(betas))
         self.t_min = 1.0
@@ -60,9 +63,12 @@ class DiscreteVP(NoiseProcess):
 
     @classmethod
     def named(cls, name: str) -> DiscreteVP:
-        """See `NoiseProcess.named`: `linear-1000`, or `linear-1000/10`, of which it is 10 steps."""
+        """See `NoiseProcess.named`: `linear-1000`, or `linear-1000/10`, of which it is 10 steps.
+
+        With `-zero-snr` at the end no signal is left after the last noising.
+        """
         kind, _, rest = name.partition("-")
-        numbers = re.fullmatch(r"(0*[1-9]\d*)(?:/(0*[1-9]\d*))?", rest)
+        numbers = re.fullmatch(r"(0*[1-9]\d*)(?:/(0*[1-9]\d*))?(-zero-snr)?", rest)
         if numbers is None:
             raise ValueError(
                 f"{kind} needs its number of noisings, perhaps with how many of them to visit "
@@ -74,6 +80,7 @@ class DiscreteVP(NoiseProcess):
             "cosine": cls.cosine,
         }
         chain = makers[kind](int(numbers[1]))
+        chain = chain.zero_terminal_snr() if numbers[3] else chain
         return chain if numbers[2] is None else chain.subsampled(int(numbers[2]))
 
     @property
@@ -136,11 +143,28 @@ class DiscreteVP(NoiseProcess):
         # Sums of the few, not differences of cumulative sums: small betas keep their digits.
         groups = torch.log1p(-self._betas).split(times.diff().tolist())
         betas = -torch.expm1(torch.stack([group.sum() for group in groups]))
-        if not bool((betas < 1).all()):
+        if not bool((betas < 1)[:-1].all()) or float(betas[-1]) == 1 != float(self._betas[-1]):
             raise ValueError(
                 f"{steps} of {noisings} noisings are too few: one of them would leave no signal"
             )
         return DiscreteVP(betas)
+
+    def zero_terminal_snr(self) -> DiscreteVP:
+        """The chain whose alphas are shifted and stretched so that the last one is 0.
+
+        Lin et al. 2024 ("Common diffusion noise schedules and sample steps are flawed"), Algorithm
+        1: the first alpha stays as it is. Its networks predict "v", "sample" or "flow", and its
+        grids start at the last noising ("trailing", "uniform").
+
+        Raises:
+            ValueError: The chain has one noising only.
+        """
+        if len(self._betas) < 2:
+            raise ValueError("a chain of one noising has no last alpha beside its first")
+        alpha = self._abar[1:].sqrt()
+        alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+        abar = torch.cat([self._abar[:1], alpha.square()])
+        return DiscreteVP(1 - abar[1:] / abar[:-1])
 
     def draw_times(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """Draw noisings `(n,)` to train a denoiser at, int64, all with the same probability."""
@@ -177,7 +201,12 @@ class DiscreteVP(NoiseProcess):
         # No distance to the whole noising, only the derivative of the segment after it.
         nothing = (decay - decay.detach()) / (table[beyond + 1] - table[beyond])
         whole = after | (share < slack)
-        return torch.where(whole, n + after + nothing, n + share)
+        times = torch.where(whole, n + after + nothing, n + share)
+        if self._betas[-1] < 1:
+            return times
+        # The last segment ends where nothing is left, and alpha falls to it on a line.
+        lost = -torch.expm1(table[last] - decay)
+        return torch.where(decay > table[last], last + lost, times.clamp(max=last))
 
     def network_time(self, t: Time) -> Time:
         """`t - 1`: the 0-based index of DDPM, at which `abar` holds `n + 1` noisings."""
@@ -212,7 +241,12 @@ class DiscreteVP(NoiseProcess):
         time = self._check_time(t)
         table = self._decay_on(time.device)
         n = (time * (1 + _ROUNDINGS)).long().clamp(max=len(table) - 2)
-        return -torch.lerp(table[n], table[n + 1], time - n)
+        if self._betas[-1] < 1:
+            return -torch.lerp(table[n], table[n + 1], time - n)
+        last = n == len(table) - 2
+        inner = -torch.lerp(table[n], table[torch.where(last, n, n + 1)], time - n)
+        # In the last segment alpha falls to 0 on a line.
+        return torch.where(last, inner + torch.log1p(-torch.where(last, time - n, 0.0)), inner)
 
     def _decay_on(self, device: torch.device) -> Tensor:
         if device not in self._decay:

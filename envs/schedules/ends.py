@@ -65,11 +65,12 @@ def is_clean(process: NoiseProcess, t: float) -> bool:
 def is_empty(process: NoiseProcess, t: float) -> bool:
     """Whether `log(alpha)`, at small alpha the log-SNR, is below -5.1: next to no signal is left.
 
-    Never so on a variance-exploding process, whose alpha is 1.
+    Never so on a variance-exploding process, whose alpha is 1, and not where alpha is exactly 0:
+    there solvers take the limit, a first step of first order in the predicted clean sample.
     """
     alpha, _ = process.levels(t)
     # A start at the bound itself, as the default grids have it, is none below it by rounding.
-    return alpha < 0.999 * math.exp(LEAST_LOG_SNR)
+    return 0 < alpha < 0.999 * math.exp(LEAST_LOG_SNR)
 
 
 def default_first_time(process: NoiseProcess) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...common.arguments import checked
 from ..processes import NoiseProcess
 from .fast_dpm import fast_times
-from .spacings import Spacing, subset_times, variable
+from .spacings import Spacing, finite_start, subset_times, variable
 
 Grid = Callable[..., Tensor]
 
@@ -47,6 +47,8 @@ def uniform(
     # Multiply before dividing: an integer grid then has no rounding at all.
     ramp = torch.arange(inner, -1, -1, dtype=torch.float64)
     times = end + (first - end) * ramp / inner if inner else torch.tensor([first])
+    # By rounding it could lie beyond the process, or beside a time without signal.
+    times[0] = first
     return _with_zero(times) if append_zero else times
 
 
@@ -202,6 +204,7 @@ def _even(
     levels = _check_steps(steps) + (0 if append_zero else 1)
     forth, back = variable(process, spacing, rho)
     ends = forth(torch.tensor([first, process.t_min], dtype=torch.float64))
+    ends[0] = finite_start(process, ends, forth)
     ramp = torch.linspace(0, 1, levels, dtype=torch.float64)
     times = back(torch.lerp(ends[0], ends[1], ramp))
     # The ends are known without rounding.

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...common.arguments import checked
 from ...common.names import unknown_name
 from ..processes import NoiseProcess
+from .ends import LEAST_LOG_SNR
 
 Spacing = Literal["time", "sqrt_time", "log_snr", "karras"]
 Map = Callable[[Tensor], Tensor]
@@ -93,6 +94,7 @@ def refine_times(
     # A last interval down to 0 stays whole unless the variable is finite and even there.
     split = given if spacing == "time" or given[-1] > 0 else given[:-1]
     values = forth(split)
+    values[0] = finite_start(process, values, forth)
     ramp = torch.arange(1, factor, dtype=torch.float64)
     # Multiply before dividing: whole times then stay whole without rounding.
     new = back((values[:-1, None] * (factor - ramp) + values[1:, None] * ramp) / factor)
@@ -100,6 +102,30 @@ def refine_times(
     # Rounding may move a time onto, or past, the ends of its interval.
     new = new[(new < split[:-1, None]) & (new > split[1:, None])]
     return torch.cat([given, new]).unique().flip(0)
+
+
+def finite_start(process: NoiseProcess, values: Tensor, forth: Map) -> Tensor:
+    """The first of a line's values, or one to draw the line from where that is infinite.
+
+    At a time without any signal the log-SNR has no end: the line starts at the log-SNR -5.1, or one
+    below the line's second value where that is lower.
+
+    Args:
+        process: The noise process.
+        values: The variable at the line's times, at least two.
+        forth: The map from times to the variable.
+    """
+    if bool(values[0].isfinite()) or len(values) < 2:
+        return values[0]
+    start = process.time_of_log_snr(LEAST_LOG_SNR)
+    beyond = forth(start)
+    # The variable rises or falls with the time: compare in the direction of the line.
+    if (beyond - values[1]) * values[0].sign() > 0:
+        return beyond
+    raise ValueError(
+        f"no grid in the log-SNR can be drawn above the log-SNR {LEAST_LOG_SNR} from the last time "
+        f"of {process!r}, where no signal is left: space these times in the time itself"
+    )
 
 
 def leading(noisings: int, count: int, steps_offset: int = 0) -> np.ndarray:

@@ -5,12 +5,14 @@ from ....envs.processes import NoiseProcess
 from .base import Parameterisation
 from .edm import EDM
 from .epsilon import Epsilon
+from .flow import Flow
 from .sample import Sample
+from .score import Score
 from .v import Velocity
 
 # A new parameterisation is one more class here.
 PARAMETERISATIONS: dict[str, type[Parameterisation]] = {
-    kind.name: kind for kind in (Epsilon, Sample, Velocity, EDM)
+    kind.name: kind for kind in (Epsilon, Sample, Velocity, Flow, Score, EDM)
 }
 
 

@@ -132,6 +132,16 @@ class Parameterisation(ABC):
         return one_time(value, sample, torch.int64 if index else sample.dtype)
 
 
+def check_signal(name: str, process: NoiseProcess) -> None:
+    """Raise ValueError on a process whose signal vanishes: there the noise is no answer."""
+    if process.levels(process.t_max)[0] == 0:
+        raise ValueError(
+            f"prediction={name!r} says nothing of the clean sample at the last time of "
+            f"{process!r}, where no signal is left: its networks predict 'v' (if "
+            "variance-preserving), 'sample' or 'flow'."
+        )
+
+
 def one_time(value: float, sample: Tensor, dtype: torch.dtype) -> Tensor:
     """Return one time for all samples, (N,) with stride 0."""
     return torch.full((1,), value, dtype=dtype, device=sample.device).expand(len(sample))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Parameterisation
+from ....envs.processes import NoiseProcess
+from .base import Parameterisation, check_signal
 
 
 class Epsilon(Parameterisation):
@@ -12,6 +13,10 @@ class Epsilon(Parameterisation):
 
     name = "epsilon"
     pipeline_name = "epsilon"
+
+    def __init__(self, process: NoiseProcess, sigma_data: float = 0.5) -> None:
+        super().__init__(process, sigma_data)
+        check_signal(self.name, process)
 
     def epsilon(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
         """See `Parameterisation.epsilon`."""

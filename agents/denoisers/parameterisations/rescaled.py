@@ -146,7 +146,10 @@ class Rescaled(Parameterisation):
             return self._levels_at(float(t))
         tau = self._time(t)
         alpha = self.network.process.alpha(tau)
-        factor = alpha / self.process.alpha(t) * self.scale
+        ours = self.process.alpha(t)
+        # Where no signal is left, the ratio of the alphas is that of the noise.
+        ratio = self.network.process.sigma(tau) / (abs(self.scale) * self.process.sigma(t))
+        factor = torch.where(ours > 0, alpha / ours, ratio) * self.scale
         return tau, shaped(factor, sample), shaped(alpha * self.shift, sample)
 
     def _levels_at(self, t: float) -> tuple[float, float, float]:
@@ -155,9 +158,10 @@ class Rescaled(Parameterisation):
             if len(self._known) >= MOST_LEVELS:
                 self._known.clear()
             tau = float(self._time(torch.tensor(t, dtype=torch.float64)))
-            alpha = self.network.process.levels(tau)[0]
-            factor = alpha / self.process.levels(t)[0] * self.scale
-            self._known[t] = tau, factor, alpha * self.shift
+            alpha, sigma = self.network.process.levels(tau)
+            ours, noise = self.process.levels(t)
+            ratio = alpha / ours if ours else sigma / (abs(self.scale) * noise)
+            self._known[t] = tau, ratio * self.scale, alpha * self.shift
         return self._known[t]
 
     def _time(self, t: Tensor) -> Tensor:

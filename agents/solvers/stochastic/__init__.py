@@ -1,0 +1,1 @@
+"""Solvers of stochastic differential equations: fresh noise in each step."""

@@ -1,0 +1,273 @@
+"""Every solver on every kind of process, those without signal at their last time among them.
+
+The denoisers are exact, so all error is the solver's: on a Gaussian, whose ODE has a closed
+solution, and on a mixture, against a fine solution.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fewstep.agents import Denoiser
+from fewstep.agents.denoisers.exact import mixture as exact_mixture
+from fewstep.agents.solvers import (
+    SOLVERS,
+    ancestral,
+    ddim,
+    default_schedule,
+    deis,
+    dpm_solver,
+    dpm_solver_multistep,
+    dpm_solver_pp,
+    euler,
+    flow_heun,
+    flow_sde,
+    heun,
+    ipndm,
+    make_solver,
+)
+from fewstep.envs import ContinuousVP, CustomProcess, RectifiedFlow, Schedule, make_process
+
+pytestmark = pytest.mark.numeric
+
+MEAN, STD = 0.4, 0.5
+PROCESSES = {
+    "linear": make_process("linear-1000"),
+    "cosine": make_process("cosine-1000"),
+    "zero-snr": make_process("linear-1000-zero-snr"),
+    "continuous VP": ContinuousVP(),
+    "VE": make_process("ve"),
+    "flow": RectifiedFlow(),
+    "shifted flow": RectifiedFlow(shift=3.0, time_scale=1000.0),
+    "trigonometric": CustomProcess(
+        "trigonometric", lambda t: (t * torch.pi / 2).cos(), lambda t: (t * torch.pi / 2).sin(), 0.99
+    ),
+}
+NAMES = [
+    name
+    for name, solver in SOLVERS.items()
+    if solver.needs is None and name not in ("fast-dpm", "ancestral", "flow-sde")
+]
+
+
+class Gaussian(nn.Module):
+    """The exact prediction of the clean sample for data N(MEAN, STD^2)."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.process = process
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, sample, time):
+        t = self.process.time_of_network(time)
+        alpha, sigma = self.process.alpha(t)[:, None], self.process.sigma(t)[:, None]
+        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return MEAN + gain * (sample - alpha * MEAN)
+
+
+def gaussian(process):
+    return Denoiser(Gaussian(process), process, "sample")
+
+
+def exact(table, start):
+    """Where the probability-flow ODE of the Gaussian leads, from the table's first time to last."""
+    (alpha, sigma), (alpha_s, sigma_s) = (
+        table.process.levels(float(time)) for time in (table.times[0], table.times[-1])
+    )
+    spread = math.hypot(alpha_s * STD, sigma_s) / math.hypot(alpha * STD, sigma)
+    return alpha_s * MEAN + spread * (start - alpha * MEAN)
+
+
+def orders(build, order, **options):
+    return lambda s: build(s, order, orders=[1] + [order] * (s.steps - 1), **options)
+
+
+def multistep(build, order):
+    return lambda s: build(s, order, solver_type="taylor", lower_order_final=False)
+
+
+BUILDERS = {
+    "ddim": (ddim, 1),
+    "euler": (euler, 1),
+    "heun": (heun, 2),
+    "flow-heun": (flow_heun, 2),
+    "ipndm-2": (lambda s: ipndm(s, 2), 2),
+    "ipndm-4": (ipndm, 2),
+    "deis": (deis, 2),
+    "rho-deis": (lambda s: deis(s, basis="rho"), 2),
+    "dpm-2": (orders(dpm_solver, 2), 2),
+    "dpm-3": (orders(dpm_solver, 3), 2),
+    "++2s": (orders(dpm_solver_pp, 2, method="singlestep"), 2),
+    "++3s": (orders(dpm_solver_pp, 3, method="singlestep"), 2),
+    "2m": (multistep(dpm_solver_multistep, 2), 2),
+    "3m": (multistep(dpm_solver_multistep, 3), 2),
+    "++2m": (multistep(dpm_solver_pp, 2), 2),
+    "++3m": (multistep(dpm_solver_pp, 3), 2),
+}
+ABOVE_SECOND = ("ipndm-4", "deis", "rho-deis", "dpm-3", "++3s", "3m", "++3m")
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_convergence_from_the_last_time_of_the_process(name, process):
+    # Above second order the first step, which is of first order, is what remains: with a constant so
+    # small that the others' higher orders may hide it.
+    build, order = BUILDERS[name]
+    errors = []
+    for steps in (80, 160):
+        forward = PROCESSES[process]
+        if process == "VE":
+            times = Schedule.karras(forward, steps, append_zero=False).times
+        else:
+            times = torch.linspace(1, 0.2, steps + 1, dtype=torch.float64) * forward.t_max
+            times = times.round() if forward.discrete else times
+        with warnings.catch_warnings():
+            # That high orders start where next to no signal is left is what is tested.
+            warnings.simplefilter("ignore")
+            table = build(Schedule(forward, times))
+            start = torch.tensor([[-0.7], [1.3]], dtype=torch.float64)
+            start *= forward.prior_std(float(times[0]))
+            error = table.sample(gaussian(forward), start) - exact(table, start)
+        errors.append(float(error.square().mean().sqrt()))
+    measured = math.log2(errors[0] / errors[1])
+    hidden = name in ABOVE_SECOND and errors[1] < 1e-5
+    assert measured > order - 0.25 or hidden
+    if order == 1:
+        assert measured < 1.25
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 200])
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", NAMES)
+def test_default_grids_give_the_moments(name, process, steps):
+    forward = PROCESSES[process]
+    denoiser = gaussian(forward)
+    try:
+        schedule = default_schedule(name, forward, steps)
+        table = make_solver(name, schedule, denoiser)
+    except ValueError as error:
+        assert steps < 5 and "take a lower order or more steps" in str(error)
+        return
+    start = torch.tensor([[0.0], [1.0]], dtype=torch.float64) * forward.prior_std(table.times[0])
+    low, high = table.sample(denoiser, start).flatten().tolist()
+    assert math.isfinite(low) and math.isfinite(high)
+    if steps == 200:
+        # The starts lack the signal's share at the first time, at most exp(-5.1) of it.
+        assert abs(low - MEAN) < 0.03
+        assert abs(high - low - STD) < 0.03
+
+
+@pytest.mark.parametrize("process", [name for name in PROCESSES if name != "VE"])
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_noisy_steps_keep_the_marginals(process, eta):
+    forward = PROCESSES[process]
+    schedule = Schedule.uniform(forward, 200)
+    moments_of(ddim(schedule, eta))
+    moments_of(ancestral(schedule))
+
+
+@pytest.mark.parametrize("rule", ["flow-grpo", "dance-grpo"])
+@pytest.mark.parametrize("process", ["flow", "shifted flow"])
+def test_flow_sde_keeps_the_marginals(process, rule):
+    moments_of(flow_sde(Schedule.uniform(PROCESSES[process], 400), rule))
+
+
+def moments_of(table):
+    """Propagate mean and variance exactly: on Gaussian data each row is affine in its state."""
+    denoiser = gaussian(table.process)
+    mean, variance = 0.0, 1.0
+    for j in range(table.steps):
+        row = table.row(j)
+        at = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        output = table.evaluate(denoiser, at, j)
+        low, high = (row.scale * at + dict(row.weights).get(j, 0.0) * output).flatten().tolist()
+        mean, variance = low + (high - low) * mean, (high - low) ** 2 * variance + row.noise**2
+    assert abs(mean - MEAN) < 0.02
+    assert abs(math.sqrt(variance) - STD) < 0.02
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mixture_is_sampled_as_by_a_fine_solver(name, process):
+    forward = PROCESSES[process]
+    denoiser, _ = exact_mixture(forward, prediction="sample", dimension=2, std=0.4)
+    schedule = default_schedule(name, forward, 200)
+    # The same start for both, so that the grids' ends differ by nothing but the steps.
+    times = np.sort(np.concatenate([schedule.times, (schedule.times[1:] + schedule.times[:-1]) / 2]))
+    fine = flow_heun(Schedule(forward, times[::-1].copy()))
+    start = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start *= forward.prior_std(float(schedule.times[0]))
+    away = make_solver(name, schedule, denoiser).sample(denoiser, start) - fine.sample(
+        denoiser, start
+    )
+    assert away.isfinite().all()
+    assert float(away.square().sum(1).mean().sqrt()) < 0.05
+
+
+def test_flow_heun_is_the_trapezoidal_rule_for_the_velocity():
+    process = PROCESSES["flow"]
+    denoiser, _ = exact_mixture(process, prediction="sample", dimension=2)
+    start = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels = [1.0, 0.7, 0.45, 0.1, 0.0]
+
+    def velocity(sample, level):
+        return (sample - denoiser.denoised(sample, level)) / level
+
+    state = start
+    for level, following in zip(levels, levels[1:], strict=False):
+        slope = velocity(state, level)
+        ahead = state + (following - level) * slope
+        if following > 0:
+            slope = (slope + velocity(ahead, following)) / 2
+        state = state + (following - level) * slope
+    ours = flow_heun(Schedule(process, levels)).sample(denoiser, start)
+    torch.testing.assert_close(ours, state, rtol=0, atol=1e-12)
+
+
+def test_flow_grpo_s_step_is_the_published_formula():
+    process, level, a = RectifiedFlow(), [1.0, 0.8, 0.5, 0.2], 0.7
+    table = flow_sde(Schedule(process, level), level=a)
+    state, clean = torch.randn(2, 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    for j, (u, following) in enumerate(zip(level, level[1:], strict=False)):
+        s = a * math.sqrt(u / (1 - (u if u < 1 else level[1])))
+        velocity, step = (state - clean) / u, following - u
+        mean = state * (1 + s**2 / (2 * u) * step)
+        mean = mean + velocity * (1 + s**2 * (1 - u) / (2 * u)) * step
+        row = table.row(j)
+        ours = row.scale * state + dict(row.weights)[j] * clean
+        torch.testing.assert_close(ours, mean, rtol=1e-12, atol=1e-12)
+        assert row.noise == pytest.approx(s * math.sqrt(-step), rel=1e-12)
+    for j, (u, following) in enumerate(zip(level, level[1:], strict=False)):
+        table = flow_sde(Schedule(process, level), "dance-grpo", 0.3)
+        step, score = following - u, -(state - (1 - u) * clean) / u**2
+        mean = state + step * (state - clean) / u - 0.3**2 / 2 * score * step
+        row = table.row(j)
+        ours = row.scale * state + dict(row.weights)[j] * clean
+        torch.testing.assert_close(ours, mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ipndm", "deis", "dpm-solver-3"])
+def test_data_prediction_is_the_same_sampler_from_where_no_signal_is_left(name):
+    # Beside a start just short of it, whose rows stay in noise prediction.
+    process, times = PROCESSES["flow"], torch.linspace(1, 0.05, 10, dtype=torch.float64)
+    denoiser = gaussian(process)
+    table = make_solver(name, Schedule(process, times), denoiser)
+    assert table.output == "sample"
+    near = RectifiedFlow(t_min=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        orders = {"orders": [1, 3, 3, 3]} if name == "dpm-solver-3" else {}
+        grid = times[[0, 1, 3, 6, 9]] if orders else times
+        ours = make_solver(name, Schedule(process, grid), denoiser, **orders)
+        grid = torch.cat([torch.tensor([1 - 1e-7], dtype=torch.float64), grid[1:]])
+        theirs = make_solver(name, Schedule(near, grid), gaussian(near), **orders)
+    assert (ours.output, theirs.output) == ("sample", "epsilon")
+    start = torch.tensor([[0.3], [-1.1]], dtype=torch.float64)
+    # Noise prediction divides by alpha = 1e-7 there.
+    torch.testing.assert_close(
+        ours.sample(denoiser, start), theirs.sample(gaussian(near), start), rtol=0, atol=1e-5
+    )
