@@ -9,9 +9,8 @@ from .rectified_flow import RectifiedFlow
 from .ve import VE
 
 # Each under the first words of its names: a new process is one more class here.
-PROCESSES: dict[str, type[NoiseProcess]] = {
-    name: process for process in (DiscreteVP, VE, RectifiedFlow, ContinuousVP) for name in process.names
-}
+_NAMED: tuple[type[NoiseProcess], ...] = (DiscreteVP, VE, RectifiedFlow, ContinuousVP)
+PROCESSES = {name: process for process in _NAMED for name in process.names}
 
 
 def make_process(name: str) -> NoiseProcess:

@@ -51,8 +51,7 @@ class CustomProcess(NoiseProcess):
     ) -> None:
         if not 0 < t_min < t_max < math.inf or not 0 < time_scale < math.inf:
             raise ValueError(
-                "need 0 < t_min < t_max and time_scale > 0; "
-                f"got {t_min}, {t_max} and {time_scale}"
+                f"need 0 < t_min < t_max and time_scale > 0; got {t_min}, {t_max} and {time_scale}"
             )
         if prior_std is not None and not 0 < prior_std < math.inf:
             raise ValueError(f"prior_std must be a positive number; got {prior_std}")
@@ -98,6 +97,7 @@ class CustomProcess(NoiseProcess):
                 low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
         # log_snr(t_max) itself is met at t_max: a bracket only comes near to it.
         time = torch.where(goal <= self.log_snr(self.t_max), self.t_max, high)
+        time = torch.where(goal == math.inf, 0.0, time)
         if not value.requires_grad:
             return time
         with torch.enable_grad():

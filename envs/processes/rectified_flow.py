@@ -86,6 +86,12 @@ class RectifiedFlow(NoiseProcess):
         level = time / self.time_scale
         return level / (self.shift - (self.shift - 1) * level)
 
+    def rescaled(self, scale: float) -> RectifiedFlow:
+        """See `NoiseProcess.rescaled`: another shift."""
+        if abs(scale) == 1:
+            return self
+        return RectifiedFlow(self.shift / abs(scale), self.time_scale, self.t_min)
+
     def to_config(self) -> dict[str, Any]:
         """See `NoiseProcess.to_config`."""
         return {

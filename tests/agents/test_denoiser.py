@@ -18,11 +18,11 @@ from fewstep.agents.denoisers.networks import (
 )
 from fewstep.agents.denoisers.parameterisations import time_range_of
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.envs import VE, DiscreteVP
+from fewstep.envs import VE, DiscreteVP, RectifiedFlow, make_process
 
 pytestmark = pytest.mark.numeric
 
-PREDICTIONS = ["epsilon", "sample", "v"]
+PREDICTIONS = ["epsilon", "sample", "v", "flow", "score"]
 
 
 class Truth(nn.Module):
@@ -47,13 +47,38 @@ def test_whatever_is_predicted_noise_and_clean_sample_are_the_truth(
     alpha, sigma = process.alpha(t), process.sigma(t)
     if alpha.ndim:
         alpha, sigma = alpha.view(5, 1, 1), sigma.view(5, 1, 1)
-    answers = {"epsilon": noise, "sample": clean, "v": alpha * noise - sigma * clean}
+    answers = {
+        "epsilon": noise,
+        "sample": clean,
+        "v": alpha * noise - sigma * clean,
+        "flow": noise - clean,
+        "score": -noise / sigma,
+    }
     denoiser = Denoiser(Truth(answers[prediction]), process, prediction)
     sample = alpha * clean + sigma * noise
     torch.testing.assert_close(denoiser.epsilon(sample, t), noise, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(denoiser.denoised(sample, t), clean, rtol=1e-12, atol=1e-12)
     target = denoiser.training_target(clean, noise, t)
     torch.testing.assert_close(target, answers[prediction], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "flow", "v"])
+def test_where_no_signal_is_left_the_answer_is_the_truth(prediction, generator):
+    flow = RectifiedFlow()
+    process = make_process("linear-10-zero-snr") if prediction == "v" else flow
+    clean, noise = torch.randn(2, 5, 2, generator=generator(), dtype=torch.float64)
+    answer = {"sample": clean, "flow": noise - clean, "v": -clean}[prediction]
+    denoiser = Denoiser(Truth(answer), process, prediction)
+    for t in (process.t_max, torch.full((5,), process.t_max)):
+        torch.testing.assert_close(denoiser.denoised(noise, t), clean)
+        torch.testing.assert_close(denoiser.epsilon(noise, t), noise)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "score"])
+@pytest.mark.parametrize("name", ["flow", "linear-1000-zero-snr"])
+def test_noise_predictions_are_refused_where_no_signal_is_left(name, prediction):
+    with pytest.raises(ValueError, match="says nothing of the clean sample at the last time"):
+        Denoiser(nn.Identity(), make_process(name), prediction)
 
 
 def test_conversions_of_a_process_without_a_unit_circle(generator):

@@ -21,7 +21,7 @@ from fewstep.agents.denoisers.exact import MixtureBody
 from fewstep.agents.denoisers.networks import MLP, SmallUNet, UNet2D
 from fewstep.agents.pretrained import save_pretrained
 from fewstep.agents.solvers import make_solver
-from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
+from fewstep.envs import VE, DiffusionMDP, DiscreteVP, RectifiedFlow, Schedule, Target
 from fewstep.envs.mdp import no_reward
 
 pytestmark = pytest.mark.numeric
@@ -68,6 +68,7 @@ def network_of(process, prediction, scale, shift):
         (VE(), "edm", None),
         (VE(), "edm", DiscreteVP.linear(100)),
         (VP, "sample", VE(0.01, 50)),
+        (RectifiedFlow(3.0, 1000.0), "sample", None),
         (VP, "sample", DiscreteVP.linear(100)),
     ],
 )

@@ -3,11 +3,24 @@ import math
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.envs import VE, DiscreteVP, NoiseProcess, Schedule, make_process
+from fewstep.envs import (
+    VE,
+    ContinuousVP,
+    CustomProcess,
+    DiscreteVP,
+    NoiseProcess,
+    RectifiedFlow,
+    Schedule,
+    make_process,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -17,7 +30,13 @@ PROCESSES = {
     "sigmoid": DiscreteVP.sigmoid(10),
     "single beta": DiscreteVP([0.3]),
     "ve": VE(),
+    "continuous VP": ContinuousVP(),
+    "flow": RectifiedFlow(),
+    "shifted flow": RectifiedFlow(3.0, 1000.0),
+    "zero terminal SNR": DiscreteVP.linear(100).zero_terminal_snr(),
+    "two functions": CustomProcess("circle", lambda t: t.cos(), lambda t: t.sin(), 1.5, 0.01),
 }
+
 processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 
@@ -72,11 +91,13 @@ def test_closed_forms(process):
     assert log_snr[0] == math.inf
     assert (log_snr.diff() < 0).all()
     torch.testing.assert_close((alpha / sigma).log()[1:], log_snr[1:], rtol=1e-9, atol=1e-9)
-    if isinstance(process, DiscreteVP):
-        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
-    else:
+    if isinstance(process, VE):
         torch.testing.assert_close(sigma, t)
         assert (alpha == 1).all()
+    elif isinstance(process, RectifiedFlow):
+        torch.testing.assert_close(alpha + sigma, torch.ones_like(t))
+    else:
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
 
 
 @processes
@@ -95,8 +116,12 @@ def test_log_snr_has_its_ends(process):
     assert float(last) == pytest.approx(process.t_max, rel=1e-14)
     assert float(last) <= process.t_max
     least = float(process.log_snr(process.t_max))
-    with pytest.raises(ValueError, match="log-SNR must be at least"):
-        process.time_of_log_snr(least - 0.1)
+    if math.isfinite(least):
+        with pytest.raises(ValueError, match="log-SNR must be at least"):
+            process.time_of_log_snr(least - 0.1)
+    else:
+        assert float(process.alpha(process.t_max)) == 0
+        assert float(process.sigma(process.t_max)) == 1
     with pytest.raises(ValueError, match="log-SNR must be at least"):
         process.time_of_log_snr(math.nan)
 
@@ -147,13 +172,108 @@ def test_prior_sample_has_the_prior_s_spread_and_follows_the_generator(process):
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert float(draws[0].std()) == pytest.approx(process.prior_std(process.t_max), rel=0.05)
-    assert process.prior_std(process.t_max) == (80 if isinstance(process, VE) else 1)
+    expected = {"VE": 80, "CustomProcess": math.sin(1.5)}.get(type(process).__name__, 1)
+    assert process.prior_std(process.t_max) == pytest.approx(expected, rel=1e-15)
 
 
 def test_network_time():
     assert DiscreteVP.linear().network_time(1000.0) == 999.0
     assert torch.equal(DiscreteVP.linear().network_time(torch.ones(2)), torch.zeros(2))
     assert VE().network_time(80.0) == 80.0
+    assert ContinuousVP().network_time(0.5) == 499.5
+
+
+@processes
+def test_network_times_have_an_inverse(process):
+    t = torch.linspace(0.1, 1, 7, dtype=torch.float64) * process.t_max
+    torch.testing.assert_close(
+        process.time_of_network(process.network_time(t)), t, rtol=1e-14, atol=0
+    )
+
+
+@processes
+def test_the_time_of_a_log_snr_has_the_right_derivative(process):
+    # Between the whole noisings of a chain, where the slope jumps.
+    t = torch.tensor([0.83, 0.3141]) * process.t_max
+    level = process.log_snr(t.double()).requires_grad_()
+    (ours,) = torch.autograd.grad(process.time_of_log_snr(level).sum(), level)
+    at = t.double().requires_grad_()
+    (slope,) = torch.autograd.grad(process.log_snr(at).sum(), at)
+    torch.testing.assert_close(ours, 1 / slope, rtol=1e-7, atol=0)
+
+
+@processes
+def test_drawn_times_lie_within_the_process(process):
+    draws = process.draw_times(1000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert float(draws.min()) >= process.t_min * (1 - 1e-6)
+    assert float(draws.max()) <= process.t_max * (1 + 1e-6)
+    assert process.sigma(draws.clamp(max=process.t_max)).isfinite().all()
+
+
+def test_a_flow_has_the_levels_and_the_times_of_diffusers():
+    for shift in (1.0, 3.0):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        process = RectifiedFlow(shift, 1000.0)
+        # diffusers shifts the ends of its grid once when it is made, and again when it is set.
+        ours = torch.linspace(1, float(scheduler.sigma_min), 8, dtype=torch.float64)
+        scheduler.set_timesteps(8)
+        torch.testing.assert_close(
+            process.sigma(ours).float(), scheduler.sigmas[:-1], rtol=1e-6, atol=0
+        )
+        torch.testing.assert_close(
+            process.network_time(ours).float(), scheduler.timesteps, rtol=1e-6, atol=0
+        )
+
+
+def test_continuous_vp_is_the_limit_of_ddpm_s_chain():
+    # Song et al. 2021, appendix C: beta_n = beta(n / T) / T with beta_min = .1, beta_max = 20.
+    t = torch.linspace(0.05, 1, 20, dtype=torch.float64)
+    chains = [DiscreteVP.linear(T, 0.1 / T, 20 / T) for T in (10_000, 20_000)]
+    ours = ContinuousVP().alpha(t).log()
+    gaps = [float((chain.alpha(t * chain.t_max).log() - ours).abs().max()) for chain in chains]
+    assert gaps[1] < 0.01
+    assert gaps[1] == pytest.approx(gaps[0] / 2, rel=0.05)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    betas = DiscreteVP.linear(1000).betas
+    theirs = rescale_zero_terminal_snr(betas)
+    ours = DiscreteVP.linear(1000).zero_terminal_snr()
+    torch.testing.assert_close(ours.betas, theirs, rtol=1e-9, atol=1e-12)
+    assert ours.betas[-1] == 1
+    assert ours == make_process("linear-1000-zero-snr")
+    short = make_process("linear-1000/10-zero-snr")
+    assert float(short.alpha(10)) == 0
+    torch.testing.assert_close(short.abar, ours.abar[::100], rtol=0, atol=1e-14)
+
+
+def test_a_custom_process_is_read_where_its_functions_are_known():
+    known = CustomProcess("known", lambda t: 1 - t, lambda t: t)
+    flow = RectifiedFlow()
+    t = torch.linspace(0.01, 1, 9, dtype=torch.float64)
+    torch.testing.assert_close(known.time_of_log_snr(flow.log_snr(t)), t, rtol=1e-12, atol=0)
+    assert NoiseProcess.from_config(known.to_config()) == known
+    with pytest.raises(ValueError, match="is made of functions, which no file holds"):
+        NoiseProcess.from_config({**known.to_config(), "name": "unknown"})
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: RectifiedFlow(0.0), "shift and time_scale must be positive"),
+        (lambda: RectifiedFlow(t_min=1.0), "t_min must lie strictly between 0 and 1"),
+        (lambda: ContinuousVP(20, 0.1), "beta_min < beta_max"),
+        (lambda: ContinuousVP(time_scale=-1), "time_scale must be positive"),
+        (lambda: CustomProcess("up", lambda t: t, lambda t: 1 - t), "strictly decreasing"),
+        (lambda: CustomProcess("a", torch.cos, torch.sin, 1.0, 2.0), "0 < t_min < t_max"),
+        (lambda: CustomProcess("a", torch.cos, torch.sin, prior_std=0.0), "prior_std must be"),
+        (lambda: DiscreteVP([0.3]).zero_terminal_snr(), "a chain of one noising"),
+        (lambda: DiscreteVP([1.0, 0.5]), "the last one may be 1"),
+    ],
+)
+def test_bad_processes_are_refused(make, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make()
 
 
 @processes
@@ -168,7 +288,7 @@ def test_an_unknown_kind_is_refused():
         NoiseProcess.from_config({"kind": "discretevp", "betas": [0.1]})
 
 
-@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0], [1.0], [math.nan], [-0.1]])
+@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0], [1.1], [math.nan], [-0.1]])
 def test_bad_betas_are_refused(betas):
     with pytest.raises(ValueError, match="beta"):
         DiscreteVP(betas)
@@ -213,6 +333,10 @@ def test_processes_have_names():
     assert make_process("ve") == VE()
     assert make_process("ve-0.01-50") == VE(0.01, 50)
     assert make_process("ve-2e-3-80.5") == VE(0.002, 80.5)
+    assert make_process("flow") == RectifiedFlow()
+    assert make_process("flow-3") == RectifiedFlow(3.0)
+    assert make_process("vp") == ContinuousVP()
+    assert make_process("vp-0.2-10") == ContinuousVP(0.2, 10.0)
 
 
 @settings(deadline=None)
@@ -267,6 +391,9 @@ def test_named_chains_are_subsampled(name):
         ("ve-", "two noise levels or none"),
         ("ve-a-b", "two noise levels or none"),
         ("ve-80-0.002", "sigma_min < sigma_max"),
+        ("flow-", "as in 'flow-3'; got 'flow-'"),
+        ("vp-20", "two betas or none"),
+        ("linear-1000-zero", "as in 'linear-1000'"),
     ],
 )
 def test_bad_names_are_refused(name, complaint):
