@@ -33,7 +33,7 @@ from .scheduling.assembly import (
     make_tuning,
 )
 from .scheduling.descent import GIVEN, GRID, LEARNED, PROGRAMME
-from .scheduling.levels import noise_levels, step_weights
+from .scheduling.levels import noise_levels, step_weights, with_signal
 from .scheduling.objective import Slope
 from .scheduling.pool import Batch
 from .scheduling.probe import check_differentiable
@@ -65,7 +65,8 @@ class ScheduleLearning(SolverAgent):
     worse than what was given.
 
     Args:
-        env: the environment; its schedule gives the number of steps and the ends.
+        env: the environment; its schedule gives the number of steps and the ends. Where no signal
+            is left at its first time the noise level has no end: there the log-SNR -5.1 is taken.
         denoiser: the network; stage two trains it, in place.
         *args: the settings, see `ScheduleSettings`.
         **arguments: single settings by name, and `Agent`'s remaining arguments.
@@ -96,6 +97,7 @@ class ScheduleLearning(SolverAgent):
 
     def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
         super().__init__(env, denoiser, *args, **arguments)
+        self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
         settings = self.settings
         if not self.mdp.target.has_samples:
             settings.check_without_data()

@@ -70,7 +70,7 @@ def is_empty(process: NoiseProcess, t: float) -> bool:
     """
     alpha, _ = process.levels(t)
     # A start at the bound itself, as the default grids have it, is none below it by rounding.
-    return 0 < alpha < 0.999 * math.exp(LEAST_LOG_SNR)
+    return 0 < alpha < 0.99 * math.exp(LEAST_LOG_SNR)
 
 
 def default_first_time(process: NoiseProcess) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ....common.names import unknown_name
 from ....envs.processes import NoiseProcess
 from ....envs.schedules import Schedule
+from ....envs.schedules.ends import LEAST_LOG_SNR
 from ....envs.schedules.spacings import Spacing, variable
 
 Space = Literal["sigma", "log", "rho"]
@@ -119,6 +120,24 @@ def level_of_time(process: NoiseProcess, t: Tensor) -> Tensor:
 def time_of_level(process: NoiseProcess, level: Tensor) -> Tensor:
     """Return the times of noise levels; differentiable."""
     return process.time_of_log_snr(-level.log())
+
+
+def with_signal(schedule: Schedule) -> Schedule:
+    """Return the schedule, from the log-SNR -5.1 on if no signal is left at its first time.
+
+    Raises:
+        ValueError: the second time is noisier than that.
+    """
+    process, times = schedule.process, schedule.times
+    if process.levels(float(times[0]))[0] > 0:
+        return schedule
+    times[0] = process.time_of_log_snr(LEAST_LOG_SNR)
+    if times[0] <= times[1]:
+        raise ValueError(
+            f"Noise levels have no end at the first time of {schedule!r}, where no signal is left, "
+            f"and its second time is beyond the log-SNR {LEAST_LOG_SNR}: start it later."
+        )
+    return Schedule(process, times)
 
 
 def schedule_at(levels: Tensor, like: Schedule) -> Schedule:
