@@ -1,10 +1,11 @@
-"""DPM-Solver and DPM-Solver++, singlestep and multistep: the public builders.
+"""DPM-Solver and DPM-Solver++, singlestep, multistep and with noise: the public builders.
 
-C. Lu et al., "DPM-Solver" (2022a) and "DPM-Solver++" (2022b); MATH.md 1.4, 1.6, 1.7.
+C. Lu et al., "DPM-Solver" (2022a) and "DPM-Solver++" (2022b); MATH.md 1.4, 1.6, 1.7, 1.14.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -102,3 +103,41 @@ def dpm_solver_multistep(
     """
     name = f"dpm-solver-{order}m"
     return multistep(name, schedule, order, solver_type, compat, lower_order_final, "epsilon")
+
+
+@checked
+def dpm_solver_sde(
+    schedule: Schedule,
+    order: int = 2,
+    eta: float = 1.0,
+    solver_type: SolverType = "dpmsolver",
+    compat: bool = False,
+    lower_order_final: bool | None = None,
+) -> Tableau:
+    """Build SDE-DPM-Solver++ multistep (Lu et al. 2022b, on diffusion SDEs; k-diffusion).
+
+        x_t = (sigma_t / sigma_s) e^(-eta h) x_s - alpha_t E_1(-(1 + eta) h) D_s + ...
+              + sigma_t sqrt(1 - e^(-2 eta h)) noise
+
+    in data prediction: `dpm_solver_pp` with (1 + eta) h for h in the terms of the outputs. With any
+    eta the exact solution has the same distributions. Order 1 with eta 1 is `ancestral` with the
+    small variance.
+
+    Args:
+        schedule: the times; a last step to time 0 is of first order and adds no noise.
+        order: 1, 2 ("2M SDE") or 3 ("3M SDE"), of the drift. What the noise does inside a step is
+            extrapolated as well: on Gaussian data the standard deviation converges at order 2.
+        eta: how much noise the SDE adds, at least 0: 1 is the time reversal of the process, 0 is
+            `dpm_solver_pp`.
+        solver_type: of the steps of second order: "dpmsolver" or "taylor".
+        compat: see `dpm_solver_multistep`; True is k-diffusion's 3M SDE.
+        lower_order_final: see `dpm_solver_multistep`.
+
+    Raises:
+        ValueError: no such order or type, eta negative or not finite, or fewer steps than the
+            order.
+    """
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta must be a finite number >= 0, got {eta}.")
+    name = f"dpm-solver++-{order}m-sde" + (f" (eta {eta:g})" if eta != 1 else "")
+    return multistep(name, schedule, order, solver_type, compat, lower_order_final, "sample", eta)

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
-from .analytic import analytic_dpm, per_pixel_dpm
-from .ancestral import ancestral
 from .ddim import ddim
-from .deis import deis, ipndm
-from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
-from .fastdpm import fast_dpm
+from .deis import deis, ipndm, lms
+from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp, dpm_solver_sde
 from .heun import euler, heun
+from .stochastic import analytic_dpm, ancestral, euler_ancestral, fast_dpm, per_pixel_dpm
+from .unipc import unipc
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
@@ -117,6 +116,7 @@ SOLVERS: dict[str, Solver] = {
     ),
     "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
     "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
+    "euler-ancestral": Solver(euler_ancestral, "Euler with noise: DDIM with eta 1"),
     "heun": Solver(heun, "EDM's sampler, second order, two calls a step", by_signal=True),
     "ipndm": Solver(ipndm, "improved PNDM, orders 1 to 4"),
     "deis": Solver(
@@ -125,6 +125,8 @@ SOLVERS: dict[str, Solver] = {
     "rho-deis": Solver(
         deis, "rho-AB DEIS: polynomial in sigma / alpha", {"basis": "rho"}, by_signal=True
     ),
+    "lms": Solver(lms, "linear multistep in sigma / alpha, orders 1 to 4", by_signal=True),
+    "ipndm-v": Solver(lms, "iPNDM of variable step, which is LMS", by_signal=True),
     "dpm-solver-1": _singlestep(dpm_solver, "DPM-Solver, first order: DDIM", order=1),
     "dpm-solver-2": _singlestep(dpm_solver, "DPM-Solver singlestep, second order", order=2),
     "dpm-solver-3": _singlestep(dpm_solver, "DPM-Solver singlestep, third order", order=3),
@@ -149,4 +151,12 @@ SOLVERS: dict[str, Solver] = {
         order=3,
         **_PP_MULTISTEP,
     ),
+    "dpm-solver++-2m-sde": _multistep(
+        dpm_solver_sde, "DPM-Solver++ 2M with noise (eta 0 to 1: how much)", order=2
+    ),
+    "dpm-solver++-3m-sde": _multistep(
+        dpm_solver_sde, "DPM-Solver++ 3M with noise (compat: as published)", order=3
+    ),
+    "unipc-2": _multistep(unipc, "UniPC, second order, corrected to the third", order=2),
+    "unipc-3": _multistep(unipc, "UniPC, third order, corrected to the fourth", order=3),
 }

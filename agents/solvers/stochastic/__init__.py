@@ -1,0 +1,7 @@
+"""Solvers that are Gaussian chains: fresh noise in every step, whose variance is their subject."""
+
+from .analytic import analytic_dpm, per_pixel_dpm
+from .ancestral import ancestral, euler_ancestral
+from .fastdpm import fast_dpm
+
+__all__ = ["analytic_dpm", "ancestral", "euler_ancestral", "fast_dpm", "per_pixel_dpm"]
