@@ -151,11 +151,17 @@ SOLVERS: dict[str, Solver] = {
         order=3,
         **_PP_MULTISTEP,
     ),
+    "dpm-solver++-2s-sde": _singlestep(
+        dpm_solver_sde, "DPM-Solver++ 2S with noise: DPM++ SDE", order=2, **_PP_SINGLESTEP
+    ),
     "dpm-solver++-2m-sde": _multistep(
-        dpm_solver_sde, "DPM-Solver++ 2M with noise (eta 0 to 1: how much)", order=2
+        dpm_solver_sde, "DPM-Solver++ 2M with noise (eta: how much)", order=2, **_PP_MULTISTEP
     ),
     "dpm-solver++-3m-sde": _multistep(
-        dpm_solver_sde, "DPM-Solver++ 3M with noise (compat: as published)", order=3
+        dpm_solver_sde,
+        "DPM-Solver++ 3M with noise (compat: as published)",
+        order=3,
+        **_PP_MULTISTEP,
     ),
     "unipc-2": _multistep(unipc, "UniPC, second order, corrected to the third", order=2),
     "unipc-3": _multistep(unipc, "UniPC, third order, corrected to the fourth", order=3),

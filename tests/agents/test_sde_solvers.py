@@ -44,7 +44,7 @@ def test_a_row_is_the_solution_of_the_sde_for_polynomial_predictions(process, na
     schedule = grid(name, process, 6)
     alpha, _ = schedule.levels()
     log_snr = process.log_snr(schedule.times).numpy()
-    table = dpm_solver_sde(schedule, 3, eta, "taylor", lower_order_final=False)
+    table = dpm_solver_sde(schedule, 3, eta, solver_type="taylor", lower_order_final=False)
     rate = 1 + eta
     for i in range(6):
         start, end = log_snr[i : i + 2]
@@ -97,7 +97,8 @@ def test_the_loop_of_k_diffusion(process, name, compat, eta, grid, mixture, prio
         if eta:
             fresh = torch.empty_like(state).normal_(generator=rng)
             state = state + rho[i + 1] * math.sqrt(1 - math.exp(-2 * eta * h[i])) * fresh
-    table = dpm_solver_sde(schedule, 3, eta, "taylor", compat, lower_order_final=False)
+    options = {"solver_type": "taylor", "compat": compat, "lower_order_final": False}
+    table = dpm_solver_sde(schedule, 3, eta, **options)
     ours = table.sample(denoiser, noise, generator=generator(3))
     scale = max(1.0, float(ours.abs().max()))
     torch.testing.assert_close(ours, alpha[-1] * state, rtol=0, atol=1e-11 * scale)
@@ -130,6 +131,9 @@ def std(tableau, denoiser, start):
         ({"order": 3}, 2),
         ({"order": 3, "eta": 0.5}, 2),
         ({"order": 3, "eta": 0.0}, 3),
+        ({"order": 2, "method": "singlestep"}, 2),
+        ({"order": 2, "eta": 0.5, "method": "singlestep"}, 2),
+        ({"order": 2, "method": "singlestep", "solver_type": "taylor"}, 2),
     ],
 )
 def test_order_of_the_standard_deviation_on_gaussian_data(options, expected):
@@ -141,7 +145,9 @@ def test_order_of_the_standard_deviation_on_gaussian_data(options, expected):
         schedule = Schedule(process, process.time_of_log_snr(log_snr))
         alpha, sigma = schedule.levels()
         start, end = np.hypot(alpha * STD, sigma)[[0, -1]]
-        table = dpm_solver_sde(schedule, lower_order_final=False, **options)
+        if "method" not in options:
+            options = {**options, "lower_order_final": False}
+        table = dpm_solver_sde(schedule, **options)
         errors.append(abs(std(table, denoiser, start) - end))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(expected, abs=0.2)
 

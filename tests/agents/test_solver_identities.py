@@ -148,6 +148,30 @@ def test_the_sde_solvers_without_noise_are_dpm_solver_pp(process, name, grid):
             np.testing.assert_array_equal(ours.scale, theirs.scale)
             np.testing.assert_array_equal(ours.weights, theirs.weights)
             assert not ours.noise.any()
+    for solver_type in ("dpmsolver", "taylor"):
+        options = {"method": "singlestep", "solver_type": solver_type}
+        ours = dpm_solver_sde(schedule, 2, 0.0, **options)
+        assert (
+            ours.to_json()
+            == dpm_solver_pp(schedule, 2, **options).replace(name=ours.name).to_json()
+        )
+
+
+@pytest.mark.parametrize("solver_type", ["dpmsolver", "taylor"])
+@NAMES
+@PROCESSES
+@torch.no_grad()
+def test_blocks_with_next_to_no_noise_are_those_without(
+    process, name, solver_type, grid, mixture, prior, generator
+):
+    """The rows start from the stage instead of from the block's start: the same states."""
+    schedule, denoiser, noise = grid(name, process, 7), mixture(process), prior(process)
+    options = {"method": "singlestep", "solver_type": solver_type}
+    table = dpm_solver_sde(schedule, 2, 1e-13, **options)
+    assert table.noise[:-1].all()
+    still = table.replace(noise=np.zeros(7))
+    expected = dpm_solver_pp(schedule, 2, **options)
+    same_maps(still, expected, denoiser, noise, generator, 1e-10)
 
 
 @NAMES
@@ -323,8 +347,9 @@ def test_price_and_times_of_the_calls(
         ("euler-ancestral", lambda s: euler_ancestral(s, 1.0)),
         ("unipc-2", lambda s: unipc(s, 2, "bh2", True, True, "sample")),
         ("unipc-3", lambda s: unipc(s, 3, "bh2", True, True, "sample")),
-        ("dpm-solver++-2m-sde", lambda s: dpm_solver_sde(s, 2, 1.0, "dpmsolver", False, None)),
-        ("dpm-solver++-3m-sde", lambda s: dpm_solver_sde(s, 3, 1.0, "dpmsolver", False, None)),
+        ("dpm-solver++-2s-sde", lambda s: dpm_solver_sde(s, 2, 1.0, "singlestep", "dpmsolver")),
+        ("dpm-solver++-2m-sde", lambda s: dpm_solver_sde(s, 2, 1.0, "multistep", "dpmsolver")),
+        ("dpm-solver++-3m-sde", lambda s: dpm_solver_sde(s, 3, 1.0, "multistep", "dpmsolver")),
         ("dpm-solver-1", lambda s: dpm_solver(s, 1, "dpmsolver")),
         ("dpm-solver-2", lambda s: dpm_solver(s, 2, "dpmsolver")),
         ("dpm-solver-3", lambda s: dpm_solver(s, 3, "dpmsolver")),
@@ -416,7 +441,10 @@ def above(steps):
         (lambda s: dpm_solver_sde(s, eta=float("nan")), "eta must be .*nan"),
         (lambda s: dpm_solver_sde(s, eta=float("inf")), "eta must be .*inf"),
         (lambda s: dpm_solver_sde(s, 4), "orders 1, 2, 3; got 4"),
-        (lambda s: dpm_solver_sde(s, 2, 1.0, "heun"), "solver_type 'heun'.*dpmsolver, taylor"),
+        (lambda s: dpm_solver_sde(s, 3, method="singlestep"), "orders 1, 2; got 3"),
+        (lambda s: dpm_solver_sde(s, solver_type="heun"), "solver_type 'heun'.*dpmsolver, taylor"),
+        (lambda s: dpm_solver_sde(s, orders=[1] * 6), "orders.*singlestep"),
+        (lambda s: dpm_solver_sde(s, 2, 1.0, "singlestep", compat=True), "compat.*multistep"),
         (lambda s: dpm_solver_sde(above(2), 3), "needs at least 3"),
         (lambda s: make_solver("heun", s, churn=1), "unknown option of solver 'heun'.*s_churn"),
         (lambda s: make_solver("dpm-solver-3m", s, order=2), "unknown option.*solver_type"),

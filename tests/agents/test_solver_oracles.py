@@ -4,6 +4,7 @@ The recipes, and the traps in diffusers that they step around, are those of MATH
 follow MATH.md 1. Everything runs in float64 on an exact denoiser of a Gaussian mixture.
 """
 
+import sys
 from itertools import pairwise
 from unittest import mock
 
@@ -354,6 +355,53 @@ def test_sde_multistep_into_time_0_is_diffusers(
     table = dpm_solver_sde(schedule, order, lower_order_final=True)
     assert table.noise[-1] == 0 and (table.noise[:-1] > 0).all()
     check(table, denoiser, prior(process), expected, generator=generator(3))
+
+
+class OneWienerProcess:
+    """The noise that k-diffusion's DPM++ SDE asks for, (rho, rho') -> (7, 2), of unit variance.
+
+    On the way from rho the noise so far shrinks by (rho'' / rho')^2 from rho' to rho'' and more is
+    added; k-diffusion's own is Brownian in rho instead, with the same variances.
+    """
+
+    def __init__(self, generator):
+        self.generator, self.start, self.level, self.so_far = generator, None, None, None
+
+    def __call__(self, start, level):
+        start, level = float(start), float(level)
+        if start != self.start:
+            self.start, self.level, self.so_far = start, start, 0.0
+        fresh = torch.empty(7, 2, dtype=torch.float64).normal_(generator=self.generator)
+        share = level / self.level
+        self.so_far = share**2 * self.so_far + level * (1 - share**2) ** 0.5 * fresh
+        self.level = level
+        return self.so_far / (level * (1 - (level / start) ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["log_snr", "karras", "irregular", "karras-to-0"])
+@PROCESSES
+def test_singlestep_sde_is_diffusers(process, name, grid, mixture, prior, generator):
+    # They import a library for their own noise.
+    with mock.patch.dict(sys.modules, {"torchsde": mock.Mock()}):
+        from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler
+    schedule, denoiser, noise = grid(name, process, 6), mixture(process), prior(process)
+    to_zero = name.endswith("0")
+    rho = torch.from_numpy(levels(schedule)[2])
+    blocks = rho[:-1] if to_zero else rho
+    middle = (blocks[:-1] * blocks[1:]).sqrt()
+    asked = torch.stack([blocks[:-1], middle], 1).flatten()
+    sigmas = torch.cat([blocks[:1], blocks[1:].repeat_interleave(2)])
+    if to_zero:
+        asked, sigmas = torch.cat([asked, rho[-2:-1]]), torch.cat([sigmas, rho[-1:]])
+    scheduler = DPMSolverSDEScheduler()
+    scheduler.noise_sampler = OneWienerProcess(generator(3))
+    with mock.patch.object(scheduler, "set_timesteps"):
+        expected = run_edm_scheduler(scheduler, process, sigmas, asked, denoiser, noise)
+    orders = [2] * (len(blocks) - 1) + [1] * to_zero
+    table = dpm_solver_sde(schedule, 2, method="singlestep", orders=orders)
+    assert table.nfe == len(asked) and table.times[-1] == schedule.times[-1]
+    expected *= process.alpha(schedule.times[-1])
+    check(table, denoiser, noise, expected, 1e-11, generator(3))
 
 
 @pytest.mark.parametrize("name", ["uniform-to-0", "karras-to-0", "irregular"])

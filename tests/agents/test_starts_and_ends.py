@@ -125,6 +125,7 @@ CHAINS = {
     "beta": ("ancestral", {"variance": "beta"}),
     "eta": ("ddim", {"eta": 1.0}),
     "euler": ("euler-ancestral", {}),
+    "2s-sde": ("dpm-solver++-2s-sde", {}),
     "2m-sde": ("dpm-solver++-2m-sde", {}),
     "2m-half": ("dpm-solver++-2m-sde", {"eta": 0.5}),
     "3m-sde": ("dpm-solver++-3m-sde", {}),
@@ -147,7 +148,9 @@ def test_stochastic_chains_give_the_right_mean_and_std(chain, name):
     right = np.array([MEAN, STD])
     # Of first order; the start is wrong by what the prior lacks, alpha(t_max) MEAN at most.
     missing = np.array([float(process.alpha(process.t_max)) / process.prior_std(process.t_max), 0])
-    assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + missing * MEAN + 1e-3).all()
+    # On even times the last block of two calls is so long in log-SNR that the order is lower.
+    left = 2 if chain == "2s-sde" else 1.5
+    assert (np.abs(fine - right) <= left * np.abs(fine - coarse) + missing * MEAN + 1e-3).all()
 
 
 def test_everything_starts_from_the_schedule_s_first_time():
