@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, Any
 from ...common.names import unknown_name
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
-from .analytic import analytic_dpm, per_pixel_dpm
-from .ancestral import ancestral
 from .ddim import ddim
 from .defaults import default_schedule, default_solver_options
-from .deis import deis, ipndm
-from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
-from .fastdpm import fast_dpm
+from .deis import deis, ipndm, lms
+from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp, dpm_solver_sde
 from .heun import euler, flow_heun, heun
 from .singlestep import singlestep_orders
-from .stochastic.flow_sde import flow_sde
+from .stochastic import (
+    analytic_dpm,
+    ancestral,
+    euler_ancestral,
+    fast_dpm,
+    flow_sde,
+    per_pixel_dpm,
+)
 from .table import SOLVERS, Options, Solver
+from .unipc import unipc
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
@@ -135,14 +140,18 @@ __all__ = [
     "dpm_solver",
     "dpm_solver_multistep",
     "dpm_solver_pp",
+    "dpm_solver_sde",
     "euler",
+    "euler_ancestral",
     "fast_dpm",
     "flow_heun",
     "flow_sde",
     "heun",
     "ipndm",
+    "lms",
     "make_solver",
     "per_pixel_dpm",
     "singlestep_orders",
     "solver_within",
+    "unipc",
 ]

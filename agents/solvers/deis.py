@@ -6,7 +6,8 @@ DEIS extrapolates by a polynomial, and integrates it exactly (MATH.md 1.5, 1.8):
     C_ij = alpha_{i+1} * Integral_{rho_i}^{rho_{i+1}} l_j drho
 
 with rho = sigma / alpha and l_j Lagrange's basis on the last nodes, a polynomial in the time
-("time", tAB-DEIS) or in rho itself ("rho", Adams-Bashforth of variable step). A polynomial in the
+("time", tAB-DEIS) or in rho itself ("rho", Adams-Bashforth of variable step, which k-diffusion
+calls LMS and diff-sampler iPNDM of variable step). A polynomial in the
 log-SNR is `dpm_solver_multistep(order=3, solver_type="taylor")`. iPNDM takes the Adams-Bashforth
 weights of equal steps on any grid (MATH.md 1.3).
 """
@@ -73,6 +74,25 @@ def deis(schedule: Schedule, order: int = 3, basis: Basis = "time") -> Tableau:
             {i - back: float(value) for back, value in enumerate(coefficients)},
         )
     return rows.tableau(name, schedule.process, nodes[-1].time, "epsilon")
+
+
+@checked
+def lms(schedule: Schedule, order: int = 4) -> Tableau:
+    """Build LMS, linear multistep in sigma / alpha: `deis` in rho by the number of its points.
+
+    k-diffusion's LMS integrates Lagrange's polynomial of the slopes d xbar / d rho = epsilon, and
+    so does iPNDM of variable step (`ipndm_v` of diff-sampler), in closed form: MATH.md 1.5.
+
+    Args:
+        schedule: the times; it may end at 0.
+        order: 1 (DDIM) to 4 points; the first steps use fewer.
+
+    Raises:
+        ValueError: no such order, or fewer steps than the order.
+    """
+    check_order(order, range(1, 5), "LMS")
+    check_budget(schedule.steps, order, f"LMS of order {order}")
+    return deis(schedule, order - 1, "rho").replace(name=f"lms-{order}")
 
 
 def _quadrature(process: NoiseProcess, start: Node, end: Node) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,10 @@ at s as m + G_1 tau + G_2 tau^2 / 2 ..., the step from s to t, h = log_snr_t - l
 where noise prediction has a = alpha_t / alpha_s, g = sigma_t and +h, and data prediction
 a = sigma_t / sigma_s, g = alpha_t and -h (so that E_k(-h) is, up to its sign, P_k of MATH.md 1.6).
 The G's are scaled by h: G_1 is a difference of outputs divided by its distance in units of h.
+
+With eta > 0 this is the reverse SDE of that much noise, in data prediction (MATH.md 1.14):
+a = (sigma_t / sigma_s) e^(-eta h), c_k = -alpha_t E_k(-(1 + eta) h), and fresh noise of standard
+deviation sigma_t sqrt(1 - e^(-2 eta h)).
 """
 
 from __future__ import annotations
@@ -17,35 +21,43 @@ import math
 from ..samplers.tableau import Output
 from .rows import Node
 
-# Below this the closed forms of E_2 and E_3 lose digits and the series has them all.
+# Below this the closed forms from E_2 on lose digits and the series has them all.
 _SMALL = 1.0
 
 
 def exponential(k: int, a: float) -> float:
-    """Return E_k(a): E_1 = e^a - 1, E_2 = E_1 / a - 1, E_3 = E_2 / a - 1/2 (MATH.md 1.4)."""
+    """Return E_k(a): E_1 = e^a - 1, E_k = E_{k-1} / a - 1 / (k - 1)! (MATH.md 1.4)."""
     if k == 1:
         return math.expm1(a)
     if abs(a) < _SMALL:
         # E_k(a) = sum_{n >= 1} a^n / (n + k - 1)!; the twentieth term is below rounding.
         return math.fsum(a**n / math.factorial(n + k - 1) for n in range(1, 21))
-    return exponential(k - 1, a) / a - (1.0 if k == 2 else 0.5)
+    return exponential(k - 1, a) / a - 1 / math.factorial(k - 1)
 
 
-def scale(s: Node, t: Node, output: Output) -> float:
+def scale(s: Node, t: Node, output: Output, eta: float = 0.0) -> float:
     """Return a, the factor on the state; 0 where noise prediction has none, see `coefficient`."""
-    if s.alpha == 0 and output == "epsilon":
+    if output == "epsilon":
+        return t.alpha / s.alpha if s.alpha else 0.0
+    return t.sigma / s.sigma * (t.rho / s.rho) ** eta
+
+
+def noise(s: Node, t: Node, eta: float) -> float:
+    """Return the standard deviation of the fresh noise, in data prediction."""
+    if eta == 0 or t.sigma == 0:
         return 0.0
-    return t.alpha / s.alpha if output == "epsilon" else t.sigma / s.sigma
+    return t.sigma * math.sqrt(-math.expm1(-2 * eta * (t.log_snr - s.log_snr)))
 
 
-def coefficient(k: int, s: Node, t: Node, output: Output) -> float:
+def coefficient(k: int, s: Node, t: Node, output: Output, eta: float = 0.0) -> float:
     """Return c_k; c_1 also where h is infinite, for t at time 0 or s without any signal.
 
     From there noise prediction has no step: 0 stands for the row that `Rows.tableau` puts instead.
     """
+    assert eta == 0 or output == "sample", "only data prediction has noise"
     if s.alpha == 0 and output == "epsilon":
         return 0.0
-    h = t.log_snr - s.log_snr
+    h = (1 + eta) * (t.log_snr - s.log_snr)
     if math.isinf(h):
         assert k == 1, "an infinite step is of first order"
         return -s.sigma * t.alpha / s.alpha if output == "epsilon" else t.alpha

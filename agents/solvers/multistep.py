@@ -1,14 +1,14 @@
-"""Multistep exponential integrators, one evaluation a step (MATH.md 1.6 and 1.7).
+"""Multistep exponential integrators, one evaluation a step (MATH.md 1.6, 1.7 and 1.14).
 
 Noise prediction makes DPM-Solver 2M and 3M (the third order exact: it is Adams-Bashforth in
-log-SNR), data prediction DPM-Solver++ 2M and 3M.
+log-SNR), data prediction DPM-Solver++ 2M and 3M, and with noise their SDE versions.
 """
 
 from __future__ import annotations
 
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Output, Tableau
-from .exponential import coefficient, scale
+from .exponential import coefficient, noise, scale
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
 from .singlestep import SolverType, check_solver_type
 
@@ -24,8 +24,9 @@ def multistep(
     compat: bool,
     lower_order_final: bool | None,
     output: Output,
+    eta: float = 0.0,
 ) -> Tableau:
-    """Build the tableau; see `dpm_solver_multistep` for the arguments."""
+    """Build the tableau; see `dpm_solver_multistep` and `dpm_solver_sde` for the arguments."""
     check_solver_type(solver_type)
     if not isinstance(compat, bool) or not isinstance(lower_order_final, bool | None):
         raise ValueError("compat and lower_order_final are True or False.")
@@ -37,10 +38,11 @@ def multistep(
     rows = Rows()
     for i in range(steps):
         used = min(i + 1, order, steps - i if lowered else order)
-        if nodes[i + 1].sigma == 0:
+        start, end = nodes[i], nodes[i + 1]
+        if end.sigma == 0:
             used = 1
-        weights = _weights(nodes, i, used, solver_type, compat, output)
-        rows.add(nodes[i].time, scale(nodes[i], nodes[i + 1], output), weights)
+        weights = _weights(nodes, i, used, solver_type, compat, output, eta)
+        rows.add(start.time, scale(start, end, output, eta), weights, noise=noise(start, end, eta))
     return rows.tableau(name, schedule.process, nodes[-1].time, output)
 
 
@@ -51,10 +53,11 @@ def _weights(
     solver_type: SolverType,
     compat: bool,
     output: Output,
+    eta: float,
 ) -> dict[int, float]:
     """Return the weights of step i on the outputs up to its own."""
     start, end = nodes[i], nodes[i + 1]
-    c1 = coefficient(1, start, end, output)
+    c1 = coefficient(1, start, end, output, eta)
     now = {i: 1.0}
     if order == 1:
         return combine((c1, now))
@@ -62,12 +65,12 @@ def _weights(
     r0 = (start.log_snr - nodes[i - 1].log_snr) / h
     d0 = combine((1 / r0, difference(i, i - 1)))
     if order == 2:
-        c2 = c1 / 2 if solver_type == "dpmsolver" else coefficient(2, start, end, output)
+        c2 = c1 / 2 if solver_type == "dpmsolver" else coefficient(2, start, end, output, eta)
         return combine((c1, now), (c2, d0))
     r1 = (nodes[i - 1].log_snr - nodes[i - 2].log_snr) / h
     d1 = combine((1 / r1, difference(i - 1, i - 2)))
     # The second divided difference is half a second derivative: the published codes forget the 2.
-    second = coefficient(3, start, end, output) * (1 if compat else 2) / (r0 + r1)
-    first = coefficient(2, start, end, output)
+    second = coefficient(3, start, end, output, eta) * (1 if compat else 2) / (r0 + r1)
+    first = coefficient(2, start, end, output, eta)
     tilt = first * r0 / (r0 + r1) + second
     return combine((c1, now), (first + tilt, d0), (-tilt, d1))

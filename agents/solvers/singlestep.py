@@ -1,7 +1,7 @@
-"""DPM-Solver singlestep: blocks of one to three evaluations (MATH.md 1.4 and 1.6).
+"""DPM-Solver singlestep: blocks of one to three evaluations (MATH.md 1.4, 1.6 and 1.15).
 
 Noise prediction makes DPM-Solver (Lu et al. 2022a), data prediction DPM-Solver++ 2S and 3S
-(Lu et al. 2022b): the same rows with other coefficients.
+(Lu et al. 2022b): the same rows with other coefficients. With noise 2S is DPM++ SDE (k-diffusion).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
 from ...envs.schedules.ends import warn_of_empty_start
 from ..samplers.tableau import Output, Tableau
-from .exponential import coefficient, scale
+from .exponential import coefficient, noise, scale
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
 
 SolverType = Literal["dpmsolver", "taylor"]
@@ -51,8 +51,9 @@ def singlestep(
     solver_type: SolverType,
     orders: Sequence[int] | None,
     output: Output,
+    eta: float = 0.0,
 ) -> Tableau:
-    """Build the tableau of a composition of blocks; see `dpm_solver` for the arguments."""
+    """Build the tableau of a composition of blocks; see `dpm_solver` and `dpm_solver_sde`."""
     check_solver_type(solver_type)
     check_order(order, (1, 2, 3), name)
     nodes = nodes_of(schedule)
@@ -66,7 +67,7 @@ def singlestep(
         warn_of_empty_start(name, schedule.process, nodes[0].time)
     rows = Rows()
     for block in blocks:
-        _add_block(rows, block, solver_type, output)
+        _add_block(rows, block, solver_type, output, eta)
     return rows.tableau(name, schedule.process, nodes[-1].time, output)
 
 
@@ -120,37 +121,48 @@ def _blocks_of_steps(
     return blocks
 
 
-def _add_block(rows: Rows, block: Sequence[Node], solver_type: SolverType, output: Output) -> None:
+def _add_block(
+    rows: Rows, block: Sequence[Node], solver_type: SolverType, output: Output, eta: float
+) -> None:
     """Append a block from its first node to its last, through the stages between."""
     start, *stages, end = block
     first = len(rows)
+    reached: dict[int, float] = {}  # weights that led from the start to the last state
 
-    def add(time: float, goal: Node, *terms: tuple[float, dict[int, float]]) -> None:
-        weights = combine((coefficient(1, start, goal, output), {first: 1.0}), *terms)
-        rows.add(time, scale(start, goal, output), weights, anchor=first)
+    def add(here: Node, goal: Node, *terms: tuple[float, dict[int, float]]) -> None:
+        nonlocal reached
+        weights = combine((coefficient(1, start, goal, output, eta), {first: 1.0}), *terms)
+        if eta == 0:
+            rows.add(here.time, scale(start, goal, output), weights, anchor=first)
+            return
+        # From `here`, so that the noise on the way there stays in the state.
+        factor = scale(here, goal, output, eta)
+        change = combine((1.0, weights), (-factor, reached))
+        rows.add(here.time, factor, change, noise=noise(here, goal, eta))
+        reached = weights
 
     if not stages:
-        add(start.time, end)
+        add(start, end)
         return
     h = end.log_snr - start.log_snr
     r = [(stage.log_snr - start.log_snr) / h for stage in stages]
     slope = difference(first + 1, first)  # r_1 times the first derivative
-    add(start.time, stages[0])
+    add(start, stages[0])
     if len(stages) == 1:
         if solver_type == "dpmsolver":
-            factor = coefficient(1, start, end, output) / (2 * r[0])
+            factor = coefficient(1, start, end, output, eta) / (2 * r[0])
         else:
-            factor = coefficient(2, start, end, output) / r[0]
-        add(stages[0].time, end, (factor, slope))
+            factor = coefficient(2, start, end, output, eta) / r[0]
+        add(stages[0], end, (factor, slope))
         return
-    c2 = coefficient(2, start, stages[1], output)
-    add(stages[0].time, stages[1], (c2 * r[1] / r[0], slope))
-    c2, slope2 = coefficient(2, start, end, output), difference(first + 2, first)
+    c2 = coefficient(2, start, stages[1], output, eta)
+    add(stages[0], stages[1], (c2 * r[1] / r[0], slope))
+    c2, slope2 = coefficient(2, start, end, output, eta), difference(first + 2, first)
     if solver_type == "dpmsolver":
-        add(stages[1].time, end, (c2 / r[1], slope2))
+        add(stages[1], end, (c2 / r[1], slope2))
         return
-    c3, gap = coefficient(3, start, end, output), r[1] - r[0]
+    c3, gap = coefficient(3, start, end, output, eta), r[1] - r[0]
     # G_1 = (r_2 d_1 - r_1 d_2) / gap and G_2 = 2 (d_2 - d_1) / gap, with d_k = slope_k / r_k.
     on_first = (c2 * r[1] - 2 * c3) / (gap * r[0])
     on_second = (2 * c3 - c2 * r[0]) / (gap * r[1])
-    add(stages[1].time, end, (on_first, slope), (on_second, slope2))
+    add(stages[1], end, (on_first, slope), (on_second, slope2))

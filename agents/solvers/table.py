@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
-from .analytic import analytic_dpm, per_pixel_dpm
-from .ancestral import ancestral
 from .ddim import ddim
-from .deis import deis, ipndm
-from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp
-from .fastdpm import fast_dpm
+from .deis import deis, ipndm, lms
+from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp, dpm_solver_sde
 from .heun import euler, flow_heun, heun
-from .stochastic.flow_sde import flow_sde
+from .stochastic import (
+    analytic_dpm,
+    ancestral,
+    euler_ancestral,
+    fast_dpm,
+    flow_sde,
+    per_pixel_dpm,
+)
+from .unipc import unipc
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
@@ -118,6 +123,7 @@ SOLVERS: dict[str, Solver] = {
     ),
     "ddim": Solver(ddim, "DDIM, first order (eta 0 to 1: noise)"),
     "euler": Solver(euler, "EDM's Euler steps: DDIM in data prediction"),
+    "euler-ancestral": Solver(euler_ancestral, "Euler with noise: DDIM with eta 1"),
     "heun": Solver(heun, "EDM's sampler, second order, two calls a step", by_signal=True),
     "flow-heun": Solver(flow_heun, "Heun's method on x itself, flow matching's, two calls a step"),
     "flow-sde": Solver(
@@ -130,6 +136,8 @@ SOLVERS: dict[str, Solver] = {
     "rho-deis": Solver(
         deis, "rho-AB DEIS: polynomial in sigma / alpha", {"basis": "rho"}, by_signal=True
     ),
+    "lms": Solver(lms, "linear multistep in sigma / alpha, orders 1 to 4", by_signal=True),
+    "ipndm-v": Solver(lms, "iPNDM of variable step, which is LMS", by_signal=True),
     "dpm-solver-1": _singlestep(dpm_solver, "DPM-Solver, first order: DDIM", order=1),
     "dpm-solver-2": _singlestep(dpm_solver, "DPM-Solver singlestep, second order", order=2),
     "dpm-solver-3": _singlestep(dpm_solver, "DPM-Solver singlestep, third order", order=3),
@@ -154,4 +162,18 @@ SOLVERS: dict[str, Solver] = {
         order=3,
         **_PP_MULTISTEP,
     ),
+    "dpm-solver++-2s-sde": _singlestep(
+        dpm_solver_sde, "DPM-Solver++ 2S with noise: DPM++ SDE", order=2, **_PP_SINGLESTEP
+    ),
+    "dpm-solver++-2m-sde": _multistep(
+        dpm_solver_sde, "DPM-Solver++ 2M with noise (eta: how much)", order=2, **_PP_MULTISTEP
+    ),
+    "dpm-solver++-3m-sde": _multistep(
+        dpm_solver_sde,
+        "DPM-Solver++ 3M with noise (compat: as published)",
+        order=3,
+        **_PP_MULTISTEP,
+    ),
+    "unipc-2": _multistep(unipc, "UniPC, second order, corrected to the third", order=2),
+    "unipc-3": _multistep(unipc, "UniPC, third order, corrected to the fourth", order=3),
 }

@@ -16,17 +16,22 @@ from torch import nn
 from fewstep.agents import Denoiser, Tableau
 from fewstep.agents.solvers import (
     SOLVERS,
+    ancestral,
     ddim,
     deis,
     dpm_solver,
     dpm_solver_multistep,
     dpm_solver_pp,
+    dpm_solver_sde,
     euler,
+    euler_ancestral,
     heun,
     ipndm,
+    lms,
     make_solver,
     singlestep_orders,
     solver_within,
+    unipc,
 )
 from fewstep.envs import VE, DiscreteVP, Schedule
 
@@ -38,8 +43,8 @@ PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
 NAMES = pytest.mark.parametrize(
     "name", ["uniform", "log_snr", "irregular", "uniform-to-0", "karras-to-0"]
 )
-STOCHASTIC = {"ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
-ODE_SOLVERS = sorted(set(SOLVERS) - STOCHASTIC)
+STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
+ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
 ALONE = [name for name, solver in SOLVERS.items() if solver.needs is None]
 
 
@@ -95,6 +100,8 @@ def test_first_order_of_every_family_is_ddim(process, name, grid):
         deis(schedule, 0),
         deis(schedule, 0, "rho"),
         ipndm(schedule, 1),
+        lms(schedule, 1),
+        unipc(schedule, 1, corrector=False, output="epsilon"),
         dpm_solver(schedule, 1),
         dpm_solver(schedule, 3, orders=[1] * 7),
         dpm_solver_multistep(schedule, 1),
@@ -104,8 +111,90 @@ def test_first_order_of_every_family_is_ddim(process, name, grid):
         euler(schedule),
         dpm_solver_pp(schedule, 1),
         dpm_solver_pp(schedule, 1, "singlestep"),
+        unipc(schedule, 1, corrector=False),
     ):
         same_rows(table, data)
+
+
+@NAMES
+@PROCESSES
+def test_unip_is_dpm_solver_multistep(process, name, grid):
+    schedule = grid(name, process, 11)
+    for order in (1, 2, 3):
+        data = unipc(schedule, order, corrector=False, lower_order_final=False)
+        same_rows(data, dpm_solver_pp(schedule, order, lower_order_final=False), 1e-11)
+        noise = unipc(schedule, order, "bh2", False, False, "epsilon")
+        same_rows(noise, dpm_solver_multistep(schedule, order, lower_order_final=False), 1e-11)
+
+
+@NAMES
+@PROCESSES
+def test_b_of_h_matters_only_where_half_stands_for_the_exact_weight(process, name, grid):
+    schedule = grid(name, process, 11)
+    one, other = (unipc(schedule, 3, kind, lower_order_final=False) for kind in ("bh1", "bh2"))
+    # Steps 0 and 1 are predicted, or corrected, with one other output; row 2 undoes the latter.
+    same = [j for j in range(11) if np.array_equal(one.weights[j], other.weights[j])]
+    assert same == [0, *range(3, 11)]
+
+
+@NAMES
+@PROCESSES
+def test_the_sde_solvers_without_noise_are_dpm_solver_pp(process, name, grid):
+    schedule = grid(name, process, 7)
+    for order in (1, 2, 3):
+        for options in ({}, {"solver_type": "taylor"}, {"compat": True}):
+            ours = dpm_solver_sde(schedule, order, 0.0, **options)
+            theirs = dpm_solver_pp(schedule, order, **options)
+            np.testing.assert_array_equal(ours.scale, theirs.scale)
+            np.testing.assert_array_equal(ours.weights, theirs.weights)
+            assert not ours.noise.any()
+    for solver_type in ("dpmsolver", "taylor"):
+        options = {"method": "singlestep", "solver_type": solver_type}
+        ours = dpm_solver_sde(schedule, 2, 0.0, **options)
+        assert (
+            ours.to_json()
+            == dpm_solver_pp(schedule, 2, **options).replace(name=ours.name).to_json()
+        )
+
+
+@pytest.mark.parametrize("solver_type", ["dpmsolver", "taylor"])
+@NAMES
+@PROCESSES
+@torch.no_grad()
+def test_blocks_with_next_to_no_noise_are_those_without(
+    process, name, solver_type, grid, mixture, prior, generator
+):
+    """The rows start from the stage instead of from the block's start: the same states."""
+    schedule, denoiser, noise = grid(name, process, 7), mixture(process), prior(process)
+    options = {"method": "singlestep", "solver_type": solver_type}
+    table = dpm_solver_sde(schedule, 2, 1e-13, **options)
+    assert table.noise[:-1].all()
+    still = table.replace(noise=np.zeros(7))
+    expected = dpm_solver_pp(schedule, 2, **options)
+    same_maps(still, expected, denoiser, noise, generator, 1e-10)
+
+
+@NAMES
+@PROCESSES
+def test_first_order_with_the_noise_of_the_process_is_ancestral(
+    process, name, grid, mixture, prior, generator
+):
+    schedule, denoiser, noise = grid(name, process, 7), mixture(process), prior(process)
+    expected = ancestral(schedule, "small")
+    for table in (
+        ddim(schedule, 1.0, "sample"),
+        euler_ancestral(schedule),
+        dpm_solver_sde(schedule, 1),
+    ):
+        np.testing.assert_allclose(table.noise, expected.noise, rtol=1e-11, atol=1e-14)
+        same_maps(table, expected, denoiser, noise, generator, 1e-11)
+
+
+@PROCESSES
+def test_lms_is_rho_deis_by_the_number_of_its_points(process, grid):
+    schedule = grid("irregular-to-0", process, 7)
+    for order in (1, 2, 3, 4):
+        same_rows(lms(schedule, order), deis(schedule, order - 1, "rho"))
 
 
 @NAMES
@@ -253,6 +342,14 @@ def test_price_and_times_of_the_calls(
         ("ipndm", lambda s: ipndm(s, 4)),
         ("deis", lambda s: deis(s, 3, "time")),
         ("rho-deis", lambda s: deis(s, 3, "rho")),
+        ("lms", lambda s: lms(s, 4)),
+        ("ipndm-v", lambda s: lms(s, 4)),
+        ("euler-ancestral", lambda s: euler_ancestral(s, 1.0)),
+        ("unipc-2", lambda s: unipc(s, 2, "bh2", True, True, "sample")),
+        ("unipc-3", lambda s: unipc(s, 3, "bh2", True, True, "sample")),
+        ("dpm-solver++-2s-sde", lambda s: dpm_solver_sde(s, 2, 1.0, "singlestep", "dpmsolver")),
+        ("dpm-solver++-2m-sde", lambda s: dpm_solver_sde(s, 2, 1.0, "multistep", "dpmsolver")),
+        ("dpm-solver++-3m-sde", lambda s: dpm_solver_sde(s, 3, 1.0, "multistep", "dpmsolver")),
         ("dpm-solver-1", lambda s: dpm_solver(s, 1, "dpmsolver")),
         ("dpm-solver-2", lambda s: dpm_solver(s, 2, "dpmsolver")),
         ("dpm-solver-3", lambda s: dpm_solver(s, 3, "dpmsolver")),
@@ -328,7 +425,27 @@ def above(steps):
     ("build", "complaint"),
     [
         (lambda s: make_solver("dpm-solver++2m", s), r"did you mean 'dpm-solver\+\+-2m'"),
-        (lambda s: make_solver("unipc", s), r"unknown solver 'unipc'.*ancestral.*rho-deis"),
+        (lambda s: make_solver("unipc", s), r"unknown solver 'unipc'; did you mean 'unipc-\d'"),
+        (lambda s: make_solver("pndm-x", s), r"unknown solver 'pndm-x'.*ancestral.*rho-deis"),
+        (lambda s: make_solver("unipc-2", s, order=3), "unknown option.*solver_type"),
+        (lambda s: unipc(s, 2, "bh3"), "solver_type 'bh3'.*bh1, bh2"),
+        (lambda s: unipc(s, 4), "orders 1, 2, 3; got 4"),
+        (lambda s: unipc(s, 0), "got 0"),
+        (lambda s: unipc(s, output="x0"), "output 'x0'.*epsilon, sample"),
+        (lambda s: unipc(above(2), 3), "unipc-3 needs at least 3"),
+        (lambda s: lms(s, 0), "orders 1, 2, 3, 4; got 0"),
+        (lambda s: lms(s, 5), "got 5"),
+        (lambda s: lms(above(3)), "LMS of order 4 needs at least 4"),
+        (lambda s: euler_ancestral(s, 1.5), r"eta must lie in \[0, 1\], got 1.5"),
+        (lambda s: dpm_solver_sde(s, eta=-0.5), "eta must be a finite number >= 0, got -0.5"),
+        (lambda s: dpm_solver_sde(s, eta=float("nan")), "eta must be .*nan"),
+        (lambda s: dpm_solver_sde(s, eta=float("inf")), "eta must be .*inf"),
+        (lambda s: dpm_solver_sde(s, 4), "orders 1, 2, 3; got 4"),
+        (lambda s: dpm_solver_sde(s, 3, method="singlestep"), "orders 1, 2; got 3"),
+        (lambda s: dpm_solver_sde(s, solver_type="heun"), "solver_type 'heun'.*dpmsolver, taylor"),
+        (lambda s: dpm_solver_sde(s, orders=[1] * 6), "orders.*singlestep"),
+        (lambda s: dpm_solver_sde(s, 2, 1.0, "singlestep", compat=True), "compat.*multistep"),
+        (lambda s: dpm_solver_sde(above(2), 3), "needs at least 3"),
         (lambda s: make_solver("heun", s, churn=1), "unknown option of solver 'heun'.*s_churn"),
         (lambda s: make_solver("dpm-solver-3m", s, order=2), "unknown option.*solver_type"),
         (lambda s: make_solver("dpm-solver-2", s, solver_type="x"), "dpmsolver, taylor"),

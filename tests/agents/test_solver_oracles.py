@@ -4,6 +4,7 @@ The recipes, and the traps in diffusers that they step around, are those of MATH
 follow MATH.md 1. Everything runs in float64 on an exact denoiser of a Gaussian mixture.
 """
 
+import sys
 from itertools import pairwise
 from unittest import mock
 
@@ -14,10 +15,13 @@ from conditioning import rounding
 from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_ipndm import IPNDMScheduler
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from numpy.polynomial import Polynomial
 from scipy.integrate import quad
 from torch import nn
@@ -29,10 +33,14 @@ from fewstep.agents.solvers import (
     dpm_solver,
     dpm_solver_multistep,
     dpm_solver_pp,
+    dpm_solver_sde,
     euler,
+    euler_ancestral,
     heun,
     ipndm,
+    lms,
     singlestep_orders,
+    unipc,
 )
 from fewstep.envs import VE, DiscreteVP, Schedule
 
@@ -84,11 +92,12 @@ def check(table, denoiser, noise, expected, tolerance=1e-12, generator=None):
 
 
 @torch.no_grad()
-def run_vp_scheduler(scheduler, schedule, denoiser, noise, *, orders=None, switch=False):
+def run_vp_scheduler(scheduler, schedule, denoiser, noise, *, orders=None, switch=False, **options):
     """Run a DPM or DEIS scheduler on this schedule; its state is x scaled to alpha^2 + sigma^2 = 1.
 
     `orders` are the blocks of a singlestep solver. `switch` corrects its third order: the second
     stage of a block of three needs the type "heun", or diffusers does not run DPM-Solver-3.
+    `options` go to its step.
     """
     process, times = schedule.process, schedule.times
     alpha, rho = process.alpha(times), process.sigma(times) / process.alpha(times)
@@ -107,7 +116,7 @@ def run_vp_scheduler(scheduler, schedule, denoiser, noise, *, orders=None, switc
         epsilon = denoiser.epsilon(state[..., 0, 0] / to_theirs[i], float(times[i]))
         # The multistep scheduler casts its state to float32 on purpose; undo that.
         with mock.patch.object(torch, "float32", torch.float64):
-            state = scheduler.step(epsilon[..., None, None], None, state).prev_sample
+            state = scheduler.step(epsilon[..., None, None], None, state, **options).prev_sample
     return state[..., 0, 0] / to_theirs[-1]
 
 
@@ -227,8 +236,11 @@ def test_exact_noise_multistep_is_the_deis_of_diffusers(
 
 
 @torch.no_grad()
-def run_edm_scheduler(scheduler, process, rho, asked, denoiser, noise):
-    """Run a scheduler whose state is x / alpha: step i asks the network at rho `asked[i]`."""
+def run_edm_scheduler(scheduler, process, rho, asked, denoiser, noise, **options):
+    """Run a scheduler whose state is x / alpha: step i asks the network at rho `asked[i]`.
+
+    `options` go to its step.
+    """
     scheduler.set_timesteps(len(asked))
     scheduler.timesteps = torch.arange(len(asked), dtype=torch.float64)
     scheduler.set_begin_index(0)
@@ -239,7 +251,7 @@ def run_edm_scheduler(scheduler, process, rho, asked, denoiser, noise):
     for i, t in enumerate(times):
         epsilon = denoiser.epsilon(state * process.alpha(t), t)
         with mock.patch.object(torch, "float32", torch.float64):
-            state = scheduler.step(epsilon, scheduler.timesteps[i], state).prev_sample
+            state = scheduler.step(epsilon, scheduler.timesteps[i], state, **options).prev_sample
     return state
 
 
@@ -260,6 +272,164 @@ def test_heun_and_euler_are_diffusers(process, name, output, grid, mixture, prio
     expected = run_edm_scheduler(EulerDiscreteScheduler(), process, rho, rho[:-1], denoiser, noise)
     check(euler(schedule), denoiser, noise, expected)
     check(ddim(schedule, output=output), denoiser, noise, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("solver_type", ["bh1", "bh2"])
+@pytest.mark.parametrize("lower", [False, True], ids=["full", "lowered"])
+@GRIDS
+@PROCESSES
+@pytest.mark.parametrize("data", [False, True], ids=["noise", "data"])
+def test_unipc_is_diffusers(
+    data, process, name, steps, lower, solver_type, order, grid, mixture, prior
+):
+    schedule, denoiser, noise = grid(name, process, steps), mixture(process), prior(process)
+    scheduler = UniPCMultistepScheduler(
+        solver_order=order,
+        solver_type=solver_type,
+        predict_x0=data,
+        final_sigmas_type="sigma_min",
+        lower_order_final=lower,
+    )
+    expected = run_vp_scheduler(scheduler, schedule, denoiser, noise)
+    output = "sample" if data else "epsilon"
+    table = unipc(schedule, order, solver_type, lower_order_final=lower, output=output)
+    np.testing.assert_array_equal(table.times, schedule.times)
+    assert table.linear
+    check(table, denoiser, noise, expected, max(1e-12, rounding(table, denoiser, noise)))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("name", ["uniform-to-0", "karras-to-0", "irregular-to-0"])
+@PROCESSES
+def test_unipc_into_time_0_is_diffusers(process, name, order, grid, mixture, prior):
+    """Their "bh1" divides infinity by infinity there, so that it is told by the steps before."""
+    schedule, denoiser = grid(name, process, 7), mixture(process)
+    scheduler = UniPCMultistepScheduler(solver_order=order, solver_type="bh2")
+    expected = run_vp_scheduler(scheduler, schedule, denoiser, prior(process))
+    check(unipc(schedule, order), denoiser, prior(process), expected)
+    for solver_type in ("bh1", "bh2"):
+        table, before = (
+            unipc(times, order, solver_type, lower_order_final=False)
+            for times in (schedule, Schedule(process, schedule.times[:-1]))
+        )
+        np.testing.assert_array_equal(table.weights[:-1, :-1], before.weights)
+        assert table.row(6).weights == ((6, 1.0),)
+        assert table.scale[6] == 0
+
+
+@pytest.mark.parametrize("solver_type", ["dpmsolver", "taylor"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("lower", [False, True], ids=["full", "lowered"])
+@GRIDS
+@PROCESSES
+def test_sde_multistep_is_diffusers(
+    process, name, steps, lower, order, solver_type, grid, mixture, prior, generator
+):
+    schedule, denoiser, noise = grid(name, process, steps), mixture(process), prior(process)
+    scheduler = DPMSolverMultistepScheduler(
+        solver_order=order,
+        algorithm_type="sde-dpmsolver++",
+        solver_type=IN_DIFFUSERS[solver_type],
+        final_sigmas_type="sigma_min",
+        lower_order_final=lower,
+    )
+    expected = run_vp_scheduler(scheduler, schedule, denoiser, noise, generator=generator(3))
+    table = dpm_solver_sde(schedule, order, solver_type=solver_type, lower_order_final=lower)
+    check(table, denoiser, noise, expected, 1e-11, generator(3))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", ["uniform-to-0", "karras-to-0", "irregular-to-0"])
+@PROCESSES
+def test_sde_multistep_into_time_0_is_diffusers(
+    process, name, order, grid, mixture, prior, generator
+):
+    schedule, denoiser = grid(name, process, 7), mixture(process)
+    scheduler = DPMSolverMultistepScheduler(
+        solver_order=order, algorithm_type="sde-dpmsolver++", final_sigmas_type="zero"
+    )
+    expected = run_vp_scheduler(
+        scheduler, schedule, denoiser, prior(process), generator=generator(3)
+    )
+    table = dpm_solver_sde(schedule, order, lower_order_final=True)
+    assert table.noise[-1] == 0 and (table.noise[:-1] > 0).all()
+    check(table, denoiser, prior(process), expected, generator=generator(3))
+
+
+class OneWienerProcess:
+    """The noise that k-diffusion's DPM++ SDE asks for, (rho, rho') -> (7, 2), of unit variance.
+
+    On the way from rho the noise so far shrinks by (rho'' / rho')^2 from rho' to rho'' and more is
+    added; k-diffusion's own is Brownian in rho instead, with the same variances.
+    """
+
+    def __init__(self, generator):
+        self.generator, self.start, self.level, self.so_far = generator, None, None, None
+
+    def __call__(self, start, level):
+        start, level = float(start), float(level)
+        if start != self.start:
+            self.start, self.level, self.so_far = start, start, 0.0
+        fresh = torch.empty(7, 2, dtype=torch.float64).normal_(generator=self.generator)
+        share = level / self.level
+        self.so_far = share**2 * self.so_far + level * (1 - share**2) ** 0.5 * fresh
+        self.level = level
+        return self.so_far / (level * (1 - (level / start) ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["log_snr", "karras", "irregular", "karras-to-0"])
+@PROCESSES
+def test_singlestep_sde_is_diffusers(process, name, grid, mixture, prior, generator):
+    # They import a library for their own noise.
+    with mock.patch.dict(sys.modules, {"torchsde": mock.Mock()}):
+        from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler
+    schedule, denoiser, noise = grid(name, process, 6), mixture(process), prior(process)
+    to_zero = name.endswith("0")
+    rho = torch.from_numpy(levels(schedule)[2])
+    blocks = rho[:-1] if to_zero else rho
+    middle = (blocks[:-1] * blocks[1:]).sqrt()
+    asked = torch.stack([blocks[:-1], middle], 1).flatten()
+    sigmas = torch.cat([blocks[:1], blocks[1:].repeat_interleave(2)])
+    if to_zero:
+        asked, sigmas = torch.cat([asked, rho[-2:-1]]), torch.cat([sigmas, rho[-1:]])
+    scheduler = DPMSolverSDEScheduler()
+    scheduler.noise_sampler = OneWienerProcess(generator(3))
+    with mock.patch.object(scheduler, "set_timesteps"):
+        expected = run_edm_scheduler(scheduler, process, sigmas, asked, denoiser, noise)
+    orders = [2] * (len(blocks) - 1) + [1] * to_zero
+    table = dpm_solver_sde(schedule, 2, method="singlestep", orders=orders)
+    assert table.nfe == len(asked) and table.times[-1] == schedule.times[-1]
+    expected *= process.alpha(schedule.times[-1])
+    check(table, denoiser, noise, expected, 1e-11, generator(3))
+
+
+@pytest.mark.parametrize("name", ["uniform-to-0", "karras-to-0", "irregular"])
+@PROCESSES
+def test_euler_ancestral_is_diffusers(process, name, grid, mixture, prior, generator):
+    schedule, denoiser, noise = grid(name, process, 7), mixture(process), prior(process)
+    rho = torch.from_numpy(levels(schedule)[2])
+    scheduler = EulerAncestralDiscreteScheduler()
+    expected = run_edm_scheduler(
+        scheduler, process, rho, rho[:-1], denoiser, noise, generator=generator(3)
+    )
+    alpha = float(process.alpha(schedule.times[-1]))
+    table = euler_ancestral(schedule)
+    check(table, denoiser, noise, alpha * expected, generator=generator(3))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["uniform-to-0", "log_snr", "karras-to-0", "irregular"])
+@PROCESSES
+def test_lms_is_diffusers(process, name, order, grid, mixture, prior):
+    schedule, denoiser, noise = grid(name, process, 7), mixture(process), prior(process)
+    rho = torch.from_numpy(levels(schedule)[2])
+    expected = run_edm_scheduler(
+        LMSDiscreteScheduler(), process, rho, rho[:-1], denoiser, noise, order=order
+    )
+    expected *= process.alpha(schedule.times[-1])
+    table = lms(schedule, order)
+    check(table, denoiser, noise, expected, max(1e-12, rounding(table, denoiser, noise)))
 
 
 @pytest.mark.parametrize("name", ["log_snr", "karras", "irregular"])

@@ -21,6 +21,8 @@ from fewstep.agents.solvers import (
     euler,
     heun,
     ipndm,
+    lms,
+    unipc,
 )
 from fewstep.envs import VE, Schedule
 
@@ -84,6 +86,19 @@ SOLVERS = {
     "tab-3": (deis, 4),
     "rab-2": (lambda s: deis(s, 2, "rho"), 3),
     "rab-3": (lambda s: deis(s, 3, "rho"), 4),
+    "lms-3": (lambda s: lms(s, 3), 3),
+    "lms-4": (lms, 4),
+    # The corrector raises the order by one.
+    **{
+        f"unipc-{order}-{kind}-{output}": (
+            multistep(unipc, order, solver_type=kind, output=output),
+            order + 1,
+        )
+        for order in (1, 2, 3)
+        for kind in ("bh1", "bh2")
+        for output in ("sample", "epsilon")
+    },
+    **{f"unip-{k}": (multistep(unipc, k, corrector=False), k) for k in (1, 2, 3)},
     # Without the factor 2 on the second difference the third order is a second (MATH.md 1.7).
     "m-3-compat": (multistep(dpm_solver_multistep, 3, compat=True), 2),
     "++m-3-compat": (multistep(dpm_solver_pp, 3, compat=True), 2),

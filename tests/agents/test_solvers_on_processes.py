@@ -31,12 +31,15 @@ from fewstep.agents.solvers import (
     dpm_solver,
     dpm_solver_multistep,
     dpm_solver_pp,
+    dpm_solver_sde,
     euler,
+    euler_ancestral,
     flow_heun,
     flow_sde,
     heun,
     ipndm,
     make_solver,
+    unipc,
 )
 from fewstep.envs import ContinuousVP, CustomProcess, RectifiedFlow, Schedule, make_process
 
@@ -58,10 +61,12 @@ PROCESSES = {
         0.99,
     ),
 }
+STOCHASTIC = ("fast-dpm", "ancestral", "euler-ancestral", "flow-sde")
+STOCHASTIC += tuple(name for name in SOLVERS if name.endswith("-sde"))
 NAMES = [
     name
     for name, solver in SOLVERS.items()
-    if solver.needs is None and name not in ("fast-dpm", "ancestral", "flow-sde")
+    if solver.needs is None and name not in STOCHASTIC
 ]
 
 
@@ -118,8 +123,12 @@ BUILDERS = {
     "3m": (multistep(dpm_solver_multistep, 3), 2),
     "++2m": (multistep(dpm_solver_pp, 2), 2),
     "++3m": (multistep(dpm_solver_pp, 3), 2),
+    "unipc-2": (unipc, 2),
+    "unipc-3": (lambda s: unipc(s, 3, "bh1"), 2),
+    "unipc-3 of noise": (lambda s: unipc(s, 3, output="epsilon"), 2),
 }
-ABOVE_SECOND = ("ipndm-4", "deis", "rho-deis", "dpm-3", "++3s", "3m", "++3m")
+ABOVE_SECOND = ("ipndm-4", "deis", "rho-deis", "dpm-3", "++3s", "3m", "++3m", "unipc-2")
+ABOVE_SECOND += ("unipc-3", "unipc-3 of noise")
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -178,7 +187,9 @@ def test_noisy_steps_keep_the_marginals(process, eta):
     forward = PROCESSES[process]
     schedule = Schedule.uniform(forward, 200)
     moments_of(ddim(schedule, eta))
+    moments_of(euler_ancestral(schedule, eta))
     moments_of(ancestral(schedule))
+    moments_of(dpm_solver_sde(schedule, 1, eta=eta))
 
 
 @pytest.mark.parametrize("rule", ["flow-grpo", "dance-grpo"])

@@ -5,7 +5,6 @@ z at t_0 to alpha_1 MEAN + S_1 / S_0 (z - alpha_0 MEAN) at t_1, with S^2 = (alph
 So a deterministic sampler is an affine map, which two runs in float64 tell exactly.
 """
 
-import dataclasses
 import math
 
 import gymnasium as gym
@@ -23,8 +22,12 @@ pytestmark = pytest.mark.numeric
 
 MEAN, STD = 0.3, 0.5
 PROCESSES = ["linear-1000", "linear-1000/10", "cosine-1000", "ve", "ve-1-80", "sigmoid-10"]
-STOCHASTIC = ("ancestral", "fast-dpm")
-DETERMINISTIC = [n for n, s in SOLVERS.items() if s.needs is None and n not in STOCHASTIC]
+STOCHASTIC = ("ancestral", "euler-ancestral", "fast-dpm")
+DETERMINISTIC = [
+    name
+    for name, solver in SOLVERS.items()
+    if solver.needs is None and name not in STOCHASTIC and not name.endswith("-sde")
+]
 LINEAR, COSINE, EDM = DiscreteVP.linear(1000), DiscreteVP.cosine(1000), VE()
 
 
@@ -74,7 +77,7 @@ def test_the_default_grid_gives_the_right_mean_and_std(solver, name):
     coarse, fine = (moments(make_solver(solver, grid)) for grid in grids)
     # The linear multistep methods extrapolate over the last step; from the smallest level of
     # ve-1-80 to 0 that is no limit of theirs.
-    extrapolates = solver in ("ipndm", "deis", "rho-deis")
+    extrapolates = solver in ("ipndm", "ipndm-v", "lms", "deis", "rho-deis")
     if not (extrapolates and name == "ve-1-80"):
         right = flow(grids[1], to_zero=extrapolates)
         # For a method of order 1 or more, doubling the steps changes more than is left. A floor of
@@ -95,11 +98,37 @@ def test_a_later_start_of_ve_starts_from_its_own_level(solver):
     np.testing.assert_allclose(right, [MEAN, STD], rtol=0, atol=1.01 * MEAN * STD / 10)
 
 
+def chain_moments(tableau):
+    """Return the mean and the standard deviation of the samples of a chain with noise.
+
+    Its last state is affine in z_0 and in every step's noise, which unit impulses tell.
+    """
+    process, steps = tableau.process, tableau.steps
+    impulses = torch.zeros(steps + 2, 1, dtype=torch.float64)  # nothing, z_0, the noise of step j
+    impulses[1] = 1
+
+    def transition(_state, moved, j):
+        moved = moved.clone()
+        moved[j + 2] += tableau.noise[j]
+        return moved
+
+    still = tableau.replace(noise=np.zeros(steps))
+    ends = still.sample(exact(process), impulses, transition=transition)[:, 0].numpy()
+    slopes = ends[1:] - ends[0]
+    slopes[0] *= process.prior_std(process.t_max)
+    return np.array([ends[0], np.linalg.norm(slopes)])
+
+
 CHAINS = {
     "small": ("ancestral", {"variance": "small"}),
     "large": ("ancestral", {"variance": "large"}),
     "beta": ("ancestral", {"variance": "beta"}),
     "eta": ("ddim", {"eta": 1.0}),
+    "euler": ("euler-ancestral", {}),
+    "2s-sde": ("dpm-solver++-2s-sde", {}),
+    "2m-sde": ("dpm-solver++-2m-sde", {}),
+    "2m-half": ("dpm-solver++-2m-sde", {"eta": 0.5}),
+    "3m-sde": ("dpm-solver++-3m-sde", {}),
     "fast-dpm": ("fast-dpm", {}),
 }
 
@@ -111,22 +140,17 @@ CHAINS = {
     + [("fast-dpm", "linear-1000")],
 )
 def test_stochastic_chains_give_the_right_mean_and_std(chain, name):
-    """The variance follows z_{j+1} = a_j z_j + s_j noise."""
     process, (solver, options) = make_process(name), CHAINS[chain]
-    found = []
-    for steps in (50, 100):
-        table = make_solver(solver, default_schedule(solver, process, steps), **options)
-        still = dataclasses.replace(table, noise=np.zeros(steps))
-        intercepts, slopes = affine(still)
-        variance = process.prior_std(process.t_max) ** 2
-        for factor, noise in zip(slopes[1:] / slopes[:-1], table.noise, strict=True):
-            variance = factor**2 * variance + noise**2
-        found.append(np.array([intercepts[-1], math.sqrt(variance)]))
-    coarse, fine = found
+    coarse, fine = (
+        chain_moments(make_solver(solver, default_schedule(solver, process, steps), **options))
+        for steps in (50, 100)
+    )
     right = np.array([MEAN, STD])
     # Of first order; the start is wrong by what the prior lacks, alpha(t_max) MEAN at most.
     missing = np.array([float(process.alpha(process.t_max)) / process.prior_std(process.t_max), 0])
-    assert (np.abs(fine - right) <= 1.5 * np.abs(fine - coarse) + missing * MEAN + 1e-3).all()
+    # On even times the last block of two calls is so long in log-SNR that the order is lower.
+    left = 2 if chain == "2s-sde" else 1.5
+    assert (np.abs(fine - right) <= left * np.abs(fine - coarse) + missing * MEAN + 1e-3).all()
 
 
 def test_everything_starts_from_the_schedule_s_first_time():

@@ -1,1 +1,15 @@
-"""Solvers of stochastic differential equations: fresh noise in each step."""
+"""Solvers that are Gaussian chains: fresh noise in every step, whose variance is their subject."""
+
+from .analytic import analytic_dpm, per_pixel_dpm
+from .ancestral import ancestral, euler_ancestral
+from .fastdpm import fast_dpm
+from .flow_sde import flow_sde
+
+__all__ = [
+    "analytic_dpm",
+    "ancestral",
+    "euler_ancestral",
+    "fast_dpm",
+    "flow_sde",
+    "per_pixel_dpm",
+]

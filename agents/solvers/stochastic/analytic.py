@@ -18,12 +18,12 @@ import math
 import numpy as np
 from torch import Tensor
 
-from ...common.arguments import checked
-from ...envs.schedules import Schedule
-from ..samplers.tableau import Tableau
+from ....common.arguments import checked
+from ....envs.schedules import Schedule
+from ...samplers.tableau import Tableau
+from ..ddim import ddim
+from ..rows import with_last_std
 from .ancestral import ancestral
-from .ddim import ddim
-from .rows import with_last_std
 
 # A difference of one grey level of 255 between pixels in [-1, 1].
 GREY_LEVEL = 2 / 255

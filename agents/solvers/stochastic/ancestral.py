@@ -1,14 +1,15 @@
-"""DDPM ancestral sampling on any sub-sequence of times (MATH.md 1.2)."""
+"""Ancestral sampling on any sub-sequence of times: DDPM's and Euler's (MATH.md 1.2)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ...common.arguments import checked
-from ...envs.schedules import Schedule
-from ..denoisers.denoiser import Variance
-from ..samplers.tableau import Tableau
-from .rows import one_step_tableau, with_last_std
+from ....common.arguments import checked
+from ....envs.schedules import Schedule
+from ...denoisers.denoiser import Variance
+from ...samplers.tableau import Tableau
+from ..ddim import ddim
+from ..rows import one_step_tableau, with_last_std
 
 
 @checked
@@ -66,3 +67,26 @@ def ancestral(
         clipped=clipped,
     )
     return with_last_std(table, last_std)
+
+
+@checked
+def euler_ancestral(schedule: Schedule, eta: float = 1.0) -> Tableau:
+    """Build k-diffusion's Euler ancestral: an Euler step too far, and noise back up to the level.
+
+    With rho = sigma / alpha and xbar = x / alpha, the step from rho_t to rho_s is
+
+        up = eta (rho_s / rho_t) sqrt(rho_t^2 - rho_s^2),    down = sqrt(rho_s^2 - up^2),
+        xbar_s = xbar_t + (down - rho_t) epsilon + up noise = D + down epsilon + up noise
+
+    which times alpha_s is `ddim` with this eta, whose standard deviation is alpha_s up; with eta 1
+    it is `ancestral` with the small variance. So this is a name, in data prediction as `euler`.
+
+    Args:
+        schedule: the times; it may end at 0.
+        eta: 0 is `euler`, 1 is DDPM ancestral sampling with the small variance.
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+    name = "euler-ancestral" + (f" (eta {eta:g})" if eta != 1 else "")
+    return ddim(schedule, eta, output="sample").replace(name=name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ...common.arguments import checked
-from ...envs.schedules import Schedule
-from ...envs.schedules.fast_dpm import fast_levels
-from ..samplers.tableau import Tableau
-from .ddim import first_order
-from .rows import with_last_std
+from ....common.arguments import checked
+from ....envs.schedules import Schedule
+from ....envs.schedules.fast_dpm import fast_levels
+from ...samplers.tableau import Tableau
+from ..ddim import first_order
+from ..rows import with_last_std
 
 
 @checked
