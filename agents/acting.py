@@ -12,7 +12,7 @@ from torch import Tensor
 from ..envs import DiffusionMDP, Schedule
 from .denoisers.denoiser import Denoiser
 from .environments import Environment, made_environment, mdp_of
-from .samplers.sampling import sample
+from .samplers.sampling import evaluations_of, sample
 from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solvers import Options, build_solver, default_solver_options
@@ -37,8 +37,8 @@ class Actor:
             a training.
 
     Raises:
-        ValueError: the environment has another noise process than the denoiser, or samples of
-            another shape.
+        ValueError: the environment has another noise process than the denoiser, samples of another
+            shape, or other classes; or a conditional denoiser gets no class there.
     """
 
     obeys_transitions: ClassVar[bool] = True
@@ -66,6 +66,7 @@ class Actor:
                 "environment, and sample in this one."
             )
         denoiser.check_shape(self.mdp.shape)
+        check_condition(denoiser, self.mdp)
         self.device = torch.device(self.mdp.device)
         self.denoiser = denoiser.to(self.device)
         if options is None:
@@ -96,8 +97,9 @@ class Actor:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations a sample costs."""
-        return self.tableau.nfe
+        """Network evaluations a sample costs; guided, each answer costs two."""
+        tableau, denoiser = self.sampler
+        return evaluations_of(tableau, denoiser)
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the sampler on another schedule."""
@@ -126,6 +128,9 @@ class Actor:
         `evaluate_policy` passes True unless told otherwise.
         """
         tableau, denoiser = self.sampler
+        if "condition" in observation:
+            classes = torch.as_tensor(observation["condition"], device=self.device)
+            denoiser = denoiser.under(classes.reshape(-1).long())
         if not tableau.one_step:
             policy = SolverPolicy(tableau, denoiser, shape=self.mdp.shape)
             return policy.predict(observation, state, episode_start, True, self.acting_generator)
@@ -139,7 +144,7 @@ class Actor:
         for timestep in np.unique(times[times != np.float32(self.schedule.times[-1])]):
             here = torch.from_numpy(times == timestep).to(self.device)
             step, part = self.schedule.step_of(float(timestep)), sample[here]
-            output, std = tableau.evaluate_with_std(denoiser, part, step)
+            output, std = tableau.evaluate_with_std(denoiser.at(here), part, step)
             moved = tableau.advance(step, {step: part}, {step: output}, self.acting_generator, std)
             action[here] = moved
         action = action[0] if single else action
@@ -164,7 +169,9 @@ class Actor:
             generator: source of randomness; the agent's own for acting by default.
             noise: initial states (n, *shape) instead of fresh prior samples.
             return_trajectory: return all states (K + 1, n, *shape) instead, the noisiest first.
-            options: what the environment's `episodes` takes, such as `known` of `Inpainting`.
+            options: what the environment's `episodes` takes, such as `known` of `Inpainting` or the
+                `condition` of a conditional environment, a class for all or (n,) of one each; where
+                it is not given classes are drawn.
         """
         tableau = self.tableau if schedule is None else self.tableau_on(schedule)
         generator = self.acting_generator if generator is None else generator
@@ -179,4 +186,31 @@ class Actor:
             return_trajectory=return_trajectory,
             mdp=self.mdp,
             **options,
+        )
+
+
+def check_condition(denoiser: Denoiser, mdp: DiffusionMDP) -> None:
+    """Raise ValueError if a denoiser and an environment do not agree about conditions."""
+    if mdp.classes is None:
+        if denoiser.is_open:
+            raise ValueError(
+                "The denoiser is conditional and the environment is not: make that with "
+                "conditional=True, or say under which class the denoiser is asked, "
+                "denoiser.given(3)."
+            )
+        return
+    if denoiser.classes is None:
+        raise ValueError(
+            f"The environment has {mdp.classes} classes and the denoiser is unconditional: make "
+            "the environment with conditional=False, or clone a conditional denoiser."
+        )
+    if denoiser.classes != mdp.classes:
+        raise ValueError(
+            f"The denoiser knows {denoiser.classes} classes, the environment has {mdp.classes}."
+        )
+    if not denoiser.is_open:
+        raise ValueError(
+            "The denoiser is asked under a condition of its own, and the environment shows one: "
+            "give the agent the denoiser without, denoiser.given(guidance=...), or make the "
+            "environment with conditional=False."
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ class CloningSettings(AgentSettings):
     images of standard deviation 0.5."""
     p_std: float = bounded(1.2, above=0)
     """Standard deviation of ln sigma there."""
+    label_dropout: float = bounded(0.1, least=0, most=1)
+    """Share of the samples whose class is hidden, in a conditional environment: what guidance and
+    sampling without a class need. 0 hides none."""
     optimizer: OptimizerSettings = field(
         default_factory=lambda: OptimizerSettings(5e-3, lr_schedule="cosine", ema=0.99)
     )
@@ -72,6 +75,11 @@ class BehaviorCloning(Agent):
     def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
         super().__init__(env, denoiser, *args, **arguments)
         settings = self.settings
+        if self.denoiser.conditioning is not None:
+            # Whoever samples with the network knows by this that it can do without a class.
+            self.denoiser.conditioning = replace(
+                self.denoiser.conditioning, drops=settings.label_dropout > 0
+            )
         self.optimizer = adam(self.denoiser.parameters(), settings.optimizer.betas)
         self.averaged = Averaged(self.denoiser, settings.optimizer.ema)
         self.execution = Execution(self.denoiser, settings.execution)
@@ -103,16 +111,20 @@ class BehaviorCloning(Agent):
     def train_round(self) -> dict[str, Tensor]:
         """Take one gradient step on one batch."""
         # What all processes need, the same on each, of which each takes its share.
-        everyone = self.mdp.target.sample(self._size, self.generator)
+        everyone, labels = self.mdp.target.draw(self._size, self.generator)
         t = self.processes.share(self._draw_times())
         noise = self.processes.share(torch.empty_like(everyone).normal_(generator=self.generator))
         clean = self.processes.share(everyone)
+        condition = self._condition(labels)
         self.optimizer.zero_grad()
         size = self.settings.execution.micro_batch_size or self.settings.batch_size
         loss = torch.zeros((), device=self.device)
         with self._training_mode():
-            for piece in zip(clean.split(size), t.split(size), noise.split(size), strict=True):
-                part = len(piece[0]) / self.settings.batch_size * self._loss(*piece)
+            for first in range(0, len(clean), size):
+                rows = slice(first, first + size)
+                under = None if condition is None else condition[rows]
+                piece = self._loss(clean[rows], t[rows], noise[rows], under)
+                part = len(clean[rows]) / self.settings.batch_size * piece
                 part.backward()
                 loss += part.detach()
         self.processes.average_gradients(self.denoiser.parameters())
@@ -147,10 +159,21 @@ class BehaviorCloning(Agent):
         finally:
             self.denoiser.eval()
 
-    def _loss(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def _condition(self, labels: Tensor | None) -> Tensor | None:
+        """Hide some of the classes (N,) behind "none"; keep this process's share of them."""
+        classes = self.denoiser.classes
+        if classes is None or labels is None:
+            return None
+        if self.settings.label_dropout > 0:
+            chance = torch.rand(self._size, generator=self.generator, device=self.device)
+            labels = torch.where(chance < self.settings.label_dropout, classes, labels)
+        return self.processes.share(labels)
+
+    def _loss(self, clean: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
         noisy = self.mdp.process.add_noise(clean, t, noise)
-        target = self.denoiser.training_target(clean, noise, t)
-        return (self.denoiser(noisy, t) - target).square().mean()
+        denoiser = self.denoiser.under(condition)
+        target = denoiser.training_target(clean, noise, t)
+        return (denoiser(noisy, t) - target).square().mean()
 
     def _draw_times(self) -> Tensor:
         """Draw times for the batches of all processes.

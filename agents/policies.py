@@ -40,7 +40,8 @@ class DenoiserPolicy(ActorCriticPolicy):
     there: Stable-Baselines3 pickles `policy_kwargs` into its own checkpoints.
 
     Args:
-        observation_space: a Dict of "sample" (*shape) and "timestep".
+        observation_space: a Dict of "sample" (*shape) and "timestep", and "condition", a Discrete
+            class, of a conditional environment.
         action_space: a Box (*shape).
         lr_schedule: of Stable-Baselines3.
         denoiser: a `Denoiser` of the environment's noise process, or the file of one.
@@ -84,7 +85,9 @@ class DenoiserPolicy(ActorCriticPolicy):
         assert shape is not None
         self.chain = GaussianChain(*self._parts, learn_std=bool(self._options["learn_std"]))
         del self._parts
-        self.baseline = make_baseline(shape, self.chain.steps)
+        classes = _classes_of(self.observation_space)
+        _check_classes(self.chain.denoiser, classes)
+        self.baseline = make_baseline(shape, self.chain.steps, classes=classes)
         self.optimizer = self.optimizer_class(
             (parameter for parameter in self.parameters() if parameter.requires_grad),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -95,21 +98,21 @@ class DenoiserPolicy(ActorCriticPolicy):
         self, obs: PyTorchObs, deterministic: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return next samples (N, *shape), values (N, 1) and log-densities (N,)."""
-        sample, step = self._state(obs)
-        mean, std = self.chain.distribution(sample, step)
+        sample, step, condition = self._state(obs)
+        mean, std = self.chain.distribution(sample, step, condition)
         action = mean if deterministic else torch.addcmul(mean, std, torch.randn_like(mean))
         log_density = gaussian_log_density(action, mean, std, self.log_density)
-        return action, self.baseline(sample, step).unsqueeze(1), log_density
+        return action, self.baseline(sample, step, condition).unsqueeze(1), log_density
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return values (N, 1), log-densities (N,) and entropies (N,) of given next samples."""
-        sample, step = self._state(obs)
-        mean, std = self.chain.distribution(sample, step)
+        sample, step, condition = self._state(obs)
+        mean, std = self.chain.distribution(sample, step, condition)
         log_density = gaussian_log_density(actions.view_as(sample), mean, std, self.log_density)
         entropy = (0.5 + 0.5 * np.log(2 * np.pi) + std.log()).expand_as(mean).flatten(1).sum(1)
-        return self.baseline(sample, step).unsqueeze(1), log_density, entropy
+        return self.baseline(sample, step, condition).unsqueeze(1), log_density, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
         """Return the transition as Stable-Baselines3's distribution over flattened samples."""
@@ -126,16 +129,35 @@ class DenoiserPolicy(ActorCriticPolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self(observation, deterministic)[0]
 
-    def _state(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Return samples (N, *shape) and their steps (N,)."""
+    def _state(self, obs: PyTorchObs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return samples (N, *shape), their steps (N,), and their classes (N,) if they have any."""
         assert isinstance(obs, Mapping)
-        return obs["sample"], self.chain.steps_at(obs["timestep"])
+        condition = obs["condition"].reshape(-1).long() if "condition" in obs else None
+        return obs["sample"], self.chain.steps_at(obs["timestep"]), condition
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         parameters = super()._get_constructor_parameters()
         for unused in ("net_arch", "features_extractor_class", "features_extractor_kwargs"):
             parameters.pop(unused, None)
         return {**parameters, **self._sources, **self._options}
+
+
+def _classes_of(observation_space: gym.Space) -> int | None:
+    """Return how many classes an environment has; None if it is unconditional."""
+    assert isinstance(observation_space, gym.spaces.Dict)
+    condition = observation_space.spaces.get("condition")
+    return int(condition.n) if isinstance(condition, gym.spaces.Discrete) else None
+
+
+def _check_classes(denoiser: Denoiser, classes: int | None) -> None:
+    """Raise ValueError if a denoiser and an environment do not agree about conditions."""
+    expected = denoiser.classes if denoiser.is_open else None
+    if classes != expected:
+        raise ValueError(
+            f"The environment shows {classes or 'no'} classes, the denoiser waits for "
+            f"{expected or 'none'}: make the environment with conditional={expected is not None}, "
+            "or say under which class the denoiser is asked, denoiser.given(3)."
+        )
 
 
 def _check_clock(tableau: Tableau, observation_space: gym.Space) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -40,8 +41,21 @@ def _shape(values: Tensor) -> str:
     return str(tuple(values.shape))
 
 
-def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
+def takes_condition(reward: Callable[..., object]) -> bool:
+    """Tell whether a reward has an argument named `condition`, for the classes of its samples."""
+    asked = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    try:
+        return "condition" in inspect.signature(asked).parameters
+    except (TypeError, ValueError):  # builtins have no signature
+        return False
+
+
+def rewards_of(
+    reward: Callable[..., object], samples: Tensor, condition: Tensor | None = None
+) -> Tensor:
     """Ask a reward about samples (N, *shape); return what it answers as a floating tensor (N,).
+
+    One that `takes_condition` gets the classes (N,) too, where there are any.
 
     A tensor or NumPy array of numbers, whole ones and flags included, is taken; a reward with a
     `judge`, as `MMDCritic` has, is for its caller to ask.
@@ -50,7 +64,10 @@ def rewards_of(reward: Callable[[Tensor], object], samples: Tensor) -> Tensor:
         TypeError: the answer is neither a tensor nor an array of numbers.
         ValueError: it has another shape or device.
     """
-    answer = reward(samples)
+    if condition is not None and takes_condition(reward):
+        answer = reward(samples, condition=condition)
+    else:
+        answer = reward(samples)
     if isinstance(answer, np.ndarray) and answer.dtype.kind in "biuf":
         answer = torch.from_numpy(np.array(answer, dtype=np.float32)).to(samples.device)
     if not isinstance(answer, Tensor) or answer.is_complex():

@@ -48,7 +48,9 @@ class IPMCritic(nn.Module):
     """Critic f, baseline V, and the Adam that trains them.
 
     Args:
-        network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers.
+        network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers. One
+            whose attribute `classes` is not None takes classes (N,) as well, and so does its V:
+            real ones and fakes are then told apart given the class (Miyato & Koyama 2018).
         regularizer: what keeps f in its class:
             "baseline" subtracts coefficient * R_B, R_B = E sum_steps (V(x_t, step) - f(x_0))^2,
             which both f and V descend;
@@ -113,6 +115,7 @@ class IPMCritic(nn.Module):
             _normalize_layers(network)
         self.regularizer, self.objective = regularizer, objective
         self.network = network
+        self.conditional = getattr(network, "classes", None) is not None
         self.baseline = baseline
         self.residual_baseline = residual_baseline
         # Where on its segment the next xhat lies, in [0, 1).
@@ -124,45 +127,67 @@ class IPMCritic(nn.Module):
         # A reward does not change by being asked: only `update` runs the networks in training mode.
         self.eval()
 
-    def forward(self, sample: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return f (N,) for samples (N, *shape): high on data, low on fakes.
 
+        Args:
+            sample: (N, *shape).
+            condition: their classes (N,), which only a conditional network reads.
+
         Raises:
-            ValueError: the network's output is not (N,).
+            ValueError: the network's output is not (N,), or it is conditional and gets no classes.
         """
         with lower_precision(self.precision, sample.device):
-            values = self.network(sample).to(sample.dtype)
+            values = self.network(sample, *self._under(condition)).to(sample.dtype)
         if values.shape != sample.shape[:1]:
             raise ValueError(
                 f"The critic network must return shape ({len(sample)},), got {tuple(values.shape)}."
             )
         return values
 
-    def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
+    def _under(self, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return what the networks take beside their other arguments."""
+        if not self.conditional:
+            return ()
+        if condition is None:
+            raise ValueError("This critic is conditional: give the classes (N,) of the samples.")
+        return (condition,)
+
+    def value(
+        self, states: Tensor, steps: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Return V (k, N) for states (k, N, *shape), row i being before step steps[i].
 
         Args:
             states: rows of states.
             steps: (k,) int64; None: there are all K rows, row j before step j.
+            condition: the classes (N,) of their episodes, for conditional networks.
 
         Raises:
             ValueError: there is no baseline, or its output is not (k, N).
         """
-        return self._value(states, steps, self)
+        return self._value(states, steps, condition, self)
 
-    def _value(self, states: Tensor, steps: Tensor | None, f: Callable[[Tensor], Tensor]) -> Tensor:
+    def _value(
+        self,
+        states: Tensor,
+        steps: Tensor | None,
+        condition: Tensor | None,
+        f: Callable[..., Tensor],
+    ) -> Tensor:
         """Return V as `value` does, with this f in the place of the critic's own."""
         if self.baseline is None:
             raise ValueError("This critic has no baseline; build it with baseline=...")
         with lower_precision(self.precision, states.device):
-            values = self.baseline(states, steps).to(states.dtype)
+            values = self.baseline(states, steps, *self._under(condition)).to(states.dtype)
         if values.shape != states.shape[:2]:
             raise ValueError(
                 f"The baseline must return shape {tuple(states.shape[:2])}, "
                 f"got {tuple(values.shape)}."
             )
         if self.residual_baseline:
-            values = values + f(states.flatten(0, 1)).view_as(values)
+            under = (each.repeat(len(states)) for each in self._under(condition))
+            values = values + f(states.flatten(0, 1), *under).view_as(values)
         return values
 
     def update(
@@ -171,6 +196,7 @@ class IPMCritic(nn.Module):
         fake: Tensor,
         states: Tensor | None = None,
         steps: Tensor | None = None,
+        conditions: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Take one Adam step on f and V (S.5).
 
@@ -182,6 +208,8 @@ class IPMCritic(nn.Module):
             steps: (k,) int64, the step that each row of states is before. With k < K of them, drawn
                 at random, R_B is estimated without bias, and time and memory do not grow with K.
                 None: all K rows, row j before step j.
+            conditions: the classes of the real samples (M,) and of the fakes (N,), for conditional
+                networks.
 
         Returns:
             Detached 0-d tensors, all of before the step: "critic_loss" (what f descends),
@@ -196,30 +224,38 @@ class IPMCritic(nn.Module):
         self._check(real, fake, states)
         self.train()
         try:
-            return self._step(real, fake, states, steps)
+            return self._step(real, fake, states, steps, *(conditions or (None, None)))
         finally:
             self.eval()
 
     def _step(
-        self, real: Tensor, fake: Tensor, states: Tensor | None, steps: Tensor | None
+        self,
+        real: Tensor,
+        fake: Tensor,
+        states: Tensor | None,
+        steps: Tensor | None,
+        of_real: Tensor | None,
+        of_fake: Tensor | None,
     ) -> dict[str, Tensor]:
         if self.regularizer == "r1":
             real = real.detach().requires_grad_()
-        f_real, f_fake = self(torch.cat([real, fake])).split([len(real), len(fake)])
+        both = None if of_real is None or of_fake is None else torch.cat([of_real, of_fake])
+        f_real, f_fake = self(torch.cat([real, fake]), both).split([len(real), len(fake)])
         gap = f_real.mean() - f_fake.mean()
         regularization = baseline_loss = torch.zeros_like(gap)
 
         if states is not None and self.baseline is not None:
             # Only the baseline regulariser lets V's error reach f.
             joint = self.regularizer == "baseline"
-            value = self._value(states, steps, self if joint else torch.no_grad()(self))
+            f = self if joint else torch.no_grad()(self)
+            value = self._value(states, steps, of_fake, f)
             error = (value - (f_fake if joint else f_fake.detach())).square().mean()
             # The mean over the rows given stands for that over all K; R_B is the sum.
             baseline_loss = (len(states) if steps is None else self.baseline.steps) * error
         if self.regularizer == "baseline":
             regularization = baseline_loss
         elif self.regularizer == "gradient-penalty":
-            regularization = self._gradient_penalty(real, fake)
+            regularization = self._gradient_penalty(real, fake, of_fake)
         elif self.regularizer == "r1":
             (gradient,) = torch.autograd.grad(f_real.sum(), real, create_graph=True)
             regularization = 0.5 * gradient.flatten(1).square().sum(1).mean()
@@ -248,8 +284,11 @@ class IPMCritic(nn.Module):
         }
         return {name: metric.detach() for name, metric in metrics.items()}
 
-    def _gradient_penalty(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Return E (||grad f(xhat)|| - 1)^2 over as many pairs as the smaller batch allows."""
+    def _gradient_penalty(self, real: Tensor, fake: Tensor, of_fake: Tensor | None) -> Tensor:
+        """Return E (||grad f(xhat)|| - 1)^2 over as many pairs as the smaller batch allows.
+
+        A pair is seen under the class of its fake.
+        """
         pairs = min(len(real), len(fake))
         real, fake = real[:pairs], fake[:pairs]
         # Positions on the segments: multiples of the golden ratio modulo 1, which are uniform,
@@ -260,7 +299,8 @@ class IPMCritic(nn.Module):
         position = self.processes.share(position)
         position = position.view(-1, *[1] * (real.ndim - 1)).to(real.dtype)
         between = torch.lerp(fake, real, position).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self(between).sum(), between, create_graph=True)
+        under = None if of_fake is None else of_fake[:pairs]
+        (gradient,) = torch.autograd.grad(self(between, under).sum(), between, create_graph=True)
         return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
     def _check(self, real: Tensor, fake: Tensor, states: Tensor | None) -> None:

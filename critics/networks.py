@@ -66,6 +66,32 @@ class FourierFeatures(nn.Module):
         return torch.cat([self.scale * x, phase.sin(), phase.cos()], dim=-1)
 
 
+class Projection(nn.Embedding):
+    """What a class adds to a critic or a baseline: the product of its embedding with the features.
+
+    Miyato & Koyama (2018). It starts at 0, where the network is unconditional.
+    """
+
+    @classmethod
+    def of(cls, classes: int | None, width: int) -> Projection | None:
+        """Return one for features of this width; None without classes."""
+        return None if classes is None else cls(classes, width)
+
+    def reset_parameters(self) -> None:
+        """Start at 0."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Return (..., N) for features (..., N, width) under classes (N,).
+
+        Raises:
+            ValueError: no classes.
+        """
+        if condition is None:
+            raise ValueError("This network is conditional: give the classes (N,) of the samples.")
+        return (features * super().forward(condition)).sum(-1)
+
+
 class MLPCritic(nn.Module):
     """Multilayer perceptron f(x) with SiLU, on flattened samples.
 
@@ -75,6 +101,7 @@ class MLPCritic(nn.Module):
         layers: number of hidden layers.
         frequencies: number of Fourier features of the input; 0, as published, has none.
         bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
+        classes: of a conditional critic, see `Projection`; None for an unconditional one.
     """
 
     @checked
@@ -85,19 +112,23 @@ class MLPCritic(nn.Module):
         layers: int = 3,
         frequencies: int = 0,
         bandwidths: Sequence[float] = BANDWIDTHS,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
+        self.classes = classes
         self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *[hidden] * layers]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
+        self.projection = Projection.of(classes, widths[-1])
 
-    def forward(self, sample: Tensor) -> Tensor:
-        """Return f (N,) for samples (N, *shape)."""
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return f (N,) for samples (N, *shape), under their classes (N,) if it is conditional."""
         h = self.features(sample.flatten(1))
         for linear in self.hidden:
             h = F.silu(linear(h))
-        return in_full_precision(self.out, h).squeeze(-1)
+        values = in_full_precision(self.out, h).squeeze(-1)
+        return values if self.projection is None else values + self.projection(h, condition)
 
 
 class ConvCritic(nn.Module):
@@ -111,13 +142,17 @@ class ConvCritic(nn.Module):
         shape: (C, H, W) of one sample, H and W at least 8.
         width: channels after the first stage; if None 256, the official value, or 64 for images of
             up to 16 pixels.
+        classes: of a conditional critic, see `Projection`; None for an unconditional one.
 
     Raises:
         ValueError: not the shape of an image, or one below 8 pixels.
     """
 
-    def __init__(self, shape: Sequence[int], width: int | None = None) -> None:
+    def __init__(
+        self, shape: Sequence[int], width: int | None = None, classes: int | None = None
+    ) -> None:
         super().__init__()
+        self.classes = classes
         if not is_image(shape) or min(shape[1:]) < 8:
             raise ValueError(f"ConvCritic needs images (C, H, W), H, W >= 8, got {tuple(shape)}.")
         side = min(shape[1:])
@@ -129,11 +164,15 @@ class ConvCritic(nn.Module):
         for i, o in pairwise(channels):
             layers += [nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4))
+        self.projection = Projection.of(classes, channels[-1])
 
-    def forward(self, sample: Tensor) -> Tensor:
-        """Return f (N,) for samples (N, C, H, W)."""
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return f (N,) for samples (N, C, H, W), under their classes (N,) if it is conditional."""
         h = self.layers[:-1](sample)
-        return in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
+        values = in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
+        if self.projection is None:
+            return values
+        return values + self.projection(h.mean(dim=(2, 3)), condition)
 
 
 class MLPBaseline(nn.Module):
@@ -148,6 +187,7 @@ class MLPBaseline(nn.Module):
         layers: number of hidden layers, when `hidden` is one width.
         frequencies: number of Fourier features of the input.
         bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
+        classes: of a conditional baseline, see `Projection`; None for an unconditional one.
 
     Raises:
         ValueError: no steps.
@@ -162,23 +202,28 @@ class MLPBaseline(nn.Module):
         layers: int = 3,
         frequencies: int = 0,
         bandwidths: Sequence[float] = BANDWIDTHS,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         _check_steps(steps)
-        self.steps = steps
+        self.steps, self.classes = steps, classes
         self.dimensions = len(shape)
         self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *([hidden] * layers if isinstance(hidden, int) else hidden)]
         self.hidden = nn.ModuleList(_StepLinear(i, o, steps) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
+        self.projection = Projection.of(classes, widths[-1])
 
-    def forward(self, sample: Tensor, step: Tensor | None = None) -> Tensor:
+    def forward(
+        self, sample: Tensor, step: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Return V for samples and their steps.
 
         Args:
             sample: samples (N, *shape), or rows of samples (k, N, *shape), a row at one step.
             step: int64, 0 <= step < K: one a sample, (N,), or one a row, (k,), the fast form for
                 trajectories. None: row j is at step j.
+            condition: the classes (N,) of a conditional baseline, the same in every row.
 
         Returns:
             V, (N,) or (k, N).
@@ -190,7 +235,8 @@ class MLPBaseline(nn.Module):
         h = self.features(sample.flatten(-self.dimensions))
         for layer in self.hidden:
             h = F.silu(layer(h, step))
-        return in_full_precision(self.out, h).squeeze(-1)
+        values = in_full_precision(self.out, h).squeeze(-1)
+        return values if self.projection is None else values + self.projection(h, condition)
 
 
 class ConvBaseline(nn.Module):
@@ -204,23 +250,33 @@ class ConvBaseline(nn.Module):
         shape: (C, H, W) of one sample, H and W at least 8.
         steps: number of steps K.
         width: channels after the first stage; if None 64.
+        classes: of a conditional baseline, see `Projection`; None for an unconditional one.
 
     Raises:
         ValueError: no steps, not the shape of an image, or one below 8 pixels.
     """
 
     @checked
-    def __init__(self, shape: Sequence[int], steps: int, width: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        steps: int,
+        width: int | None = None,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         _check_steps(steps)
-        self.steps = steps
-        self.layers = ConvCritic(shape, width or 64).layers
+        self.steps, self.classes = steps, classes
+        critic = ConvCritic(shape, width or 64, classes)
+        self.layers, self.projection = critic.layers, critic.projection
         stages = [layer for layer in self.layers[:-1] if isinstance(layer, nn.Conv2d)]
         self.embeddings = nn.ParameterList(
             torch.ones(steps, stage.out_channels) for stage in stages
         )
 
-    def forward(self, sample: Tensor, step: Tensor | None = None) -> Tensor:
+    def forward(
+        self, sample: Tensor, step: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Return V; the arguments are those of `MLPBaseline`."""
         step = _steps_of(sample, step, self.steps)
         rows = sample.ndim == 5
@@ -233,6 +289,10 @@ class ConvBaseline(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 h = h * next(embeddings)[step, :, None, None]
         values = in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
+        if self.projection is not None:
+            if rows and condition is not None:
+                condition = condition.repeat(len(sample))
+            values = values + self.projection(h.mean(dim=(2, 3)), condition)
         return values.view(sample.shape[:2]) if rows else values
 
 
@@ -276,7 +336,10 @@ FREQUENCIES = 32
 
 
 def make_critic(
-    shape: Sequence[int], width: int | None = None, bandwidths: Sequence[float] = BANDWIDTHS
+    shape: Sequence[int],
+    width: int | None = None,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    classes: int | None = None,
 ) -> nn.Module:
     """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`.
 
@@ -288,10 +351,17 @@ def make_critic(
         width: hidden width of the one, channels after the first stage of the other; the classes'
             defaults if None.
         bandwidths: of the Fourier features of the `MLPCritic`; the other has none.
+        classes: of a conditional critic; None for an unconditional one.
     """
     if is_image(shape):
-        return ConvCritic(shape, width)
-    return MLPCritic(shape, hidden=width or 128, frequencies=FREQUENCIES, bandwidths=bandwidths)
+        return ConvCritic(shape, width, classes)
+    return MLPCritic(
+        shape,
+        hidden=width or 128,
+        frequencies=FREQUENCIES,
+        bandwidths=bandwidths,
+        classes=classes,
+    )
 
 
 def make_baseline(
@@ -300,6 +370,7 @@ def make_baseline(
     kind: BaselineKind = "mlp",
     width: int | None = None,
     bandwidths: Sequence[float] = BANDWIDTHS,
+    classes: int | None = None,
 ) -> MLPBaseline | ConvBaseline:
     """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps.
 
@@ -309,13 +380,15 @@ def make_baseline(
         kind: "mlp", or "conv" for images; all else gets a perceptron.
         width: channels after the first stage of a `ConvBaseline`; its default if None.
         bandwidths: of the Fourier features for vectors.
+        classes: of a conditional baseline; None for an unconditional one.
     """
     if not is_image(shape):
-        return MLPBaseline(shape, steps, frequencies=FREQUENCIES, bandwidths=bandwidths)
+        features = {"frequencies": FREQUENCIES, "bandwidths": bandwidths}
+        return MLPBaseline(shape, steps, **features, classes=classes)
     if kind == "conv":
-        return ConvBaseline(shape, steps, width)
+        return ConvBaseline(shape, steps, width, classes)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)
-    return MLPBaseline(shape, steps, hidden=widths)
+    return MLPBaseline(shape, steps, hidden=widths, classes=classes)
 
 
 def _small(shape: Sequence[int]) -> bool:

@@ -21,8 +21,8 @@ class RewardCritic(nn.Module):
 
     Args:
         reward: f, `(N, *shape) -> (N,)`, to be maximised: a tensor or NumPy array of finite
-            numbers. If it has an `update(real, fake)`, as
-            `MMDCritic` does, it is told of every batch.
+            numbers. One with an argument named `condition` gets the classes (N,), too.
+            If it has an `update(real, fake)`, as `MMDCritic` does, it is told of every batch.
         baseline: V, as in `IPMCritic`; None for agents that need none.
         learning_rate: of V.
         processes: those that train together; the ones of `torch.distributed` if None.
@@ -45,22 +45,25 @@ class RewardCritic(nn.Module):
             else torch.optim.Adam(baseline.parameters(), lr=learning_rate, fused=True)
         )
 
-    def forward(self, sample: Tensor) -> Tensor:
-        """Return the reward (N,) of samples (N, *shape).
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the reward (N,) of samples (N, *shape), under their classes (N,) if there are any.
 
         Raises:
             TypeError: the reward returned no numbers.
             ValueError: it returned another shape, or NaN or infinity for finite samples.
         """
-        answer = rewards_of(self.reward, sample)
+        answer = rewards_of(self.reward, sample, condition)
         check_rewards(self.reward, answer, sample)
         return answer
 
-    def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
+    def value(
+        self, states: Tensor, steps: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Return V (k, N) for states (k, N, *shape) before steps (k,); see `IPMCritic.value`."""
         if self.baseline is None:
             raise ValueError("This critic has no baseline; build it with baseline=...")
-        return self.baseline(states, steps)
+        under = () if getattr(self.baseline, "classes", None) is None else (condition,)
+        return self.baseline(states, steps, *under)
 
     def update(
         self,
@@ -68,19 +71,21 @@ class RewardCritic(nn.Module):
         fake: Tensor,
         states: Tensor | None = None,
         steps: Tensor | None = None,
+        conditions: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Regress V on the reward of the fakes; same face and metrics as `IPMCritic.update`."""
         if hasattr(self.reward, "update"):
             self.reward.update(self.processes.gather(real), self.processes.gather(fake))
+        of_real, of_fake = conditions or (None, None)
         with torch.no_grad():
-            f_real, f_fake = self(real), self(fake)
+            f_real, f_fake = self(real, of_real), self(fake, of_fake)
         metrics = {
             "critic_real": f_real.mean(),
             "critic_fake": f_fake.mean(),
             "ipm_gap": f_real.mean() - f_fake.mean(),
         }
         if states is not None and self.optimizer is not None:
-            baseline_loss = (self.value(states, steps) - f_fake).square().mean()
+            baseline_loss = (self.value(states, steps, of_fake) - f_fake).square().mean()
             self.optimizer.zero_grad()
             baseline_loss.backward()
             assert self.baseline is not None  # the optimizer is its

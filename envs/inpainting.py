@@ -76,14 +76,18 @@ class Inpainting(DiffusionMDP):
     mask: Tensor | str = "half"
     known: Tensor | None = None
 
-    episode_options: ClassVar[tuple[str, ...]] = ("known",)
+    own_options: ClassVar[tuple[str, ...]] = ("known",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "mask", _resolved(self.mask, self.shape).to(self.device))
 
     def episodes(
-        self, n: int, generator: torch.Generator | None = None, known: Tensor | None = None
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        condition: Tensor | int | None = None,
+        known: Tensor | None = None,
     ) -> Inpainting:
         """The decision process of `n` episodes, with their known samples.
 
@@ -91,16 +95,22 @@ class Inpainting(DiffusionMDP):
             n: How many.
             generator: Source of randomness; the global one if None.
             known: The known samples `(n, *shape)`, of which the rest is never shown; drawn from the
-                target if None.
+                target if None, of the condition where that is drawn, too.
+            condition: See `DiffusionMDP.episodes`.
         """
+        if known is None and condition is None and self.conditional:
+            known, labels = self.target.draw(n, generator)
+            return replace(self, known=known, condition=labels)
+        begun = super().episodes(n, generator, condition)
         if known is None:
-            return replace(self, known=self.target.sample(n, generator))
+            return replace(begun, known=self.target.sample(n, generator))
         check_batch(known, "known", torch.Size((n, *self.shape)), self.device)
-        return replace(self, known=known.detach().to(torch.float32, copy=True))
+        return replace(begun, known=known.detach().to(torch.float32, copy=True))
 
     def at(self, rows: Tensor | slice) -> Inpainting:
         """The decision process of some of the episodes, with their known samples."""
-        return self if self.known is None else replace(self, known=self.known[rows])
+        some = super().at(rows)
+        return some if self.known is None else replace(some, known=self.known[rows])
 
     def transition(
         self, sample: Tensor, action: Tensor, step: int, draw: Draw = torch.randn_like

@@ -29,7 +29,7 @@ from .schedules.ends import warn_of_ends
 from .targets.target import Target
 
 Observation = dict[str, Tensor]
-Reward = Callable[[Tensor], Tensor]
+Reward = Callable[..., Tensor]
 # Returns fresh standard normal noise, shaped like its argument.
 Draw = Callable[[Tensor], Tensor]
 MDP = TypeVar("MDP", bound="DiffusionMDP")
@@ -83,15 +83,20 @@ class DiffusionMDP:
         target: The real distribution; its device is where everything lives.
         process: The noise process.
         schedule: The times to visit, on the same process.
-        reward: `(N, *shape) -> (N,)`, high on data, a tensor or NumPy array of finite numbers. If
+        reward: `(N, *shape) -> (N,)`, high on data, a tensor or NumPy array of finite numbers. One
+            with an argument named `condition` gets the classes `(N,)`, too, where there are any. If
             it has a `judge`, that judges finished samples, and may learn from them. None is an
             `MMDCritic` of some training samples: it compares the finished samples with those and
             with each other, so that their mean reward is minus the energy distance to the data.
+        conditional: Each episode is played under a class, which the agent sees, `"condition"`, and
+            which the reward may see.
+        condition: The classes `(n,)` int64 of the episodes that have begun; None before.
 
     A decision process never changes: `with_schedule` and `with_reward` make another one.
 
     Raises:
-        ValueError: The schedule belongs to another process.
+        ValueError: The schedule belongs to another process, or the target of a conditional
+            environment has no labels.
         TypeError: The reward is not callable.
     """
 
@@ -99,15 +104,22 @@ class DiffusionMDP:
     process: NoiseProcess
     schedule: Schedule
     reward: Reward | None = None
+    conditional: bool = False
+    condition: Tensor | None = None
 
-    # Options of a shell's `reset` that `episodes` takes, beside those of every environment.
-    episode_options: ClassVar[tuple[str, ...]] = ()
+    # Options of a shell's `reset` that `episodes` takes in every environment of this kind.
+    own_options: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.schedule.process != self.process:
             raise ValueError(
                 f"the schedule is made for {self.schedule.process!r}, "
                 f"the environment has {self.process!r}; build it on that one"
+            )
+        if self.conditional and self.target.labels is None:
+            raise ValueError(
+                f"a conditional environment needs classes, and the samples of {self.target.name} "
+                "have no labels"
             )
         if self.reward is None:
             reward = DefaultReward(self.target.subset(DEFAULT_REWARD_SAMPLES))
@@ -144,6 +156,16 @@ class DiffusionMDP:
         own = type(self)
         return own.transition is DiffusionMDP.transition and own.initial is DiffusionMDP.initial
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes a conditional environment has; None if it is unconditional."""
+        return self.target.classes if self.conditional else None
+
+    @property
+    def episode_options(self) -> tuple[str, ...]:
+        """Options of a shell's `reset` that `episodes` takes, beside those of every environment."""
+        return (*(("condition",) if self.conditional else ()), *self.own_options)
+
     def with_schedule(self: MDP, schedule: Schedule) -> MDP:
         """The same decision process on other times."""
         return replace(self, schedule=schedule)
@@ -152,18 +174,56 @@ class DiffusionMDP:
         """The same decision process with another reward."""
         return replace(self, reward=reward)
 
-    def episodes(self: MDP, n: int, generator: torch.Generator | None = None) -> MDP:
+    def episodes(
+        self: MDP,
+        n: int,
+        generator: torch.Generator | None = None,
+        condition: Tensor | int | None = None,
+    ) -> MDP:
         """Draw what `n` new episodes keep from their start to their end.
+
+        Args:
+            n: How many.
+            generator: Source of randomness; the global one if None.
+            condition: The classes `(n,)` of a conditional environment, or one for all; those of
+                training samples if None.
 
         Returns:
             The decision process of these episodes, whose methods are then called on batches of `n`.
-            Here nothing is drawn, and it is this one.
+            Without conditions nothing is drawn, and it is this one.
+
+        Raises:
+            ValueError: A condition in an environment without, a class that does not exist, or as
+                many of them as there are no episodes.
+            TypeError: Classes that are no whole numbers.
         """
-        return self
+        if condition is not None:
+            return replace(self, condition=self._checked_condition(condition, n))
+        if not self.conditional:
+            return self
+        return replace(self, condition=self.target.sample_labels(n, generator))
+
+    def _checked_condition(self, condition: Tensor | int, n: int) -> Tensor:
+        if not self.conditional:
+            raise ValueError("this environment is unconditional: it takes no condition")
+        given = torch.as_tensor(condition)
+        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise TypeError(f"condition must hold classes, whole numbers; got {given.dtype}")
+        if given.ndim == 0:
+            given = given.expand(n)
+        if given.shape != (n,):
+            raise ValueError(f"condition must have shape ({n},); got {tuple(given.shape)}")
+        low, high = (int(given.min()), int(given.max())) if n else (0, 0)
+        if low < 0 or high >= (self.target.classes or 0):
+            raise ValueError(
+                f"the classes of {self.target.name} are 0 to {(self.target.classes or 0) - 1}; got "
+                f"{low if low < 0 else high}"
+            )
+        return given.to(self.device, torch.int64, copy=True)
 
     def at(self: MDP, rows: Tensor | slice) -> MDP:
         """The decision process of some of the episodes that `episodes` began, by their indices."""
-        return self
+        return self if self.condition is None else replace(self, condition=self.condition[rows])
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the first state, `(n, *shape)` float32: noise as at the schedule's first time.
@@ -187,12 +247,13 @@ class DiffusionMDP:
 
         Returns:
             `{"sample": (N, *shape), "timestep": (N,)}`; the timestep is a new tensor, the sample
-            is the one given.
+            is the one given. In a conditional environment `"condition"`, `(N,)` int64, as well.
         """
         timestep = torch.full(
             (len(sample),), self._times[step], dtype=torch.float32, device=sample.device
         )
-        return {"sample": sample, "timestep": timestep}
+        seen = {"sample": sample, "timestep": timestep}
+        return seen if self.condition is None else {**seen, "condition": self.condition}
 
     def transition(
         self, sample: Tensor, action: Tensor, step: int, draw: Draw = torch.randn_like
@@ -224,7 +285,8 @@ class DiffusionMDP:
             ValueError: It returned another shape or device.
         """
         assert self.reward is not None  # __post_init__ saw to it
-        return rewards_of(getattr(self.reward, "judge", self.reward), sample).to(torch.float32)
+        judge = getattr(self.reward, "judge", self.reward)
+        return rewards_of(judge, sample, self.condition).to(torch.float32)
 
     def rollout(
         self,

@@ -63,7 +63,7 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NumpyObservation, dict[str, Any]]:
         """Start an episode; see `DiffusionVectorEnv.reset`. Samples in the options are arrays."""
-        for name in ("sample", *self.mdp.episode_options):
+        for name in ("sample", *self.mdp.own_options):
             if options and isinstance(given := options.get(name), np.ndarray):
                 options = {**options, name: to_tensor(given, self.env.device, name)}
         observation, info = self.env.reset(seed=seed, options=options)

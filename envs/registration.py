@@ -86,6 +86,7 @@ def make_mdp(
     target: Target | str | None = None,
     schedule_options: dict[str, Any] | None = None,
     inpaint: str | torch.Tensor | None = None,
+    conditional: bool = False,
 ) -> DiffusionMDP:
     """Build the decision process of a known environment, with any part replaced.
 
@@ -105,11 +106,12 @@ def make_mdp(
         schedule_options: Options of a schedule given by name, such as `{"rho": 5.0}`.
         inpaint: A mask, or a name of one, "half", "quarter" or "random": the part of each sample
             that is known, and put back after every step (`Inpainting`). None knows nothing.
+        conditional: Play each episode under a class of the target's, see `DiffusionMDP`.
 
     Raises:
         ValueError: A name is unknown, `steps` is below 1 or contradicts the schedule, the process
             contradicts it, it takes no such options, the target takes no `image_size`, the mask
-            does not fit, or a data file is damaged.
+            does not fit, a data file is damaged, or there are no classes to be conditional on.
         TypeError: The reward is not callable, or the mask no tensor of bool.
         FileNotFoundError: `data_dir` is given and is not a folder, data files are missing, or no
             such schedule file.
@@ -146,9 +148,8 @@ def make_mdp(
             download=download,
             image_size=image_size,
         )
-    if inpaint is not None:
-        return Inpainting(target.to(device), process, schedule, reward, mask=inpaint)
-    return DiffusionMDP(target.to(device), process, schedule, reward)
+    parts = target.to(device), process, schedule, reward, conditional
+    return DiffusionMDP(*parts) if inpaint is None else Inpainting(*parts, mask=inpaint)
 
 
 def register_environments() -> None:

@@ -92,11 +92,11 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         Args:
             seed: Restarts the stream of noise; None continues it.
             options: `"schedule"`, and `"sample"`, or what the decision process itself takes, as an
-                array `shape`.
+                array `shape`; the `"condition"` is a class.
         """
         super().reset(seed=seed)
         self._vector.np_random = self.np_random
-        for name in ("sample", *self.mdp.episode_options):
+        for name in ("sample", *self.mdp.own_options):
             if options and options.get(name) is not None:
                 options = {**options, name: self._to_batch(options[name], name)}
         observation, info = self._vector.reset(options=options)
@@ -123,8 +123,7 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
 
 
 def to_numpy(observation: Observation, index: int | slice = slice(None)) -> NumpyObservation:
-    """Bring an observation to the NumPy shells: float32 arrays, each timestep a vector of one."""
-    return {
-        "sample": observation["sample"].cpu().numpy()[index],
-        "timestep": observation["timestep"].cpu().numpy()[:, None][index],
-    }
+    """Bring an observation to the NumPy shells: arrays, each timestep a vector of one."""
+    arrays = {name: values.cpu().numpy() for name, values in observation.items()}
+    arrays["timestep"] = arrays["timestep"][:, None]
+    return {name: values[index] for name, values in arrays.items()}

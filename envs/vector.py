@@ -41,9 +41,10 @@ RESET_OPTIONS = ("schedule", "sample", "reset_mask")
 class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     """A batch of samples being denoised.
 
-    Observations are `{"sample": (num_envs, *shape), "timestep": (num_envs,)}`, actions the next
-    samples `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry
-    no gradient: agents that differentiate through the process use `env.mdp`.
+    Observations are `{"sample": (num_envs, *shape), "timestep": (num_envs,)}`, and in a conditional
+    environment `"condition"`, `(num_envs,)` int64 classes, as well; actions are the next samples
+    `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no gradient:
+    agents that differentiate through the process use `env.mdp`.
 
     The three autoreset modes after the last step: `NEXT_STEP` returns `x_0` and spends one more
     step, whose action is ignored, on the reset; `SAME_STEP` returns the next episode's first
@@ -57,7 +58,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         autoreset_mode: A Gymnasium `AutoresetMode`, or its name or value as a string.
         **settings: For a name: the keyword arguments of `make_mdp` (`steps`, `schedule`,
             `reward`, `device`, `data_dir`, `download`, `image_size`, `process`,
-            `target`, `inpaint`).
+            `target`, `inpaint`, `conditional`).
 
     Raises:
         ValueError: A setting is out of range or a name unknown.
@@ -335,6 +336,12 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
 
 
 def observation_space(mdp: DiffusionMDP, timestep_shape: tuple[int, ...] = ()) -> gym.Space[Any]:
-    """`{"sample", "timestep"}` of one environment, the timestep in `[0, t_max]`."""
-    timestep = TimestepSpace(mdp.schedule, timestep_shape)
-    return gym.spaces.Dict({"sample": sample_space(mdp), "timestep": timestep})
+    """`{"sample", "timestep"}` of one environment, the timestep in `[0, t_max]`.
+
+    A conditional one has `"condition"`, too: its class.
+    """
+    spaces: dict[str, gym.Space[Any]] = {"sample": sample_space(mdp)}
+    spaces["timestep"] = TimestepSpace(mdp.schedule, timestep_shape)
+    if mdp.classes is not None:
+        spaces["condition"] = gym.spaces.Discrete(mdp.classes)
+    return gym.spaces.Dict(spaces)

@@ -7,8 +7,11 @@ predicted clean sample (MATH.md 0.2), so solvers and agents never ask. What the 
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from ...common.checkpoint import CheckpointError, save_checkpoint
 from ...common.precision import Precision, check_precision, lower_precision
 from ...common.reading import damage_named
 from ...envs.processes import NoiseProcess
+from .conditioning import OPEN, Condition, Conditioning
 from .files import find_tree, parts_of
 from .networks.configs import check_times, declared, own_config
 from .parameterisations import Parameterisation, make_parameterisation
@@ -57,12 +61,17 @@ class Denoiser(nn.Module):
             The denoiser itself never does; solvers made by name with it do by default.
         variance: the one that its ancestral sampler is meant to have, "small", "large" or "beta",
             see `solvers.ancestral`; None says nothing.
+        classes: of a conditional body `body(x, t, condition)`, which gets classes (N,) int64, 0 to
+            `classes` - 1, and `classes` itself for none; what the body's `.config` says if None.
+        drops: whether that was trained with dropped labels, and so knows "none".
 
     Attributes:
         parameterisation: what the body returns, and how it is asked.
         gamma: (T,) float64 on the CPU, the Gamma_n of Analytic-DPM for the T noisings of a
             `DiscreteVP` (MATH.md 1.11), or None. `VarianceLearning` estimates it.
         head: the second head of SN-DDPM or NPR-DDPM (MATH.md 1.12), or None, trained by the same.
+        conditioning: under which class, and with how much guidance, a conditional body is asked,
+            see `given`; None for an unconditional one.
 
     Raises:
         ValueError: unknown prediction or variance, "v" on a process with alpha^2 + sigma^2 != 1,
@@ -79,6 +88,8 @@ class Denoiser(nn.Module):
         sigma_data: float = 0.5,
         clip: bool = False,
         variance: Variance | None = None,
+        classes: int | None = None,
+        drops: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(prediction, Parameterisation):
@@ -90,6 +101,8 @@ class Denoiser(nn.Module):
         self.gamma: Tensor | None = None
         self.head: VarianceHead | None = None
         self.precision: Precision = "float32"
+        classes = declared(body).get("classes") if classes is None else classes
+        self.conditioning = None if classes is None else Conditioning(classes, drops)
         check_times(body, *prediction.network_times)
         # The same question gets the same answer; only behaviour cloning turns dropout on.
         self.eval()
@@ -152,7 +165,10 @@ class Denoiser(nn.Module):
 
     def forward(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Return the body's raw prediction (N, *shape) for samples at time t, a number or (N,)."""
-        return self._ask(*self.parameterisation.question(sample, t))
+        question = self.parameterisation.question(sample, t)
+        if self.conditioning is None:
+            return self._ask(*question)
+        return self.conditioning.answer(self._ask, *question, lambda: self._level(t))
 
     def epsilon(self, sample: Tensor, t: float | Tensor) -> Tensor:
         """Predict the noise in `sample` (N, *shape) at time t > 0, a number or (N,)."""
@@ -217,7 +233,94 @@ class Denoiser(nn.Module):
             hook.remove()
         epsilon = self.parameterisation.epsilon(raw, sample, t)
         levels = self.process.levels_for(sample, t)
-        return raw, HeadInputs(caught[-1].to(raw.dtype), epsilon, *levels)
+        # Guided, the half with the class comes first.
+        features = caught[-1][: len(raw)].to(raw.dtype)
+        return raw, HeadInputs(features, epsilon, *levels)
+
+    def given(
+        self,
+        condition: Condition = OPEN,
+        guidance: float | None = None,
+        *,
+        interval: tuple[float, float] | None = None,
+        rescale: float | None = None,
+    ) -> Denoiser:
+        """Return a view of a conditional denoiser that is asked under these terms.
+
+        The view has a denoiser's face, and shares body and weights: solvers, policies and agents
+        take it as any other. Without a condition it waits for one, which a conditional environment
+        shows with each observation, and keeps the guidance until then.
+
+        Args:
+            condition: a class for all samples, 0 to `classes` - 1; a tensor (N,) of one each; None
+                for no class; by default the view's own one.
+            guidance: w of classifier-free guidance, >= 0: 0 is without, 1 with the class alone, at
+                the cost of one network evaluation an answer; all others cost two.
+            interval: noise levels sigma / alpha, (low, high), at which w holds; 1 elsewhere.
+            rescale: share, 0 to 1, of the guided answer that is rescaled to the standard deviation
+                of the answer with the class.
+
+        Terms that are left out stay as they are.
+
+        Raises:
+            TypeError: a condition that is no whole number.
+            ValueError: an unconditional denoiser, a class that does not exist, terms out of range,
+                or guidance of a network that was trained without dropped labels.
+        """
+        if self.conditioning is None:
+            raise ValueError("This denoiser is unconditional: it takes neither class nor guidance.")
+        changes: dict[str, Any] = {"guidance": guidance, "interval": interval, "rescale": rescale}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if condition is not OPEN:
+            changes["condition"] = self.conditioning.checked(condition)
+        return self._view(replace(self.conditioning, **changes))
+
+    def under(self, condition: Tensor | None) -> Denoiser:
+        """Return the view for classes (N,) that are known to be right; itself for None."""
+        if condition is None or self.conditioning is None:
+            return self
+        return self._view(self.conditioning.under(condition))
+
+    def at(self, rows: slice | Tensor) -> Denoiser:
+        """Return the view for some of the samples, where each has a class of its own."""
+        if self.conditioning is None:
+            return self
+        return self._view(self.conditioning.at(rows))
+
+    def _view(self, conditioning: Conditioning) -> Denoiser:
+        view = self.view()
+        view.conditioning = conditioning
+        return view
+
+    def view(self) -> Denoiser:
+        """Return a denoiser with the same body and weights, whose other attributes are its own."""
+        view = copy.copy(self)
+        view._modules = dict(self._modules)
+        return view
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes; None if it is unconditional."""
+        return None if self.conditioning is None else self.conditioning.classes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is conditional, and waits for its condition."""
+        return self.conditioning is not None and self.conditioning.condition is OPEN
+
+    def evaluations(self, t: float) -> int:
+        """Return how many network evaluations an answer costs at time t: 2 if guided, else 1."""
+        if self.conditioning is None:
+            return 1
+        alpha, sigma = self.process.levels(t)
+        return self.conditioning.evaluations(sigma / alpha if alpha else math.inf)
+
+    def _level(self, t: float | Tensor) -> float | Tensor:
+        """Return sigma / alpha at a time, a number or (N,)."""
+        if isinstance(t, Tensor) and t.ndim:
+            return self.process.log_snr(t).neg().exp()
+        alpha, sigma = self.process.levels(float(t))
+        return sigma / alpha if alpha else math.inf
 
     def network_time(self, t: float) -> float:
         """Return the body's own time for time t > 0."""
@@ -237,6 +340,8 @@ class Denoiser(nn.Module):
             **self.parameterisation.to_config(),
             "clip": self.clip,
             "variance": self.variance,
+            # An unconditional denoiser's file says nothing of conditions.
+            **({"given": self.conditioning.to_config()} if self.conditioning else {}),
             "body": own_config(self.body),
             "weights": self.body.state_dict(),
             # Numbers, not a tensor: it stays in float64 on the CPU whatever device it is read to.
@@ -271,6 +376,7 @@ class Denoiser(nn.Module):
                 clip=parts.clip,
                 variance=parts.variance,
             )
+        denoiser.conditioning = parts.conditioning
         denoiser.gamma = parts.gamma
         denoiser.head = None if parts.head is None else parts.head.to(device)
         return denoiser
@@ -317,13 +423,13 @@ class Denoiser(nn.Module):
             )
         # No variance: the network's own goes with its own process.
         denoiser = Denoiser(self.body, parameterisation.process, parameterisation, clip=clip)
-        denoiser.gamma = self.gamma
+        denoiser.gamma, denoiser.conditioning = self.gamma, self.conditioning
         return denoiser
 
-    def _ask(self, sample: Tensor, time: Tensor) -> Tensor:
+    def _ask(self, sample: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
         try:
             with lower_precision(self.precision, sample.device):
-                return self.body(sample, time).to(sample.dtype)
+                return self.body(sample, time, *condition).to(sample.dtype)
         except (IndexError, RuntimeError) as error:
             wants_index = re.search(r"\blong, int", str(error), re.IGNORECASE)
             if not (wants_index and self.parameterisation.indexed and time.is_floating_point()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...common.checkpoint import CheckpointError, ForeignBodyError, load_checkpoint
 from ...common.reading import reason
 from ...envs.processes import NoiseProcess
+from .conditioning import Conditioning
 from .networks.configs import body_from_config, built_for
 from .parameterisations import Parameterisation, make_parameterisation
 from .parameterisations.rescaled import Rescaled
@@ -27,6 +28,7 @@ class Parts(NamedTuple):
     parameterisation: Parameterisation
     clip: bool
     variance: Any
+    conditioning: Conditioning | None
     gamma: Tensor | None
     head: VarianceHead | None
 
@@ -82,6 +84,7 @@ def parts_of(tree: dict[str, Any], path: Path, body: nn.Module | None = None) ->
         _parameterisation_of(tree),
         tree.get("clip", False),
         tree.get("variance"),
+        None if tree.get("given") is None else Conditioning.from_config(tree["given"]),
         None if gamma is None else torch.tensor(gamma, dtype=torch.float64),
         head,
     )

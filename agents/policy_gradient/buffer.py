@@ -34,12 +34,14 @@ class Piece(NamedTuple):
         action: the next samples that the policy asked for (n, *shape).
         step: the steps (n,) int64.
         place: (n,) int64, which of the flattened (K, M) transitions these are.
+        condition: the classes (n,) of their episodes, in a conditional environment.
     """
 
     sample: Tensor
     action: Tensor
     step: Tensor
     place: Tensor
+    condition: Tensor | None = None
 
 
 @dataclass
@@ -104,15 +106,19 @@ class Trajectories:
         """Return samples of the buffer as the networks take them."""
         return stored.to(self.device, torch.float32)
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield the states (K + 1, batch_size, *shape) of each batch, as they are kept."""
-        yield from self.states.split(self.batch_size, dim=1)
+    def batches(self) -> Iterator[tuple[DiffusionMDP, Tensor]]:
+        """Yield each batch: its episodes, and their states (K + 1, batch_size, *shape), as kept."""
+        for first in range(0, self.states.shape[1], self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            yield self.episodes.at(rows), self.states[:, rows]
 
-    def at(self, step: int) -> Iterator[Tensor]:
-        """Yield the states number `step` of all episodes, (m, *shape), a portion at a time."""
+    def at(self, step: int) -> Iterator[tuple[DiffusionMDP, Tensor]]:
+        """Yield all episodes and their states number `step`, (m, *shape), a portion at a time."""
         stored = self.states[step]
-        for part in stored.split(self.micro_batch_size or len(stored)):
-            yield self.fetch(part)
+        size = self.micro_batch_size or len(stored)
+        for first in range(0, len(stored), size):
+            rows = slice(first, first + size)
+            yield self.episodes.at(rows), self.fetch(stored[rows])
 
     def starts(self, number: int) -> Iterator[tuple[int, DiffusionMDP, Tensor]]:
         """Go through the states before each of the K steps of one of the batches.
@@ -159,6 +165,25 @@ class Trajectories:
         samples = self.states[:-1].flatten(0, 1)
         actions = (self.states[1:] if self.actions is None else self.actions).flatten(0, 1)
         size = self.micro_batch_size or len(minibatch)
+        episodes = self.states.shape[1]
+        classes = self.episodes.condition
         for index in minibatch.split(size) if len(minibatch) else ():
-            stored, step = index.to(samples.device), index // self.states.shape[1]
-            yield Piece(self.fetch(samples[stored]), self.fetch(actions[stored]), step, index)
+            stored, step = index.to(samples.device), index // episodes
+            condition = None if classes is None else classes[index % episodes]
+            yield Piece(
+                self.fetch(samples[stored]), self.fetch(actions[stored]), step, index, condition
+            )
+
+
+class Begun:
+    """What a rollout keeps if only its episodes are wanted, their classes for instance."""
+
+    episodes: DiffusionMDP
+
+    def begin(self, episodes: DiffusionMDP) -> None:
+        """Keep the decision process of the episodes."""
+        self.episodes = episodes
+
+    def keep(self, step: int, sample: Tensor, action: Tensor | None = None) -> Tensor:
+        """Keep nothing."""
+        return sample

@@ -35,7 +35,11 @@ CRITIC_TAGS = {
 
 @runtime_checkable
 class Critic(Protocol):
-    """What the shortcut agents ask of a critic (see `fewstep.critics`)."""
+    """What the shortcut agents ask of a critic (see `fewstep.critics`).
+
+    In a conditional environment, and there only, `value` gets the classes (N,) as a third argument,
+    and `update` those of the real samples and of the fakes as `conditions`.
+    """
 
     def __call__(self, sample: Tensor) -> Tensor:
         """Return f (N,) for samples (N, *shape): high on data, low on fakes."""
@@ -98,7 +102,7 @@ def _learned(
     mdp: DiffusionMDP, settings: CriticSettings, execution: ExecutionSettings
 ) -> IPMCritic:
     of_baseline: dict[str, Any] = {}
-    network = make_critic(tuple(mdp.shape), settings.width, settings.bandwidths)
+    network = make_critic(tuple(mdp.shape), settings.width, settings.bandwidths, mdp.classes)
     if isinstance(settings, CriticAndBaselineSettings):
         of_baseline = {
             "baseline": _baseline(mdp, settings),
@@ -124,5 +128,10 @@ def _baseline(mdp: DiffusionMDP, settings: CriticSettings) -> nn.Module | None:
     if not isinstance(settings, CriticAndBaselineSettings):
         return None
     return make_baseline(
-        tuple(mdp.shape), mdp.steps, settings.baseline_network, settings.width, settings.bandwidths
+        tuple(mdp.shape),
+        mdp.steps,
+        settings.baseline_network,
+        settings.width,
+        settings.bandwidths,
+        mdp.classes,
     )

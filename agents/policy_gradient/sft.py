@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .buffer import Begun
 from .execution import as_executed
 from .settings import SFTSettings
 from .shortcut import ShortcutAgent
@@ -42,10 +43,15 @@ class SFT(ShortcutAgent):
         if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
             return metrics
         for _ in range(self.settings.n_generator):
+            begun = Begun()
             samples = self.mdp.rollout(
-                self.policy, self.settings.batch_size, self.generator, processes=self.processes
+                self.policy,
+                self.settings.batch_size,
+                self.generator,
+                recorder=begun,
+                processes=self.processes,
             )
-            loss = -self.differentiable_reward(samples).mean()
+            loss = -self.differentiable_reward(begun.episodes, samples).mean()
             self.optimizer.zero_grad()
             loss.backward()
             grad_norm = self.descend()

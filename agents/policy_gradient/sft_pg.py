@@ -94,7 +94,11 @@ class SFTPG(ShortcutAgent):
             self.optimizer.zero_grad()
             for piece, old_density in zip(trajectories.pieces(minibatch), before, strict=False):
                 log_density = self.policy.log_density(
-                    piece.action, piece.sample, piece.step, settings.policy.log_density
+                    piece.action,
+                    piece.sample,
+                    piece.step,
+                    settings.policy.log_density,
+                    piece.condition,
                 )
                 share = len(log_density) / self.minibatch_size
                 part = share * self.policy_loss(log_density, weighted[piece.place], old_density)
@@ -128,11 +132,11 @@ class SFTPG(ShortcutAgent):
         """Return A (K, M): lambda-returns of the terminal reward minus V."""
         # Step by step: the networks' activations then need memory for one state, not for K.
         values = []
-        for j, step in enumerate(torch.arange(self.policy.steps, device=self.device).unsqueeze(1)):
-            parts = trajectories.at(j)
-            values.append(torch.cat([self.critic.value(x[None], step) for x in parts], dim=1))
-        rewards = torch.cat([self.mdp.terminal_reward(x) for x in trajectories.at(len(values))])
-        value = torch.cat(values)
+        for step in range(self.policy.steps):
+            values.append(torch.cat([self.value(*part, step) for part in trajectories.at(step)]))
+        finished = trajectories.at(self.policy.steps)
+        rewards = torch.cat([episodes.terminal_reward(x) for episodes, x in finished])
+        value = torch.stack(values)
         if self.settings.policy.gae_lambda == 1:
             advantages = rewards - value
         else:
@@ -148,7 +152,9 @@ class SFTPG(ShortcutAgent):
         """Return log p (n,) of each piece of a minibatch under the policy as it is."""
         reduction = self.settings.policy.log_density
         return [
-            self.policy.log_density(piece.action, piece.sample, piece.step, reduction)
+            self.policy.log_density(
+                piece.action, piece.sample, piece.step, reduction, piece.condition
+            )
             for piece in trajectories.pieces(minibatch)
         ]
 

@@ -76,9 +76,8 @@ class SFTV(ShortcutAgent):
         action = self.policy.act(episodes.observe(states, step), step, self._draw)
         moved = episodes.transition(states, action, step, self._draw)
         if step + 1 < self.policy.steps:
-            after = torch.full((1,), step + 1, device=self.device)
-            return self.critic.value(moved[None], after)[0]
-        return self.differentiable_reward(moved)
+            return self.value(episodes, moved, step + 1)
+        return self.differentiable_reward(episodes, moved)
 
     def _draw(self, like: Tensor) -> Tensor:
         return self.processes.noise(like, self.generator)

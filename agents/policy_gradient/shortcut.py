@@ -21,7 +21,7 @@ from ...common.optimisation import (
     learning_rate,
     set_learning_rate,
 )
-from ...envs.mdp import Reward
+from ...envs.mdp import DiffusionMDP, Reward
 from ..base import Agent
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
@@ -138,28 +138,40 @@ class ShortcutAgent(Agent):
         # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
         if self.device.type == "cpu" and not trajectories.states[-1].isfinite().all():
             raise TrainingDivergedError("rollout/sample", self.num_timesteps)
-        for batch in trajectories.batches():
+        for episodes, batch in trajectories.batches():
             everyone = settings.batch_size * self.processes.count
-            real = self.processes.share(self.mdp.target.sample(everyone, self.generator))
+            real, labels = self.mdp.target.draw(everyone, self.generator)
+            real = self.processes.share(real)
+            under: dict[str, Any] = {}
+            if episodes.condition is not None and labels is not None:
+                under["conditions"] = self.processes.share(labels), episodes.condition
             if isinstance(settings.critic, CriticAndBaselineSettings):
                 # Some of the K states of each trajectory, the same steps for all.
                 steps = torch.randperm(
                     self.policy.steps, generator=self.generator, device=self.device
                 )[: settings.critic.baseline_states]
                 states = trajectories.fetch(batch[steps.to(batch.device)])
-            metrics = self.critic.update(real, trajectories.fetch(batch[-1]), states, steps)
+            fake = trajectories.fetch(batch[-1])
+            metrics = self.critic.update(real, fake, states, steps, **under)
         tagged = {CRITIC_TAGS.get(key, f"train/{key}"): value for key, value in metrics.items()}
         # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
         # gives it.
         return {"rollout/ep_rew_mean": metrics["critic_fake"], **tagged}
 
-    def differentiable_reward(self, samples: Tensor) -> Tensor:
-        """Return the reward (n,) of finished samples (n, *shape), with its gradient.
+    def value(self, episodes: DiffusionMDP, states: Tensor, step: int) -> Tensor:
+        """Return V (n,) of the states (n, *shape) of episodes before a step, 0 to K - 1."""
+        before = torch.full((1,), step, device=self.device)
+        if episodes.condition is None:
+            return self.critic.value(states[None], before)[0]
+        return self.critic.value(states[None], before, episodes.condition)[0]
+
+    def differentiable_reward(self, episodes: DiffusionMDP, samples: Tensor) -> Tensor:
+        """Return the reward (n,) of episodes' finished samples (n, *shape), with its gradient.
 
         Raises:
             ValueError: the reward has none with respect to the sample.
         """
-        reward = self.mdp.terminal_reward(samples)
+        reward = episodes.terminal_reward(samples)
         if not reward.requires_grad:
             raise ValueError(
                 f"{type(self).__name__} follows the gradient of the reward with respect to the "

@@ -159,13 +159,17 @@ class GaussianChain(nn.Module):
             )
         return nearest.view(-1).clamp(max=self.steps - 1)
 
-    def distribution(self, sample: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+    def distribution(
+        self, sample: Tensor, step: int | Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return mean (N, *shape) and standard deviation (broadcastable) of p(x_s | x_t).
 
         Args:
             sample: states x_t (N, *shape).
             step: the step j they are at: one number for all, or (N,) int64.
+            condition: the classes (N,) that they are asked under, if there are any.
         """
+        denoiser = self.denoiser.under(condition)
         if isinstance(step, int):
             t: float | Tensor = self._times[step]
         else:
@@ -173,10 +177,10 @@ class GaussianChain(nn.Module):
             step = step.view(-1, *[1] * (sample.ndim - 1))
         std = self.log_std[step].exp()
         if self.covariance is None:
-            output = self.tableau.output_at(self.denoiser, sample, t)
+            output = self.tableau.output_at(denoiser, sample, t)
         else:
             with nullcontext() if self._trains_head else frozen(self.denoiser.head):
-                output, covariance = self.denoiser.outputs_with_covariance(
+                output, covariance = denoiser.outputs_with_covariance(
                     sample, t, self.tableau.output
                 )
             weight = self.covariance[step]
@@ -187,10 +191,15 @@ class GaussianChain(nn.Module):
         return mean, std
 
     def log_density(
-        self, next_sample: Tensor, sample: Tensor, step: int | Tensor, reduction: Reduction = "sum"
+        self,
+        next_sample: Tensor,
+        sample: Tensor,
+        step: int | Tensor,
+        reduction: Reduction = "sum",
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return log p_theta(x_s | x_t), shape (N,); see `gaussian_log_density`."""
-        mean, std = self.distribution(sample, step)
+        mean, std = self.distribution(sample, step, condition)
         return gaussian_log_density(next_sample, mean, std, reduction)
 
     def act(self, observation: Observation, step: int, draw: Draw) -> Tensor:
@@ -201,18 +210,22 @@ class GaussianChain(nn.Module):
             step: the step j they are at.
             draw: source of the noise, which is drawn for all of them at once.
         """
-        sample = observation["sample"]
+        sample, condition = observation["sample"], observation.get("condition")
         noise = draw(sample)
         if torch.is_grad_enabled():
             if self.checkpointing:
-                mean, std = checkpoint(self.distribution, sample, step, use_reentrant=False)
+                mean, std = checkpoint(
+                    self.distribution, sample, step, condition, use_reentrant=False
+                )
             else:
-                mean, std = self.distribution(sample, step)
+                mean, std = self.distribution(sample, step, condition)
             return torch.addcmul(mean, std, noise)
         size, moved = self.micro_batch_size or len(sample), []
-        for part, fresh in zip(sample.split(size), noise.split(size), strict=True):
-            mean, std = self.distribution(part, step)
-            moved.append(torch.addcmul(mean, std, fresh))
+        for first in range(0, len(sample), size):
+            rows = slice(first, first + size)
+            under = None if condition is None else condition[rows]
+            mean, std = self.distribution(sample[rows], step, under)
+            moved.append(torch.addcmul(mean, std, noise[rows]))
         return moved[0] if len(moved) == 1 else torch.cat(moved)
 
     def export(self) -> Tableau:

@@ -45,7 +45,8 @@ def sample(
         return_trajectory: return all states (K + 1, N, *shape).
         mdp: the environment in which the samples begin and move, on the tableau's times; None is
             one that begins with the prior, and whose next state is the action.
-        options: what its `episodes` takes, such as `known` of `Inpainting`.
+        options: what its `episodes` takes, such as `known` of `Inpainting`, or the `condition` of a
+            conditional environment, which draws classes otherwise.
 
     Raises:
         ValueError: an environment with transitions of its own, and a tableau that asks the network
@@ -54,7 +55,9 @@ def sample(
     """
     n = start if isinstance(start, int) else len(start)
     episodes = None if mdp is None else _episodes(tableau, mdp, n, generator, options)
-    if isinstance(start, int) and episodes is not None:
+    if episodes is not None:
+        denoiser = denoiser.under(episodes.condition)
+    if isinstance(start, int) and episodes is not None and not episodes.is_plain:
         start = episodes.initial(start, generator)
     elif isinstance(start, int):
         device = next(denoiser.parameters()).device
@@ -65,11 +68,11 @@ def sample(
     for first in range(0, n, size):
         rows = slice(first, first + size)
         transition = None
-        if episodes is not None:
+        if episodes is not None and not episodes.is_plain:
             transition = functools.partial(episodes.at(rows).transition, draw=draw)
         chunks.append(
             tableau.sample(
-                denoiser,
+                denoiser.at(rows),
                 start[rows],
                 generator=generator,
                 return_trajectory=return_trajectory,
@@ -86,11 +89,15 @@ def _episodes(
     generator: torch.Generator | None,
     options: dict[str, Any],
 ) -> DiffusionMDP | None:
-    """Begin n episodes on the tableau's times; None where the table alone says what happens."""
-    if mdp.is_plain:
-        for name in options:
+    """Begin n episodes on the tableau's times; None where the table alone says what happens.
+
+    In a plain environment it does but for the classes, so its schedule may be another there.
+    """
+    for name in options:
+        if name not in mdp.episode_options:
             raise TypeError(f"this environment's episodes take no option {name!r}")
-        return None
+    if mdp.is_plain:
+        return mdp.episodes(n, generator, **options) if mdp.conditional else None
     if (np.diff(tableau.times) >= 0).any():
         raise ValueError(
             f"'{tableau.name}' asks the network twice at one time; {type(mdp).__name__} moves "
@@ -107,11 +114,21 @@ def sampler_of(
     denoiser: Denoiser,
     shape: tuple[int, ...],
     mdp: DiffusionMDP | None = None,
-) -> Callable[[int, torch.Generator], Tensor]:
-    """Bind all that sampling needs to a sampler `(n, generator) -> (n, *shape)`; see `sample`."""
+) -> Callable[..., Tensor]:
+    """Bind all that sampling needs to a sampler `(n, generator) -> (n, *shape)`; see `sample`.
+
+    It takes the options of the environment's episodes, too.
+    """
 
     @torch.no_grad()
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return sample(tableau, denoiser, n, shape=shape, generator=generator, mdp=mdp)
+    def draw(n: int, generator: torch.Generator, **options: Any) -> Tensor:
+        return sample(tableau, denoiser, n, shape=shape, generator=generator, mdp=mdp, **options)
 
     return draw
+
+
+def evaluations_of(tableau: Tableau, denoiser: Denoiser) -> int:
+    """Return how many network evaluations a sample costs: a guided answer costs two."""
+    if denoiser.classes is None:
+        return tableau.nfe
+    return sum(denoiser.evaluations(time) for time in tableau.times[:-1].tolist())

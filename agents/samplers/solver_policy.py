@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..denoisers.denoiser import Denoiser
 from .gaussian import TIME_ROUNDING
-from .sampling import sample
+from .sampling import evaluations_of, sample
 from .tableau import Tableau
 
 State = tuple[np.ndarray, ...]
@@ -46,8 +46,8 @@ class SolverPolicy:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations a sample costs."""
-        return self.tableau.nfe
+        """Network evaluations a sample costs; guided, each answer costs two."""
+        return evaluations_of(self.tableau, self.denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +66,8 @@ class SolverPolicy:
         """Return the next samples and the state to pass back on the next call.
 
         Args:
-            observation: {"sample": (N, *shape) or (*shape), "timestep"} as NumPy arrays.
+            observation: {"sample": (N, *shape) or (*shape), "timestep"} as NumPy arrays, and
+                "condition", the classes, in a conditional environment.
             state: what the last call returned; None at the start of an episode.
             episode_start: (N,) flags; True drops the state, which must be that of an episode that
                 is over. All samples start together.
@@ -100,7 +101,11 @@ class SolverPolicy:
             )
         self._check_time(j, np.asarray(observation["timestep"]))
         states.append(now)
-        output, std = self.tableau.evaluate_with_std(self.denoiser, now, j)
+        denoiser = self.denoiser
+        if "condition" in observation:
+            classes = torch.as_tensor(observation["condition"], device=self.device)
+            denoiser = denoiser.under(classes.reshape(-1).long())
+        output, std = self.tableau.evaluate_with_std(denoiser, now, j)
         outputs.append(output)
         action = self.tableau.advance(j, states, outputs, generator, std)
         memory = tuple(torch.stack(part).cpu().numpy() for part in (states, outputs))

@@ -201,14 +201,16 @@ class DODE(SolverAgent):
         return {"loss": loss, "refined_error": refined, "held_out_error": held_out}
 
     def _judge_teacher(self) -> dict[str, float]:
+        batch = self.pool.fitted[0]
         error = judge_teacher(
             self.teacher,
             self.base,
             self.mdp.schedule,
             self.settings.scale,
             self.denoiser,
-            self.pool.fitted[0].noise,
+            batch.noise,
             self.settings.integer_times,
+            batch.condition,
         )
         return {"teacher": error}
 

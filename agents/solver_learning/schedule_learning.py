@@ -99,6 +99,11 @@ class ScheduleLearning(SolverAgent):
         super().__init__(env, denoiser, *args, **arguments)
         self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
         settings = self.settings
+        if self.mdp.conditional and settings.target == "data":
+            raise ValueError(
+                "target='data' is that of the publication, which knows no classes: in a "
+                "conditional environment learn with target='teacher'."
+            )
         if not self.mdp.target.has_samples:
             settings.check_without_data()
         like = starting_schedule(self.mdp.schedule, settings.start, settings.integer_times)
@@ -111,7 +116,8 @@ class ScheduleLearning(SolverAgent):
         self._objective = make_objective(settings, self._build, like, self.mdp)
         self.teacher = self._new_teacher()
         if settings.gradient != "none":
-            check_differentiable(self.denoiser, like.times[:-1].tolist(), self.mdp.shape)
+            probed = self.denoiser.given(0) if self.denoiser.is_open else self.denoiser
+            check_differentiable(probed, like.times[:-1].tolist(), self.mdp.shape)
         # Stage two changes the network; the teacher is the network as it was given.
         self._original = self.denoiser
         if settings.tuning.rounds:
@@ -282,14 +288,16 @@ class ScheduleLearning(SolverAgent):
 
     def _judge_teacher(self) -> float:
         """Return the teacher's error; warn if it is no better than the sampler at the start."""
+        batch = self._pool.held_out[-1]
         return judge_teacher(
             self.teacher,
             self._base,
             self._objective.like,
             self.settings.scale,
             self._original,
-            self._pool.held_out[-1].noise,
+            batch.noise,
             self.settings.integer_times,
+            batch.condition,
         )
 
     def slope(self, batch: Batch) -> Slope:

@@ -38,7 +38,8 @@ class HeadTraining(VarianceLearner):
         shape = tuple(mdp.shape)
         with torch.no_grad():
             probe = torch.zeros(1, *shape, device=mdp.device)
-            features = denoiser.head_inputs(probe, mdp.process.t_max)[1].features
+            asked = denoiser.given(0) if denoiser.is_open else denoiser
+            features = asked.head_inputs(probe, mdp.process.t_max)[1].features
         with seeded(seed):
             head = VarianceHead.on_features(
                 settings.kind,
@@ -68,12 +69,18 @@ class HeadTraining(VarianceLearner):
         return rounds % CHECK_INTERVAL == 0
 
     def learn(
-        self, clean: Tensor, noise: Tensor, generator: torch.Generator, progress: float
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        generator: torch.Generator,
+        progress: float,
+        condition: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Take a gradient step of the head."""
         settings = self.settings.optimizer
         t = self.draw_times(len(clean), generator)
-        read, target = self._asked(self.mdp.process.add_noise(clean, t, noise), t, noise)
+        noisy = self.mdp.process.add_noise(clean, t, noise)
+        read, target = self._asked(noisy, t, noise, condition)
         loss = (target - self._head(*read)).square().mean()
         self._optimizer.zero_grad()
         loss.backward()
@@ -112,9 +119,11 @@ class HeadTraining(VarianceLearner):
             self.returned = LEARNED
 
     @torch.no_grad()
-    def _asked(self, noisy: Tensor, t: Tensor, noise: Tensor) -> tuple[HeadInputs, Tensor]:
+    def _asked(
+        self, noisy: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> tuple[HeadInputs, Tensor]:
         """Return what a head reads of noised samples, and the squares that it should say."""
-        _, read = self.denoiser.head_inputs(noisy, t)
+        _, read = self.denoiser.under(condition).head_inputs(noisy, t)
         missed = noise if self.settings.kind == "sn" else noise - read.epsilon
         return read, missed.square()
 

@@ -21,11 +21,13 @@ class Noised(NamedTuple):
         noisy: (N, *shape) noised samples.
         t: (N,) their times.
         noise: (N, *shape) the noise in them.
+        condition: (N,) their classes, in a conditional environment.
     """
 
     noisy: Tensor
     t: Tensor
     noise: Tensor
+    condition: Tensor | None = None
 
 
 def held_out_samples(
@@ -46,11 +48,14 @@ def held_out_samples(
     limit = mdp.target.fresh_limit
     if limit is None or limit >= 2 * n:
         clean = mdp.target.sample_fresh(2 * n, seed)
+        labels = mdp.target.fresh_labels(2 * n, seed) if mdp.conditional else None
     else:
-        clean = mdp.target.sample(2 * n, generator)
+        clean, labels = mdp.target.draw(2 * n, generator)
     noise = torch.empty_like(clean).normal_(generator=generator)
     parts = []
     for part in (slice(0, n), slice(n, 2 * n)):
         t = draw_times(n, generator)
-        parts.append(Noised(mdp.process.add_noise(clean[part], t, noise[part]), t, noise[part]))
+        noisy = mdp.process.add_noise(clean[part], t, noise[part])
+        condition = labels[part] if mdp.conditional and labels is not None else None
+        parts.append(Noised(noisy, t, noise[part], condition))
     return parts[0], parts[1]

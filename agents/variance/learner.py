@@ -51,7 +51,12 @@ class VarianceLearner(ABC):
 
     @abstractmethod
     def learn(
-        self, clean: Tensor, noise: Tensor, generator: torch.Generator, progress: float
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        generator: torch.Generator,
+        progress: float,
+        condition: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Learn from a batch.
 
@@ -60,6 +65,7 @@ class VarianceLearner(ABC):
             noise: (N, *shape) standard normal.
             generator: source of times.
             progress: fraction of the training done, 0 to 1.
+            condition: the classes (N,) of the samples, in a conditional environment.
 
         Returns:
             What to log.

@@ -13,7 +13,6 @@ The network itself stays as it is; "sn" and "npr" train a second head on its las
 
 from __future__ import annotations
 
-import copy
 from functools import cached_property
 from typing import Any
 
@@ -73,7 +72,7 @@ class VarianceLearning(Agent):
     def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
         super().__init__(env, denoiser, *args, **arguments)
         # What is learned is the caller's from the first round on, not before.
-        self._callers, self.denoiser = self.denoiser, _light_copy(self.denoiser)
+        self._callers, self.denoiser = self.denoiser, self.denoiser.view()
         self.errors: dict[str, float] = {}
         learner = GammaSums if self.settings.kind == "gamma" else HeadTraining
         self._learner: VarianceLearner = learner(self.mdp, self.denoiser, self.settings, self.seed)
@@ -138,9 +137,10 @@ class VarianceLearning(Agent):
     def train_round(self) -> dict[str, Tensor]:
         """Learn from a batch; now and then, and at the end, keep what is better."""
         learner = self._learner
-        clean = self.mdp.target.sample(self.settings.batch_size, self.generator)
+        clean, labels = self.mdp.target.draw(self.settings.batch_size, self.generator)
         noise = torch.empty_like(clean).normal_(generator=self.generator)
-        metrics = learner.learn(clean, noise, self.generator, self.progress)
+        condition = labels if self.mdp.conditional else None
+        metrics = learner.learn(clean, noise, self.generator, self.progress, condition)
         ends = learner.complete or self.last_round
         if ends or learner.judges_after(self.rounds + 1):
             learner.choose(self._losses(0))
@@ -181,10 +181,3 @@ class VarianceLearning(Agent):
         self.errors = dict(state["errors"])
         self._learner.load_state(state, state["returned"])
         self._hand_over()
-
-
-def _light_copy(denoiser: Denoiser) -> Denoiser:
-    """Return a denoiser with the same body, with a `gamma` and a `head` of its own."""
-    light = copy.copy(denoiser)
-    light._modules = dict(denoiser._modules)
-    return light

@@ -59,13 +59,19 @@ class GammaSums(VarianceLearner):
         return int(self._counts.min()) >= self.settings.samples_per_time
 
     def learn(
-        self, clean: Tensor, noise: Tensor, generator: torch.Generator, progress: float
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        generator: torch.Generator,
+        progress: float,
+        condition: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Add a batch to the sums."""
         first = int(self._counts.sum())
         index = torch.arange(first, first + len(clean)) % len(self._counts)
         t = (index + 1).to(clean.device)
-        values = self._values(self.mdp.process.add_noise(clean, t, noise), t, noise)
+        noisy = self.mdp.process.add_noise(clean, t, noise)
+        values = self._values(noisy, t, noise, condition)
         self._sums.index_add_(0, index, values)
         self._counts.index_add_(0, index, torch.ones_like(values))
         self.denoiser.gamma = gamma = self._estimate()
@@ -118,9 +124,11 @@ class GammaSums(VarianceLearner):
         self.denoiser.gamma = self._given.clone() if keeps else self._estimate()
 
     @torch.no_grad()
-    def _values(self, noisy: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def _values(
+        self, noisy: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """Return what each sample says of Gamma at its noising, (N,) float64 on the CPU."""
-        epsilon = self.denoiser.epsilon(noisy, t)
+        epsilon = self.denoiser.under(condition).epsilon(noisy, t)
         predicted, drawn = (
             value.flatten(1).square().mean(1).cpu().double() for value in (epsilon, noise)
         )

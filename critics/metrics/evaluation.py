@@ -15,10 +15,11 @@ independent real sets of the same size.
 Images take fewer samples (2,000 for the first metric, which is also the live one, at most 10,000
 for the others) and have the metrics of a feature extractor instead of the last two: `fid`, `kid`,
 `precision`, `recall` and `c2st` if it is Inception, else `frechet_distance[NAME]`,
-`kernel_distance[NAME]`, `precision[NAME]`, `recall[NAME]` and `c2st[NAME]`. Their floor holds
-training against fresh images. A classifier knows its training images, which raises that floor where
-they are few (the digits' Frechet distance from about 0.45 to 0.8); a sampler can then go below it.
-All samplers meet the same one.
+`kernel_distance[NAME]`, `precision[NAME]`, `recall[NAME]` and `c2st[NAME]`; of a conditional
+sampler also `class_accuracy[NAME]`, how often the classifier finds the class that was asked for.
+Their floor holds training against fresh images. A classifier knows its training images, which
+raises that floor where they are few (the digits' Frechet distance from about 0.45 to 0.8); a
+sampler can then go below it. All samplers meet the same one.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ _VECTORS, _IMAGES, _LIVE_IMAGES, _NUMBERS = 10_000, 10_000, 2_000, 2**25
 _DRAWN = 2**20
 # Most samples a side that a classifier tells apart.
 _CLASSIFIED = 20_000
+# Images that a classifier looks at in one call.
+_CLASSIFIED_AT_ONCE = 2_000
 # With fewer real images than this, feature metrics are means over several sets of samples.
 _ENOUGH, _SETS = 2_000, 4
 
@@ -63,7 +66,7 @@ _FEATURE_METRICS = {
     "c2st": ("c2st", False),
 }
 
-Sampler = Callable[[int, torch.Generator], Tensor]
+Sampler = Callable[..., Tensor]
 Distances = Callable[[Tensor, FeatureExtractor], FeatureDistances]
 
 
@@ -129,6 +132,10 @@ class Evaluation:
             bias of either stays that of one set.
         distances: makes the distances to real images (M, C, H, W) in an extractor's space; one of
             your own may keep the features of the real images for the next time.
+        conditional: the samplers are conditional: each is asked for samples of given classes,
+            `sample(n, generator, condition=classes)`, in the proportions of the training samples.
+            If the extractor is a classifier, `class_accuracy[NAME]` is how often it finds that
+            class; the floor is that of fresh real images.
 
     Attributes:
         metrics: what is measured, in order.
@@ -143,6 +150,7 @@ class Evaluation:
         fresh_samples: int = 200_000,
         features: FeatureExtractor | None = None,
         distances: Distances = FeatureDistances,
+        conditional: bool = False,
     ) -> None:
         if fresh_samples < 2:
             raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
@@ -153,6 +161,8 @@ class Evaluation:
             )
         limit = target.fresh_limit
         self.target = target
+        self.conditional = conditional
+        self._classifier = features if conditional and hasattr(features, "logits") else None
         self.metrics: list[Metric] = []
         self._measurements: list[_Measurement] = []
         most = self._affordable(_LIVE_IMAGES) if self._images else _VECTORS
@@ -177,6 +187,12 @@ class Evaluation:
         self._add("mmd", lambda samples: mmd(samples, fresh), few, floor)
         if features is not None:
             self._add_features(features, min(fresh_limit, _IMAGES), distances)
+        if self._classifier is not None and limit:
+            fresh = target.sample_fresh(few, FRESH_SEED)
+            labels = target.fresh_labels(few, FRESH_SEED)  # type: ignore[attr-defined]
+            name = f"class_accuracy[{self._classifier.name}]"
+            floor = self._accuracy(fresh, labels)
+            self.metrics.append(Metric(name, self.samples, floor, higher_is_better=True))
         if not self._images:
             self._add_classifier(min(count, _CLASSIFIED))
             manifold: Manifold | None = getattr(target, "manifold", None)
@@ -222,6 +238,14 @@ class Evaluation:
             self.metrics.append(Metric(names[key], sets * count, floors[names[key]], higher))
         self._measurements.append(_Measurement(sets * count, score))
 
+    def _accuracy(self, samples: Tensor, classes: Tensor) -> float:
+        """Return the share of samples (N, *shape) in which the classifier finds their class."""
+        classifier: Any = self._classifier
+        with torch.no_grad():
+            parts = samples.split(_CLASSIFIED_AT_ONCE)
+            found = [classifier.logits(part).argmax(1) for part in parts]
+        return float((torch.cat(found) == classes).float().mean())
+
     def _other_real(self, count: int) -> Tensor:
         """Draw real samples independent of the fresh ones: fresh again, or training samples."""
         if self.target.fresh_limit is None:
@@ -245,15 +269,19 @@ class Evaluation:
         generator, about a million numbers at a time, so that a network's activations fit.
         """
         generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED + seed)
-        return self.score(self._draw(sample, self.samples, generator))
+        return self.score(*self._draw(sample, self.samples, generator))
 
     @property
     def samples(self) -> int:
         """How many samples all metrics together look at."""
         return max(measurement.samples for measurement in self._measurements)
 
-    def score(self, samples: Tensor) -> dict[str, float]:
+    def score(self, samples: Tensor, classes: Tensor | None = None) -> dict[str, float]:
         """Score finished samples (N, *shape) on every metric, each on as many as it takes.
+
+        Args:
+            samples: (N, *shape).
+            classes: those that they were asked for (N,); without, `class_accuracy` is NaN.
 
         Raises:
             ValueError: samples of another shape, or that are not finite; too few for a metric.
@@ -262,22 +290,32 @@ class Evaluation:
         scores: dict[str, float] = {}
         for measurement in self._measurements:
             scores |= measurement.score(samples[: measurement.samples])
+        for metric in self.metrics[len(scores) :]:  # the accuracy of classes, if it is measured
+            known = classes is not None
+            scores[metric.name] = self._accuracy(samples, classes) if known else math.nan  # type: ignore[arg-type]
         return scores
 
     def quick(self, sample: Sampler) -> float:
         """Score a sampler on the first metric alone: the live figure of a training run."""
         measurement = self._measurements[0]
         generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED)
-        samples = self._draw(sample, measurement.samples, generator)
+        samples, _ = self._draw(sample, measurement.samples, generator)
         return measurement.score(samples)[self.metrics[0].name]
 
-    def _draw(self, sample: Sampler, count: int, generator: torch.Generator) -> Tensor:
-        if not self._images:
-            return sample(count, generator)
-        most = max(1, _DRAWN // math.prod(self.target.shape))
-        return torch.cat(
-            [sample(min(most, count - done), generator) for done in range(0, count, most)]
-        )
+    def _draw(
+        self, sample: Sampler, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return samples (count, *shape), and the classes (count,) that they were asked for."""
+        classes = None
+        if self.conditional:
+            classes = self.target.sample_labels(count, generator)  # type: ignore[attr-defined]
+        most = max(1, _DRAWN // math.prod(self.target.shape)) if self._images else count
+        parts = []
+        for done in range(0, count, most):
+            size = min(most, count - done)
+            under = {} if classes is None else {"condition": classes[done : done + size]}
+            parts.append(sample(size, generator, **under))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), classes
 
 
 @dataclass(frozen=True)
@@ -336,6 +374,7 @@ def evaluate(
     seed: int = 0,
     nfe: int | None = None,
     distances: Distances = FeatureDistances,
+    conditional: bool | None = None,
 ) -> Report:
     """Score a sampler against real samples; each metric has its sampling floor beside it.
 
@@ -353,6 +392,7 @@ def evaluate(
         seed: of the sampler's noise.
         nfe: network evaluations a sample costs; by default what the sampler says, `sampler.nfe`.
         distances: see `Evaluation`.
+        conditional: see `Evaluation`; by default whether the sampler's environment is.
 
     Raises:
         ValueError: too few samples, samples of another shape or that are not finite, or features of
@@ -361,7 +401,11 @@ def evaluate(
     """
     real: Real = _Halves(target) if _is_array(target) else target  # type: ignore[arg-type,assignment]
     given = torch.as_tensor(sampler).to(real.device) if _is_array(sampler) else None
-    evaluation = Evaluation(real, n if given is None else len(given), features, distances)
+    if conditional is None:
+        conditional = bool(getattr(getattr(sampler, "mdp", None), "conditional", False))
+    evaluation = Evaluation(
+        real, n if given is None else len(given), features, distances, conditional
+    )
     if given is None:
         with torch.no_grad():
             values = evaluation(_drawing(sampler, real.shape), seed)
@@ -392,7 +436,7 @@ def _drawing(sampler: Any, shape: torch.Size) -> Sampler:
         return sampler
     # A policy of a solver does not know the shape of its samples.
     also = {"shape": tuple(shape)} if "shape" in inspect.signature(method).parameters else {}
-    return lambda n, generator: method(n, generator=generator, **also)
+    return lambda n, generator, **under: method(n, generator=generator, **also, **under)
 
 
 class _Halves:

@@ -236,6 +236,14 @@ class Target:
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return _to_float(self._training[rows[:n].to(self.device)])
 
+    @cached_property
+    def classes(self) -> int | None:
+        """How many classes its labels tell apart, the largest label plus one; None without any."""
+        if self.labels is None:
+            return None
+        held_out = [] if self.held_out_labels is None else [self.held_out_labels]
+        return 1 + max(int(labels.max()) for labels in (self.labels, *held_out))
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw `(n, *shape)` training samples, with replacement; mirrored by chance if `flip`.
 
@@ -244,6 +252,24 @@ class Target:
         Raises:
             ValueError: There are no samples.
         """
+        return self.draw(n, generator)[0]
+
+    def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the labels `(n,)` of training samples, with replacement.
+
+        Raises:
+            ValueError: Its samples have no labels.
+        """
+        if self.labels is None:
+            raise ValueError(f"the samples of {self.name} have no labels")
+        source = self.device if generator is None else generator.device
+        rows = torch.randint(len(self.labels), (n,), generator=generator, device=source)
+        return self.labels[rows.to(self.device)]
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw training samples as `sample` does, and their labels `(n,)`, None without any."""
         if not self.has_samples:
             raise ValueError("there are no samples to draw: this target only has a shape")
         device = self._training.device
@@ -253,7 +279,8 @@ class Target:
         if self.flip:
             mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
             drawn = torch.where(mirrored.to(device), drawn.flip(-1), drawn)
-        return _to_float(drawn)
+        labels = None if self.labels is None else self.labels[rows.to(device)]
+        return _to_float(drawn), labels
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
         """Draw `(n, *shape)` real samples that are not among the training samples.

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from ...agents.samplers.sampling import evaluations_of
 from ...common.checks import at_least
 from ...critics.metrics.evaluation import evaluate
 from ..reports.console import console, print_results
@@ -49,8 +50,9 @@ def main(argv: Sequence[str]) -> None:
         settings.evaluation_samples,
         features=features,
         seed=settings.seed,
-        nfe=tableau.nfe,
+        nfe=evaluations_of(tableau, denoiser),
         distances=real_distances,
+        conditional=mdp.conditional,
     )
     results = {
         "env": mdp.target.name,

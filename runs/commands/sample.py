@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...agents.samplers.sampling import evaluations_of
 from ...common.files import write_atomically
 from ..reports.console import console
 from ..reports.plots import pictured, samples_figure, save_figure
@@ -49,4 +50,5 @@ def main(argv: Sequence[str]) -> None:
                 np.save(file, samples.numpy())
 
         write_atomically(settings.output, write)
-    console.out(f"{settings.n} samples, {tableau.nfe} network calls each: {settings.output}")
+    calls = evaluations_of(tableau, denoiser)
+    console.out(f"{settings.n} samples, {calls} network calls each: {settings.output}")

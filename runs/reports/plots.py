@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...agents.report import Curve, Panel
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from ...envs import DiffusionMDP
 
 # Curves of no more points than this show each: a single point is invisible as a line.
 FEW = 30
@@ -32,6 +35,16 @@ REAL, FAKE, PATH = "#9aa0a6", "#1a73e8", "#d93025"
 def pictured(shape: Sequence[int]) -> int:
     """Return how many samples of this shape a picture shows."""
     return GRID if is_image(shape) else PICTURED
+
+
+def classes_shown(mdp: DiffusionMDP, count: int) -> dict[str, Tensor]:
+    """Return the condition of `count` samples for a picture: each class in turn, if there are any.
+
+    It is an option of `Actor.sample`; without classes there is none.
+    """
+    if mdp.classes is None:
+        return {}
+    return {"condition": torch.arange(count, device=mdp.device) % mdp.classes}
 
 
 def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:

@@ -8,7 +8,7 @@ from ...common.distributed import Processes
 from ...common.optimisation import seeded
 from ...envs import DiffusionMDP
 from ...envs.processes import NoiseProcess, make_process
-from ..settings.environment import build_environment, check_fits
+from ..settings.environment import build_environment, check_fits, under_terms
 from ..settings.foreign import check_body, foreign_body, is_foreign
 from ..settings.sources import starting_denoiser
 from ..settings.train import (
@@ -56,10 +56,16 @@ def check(settings: Settings) -> DiffusionMDP:
                 f"--process {asked} is not that of the given denoiser, {denoiser.process!r}; leave "
                 "it out."
             )
+    if run.conditional and run.condition is not None:
+        raise ValueError(
+            "--condition names the class in an environment without conditions; leave out "
+            "--conditional, whose episodes have classes of their own."
+        )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
-    AGENTS[CLONER](mdp, denoiser, settings.cloning)
-    AGENTS[run.agent](mdp, denoiser, settings.agent)
+    if run.denoiser is None and run.pretrained is None:
+        AGENTS[CLONER](mdp, denoiser, settings.cloning)
+    AGENTS[run.agent](mdp, under_terms(denoiser, run), settings.agent)
     return mdp
 
 
@@ -92,6 +98,7 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
         download=run.download,
         image_size=run.image_size,
         inpaint=run.inpaint,
+        conditional=run.conditional,
         default_schedule=AGENTS[run.agent].grid,
     )
     if run.download and processes.first:

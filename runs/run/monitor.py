@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ...agents import TrainingDivergedError
 from ...agents.base import Agent
 from ...critics.metrics.evaluation import NOISE_SEED, Evaluation, Sampler
-from ..reports.plots import pictured, samples_figure
+from ..reports.plots import classes_shown, pictured, samples_figure
 from .interrupts import Interrupts
 from .logs import LIVE_METRIC, NOT_TENSORBOARD
 
@@ -120,7 +120,7 @@ class Monitor(BaseCallback):
         assert self.bar is not None
         score = self.evaluation.quick(
             finite(
-                lambda n, generator: self.model.sample(n, generator=generator),
+                lambda n, generator, **under: self.model.sample(n, generator=generator, **under),
                 self.model.num_timesteps,
             )
         )
@@ -129,7 +129,8 @@ class Monitor(BaseCallback):
         if rounds % self.picture_interval == 0 or rounds == self.total_rounds:
             generator = torch.Generator(self.model.device).manual_seed(NOISE_SEED)
             count = pictured(self.model.mdp.shape)
-            samples = self.model.sample(count, generator=generator)
+            under = classes_shown(self.model.mdp, count)
+            samples = self.model.sample(count, generator=generator, **under)
             real = self.evaluation.target.take(count)
             figure = samples_figure({"samples": samples}, real)
             self.logger.record(
@@ -146,8 +147,8 @@ def finite(sample: Sampler, timesteps: int) -> Sampler:
         timesteps: its denoiser calls so far.
     """
 
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        samples = sample(n, generator)
+    def draw(n: int, generator: torch.Generator, **under: Any) -> Tensor:
+        samples = sample(n, generator, **under)
         if not samples.isfinite().all():
             raise TrainingDivergedError("a sample", timesteps)
         return samples

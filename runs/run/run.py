@@ -23,9 +23,16 @@ from ...critics.metrics.evaluation import NOISE_SEED, Evaluation
 from ...envs import DiffusionMDP
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
-from ..reports.plots import curve_figure, pictured, samples_figure, save_figure, trajectories_figure
+from ..reports.plots import (
+    classes_shown,
+    curve_figure,
+    pictured,
+    samples_figure,
+    save_figure,
+    trajectories_figure,
+)
 from ..reports.results import combine, save_files, show_report
-from ..settings.environment import check_fits
+from ..settings.environment import check_fits, under_terms
 from ..settings.foreign import check_body, foreign_body
 from ..settings.sources import starting_denoiser
 from ..settings.train import (
@@ -98,7 +105,11 @@ class Run:
                 self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
             )
             self.evaluation = Evaluation(
-                self.mdp.target, run.evaluation_samples, features, real_distances
+                self.mdp.target,
+                run.evaluation_samples,
+                features,
+                real_distances,
+                self.mdp.conditional,
             )
         if not AGENTS[run.agent].needs_denoiser:
             agent, before = self.clone(), None
@@ -124,7 +135,8 @@ class Run:
     def _cloned(self, device: torch.device | str) -> Denoiser:
         """Load the denoiser that the agent starts from."""
         run = self.settings.run
-        return Denoiser.load(self.folder.cloning, device, foreign_body(run.body, run.body_options))
+        body = foreign_body(run.body, run.body_options)
+        return under_terms(Denoiser.load(self.folder.cloning, device, body), run)
 
     def adopt_denoiser(self) -> None:
         """Copy the denoiser that the user names into the folder, once."""
@@ -255,6 +267,7 @@ class Run:
                     generator=generator,
                     return_trajectory=True,
                     mdp=self.mdp,
+                    **classes_shown(self.mdp, count),
                 )
             trajectories[name] = states, tableau.times.tolist()
         panels = {name: states[-1] for name, (states, _) in trajectories.items()} | {"data": real}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from ...critics.metrics.evaluation import Sampler
 from ...envs import DiffusionMDP, Target
 from ...envs.registration import resolve_environment
 from ..run.folder import tableau_file
-from .environment import build_environment, check_fits
+from .environment import build_environment, check_fits, under_terms
 from .foreign import check_body, foreign_body, is_foreign
 from .sources import find_denoiser
 from .train import Settings, TrainSettings, check_seed, resolve_device
@@ -66,6 +66,15 @@ class PretrainedSettings:
     """Fetch missing data files, or a denoiser that is on the hub."""
     image_size: int | None = None
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
+    guidance: float | None = None
+    """Classifier-free guidance of a conditional denoiser; its own, or 1, if omitted."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha, low and high, between which it is guided; all if omitted."""
+    guidance_rescale: float | None = None
+    """Share of a guided answer that is rescaled to the spread of the unguided one, 0 to 1."""
+    condition: int | None = None
+    """Class that a conditional denoiser is asked for; classes in the data's proportions if
+    omitted."""
 
 
 def load(
@@ -92,11 +101,13 @@ def load(
         own_network(settings, run),
         run.body if run and is_foreign(run.body) else None,
     )
+    denoiser = under_terms(denoiser, settings)
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER
     shape = denoiser.shape or ()
     inpaint = run.inpaint if run else None
-    without = not needs_data and is_image(shape) and inpaint is None
+    # Classes are drawn in the proportions of the data.
+    without = not needs_data and is_image(shape) and inpaint is None and not denoiser.is_open
     name = settings.env or (run.env if run else None)
     if name is None and without:
         name = "ImageFolder"  # has the defaults of all images
@@ -117,6 +128,7 @@ def load(
         download=settings.download,
         image_size=settings.image_size or (run.image_size if run else None),
         inpaint=inpaint,
+        conditional=denoiser.is_open,
     )
     check_fits(denoiser, mdp, settings.denoiser)
     check_body(denoiser, mdp.shape, settings.body)
@@ -160,9 +172,9 @@ def finite_sampler(
     """Return a sampler that raises ValueError instead of giving NaN or infinity."""
     draw = sampler_of(tableau, denoiser, mdp.shape, mdp)
 
-    def checked(n: int, generator: torch.Generator) -> Tensor:
+    def checked(n: int, generator: torch.Generator, **options: Any) -> Tensor:
         try:
-            samples = draw(n, generator)
+            samples = draw(n, generator, **options)
         except (ValueError, RuntimeError) as error:
             # torch refuses a coefficient of 1e308, which float32 has not, with a RuntimeError.
             if isinstance(error, RuntimeError) and "without overflow" not in str(error):

@@ -96,6 +96,17 @@ class TrainSettings(AnySettings):
     inpaint: str | None = None
     """A part of each sample is known, and put back after every step: half, quarter or random; if
     omitted nothing is known."""
+    conditional: bool = False
+    """Play each episode under a class of the data's, and clone a conditional denoiser."""
+    guidance: float | None = bounded(None, least=0)
+    """Classifier-free guidance of a conditional denoiser: 1 asks it with the class alone, more
+    costs two network evaluations a call; the denoiser's own, or 1, if omitted."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha, low and high, between which it is guided; all if omitted."""
+    guidance_rescale: float | None = bounded(None, least=0, most=1)
+    """Share of a guided answer that is rescaled to the spread of the unguided one, 0 to 1."""
+    condition: int | None = bounded(None, least=0)
+    """Class under which a conditional denoiser is asked in an environment that is not."""
     checkpoint_seconds: float = bounded(20.0, least=0)
     """Seconds between two checkpoints; 0 writes one every round."""
     log_interval: int = bounded(10, least=1)

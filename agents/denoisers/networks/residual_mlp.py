@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ....common.arguments import checked
 from ....common.precision import in_full_precision
-from .times import SinusoidalTime, check_range, shared
+from .times import SinusoidalTime, check_range, class_config, label_embedding, shared
 
 
 class ResidualMLP(nn.Module):
@@ -23,6 +23,7 @@ class ResidualMLP(nn.Module):
         hidden: width of the residual stream.
         blocks: number of residual blocks.
         time_range: see `SinusoidalTime`.
+        classes: number of classes of a conditional network; None for an unconditional one.
     """
 
     @checked
@@ -32,6 +33,7 @@ class ResidualMLP(nn.Module):
         hidden: int = 256,
         blocks: int = 3,
         time_range: Sequence[float] | None = None,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.config = {
@@ -40,9 +42,11 @@ class ResidualMLP(nn.Module):
             "hidden": hidden,
             "blocks": blocks,
             "time_range": check_range(time_range),
+            **class_config(classes),
         }
         dimension, embedding = math.prod(shape), 64
         self.time = SinusoidalTime(embedding, embedding, time_range)
+        self.label = label_embedding(classes, embedding)
         self.stem = nn.Linear(dimension, hidden)
         self.blocks = nn.ModuleList(_ResidualLayer(hidden, embedding) for _ in range(blocks))
         self.norm = nn.LayerNorm(hidden)
@@ -50,9 +54,15 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
-        """Return the prediction, shaped like `sample` (N, *shape), at network times (N,)."""
-        embedding = F.silu(self.time(shared(time).to(sample.dtype)))
+    def forward(self, sample: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the prediction, shaped like `sample` (N, *shape), at network times (N,).
+
+        A conditional network takes classes (N,) int64, `classes` itself for none.
+        """
+        embedding = self.time(shared(time).to(sample.dtype))
+        if self.label is not None:
+            embedding = embedding + self.label(shared(condition))
+        embedding = F.silu(embedding)
         h = self.stem(sample.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ....common.arguments import checked
 from ....common.precision import in_full_precision
-from .times import SinusoidalTime, check_range, shared
+from .times import SinusoidalTime, check_range, class_config, label_embedding, shared
 
 
 class ResidualBlock(nn.Module):
@@ -49,6 +49,7 @@ class SmallUNet(nn.Module):
         width: channels at full resolution (a multiple of 8); twice as many at each coarser one.
         time_range: see `SinusoidalTime`.
         levels: number of resolutions, 1 to 8.
+        classes: number of classes of a conditional network; None for an unconditional one.
     """
 
     @checked
@@ -58,6 +59,7 @@ class SmallUNet(nn.Module):
         width: int = 32,
         time_range: Sequence[float] | None = None,
         levels: int = 2,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         channels, height, breadth = shape
@@ -75,11 +77,13 @@ class SmallUNet(nn.Module):
             "width": width,
             "time_range": check_range(time_range),
             "levels": levels,
+            **class_config(classes),
         }
         embedding = 4 * width
         widths = [width * 2**level for level in range(levels)]
         steps = list(pairwise(widths))
         self.time = SinusoidalTime(width, embedding, time_range)
+        self.label = label_embedding(classes, embedding)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encode = nn.ModuleList(ResidualBlock(w, w, embedding) for w in widths[:-1])
         self.down = nn.ModuleList(
@@ -96,9 +100,14 @@ class SmallUNet(nn.Module):
             nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
         )
 
-    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
-        """Return the prediction (N, C, H, W) for samples (N, C, H, W) at network times (N,)."""
+    def forward(self, sample: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the prediction (N, C, H, W) for samples (N, C, H, W) at network times (N,).
+
+        A conditional network takes classes (N,) int64, `classes` itself for none.
+        """
         embedding = self.time(shared(time).to(sample.dtype))
+        if self.label is not None:
+            embedding = embedding + self.label(shared(condition))
         h, skips = self.stem(sample), []
         for encode, down in zip(self.encode, self.down, strict=True):
             skips.append(encode(h, embedding))

@@ -34,10 +34,14 @@ _NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class Batch:
-    """Initial noise (N, *shape) and the states (K, N, *shape) that the steps should lead to."""
+    """Initial noise (N, *shape) and the states (K, N, *shape) that the steps should lead to.
+
+    In a conditional environment the classes (N,) as well.
+    """
 
     noise: Tensor
     targets: Tensor
+    condition: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ def noise_errors(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch])
     """Return the finished samples' errors from the teacher's, (N,): a coordinate's mean squares."""
     return torch.cat(
         [
-            coordinate_errors(tableau.sample(denoiser, batch.noise), batch.targets[-1])
+            coordinate_errors(
+                tableau.sample(denoiser.under(batch.condition), batch.noise), batch.targets[-1]
+            )
             for batch in batches
         ]
     )
@@ -135,7 +141,8 @@ class _Student:
     """One batch on its way through the student's steps."""
 
     def __init__(self, tableau: Tableau, denoiser: Denoiser, batch: Batch) -> None:
-        self.tableau, self.denoiser, self.batch = tableau, denoiser, batch
+        self.tableau, self.batch = tableau, batch
+        self.denoiser = denoiser.under(batch.condition)
         self.states: list[Tensor] = [batch.noise]
         self.outputs: list[Tensor] = []
         self._base = batch.noise

@@ -57,10 +57,12 @@ class Pool:
         generator = torch.Generator(self._mdp.device).manual_seed(self._seed)
         made = []
         for i, size in enumerate(self._sizes):
+            condition = self._mdp.episodes(size, generator).condition
             noise = self._mdp.initial(size, generator)
-            states = self.teacher.states(self._denoiser, noise)
+            states = self.teacher.states(self._denoiser.under(condition), noise)
             # Of noise that is not fitted only the finished samples count.
-            made.append(Batch(noise, states if i < self._count else states[-1:].clone()))
+            kept = states if i < self._count else states[-1:].clone()
+            made.append(Batch(noise, kept, condition))
         return made
 
     @property

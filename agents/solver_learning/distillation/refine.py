@@ -93,7 +93,8 @@ class Refiner:
             optimizer.zero_grad()
             total = 0.0
             for batch in batches:
-                missed = self.module(denoiser, batch.noise) - batch.targets[-1]
+                ends = self.module(denoiser.under(batch.condition), batch.noise)
+                missed = ends - batch.targets[-1]
                 loss = missed.square().mean() / len(batches)
                 loss.backward()
                 total += float(loss.detach())

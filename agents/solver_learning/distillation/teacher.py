@@ -114,6 +114,7 @@ def errors_against_finer(
     denoiser: Denoiser,
     noise: Tensor,
     integer: bool = False,
+    condition: Tensor | None = None,
 ) -> tuple[float, float]:
     """Measure a teacher and the student's base solver against a much finer solver.
 
@@ -125,11 +126,15 @@ def errors_against_finer(
         denoiser: the network.
         noise: (N, *shape) of which no more is used than needed.
         integer: round the finer solver's times to whole noisings.
+        condition: the classes (N,) of a conditional environment.
 
     Returns:
         The mean squared errors per coordinate of the finished samples of teacher and student.
     """
-    checked = noise[: max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES)]
+    rows = slice(max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES))
+    checked = noise[rows]
+    if condition is not None:
+        denoiser = denoiser.under(condition[rows])
     with warnings.catch_warnings():
         # It has to start where the student does, and in very many steps it may.
         warnings.simplefilter("ignore", EmptyStartWarning)
@@ -151,9 +156,12 @@ def judge_teacher(
     denoiser: Denoiser,
     noise: Tensor,
     integer: bool = False,
+    condition: Tensor | None = None,
 ) -> float:
     """Return the teacher's error of `errors_against_finer`; warn unless the student's is larger."""
-    error, base = errors_against_finer(teacher, student, schedule, scale, denoiser, noise, integer)
+    error, base = errors_against_finer(
+        teacher, student, schedule, scale, denoiser, noise, integer, condition
+    )
     if error >= base > 0:
         warnings.warn(
             f"The teacher {teacher.tableau.name} of {teacher.tableau.nfe} calls is no better than "

@@ -98,13 +98,15 @@ def backpropagate(
     sensitivity = Sensitivity.zeros(tableau.steps)
     size = chunk_size(2 * (steps + 1), noise)
     ends, error = [], 0.0
-    for start, goal in zip(noise.split(size), target.split(size), strict=True):
+    for first in range(0, len(noise), size):
+        rows = slice(first, first + size)
+        part = denoiser.at(rows)
         with torch.no_grad():
-            states = list(islice(tableau.states(denoiser, start), steps + 1))
-        missed = states[-1] - goal
+            states = list(islice(tableau.states(part, noise[rows]), steps + 1))
+        missed = states[-1] - target[rows]
         error += float(missed.double().square().sum()) / len(noise)
         ends.append(states[-1])
-        _descend(tableau, denoiser, states, missed * (2 / len(noise)), sensitivity, parameters)
+        _descend(tableau, part, states, missed * (2 / len(noise)), sensitivity, parameters)
     return error, torch.cat(ends), sensitivity
 
 

@@ -53,10 +53,13 @@ def amplified_programmes(
     count = int((teacher.times > 0).sum())
     multistep = max(orders) > 1
     costs = [_Costs(count, multistep), _Costs(count, multistep)]
-    for chunk in noise.split(chunk_size(6 * (teacher.steps + 1), noise)):
-        run = path_of(teacher, denoiser, chunk)
+    portion = chunk_size(6 * (teacher.steps + 1), noise)
+    for first in range(0, len(noise), portion):
+        rows = slice(first, first + portion)
+        part, chunk = denoiser.at(rows), noise[rows]
+        run = path_of(teacher, part, chunk)
         signs = torch.empty_like(chunk).bernoulli_(0.5, generator=generator)
-        adjoint = adjoints(run, teacher.times, denoiser, 2 * signs - 1)
+        adjoint = adjoints(run, teacher.times, part, 2 * signs - 1)
         if not adjoint.isfinite().all():
             return []
         size = adjoint.norm(dim=2, keepdim=True)

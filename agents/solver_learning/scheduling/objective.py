@@ -73,7 +73,11 @@ class Objective:
         schedule = schedule_at(levels, self.like)
         tableau = self.build(schedule)
         loss, ends, sensitivity = backpropagate(
-            tableau, denoiser, batch.noise, batch.target, self.rows(tableau)
+            tableau,
+            denoiser.under(batch.condition),
+            batch.noise,
+            batch.target,
+            self.rows(tableau),
         )
         return loss, ends, by_log_level(self.build, schedule, sensitivity) / levels
 
@@ -90,5 +94,5 @@ class Objective:
         self, step: int, goal: Tensor, denoiser: Denoiser, tableau: Tableau, batch: Batch
     ) -> Tensor:
         """Return the errors of the states after so many steps."""
-        states = tableau.states(denoiser, batch.noise)
+        states = tableau.states(denoiser.under(batch.condition), batch.noise)
         return coordinate_errors(next(islice(states, step, None)), goal)

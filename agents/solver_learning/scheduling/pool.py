@@ -21,16 +21,19 @@ class Batch(NamedTuple):
         noise: (N, *shape) where the rollouts start.
         target: (N, *shape) where they should be at the smallest level.
         finished: (N, *shape) what they should end as.
+        condition: the classes (N,) of a conditional environment.
     """
 
     noise: Tensor
     target: Tensor
     finished: Tensor
+    condition: Tensor | None = None
 
     def split(self, size: int) -> Iterator[Batch]:
         """Yield the batch in parts of so many samples."""
-        for parts in zip(*(part.split(size) for part in self), strict=True):
-            yield Batch(*parts)
+        for first in range(0, len(self.noise), size):
+            rows = slice(first, first + size)
+            yield Batch(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -92,6 +95,7 @@ class Pool:
 
     def _draw(self, generator: torch.Generator) -> Batch:
         """Draw noise, and take it where the fine solver takes it (MATH.md 3.6, the remedy)."""
+        condition = self.mdp.episodes(self.batch_size, generator).condition
         noise = self.mdp.initial(self.batch_size, generator)
-        states = self.teacher.states(self.denoiser, noise)
-        return Batch(noise, states[0], states[-1])
+        states = self.teacher.states(self.denoiser.under(condition), noise)
+        return Batch(noise, states[0], states[-1], condition)

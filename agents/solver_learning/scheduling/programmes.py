@@ -61,8 +61,10 @@ def trajectory_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, co
         (T,) descending levels: those of the nodes kept, without a last step to 0.
     """
     cost: Tensor | float = 0.0
-    for chunk in noise.split(chunk_size(2 * (teacher.steps + 1), noise)):
-        run = path_of(teacher, denoiser, chunk)
+    size = chunk_size(2 * (teacher.steps + 1), noise)
+    for first in range(0, len(noise), size):
+        rows = slice(first, first + size)
+        run = path_of(teacher, denoiser.at(rows), noise[rows])
         cost = cost + _jump_errors(run) / len(noise)
     assert isinstance(cost, Tensor)
     return cheapest_levels(run.levels, cost.cpu().numpy(), count)

@@ -85,14 +85,16 @@ class LevelProgramme:
             student: the solver on some schedule of as many levels.
         """
         count, generator = self.count, pool.fresh_generator()
+        condition = pool.mdp.episodes(pool.batch_size, generator).condition
+        network = pool.denoiser.under(condition)
         noise = pool.mdp.initial(pool.batch_size, generator)
         teacher = make_solver("dpm-solver-2m", self.grid())
-        plain = trajectory_programme(teacher, pool.denoiser, noise, count)
+        plain = trajectory_programme(teacher, network, noise, count)
         teacher = make_solver("dpm-solver-2m", self.grid(COARSE_GRID))
         orders = [_outputs_read(student, j) for j in range(count - 1)]
         return [
             plain,
-            *amplified_programmes(teacher, student.output, pool.denoiser, noise, orders, generator),
+            *amplified_programmes(teacher, student.output, network, noise, orders, generator),
         ]
 
 

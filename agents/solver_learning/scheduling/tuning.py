@@ -147,14 +147,15 @@ class Tuning:
 
     def _loss(self, tableau: Tableau, levels: Tensor, generator: torch.Generator) -> Tensor:
         """Return what is minimised, for one coordinate; add its gradient to the weights'."""
-        noise, finished = (
-            torch.cat([getattr(batch, part) for batch in self.pool.fitted])
-            for part in ("noise", "finished")
-        )
+        batches = self.pool.fitted
+        noise = torch.cat([batch.noise for batch in batches])
+        finished = torch.cat([batch.finished for batch in batches])
+        classes = [batch.condition for batch in batches if batch.condition is not None]
         size = (self.settings.batch_size,)
         drawn = torch.randint(len(noise), size, generator=generator, device=noise.device)
         trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
+        denoiser = self.denoiser.under(torch.cat(classes)[drawn] if classes else None)
         loss, _, _ = backpropagate(
-            tableau, self.denoiser, noise[drawn], finished[drawn], tableau.steps, trained
+            tableau, denoiser, noise[drawn], finished[drawn], tableau.steps, trained
         )
         return torch.tensor(loss / noise[0].numel())

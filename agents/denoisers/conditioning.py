@@ -1,0 +1,207 @@
+"""What a conditional denoiser is asked under: a class, and how strongly it is guided to it.
+
+Classifier-free guidance (Ho & Salimans 2022) asks the network twice, with and without the class,
+
+    answer = without + w (with - without)
+
+both in one batch of twice the size. Whatever the network predicts, its answer is affine in the
+predicted noise, so that it is all the same which of the two is guided. The guidance may be limited
+to an interval of noise levels (Kynkaanniemi et al. 2024), and rescaled to the standard deviation of
+the answer with the class (Lin et al. 2024, Eq. 15 and 16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Open(Enum):
+    """The condition of a view that waits for one: it comes with each observation."""
+
+    OPEN = "open"
+
+
+OPEN = _Open.OPEN
+Condition = int | Tensor | None | _Open
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The terms of `Denoiser.given`.
+
+    Attributes:
+        classes: how many there are; the network knows "no class" as the number `classes`.
+        drops: whether it was trained with dropped labels, and so can do without a class.
+        condition: a class for all samples, one each (N,), None without any, or `OPEN`.
+        guidance: w; 1 asks with the class alone.
+        interval: noise levels sigma / alpha at which w holds, the first excluded; 1 elsewhere.
+        rescale: share of the guided answer that is rescaled, 0 to 1.
+    """
+
+    classes: int
+    drops: bool = False
+    condition: Condition = OPEN
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise ValueError(f"guidance must be a finite number >= 0, got {self.guidance}.")
+        if not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
+            raise ValueError(
+                "interval must be two noise levels sigma / alpha, 0 <= low < high, got "
+                f"{tuple(self.interval)}."
+            )
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must lie in [0, 1], got {self.rescale}.")
+        if not self.drops and (self.guidance != 1 or self.condition is None):
+            raise ValueError(
+                "This network was trained without dropped labels: it cannot do without a class, "
+                "which guidance and sampling without one need. Clone it with label_dropout=0.1."
+            )
+
+    def under(self, condition: Condition) -> Conditioning:
+        """Return the same terms with a condition that is known to be right."""
+        return replace(self, condition=condition)
+
+    def checked(self, condition: Condition) -> Condition:
+        """Return a condition as it is kept, after a look at it.
+
+        Raises:
+            TypeError: it is neither a whole number, nor a tensor of whole numbers, nor None.
+            ValueError: a class that does not exist, or a tensor of more than one dimension.
+        """
+        if condition is None or condition is OPEN:
+            return condition
+        if not isinstance(condition, Tensor):
+            if isinstance(condition, bool) or not isinstance(condition, int):
+                raise TypeError(
+                    f"A condition is a class 0 to {self.classes - 1}, a tensor (N,) of classes, or "
+                    f"None; got {condition!r}."
+                )
+            self._check_range(condition, condition)
+            return condition
+        if condition.is_floating_point() or condition.dtype == torch.bool:
+            raise TypeError(f"Classes are whole numbers, got a tensor of {condition.dtype}.")
+        if condition.ndim != 1:
+            raise ValueError(
+                f"Classes are a tensor (N,), one for each sample; got {tuple(condition.shape)}."
+            )
+        if len(condition):
+            self._check_range(int(condition.min()), int(condition.max()))
+        return condition.long()
+
+    def _check_range(self, low: int, high: int) -> None:
+        # The number behind the last class stands for none.
+        most = self.classes if self.drops else self.classes - 1
+        if low < 0 or high > most:
+            raise ValueError(
+                f"There are {self.classes} classes, 0 to {self.classes - 1}; got "
+                f"{low if low < 0 else high}."
+            )
+
+    def at(self, rows: slice | Tensor) -> Conditioning:
+        """Return the terms for some of the samples."""
+        if not isinstance(self.condition, Tensor):
+            return self
+        return self.under(self.condition[rows])
+
+    def labels(self, n: int, device: torch.device) -> Tensor:
+        """Return the classes (n,) int64 of n samples.
+
+        Raises:
+            ValueError: no condition is known, or one for another number of samples.
+        """
+        condition = self.condition
+        if condition is OPEN:
+            raise ValueError(
+                "This denoiser is conditional: say under which class it is asked, "
+                "denoiser.given(condition), or act in a conditional environment."
+            )
+        if isinstance(condition, Tensor):
+            if len(condition) != n:
+                raise ValueError(f"{len(condition)} classes were given for {n} samples.")
+            return condition.to(device)
+        number = self.classes if condition is None else int(condition)  # type: ignore[arg-type]
+        return torch.full((1,), number, device=device).expand(n)
+
+    def evaluations(self, level: float) -> int:
+        """Return how many network evaluations an answer costs at a noise level sigma / alpha."""
+        return 1 if self._weight(level) == 1 else 2
+
+    def _weight(self, level: float) -> float:
+        if self.condition is None or not self.interval[0] < level <= self.interval[1]:
+            return 1.0
+        return self.guidance
+
+    def answer(
+        self, ask: Ask, sample: Tensor, time: Tensor, level: Callable[[], float | Tensor]
+    ) -> Tensor:
+        """Return the network's answer (N, *shape), guided.
+
+        Args:
+            ask: (samples, network times, classes) -> raw answers.
+            sample: what the network reads (N, *shape).
+            time: its own times (N,).
+            level: returns sigma / alpha, a number or (N,).
+        """
+        labels = self.labels(len(sample), sample.device)
+        if self.guidance == 1 or self.condition is None:
+            return ask(sample, time, labels)
+        at = level() if self.interval != (0.0, math.inf) else 1.0
+        if not isinstance(at, Tensor):
+            weight: float | Tensor = self._weight(at)
+            if weight == 1:
+                return ask(sample, time, labels)
+        else:
+            inside = (at > self.interval[0]) & (at <= self.interval[1])
+            weight = torch.where(inside, self.guidance, 1.0).to(sample)
+            weight = weight.view(-1, *[1] * (sample.ndim - 1))
+        none = torch.full_like(labels, self.classes)
+        # One time for all stays one of stride 0, which the network embeds once.
+        shared = time.ndim == 1 and time.stride(0) == 0 and len(time) > 0
+        times = time[:1].expand(2 * len(time)) if shared else torch.cat([time, time])
+        both = ask(torch.cat([sample, sample]), times, torch.cat([labels, none]))
+        with_class, without = both.chunk(2)
+        guided = torch.lerp(without, with_class, weight)
+        if self.rescale:
+            axes = tuple(range(1, guided.ndim))
+            std = [one.std(axes, keepdim=True) for one in (with_class, guided)]
+            guided = guided * (self.rescale * std[0] / std[1] + 1 - self.rescale)
+        return guided
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the terms as a file keeps them; classes of single samples are not kept."""
+        condition = "open" if self.condition is OPEN else self.condition
+        return {
+            "classes": self.classes,
+            "drops": self.drops,
+            "condition": "open" if isinstance(condition, Tensor) else condition,
+            "guidance": self.guidance,
+            "interval": [end if math.isfinite(end) else None for end in self.interval],
+            "rescale": self.rescale,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Conditioning:
+        """Rebuild the terms of `to_config`."""
+        low, high = config["interval"]
+        condition = config["condition"]
+        return cls(
+            int(config["classes"]),
+            bool(config["drops"]),
+            OPEN if condition == "open" else condition,
+            config["guidance"],
+            (low, math.inf if high is None else high),
+            config["rescale"],
+        )
