@@ -48,8 +48,8 @@ class IPMCritic(nn.Module):
     """Critic f, baseline V, and the Adam that trains them.
 
     Args:
-        network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers. One
-            whose attribute `classes` is not None takes classes (N,) as well, and so does its V:
+        network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers.
+            One whose attribute `classes` is not None takes classes (N,) as well, and so does its V:
             real ones and fakes are then told apart given the class (Miyato & Koyama 2018).
         regularizer: what keeps f in its class:
             "baseline" subtracts coefficient * R_B, R_B = E sum_steps (V(x_t, step) - f(x_0))^2,

@@ -43,8 +43,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     Observations are `{"sample": (num_envs, *shape), "timestep": (num_envs,)}`, and in a conditional
     environment `"condition"`, `(num_envs,)` int64 classes, as well; actions are the next samples
-    `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no gradient:
-    agents that differentiate through the process use `env.mdp`.
+    `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no
+    gradient: agents that differentiate through the process use `env.mdp`.
 
     The three autoreset modes after the last step: `NEXT_STEP` returns `x_0` and spends one more
     step, whose action is ignored, on the reset; `SAME_STEP` returns the next episode's first
