@@ -32,9 +32,10 @@ def default_solver_options(
     which variance ancestral sampling adds (`Denoiser.variance`). Where it says nothing of the
     variance, ancestral sampling has noise in every step, and so is a policy with densities, which
     SFT-PG can start from: "beta" for vectors, "small" with a last standard deviation of 0.001 for
-    images. On a process that is neither a chain of noisings nor `VE` the last step of "beta" has
-    the noise of a whole step, 0.1 for ten steps of a `RectifiedFlow`: there vectors take "small",
-    too, with a last standard deviation of 0.01. Nothing is returned for what neither decides: the solver's own defaults hold.
+    images. On a process that is neither a chain of noisings nor `VE` the last step of "beta" would
+    be as noisy as the others, 0.1 for ten steps of a `RectifiedFlow`: there vectors take "small"
+    with a last standard deviation of 0.01. Nothing is returned for what neither decides: the
+    solver's own defaults hold.
 
     Args:
         solver: its name.

@@ -64,9 +64,7 @@ PROCESSES = {
 STOCHASTIC = ("fast-dpm", "ancestral", "euler-ancestral", "flow-sde")
 STOCHASTIC += tuple(name for name in SOLVERS if name.endswith("-sde"))
 NAMES = [
-    name
-    for name, solver in SOLVERS.items()
-    if solver.needs is None and name not in STOCHASTIC
+    name for name, solver in SOLVERS.items() if solver.needs is None and name not in STOCHASTIC
 ]
 
 
