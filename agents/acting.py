@@ -70,7 +70,7 @@ class Actor:
         self.device = torch.device(self.mdp.device)
         self.denoiser = denoiser.to(self.device)
         if options is None:
-            options = default_solver_options(solver, shape=self.mdp.shape)
+            options = default_solver_options(solver, shape=self.mdp.shape, process=self.mdp.process)
         self.solver_options: Options = dict(options)
         self.acting_generator = torch.Generator(self.device).manual_seed(seed)
         self._tableau = self.starting_tableau(self.denoiser)

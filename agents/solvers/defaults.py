@@ -24,6 +24,7 @@ def default_solver_options(
     denoiser: Denoiser | None = None,
     shape: Sequence[int] | None = None,
     given: Mapping[str, Any] | None = None,
+    process: NoiseProcess | None = None,
 ) -> Options:
     """Return a solver's default options: those of the denoiser, else those of SFT-PG's paper.
 
@@ -31,7 +32,10 @@ def default_solver_options(
     which variance ancestral sampling adds (`Denoiser.variance`). Where it says nothing of the
     variance, ancestral sampling has noise in every step, and so is a policy with densities, which
     SFT-PG can start from: "beta" for vectors, "small" with a last standard deviation of 0.001 for
-    images. Nothing is returned for what neither decides: the solver's own defaults hold.
+    images. On a process that is neither a chain of noisings nor `VE` the last step of "beta" would
+    be as noisy as the others, 0.1 for ten steps of a `RectifiedFlow`: there vectors take "small"
+    with a last standard deviation of 0.01. Nothing is returned for what neither decides: the
+    solver's own defaults hold.
 
     Args:
         solver: its name.
@@ -39,11 +43,14 @@ def default_solver_options(
         shape: of one sample; that of the denoiser's body if None, as far as it says so.
         given: options that the user chose; they get no default, and a chosen `variance` or
             `last_std` leaves the other to the solver.
+        process: the noise process; that of the denoiser if None, as far as there is one.
     """
     if solver not in SOLVERS:
         return {}
     if shape is None and denoiser is not None:
         shape = denoiser.shape
+    if process is None and denoiser is not None:
+        process = denoiser.process
     known = SOLVERS[solver].options
     options: Options = {}
     if denoiser is not None and denoiser.clip and "clip" in known:
@@ -52,7 +59,7 @@ def default_solver_options(
         if denoiser is not None and denoiser.variance is not None:
             options["variance"] = denoiser.variance
         elif shape is not None:
-            options |= _noise_of_a_policy(solver, len(shape) == 3)
+            options |= _noise_of_a_policy(solver, len(shape) == 3, process)
     if SOLVERS[solver].needs is not None and shape is not None and len(shape) != 3:
         # These clamp to an image's [-1, 1] and count in grey levels.
         options |= {"clip": False, "late_clip": math.inf}
@@ -103,11 +110,13 @@ def default_schedule(
     return make_schedule(grid, process, steps, **(ends | options))
 
 
-def _noise_of_a_policy(solver: str, image: bool) -> Options:
+def _noise_of_a_policy(solver: str, image: bool, process: NoiseProcess | None) -> Options:
     """Return the options that add noise in every step."""
-    options: Options = {}
-    if solver == "ancestral":
-        options["variance"] = "small" if image else "beta"
+    last_std: Options = {}
     if image:
-        options["last_std"] = 0.001
-    return options
+        last_std = {"last_std": 0.001}
+    elif process is not None and not (process.discrete or process.time_is_level):
+        last_std = {"last_std": 0.01}
+    if solver != "ancestral":
+        return last_std
+    return {"variance": "small" if last_std else "beta", **last_std}

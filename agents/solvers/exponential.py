@@ -12,6 +12,8 @@ The G's are scaled by h: G_1 is a difference of outputs divided by its distance 
 With eta > 0 this is the reverse SDE of that much noise, in data prediction (MATH.md 1.14):
 a = (sigma_t / sigma_s) e^(-eta h), c_k = -alpha_t E_k(-(1 + eta) h), and fresh noise of standard
 deviation sigma_t sqrt(1 - e^(-2 eta h)).
+
+Where no signal is left at s, h is infinite: the step has a limit, of first order (MATH.md 1.16).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Heun's second-order method, EDM's and that of flow matching, and EDM's Euler steps.
 
 EDM integrates d xbar / d rho = epsilon with xbar = x / alpha and rho = sigma / alpha (Karras et al.
-2022; MATH.md 1.9); flow matching integrates x itself.
+2022; MATH.md 1.9); flow matching integrates x itself (MATH.md 1.17).
 """
 
 from __future__ import annotations

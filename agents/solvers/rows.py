@@ -125,7 +125,7 @@ def without_signal(
     anchors: Sequence[int],
     weights: Sequence[Iterable[tuple[int, float]]],
 ) -> tuple[list[float], list[float], list[int], list[tuple[tuple[int, float], ...]]]:
-    """Rewrite a noise-free table from noise prediction into data prediction, exactly.
+    """Rewrite a noise-free table from noise into data prediction, exactly (MATH.md 1.16).
 
     The predicted noise is (z_k - alpha_k D_k) / sigma_k. Where alpha_0 = 0 it says nothing of the
     clean sample: step 0 becomes the limit, z_1 = (sigma_1 / sigma_0) z_0 + (alpha_1 - alpha_0

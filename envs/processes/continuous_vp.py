@@ -1,4 +1,4 @@
-"""`ContinuousVP`, the variance-preserving SDE of score networks."""
+"""`ContinuousVP`, the variance-preserving SDE of score networks (MATH.md 0.9)."""
 
 from __future__ import annotations
 

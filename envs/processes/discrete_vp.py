@@ -153,8 +153,8 @@ class DiscreteVP(NoiseProcess):
         """The chain whose alphas are shifted and stretched so that the last one is 0.
 
         Lin et al. 2024 ("Common diffusion noise schedules and sample steps are flawed"), Algorithm
-        1: the first alpha stays as it is. Its networks predict "v", "sample" or "flow", and its
-        grids start at the last noising ("trailing", "uniform").
+        1; MATH.md 0.8: the first alpha stays as it is. Its networks predict "v", "sample" or
+        "flow", and its grids start at the last noising ("trailing", "uniform").
 
         Raises:
             ValueError: The chain has one noising only.

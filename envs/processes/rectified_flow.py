@@ -1,4 +1,4 @@
-"""`RectifiedFlow`, the straight path between data and noise that flow matching trains on."""
+"""`RectifiedFlow`, the straight path between data and noise of flow matching (MATH.md 0.7)."""
 
 from __future__ import annotations
 

@@ -58,11 +58,14 @@ class TrainSettings(AnySettings):
     """Options of the schedule, as KEY VALUE pairs."""
     process: str | None = None
     """Noise process of a cloned denoiser: sigmoid-1000, linear-1000, cosine-1000 (any number of
-    noisings), linear-1000/10 (the same levels in ten noisings), ve or ve-0.002-80; if omitted the
-    environment's, on the toys with as many noisings as steps. A schedule.json brings its own."""
+    noisings), linear-1000/10 (the same levels in ten noisings), linear-1000-zero-snr (no signal is
+    left after the last noising), ve or ve-0.002-80, flow or flow-3 (a rectified flow, with the
+    shift 3), vp or vp-0.1-20 (the SDE of score networks); if omitted the environment's, on the toys
+    with as many noisings as steps. A schedule.json brings its own."""
     prediction: str | None = None
-    """What a cloned denoiser predicts: epsilon, sample, v or edm; if omitted epsilon for vectors,
-    sample for images, edm on a ve process."""
+    """What a cloned denoiser predicts: epsilon, sample, v, flow, score or edm; if omitted epsilon
+    for vectors (v where the last noising leaves no signal), sample for images, edm on a ve process,
+    flow on a flow."""
     body: str | None = None
     """Network of a cloned denoiser: mlp, residual-mlp, small-unet, unet-tiny, unet-cifar10,
     unet-celeba64 (the last three through diffusers), or a network of your own,

@@ -14,6 +14,7 @@ from scipy.integrate import quad
 from torch import nn
 
 from fewstep.agents import Denoiser, Tableau
+from fewstep.agents.denoisers.exact import mixture as exact_mixture
 from fewstep.agents.solvers import (
     SOLVERS,
     ancestral,
@@ -25,6 +26,7 @@ from fewstep.agents.solvers import (
     dpm_solver_sde,
     euler,
     euler_ancestral,
+    flow_heun,
     heun,
     ipndm,
     lms,
@@ -33,7 +35,7 @@ from fewstep.agents.solvers import (
     solver_within,
     unipc,
 )
-from fewstep.envs import VE, DiscreteVP, Schedule
+from fewstep.envs import VE, DiscreteVP, RectifiedFlow, Schedule
 
 pytestmark = pytest.mark.numeric
 
@@ -43,8 +45,11 @@ PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
 NAMES = pytest.mark.parametrize(
     "name", ["uniform", "log_snr", "irregular", "uniform-to-0", "karras-to-0"]
 )
+# flow-sde needs a straight path.
+FLOW = RectifiedFlow()
 STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
 ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
+TWICE = ("heun", "flow-heun")
 ALONE = [name for name, solver in SOLVERS.items() if solver.needs is None]
 
 
@@ -277,7 +282,8 @@ def test_heun_euler_and_ddim_are_one_map_in_either_output(
 @pytest.mark.parametrize(
     ("solver", "options"),
     # FastDPM reads levels of its own between whole times.
-    [(name, {}) for name in ALONE if name not in ("deis", "fast-dpm")]
+    # Flow matching's steps are of x itself, not of x / alpha.
+    [(name, {}) for name in ALONE if name not in ("deis", "fast-dpm", "flow-heun", "flow-sde")]
     + [
         ("ddim", {"eta": 0.5}),
         ("heun", {"s_churn": 2.0, "s_max": 10.0}),
@@ -321,14 +327,17 @@ def test_deis_over_time_is_deis_over_rho_where_time_is_rho(grid):
 def test_price_and_times_of_the_calls(
     process, solver, budget, end, grid, mixture, prior, count_calls
 ):
-    schedule, denoiser = grid("uniform" + end, process, budget), mixture(process)
+    denoiser = mixture(process)
+    if solver == "flow-sde":
+        process, denoiser = FLOW, exact_mixture(FLOW, prediction="sample", dimension=2)[0]
+    schedule = grid("uniform" + end, process, budget)
     table, calls = make_solver(solver, schedule), count_calls(denoiser.body)
     with torch.no_grad():
         table.sample(denoiser, prior(process))
     twice = 2 * budget - bool(end)
-    assert len(calls) == table.nfe == (twice if solver == "heun" else budget)
+    assert len(calls) == table.nfe == (twice if solver in TWICE else budget)
     np.testing.assert_allclose(calls.times, process.network_time(table.times[:-1]), atol=1e-12)
-    if solver != "heun":
+    if solver not in TWICE:
         np.testing.assert_array_equal(table.times, schedule.times)
     assert Tableau.from_json(table.to_json()).to_json() == table.to_json()
 
@@ -339,6 +348,7 @@ def test_price_and_times_of_the_calls(
         ("ddim", ddim),
         ("euler", euler),
         ("heun", heun),
+        ("flow-heun", flow_heun),
         ("ipndm", lambda s: ipndm(s, 4)),
         ("deis", lambda s: deis(s, 3, "time")),
         ("rho-deis", lambda s: deis(s, 3, "rho")),
@@ -493,13 +503,13 @@ def test_what_makes_no_sense_is_refused(build, complaint, schedule):
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("nfe", [5, 6, 9])
 def test_a_budget_is_spent_exactly(name, nfe):
-    process = VE()
+    process = FLOW if name == "flow-sde" else VE()
     for append_zero in (True, False):
 
         def schedule_of(steps, append_zero=append_zero):
             return Schedule.karras(process, steps, append_zero=append_zero)
 
-        if name == "heun" and append_zero != bool(nfe % 2):
+        if name in TWICE and append_zero != bool(nfe % 2):
             # 2 K - 1 calls to time 0, else 2 K.
             with pytest.raises(ValueError, match=rf"heun cannot spend exactly {nfe} .* but \d"):
                 solver_within(name, nfe, schedule_of)

@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.agents import DODE, Denoiser, SolverPolicy
+from fewstep.agents import DODE, SFTPG, Denoiser, SolverPolicy
+from fewstep.agents.denoisers.bodies import new_denoiser
 from fewstep.agents.denoisers.exact import MixtureBody
-from fewstep.agents.solvers import SOLVERS, default_schedule, heun, make_solver, solver_within
+from fewstep.agents.solvers import (
+    SOLVERS,
+    ancestral,
+    default_schedule,
+    default_solver_options,
+    heun,
+    make_solver,
+    solver_within,
+)
 from fewstep.envs import VE, DiscreteVP, Schedule, make_mdp, make_process
 from fewstep.envs.schedules.ends import EmptyStartWarning, LateStartWarning, UnfinishedWarning
 
@@ -33,7 +42,9 @@ LINEAR, COSINE, EDM = DiscreteVP.linear(1000), DiscreteVP.cosine(1000), VE()
 
 def exact(process):
     means = torch.tensor([[MEAN]], dtype=torch.float64)
-    return Denoiser(MixtureBody(process, means, STD), process)
+    # Where no signal is left the noise says nothing of the data.
+    prediction = "epsilon" if process.levels(process.t_max)[0] else "sample"
+    return Denoiser(MixtureBody(process, means, STD, prediction), process, prediction)
 
 
 def affine(tableau):
@@ -151,6 +162,37 @@ def test_stochastic_chains_give_the_right_mean_and_std(chain, name):
     # On even times the last block of two calls is so long in log-SNR that the order is lower.
     left = 2 if chain == "2s-sde" else 1.5
     assert (np.abs(fine - right) <= left * np.abs(fine - coarse) + missing * MEAN + 1e-3).all()
+
+
+@pytest.mark.parametrize("name", ["flow", "flow-3", "vp", "linear-1000", "sigmoid-10", "ve"])
+def test_the_default_chain_of_a_vector_has_noise_in_every_step_and_the_right_moments(name):
+    process = make_process(name)
+    options = default_solver_options("ancestral", shape=(2,), process=process)
+    assert options == default_solver_options("ancestral", exact(process), shape=(2,))
+    grids = [default_schedule("ancestral", process, steps) for steps in (10, 50)]
+    few, many = (make_solver("ancestral", grid, **options) for grid in grids)
+    assert (few.noise > 0).all()
+    if process.discrete or name == "ve":
+        assert options == {"variance": "beta"}
+        return
+    # "beta" would blur the samples of ten steps by 0.1 in the last one.
+    assert options == {"variance": "small", "last_std": 0.01}
+    assert few.noise[-1] == 0.01
+    assert ancestral(grids[0], "beta").noise[-1] > 0.04
+    # The posterior variance is that of data without spread: of first order in the steps, ten lose a
+    # quarter to a third of this standard deviation, fifty a tenth at most.
+    np.testing.assert_allclose(chain_moments(few), [MEAN, STD], atol=0.18)
+    np.testing.assert_allclose(chain_moments(many), [MEAN, STD], atol=0.06)
+    assert chain_moments(few)[1] < chain_moments(many)[1] < STD
+    image = default_solver_options("ancestral", shape=(1, 8, 8), process=process)
+    assert image == {"variance": "small", "last_std": 0.001}
+
+
+def test_the_default_options_of_sft_pg_know_the_process():
+    mdp = make_mdp("SwissRoll", steps=10, process=make_process("flow"))
+    agent = SFTPG(mdp, new_denoiser(mdp), batch_size=8)
+    assert agent.solver_options == {"variance": "small", "last_std": 0.01}
+    assert (agent.tableau.noise > 0).all()
 
 
 def test_everything_starts_from_the_schedule_s_first_time():

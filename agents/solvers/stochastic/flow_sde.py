@@ -6,7 +6,7 @@ With the velocity v = eps - x_0 of a straight path (alpha = 1 - u, sigma = u, u 
 
 has the marginals of dx = v du for any s(u). Flow-GRPO (Liu et al. 2025, Eq. 9) takes
 s = a sqrt(u / (1 - u)), DanceGRPO (Xue et al. 2025, Eq. 8) a constant s. Both step by
-Euler-Maruyama.
+Euler-Maruyama. MATH.md 1.18.
 """
 
 from __future__ import annotations
