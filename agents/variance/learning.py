@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.portions import portions
 from ..base import Agent
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
@@ -160,9 +161,7 @@ class VarianceLearning(Agent):
 
     def _losses(self, which: int) -> dict[str, Tensor]:
         """Return the losses (N,) on the samples to choose by (0) or to report on (1)."""
-        pieces = zip(
-            *(each.split(self.settings.batch_size) for each in self._held_out[which]), strict=True
-        )
+        pieces = portions(self._held_out[which], self.settings.batch_size)
         parts = [self._learner.losses(Noised(*piece)) for piece in pieces]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -40,6 +40,23 @@ CASES = {
         "settings": {"batch_size": 32, "n_critic": 2, "n_generator": 3, "learning_rate": 1.0},
         "inpaint": "random",
     },
+    "behaviour cloning of classes": {
+        "agent": "cloning",
+        "settings": {"batch_size": 32, "micro_batch_size": 5, "learning_rate": 1.0},
+        "conditional": True,
+    },
+    "SFT-PG, classes and guidance": {
+        "agent": "sft-pg",
+        "settings": {**PG, "micro_batch_size": 7, "learning_rate": 1.0},
+        "conditional": True,
+        "guidance": 2.0,
+    },
+    "SFT-V, classes, known pixels": {
+        "agent": "sft-v",
+        "settings": {"batch_size": 32, "n_critic": 2, "n_generator": 3, "learning_rate": 1.0},
+        "conditional": True,
+        "inpaint": "random",
+    },
     "SFT, gradient penalty": {
         "agent": "sft",
         "settings": {

@@ -21,16 +21,20 @@ AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG, "sft-v": SFTV
 
 def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     """Return the weights after some rounds; batches are shared among `count` processes."""
-    mdp = make_mdp("Digits", steps=4, inpaint=case.get("inpaint"))
+    conditional = case.get("conditional", False)
+    mdp = make_mdp("Digits", steps=4, inpaint=case.get("inpaint"), conditional=conditional)
     with seeded(0):
-        body = ResidualMLP(mdp.shape, hidden=16, blocks=1)
+        body = ResidualMLP(mdp.shape, hidden=16, blocks=1, classes=mdp.classes)
+    denoiser = Denoiser(body, mdp.process, "sample", drops=conditional)
+    if conditional:
+        denoiser = denoiser.given(guidance=case.get("guidance", 1.0))
     settings = dict(case["settings"])
     for name in ("batch_size", "minibatch_size"):
         if name in settings:
             settings[name] //= count
     if case.get("reward") == "mmd":
         settings["critic"] = MMDCritic(mdp.target.samples, max_real=64)
-    agent = AGENTS[case["agent"]](mdp, Denoiser(body, mdp.process, "sample"), **settings)
+    agent = AGENTS[case["agent"]](mdp, denoiser, **settings)
     # Adam divides by the size of the gradient: where that is rounding alone, so is its step. With a
     # large epsilon the steps are smooth in the gradients.
     for optimizer in (agent.optimizer, getattr(getattr(agent, "critic", None), "optimizer", None)):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....common.portions import portions
 from ....envs import DiffusionMDP, Schedule
 from ...denoisers.denoiser import Denoiser
 from ..distillation.teacher import Teacher
@@ -31,9 +32,8 @@ class Batch(NamedTuple):
 
     def split(self, size: int) -> Iterator[Batch]:
         """Yield the batch in parts of so many samples."""
-        for first in range(0, len(self.noise), size):
-            rows = slice(first, first + size)
-            yield Batch(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+        for parts in portions(self, size):
+            yield Batch(*parts)
 
 
 @dataclass

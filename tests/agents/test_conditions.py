@@ -1,0 +1,485 @@
+"""Conditions and guidance: a view of a denoiser, and every learner and sampler on it."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch import nn
+
+from fewstep.agents import (
+    DODE,
+    SFT,
+    SFTPG,
+    SFTV,
+    BehaviorCloning,
+    Denoiser,
+    ScheduleLearning,
+    SolverPolicy,
+    VarianceLearning,
+)
+from fewstep.agents.denoisers.bodies import new_denoiser
+from fewstep.agents.denoisers.networks import MLP, ResidualMLP, SmallUNet
+from fewstep.agents.samplers.sampling import sample
+from fewstep.agents.solvers import make_solver
+from fewstep.critics import IPMCritic, make_baseline, make_critic
+from fewstep.envs import DiffusionMDP, DiscreteVP, Schedule, Target
+from fewstep.envs.mdp import no_reward
+
+PROCESS = DiscreteVP.linear(100)
+CENTRES = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]])
+
+
+def labelled(n=300):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (n,), generator=generator)
+    return CENTRES[labels] + 0.1 * torch.randn(n, 2, generator=generator), labels
+
+
+def make_mdp(conditional=True, steps=4, reward=no_reward):
+    samples, labels = labelled()
+    target = Target("Three", samples, labels=labels, held_out=samples, held_out_labels=labels)
+    schedule = Schedule.uniform(PROCESS, steps)
+    return DiffusionMDP(target, PROCESS, schedule, reward, conditional)
+
+
+def make_denoiser(prediction="epsilon", drops=True, process=PROCESS):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        body = ResidualMLP((2,), hidden=16, blocks=1, classes=3)
+        for parameter in body.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return Denoiser(body, process, prediction, drops=drops)
+
+
+class ByHand(nn.Module):
+    """Classifier-free guidance to one class, in two calls of a copy of a conditional body."""
+
+    def __init__(self, body, label, weight):
+        super().__init__()
+        self.body, self.label, self.weight = copy.deepcopy(body), label, weight
+
+    def forward(self, x, time):
+        def ask(label):
+            return self.body(x, time, torch.full((len(x),), label))
+
+        return ask(3) + self.weight * (ask(self.label) - ask(3))
+
+    @property
+    def out(self):
+        return self.body.out
+
+
+def pair(label=1, weight=2.5, prediction="epsilon"):
+    """The guided view, and the same network made by hand."""
+    denoiser = make_denoiser(prediction)
+    by_hand = Denoiser(ByHand(denoiser.body, label, weight), PROCESS, prediction)
+    return denoiser.given(label, weight), by_hand
+
+
+def assert_same_weights(ours, theirs):
+    theirs = dict(theirs.body.body.named_parameters())
+    for name, weight in ours.body.named_parameters():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+# ------------------------------------------------------------------------------------- the view
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v", "flow"])
+@pytest.mark.parametrize("t", [50, 30.5, torch.tensor([10, 20, 30, 40, 50])])
+def test_a_guided_view_answers_as_the_network_made_by_hand(prediction, t):
+    view, by_hand = pair(prediction=prediction)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    for question in ("epsilon", "denoised"):
+        ours, theirs = (getattr(each, question)(x, t) for each in (view, by_hand))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_the_same_whatever_is_guided():
+    # The formula on the predicted noise and on the predicted clean sample.
+    denoiser, x = make_denoiser("v"), torch.randn(5, 2)
+    view, with_class, without = denoiser.given(2, 3.0), denoiser.given(2), denoiser.given(None)
+    for question in ("epsilon", "denoised"):
+        ours, c, u = (getattr(each, question)(x, 40) for each in (view, with_class, without))
+        torch.testing.assert_close(ours, u + 3 * (c - u), rtol=1e-4, atol=1e-4)
+
+
+def test_a_view_shares_its_weights_and_changes_nothing():
+    denoiser = make_denoiser()
+    view = denoiser.given(1, 2.0)
+    assert view.body is denoiser.body
+    assert [id(p) for p in view.parameters()] == [id(p) for p in denoiser.parameters()]
+    assert denoiser.is_open and not view.is_open
+    assert denoiser.given(guidance=2.0).given(1).conditioning == view.conditioning
+
+
+def test_each_sample_has_its_own_class():
+    denoiser, x = make_denoiser(), torch.randn(6, 2)
+    classes = torch.tensor([0, 1, 2, 2, 1, 0])
+    together = denoiser.given(classes, 2.0).epsilon(x, 40)
+    for row, label in enumerate(classes.tolist()):
+        alone = denoiser.given(label, 2.0).epsilon(x[row : row + 1], 40)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    parts = [denoiser.given(classes, 2.0).at(slice(i, i + 2)) for i in (0, 2, 4)]
+    split = torch.cat([part.epsilon(x[2 * i : 2 * i + 2], 40) for i, part in enumerate(parts)])
+    torch.testing.assert_close(together, split, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_holds_in_its_interval_and_costs_there():
+    denoiser, x = make_denoiser(), torch.randn(2, 2)
+    levels = {t: float((-PROCESS.log_snr(float(t))).exp()) for t in (20, 50, 80)}
+    view = denoiser.given(1, 4.0, interval=(levels[20], levels[50]))
+    guided, plain = denoiser.given(1, 4.0), denoiser.given(1)
+    for t, inside in ((20, False), (50, True), (80, False)):
+        expected = (guided if inside else plain).epsilon(x, t)
+        torch.testing.assert_close(view.epsilon(x, t), expected, rtol=1e-5, atol=1e-6)
+        assert view.evaluations(float(t)) == (2 if inside else 1)
+    mixed = view.epsilon(x, torch.tensor([20, 50]))
+    torch.testing.assert_close(mixed[:1], plain.epsilon(x[:1], 20), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1:], guided.epsilon(x[1:], 50), rtol=1e-4, atol=1e-5)
+
+
+def test_rescaling_keeps_the_spread_of_the_answer_with_the_class():
+    denoiser, x = make_denoiser(), torch.randn(4, 2)
+    with_class = denoiser.given(1)(x, 40)
+    whole = denoiser.given(1, 6.0, rescale=1.0)(x, 40)
+    torch.testing.assert_close(whole.std(1), with_class.std(1), rtol=1e-4, atol=1e-5)
+    guided = denoiser.given(1, 6.0)(x, 40)
+    half = denoiser.given(1, 6.0, rescale=0.5)(x, 40)
+    torch.testing.assert_close(half, (whole + guided) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_keeps_classes_and_guidance(tmp_path):
+    denoiser = make_denoiser().given(guidance=2.0, interval=(0.1, math.inf), rescale=0.3)
+    denoiser.save(tmp_path / "open")
+    again = Denoiser.load(tmp_path / "open")
+    assert again.conditioning == denoiser.conditioning
+    denoiser.given(2).save(tmp_path / "closed")
+    assert Denoiser.load(tmp_path / "closed").conditioning.condition == 2
+    x = torch.randn(3, 2)
+    assert torch.equal(again.given(1).epsilon(x, 40), denoiser.given(1).epsilon(x, 40))
+
+
+def test_an_unconditional_denoiser_s_file_says_nothing_of_conditions():
+    assert "given" not in Denoiser(ResidualMLP((2,)), PROCESS).to_tree()
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "complaint"),
+    [
+        (lambda d: d.given(3.0), TypeError, "A condition is a class 0 to 2"),
+        (lambda d: d.given("3"), TypeError, "A condition is a class 0 to 2"),
+        (lambda d: d.given(7), ValueError, "There are 3 classes, 0 to 2; got 7"),
+        (lambda d: d.given(torch.tensor([0, -1])), ValueError, "0 to 2; got -1"),
+        (lambda d: d.given(torch.zeros(2)), TypeError, "Classes are whole numbers"),
+        (lambda d: d.given(torch.zeros(2, 2).long()), ValueError, r"one for each sample"),
+        (lambda d: d.given(1, -1.0), ValueError, "guidance must be a finite number >= 0"),
+        (lambda d: d.given(1, interval=(2.0, 1.0)), ValueError, "0 <= low < high"),
+        (lambda d: d.given(1, rescale=2.0), ValueError, r"rescale must lie in \[0, 1\]"),
+        (lambda d: d.epsilon(torch.zeros(2, 2), 3), ValueError, "This denoiser is conditional"),
+        (
+            lambda d: d.given(torch.tensor([1])).epsilon(torch.zeros(2, 2), 3),
+            ValueError,
+            "1 classes were given for 2 samples",
+        ),
+        (
+            lambda d: make_denoiser(drops=False).given(1, 2.0),
+            ValueError,
+            "was trained without dropped labels",
+        ),
+        (
+            lambda d: make_denoiser(drops=False).given(None),
+            ValueError,
+            "was trained without dropped labels",
+        ),
+        (
+            lambda d: Denoiser(ResidualMLP((2,)), PROCESS).given(1),
+            ValueError,
+            "This denoiser is unconditional",
+        ),
+    ],
+)
+def test_bad_terms_are_refused(ask, error, complaint):
+    with pytest.raises(error, match=complaint):
+        ask(make_denoiser())
+
+
+# ----------------------------------------------------------------------------------- environment
+
+
+def test_a_conditional_environment_shows_the_classes_of_its_data():
+    mdp = make_mdp()
+    episodes = mdp.episodes(2000, torch.Generator().manual_seed(0))
+    share = torch.bincount(episodes.condition, minlength=3) / 2000
+    real = torch.bincount(mdp.target.labels, minlength=3) / len(mdp.target)
+    torch.testing.assert_close(share, real, rtol=0, atol=4 * 0.5 / math.sqrt(2000))
+    assert torch.equal(episodes.observe(torch.zeros(2000, 2), 0)["condition"], episodes.condition)
+    rows = torch.tensor([3, 5])
+    assert torch.equal(episodes.at(rows).condition, episodes.condition[rows])
+
+
+def test_a_reward_sees_the_classes():
+    def reward(sample, condition):
+        return -(sample - CENTRES[condition]).square().sum(1)
+
+    mdp = make_mdp(reward=reward)
+    episodes = mdp.episodes(3, condition=torch.tensor([2, 0, 1]))
+    finished = CENTRES[[2, 0, 0]]
+    torch.testing.assert_close(episodes.terminal_reward(finished), torch.tensor([0.0, 0.0, -4.25]))
+
+
+def test_the_shells_show_and_take_a_condition():
+    env = gym.make_vec("fewstep/Digits-v0", num_envs=5, steps=2, conditional=True)
+    observation, _ = env.reset(seed=0)
+    assert observation["condition"].dtype == torch.int64
+    assert observation["condition"].shape == (5,)
+    assert env.observation_space["condition"].nvec.tolist() == [10] * 5
+    observation, _ = env.reset(options={"condition": torch.arange(5)})
+    assert observation["condition"].tolist() == [0, 1, 2, 3, 4]
+    assert env.reset(options={"condition": 7})[0]["condition"].tolist() == [7] * 5
+    for condition, error, complaint in (
+        (11, ValueError, "the classes of Digits are 0 to 9; got 11"),
+        (torch.zeros(5), TypeError, "whole numbers"),
+        (torch.arange(4), ValueError, r"must have shape \(5,\)"),
+    ):
+        with pytest.raises(error, match=complaint):
+            env.reset(options={"condition": condition})
+    single = gym.make("fewstep/Digits-v0", steps=2, conditional=True)
+    check_env(single.unwrapped, skip_render_check=True)
+    assert single.reset(options={"condition": 3})[0]["condition"] == 3
+
+
+def test_conditions_and_environments_have_to_agree():
+    with pytest.raises(ValueError, match="this environment is unconditional"):
+        make_mdp(conditional=False).episodes(3, condition=1)
+    with pytest.raises(ValueError, match="the samples of SwissRoll have no labels"):
+        gym.make_vec("fewstep/SwissRoll-v0", num_envs=2, conditional=True)
+    plain = Denoiser(ResidualMLP((2,)), PROCESS)
+    for mdp, denoiser, complaint in (
+        (make_mdp(), plain, "3 classes and the denoiser is unconditional"),
+        (make_mdp(False), make_denoiser(), "conditional and the environment is not"),
+        (make_mdp(), make_denoiser().given(1), "under a condition of its own"),
+        (make_mdp(), Denoiser(ResidualMLP((2,), classes=4), PROCESS), "knows 4 classes"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            SFT(mdp, denoiser)
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("name", ["ancestral", "dpm-solver++-2m", "heun", "unipc-2"])
+def test_solvers_sample_a_guided_view_as_the_network_made_by_hand(name):
+    view, by_hand = pair()
+    table = make_solver(name, Schedule.uniform(PROCESS, 5, end=0 if name == "ancestral" else 1))
+    noise = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        sample(table, each, noise, shape=(2,), generator=torch.Generator().manual_seed(1))
+        for each in (view, by_hand)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert SolverPolicy(table, view).nfe == 2 * table.nfe
+
+
+def test_an_agent_samples_each_class_that_it_is_asked_for():
+    agent = SFT(make_mdp(), make_denoiser().given(guidance=2.0))
+    noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def draw(condition):
+        generator = torch.Generator().manual_seed(1)
+        return agent.sample(6, noise=noise, generator=generator, condition=condition)
+
+    together = draw(classes)
+    for label in range(3):
+        torch.testing.assert_close(together[classes == label], draw(label)[classes == label])
+    assert agent.nfe == 8
+    observation = {"sample": noise.numpy(), "timestep": np.full(6, 100, np.float32)}
+    moved, _ = agent.predict({**observation, "condition": classes.numpy()}, deterministic=True)
+    one, _ = agent.predict({**observation, "condition": np.full(6, 2)}, deterministic=True)
+    np.testing.assert_allclose(moved[classes == 2], one[classes == 2], rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- learners
+
+SMALL = {"batch_size": 16, "n_critic": 2, "learning_rate": 1e-3}
+# Small noise in the last step, and rounds of theta from the first on.
+CHAIN = {"solver_options": {"variance": "small", "last_std": 0.1}, "critic_rounds": 0}
+
+
+@pytest.mark.parametrize("kind", [SFTPG, SFT, SFTV])
+def test_fine_tuning_a_guided_view_is_fine_tuning_the_network_made_by_hand(kind):
+    agents = []
+    for denoiser in pair():
+        torch.manual_seed(0)
+        agents.append(kind(make_mdp(conditional=False), denoiser, **SMALL, **CHAIN))
+        agents[-1].learn(2 * agents[-1].timesteps_per_round)
+    assert agents[0].rounds == 2
+    assert_same_weights(agents[0].denoiser, agents[1].denoiser)
+
+
+def test_distilling_on_a_guided_view_is_distilling_on_the_network_made_by_hand():
+    agents = [
+        DODE(make_mdp(conditional=False), each, solver="ddim", batch_size=32, batches=2).learn()
+        for each in pair()
+    ]
+    torch.testing.assert_close(
+        torch.tensor(agents[0].tableau.weights),
+        torch.tensor(agents[1].tableau.weights),
+        rtol=1e-2,
+        atol=1e-3,
+    )
+
+
+def test_a_schedule_learned_on_a_guided_view_is_that_of_the_network_made_by_hand():
+    settings = {"batch_size": 32, "batches": 1, "schedule_rounds": 4, "start": "environment"}
+    agents = [
+        ScheduleLearning(make_mdp(conditional=False), each, tuning_rounds=0, **settings)
+        for each in pair()
+    ]
+    batch = [agent.make_batches()[0] for agent in agents]
+    slopes = [agent.slope(one).gradient for agent, one in zip(agents, batch, strict=True)]
+    torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gamma", "sn"])
+def test_variances_of_a_guided_view_are_those_of_the_network_made_by_hand(kind):
+    few = {"samples_per_time": 4} if kind == "gamma" else {"rounds": 3}
+    learned = []
+    for each in pair():
+        VarianceLearning(make_mdp(conditional=False), each, kind=kind, **few).learn()
+        head = each.head.state_dict().values() if each.head is not None else [each.gamma]
+        learned.append(torch.cat([part.flatten().double() for part in head]))
+    torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SFTPG, SFT, SFTV, DODE, ScheduleLearning, VarianceLearning])
+def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
+    settings = {
+        DODE: {"solver": "ddim", "batch_size": 16, "batches": 1},
+        ScheduleLearning: {
+            "batch_size": 16,
+            "batches": 1,
+            "schedule_rounds": 2,
+            "start": "environment",
+            "tuning_rounds": 1,
+        },
+        VarianceLearning: {"samples_per_time": 1},
+    }.get(kind, {**SMALL, **CHAIN})
+    seen = []
+
+    def note(_module, arguments):
+        seen.append(arguments[2].detach().unique().tolist())
+
+    denoiser = make_denoiser().given(guidance=2.0)
+    agent = kind(make_mdp(), denoiser, **settings)
+    hook = agent.denoiser.body.register_forward_pre_hook(note)
+    agent.learn(agent.timesteps_per_round)
+    hook.remove()
+    # Each class, and none of them for the other half.
+    assert any(labels == [0, 1, 2, 3] for labels in seen)
+    assert all(3 in labels for labels in seen)
+
+
+def test_cloning_learns_the_classes_and_what_is_common_to_them():
+    mdp = make_mdp(steps=10)
+    denoiser = new_denoiser(mdp)
+    assert denoiser.classes == 3 and not denoiser.conditioning.drops
+    agent = BehaviorCloning(mdp, denoiser, rounds=300, batch_size=128, learning_rate=3e-3)
+    agent.learn()
+    trained = agent.sampling_denoiser
+    assert trained.conditioning.drops
+    policy = SFT(mdp, copy.deepcopy(trained).requires_grad_(True))
+    for label in range(3):
+        drawn = policy.sample(400, condition=label)
+        torch.testing.assert_close(drawn.mean(0), CENTRES[label], rtol=0, atol=0.15)
+    without = trained.given(None)
+    table = make_solver("ancestral", mdp.schedule, variance="small")
+    drawn = sample(table, without, 600, shape=(2,))
+    nearest = torch.cdist(drawn, CENTRES).argmin(1)
+    assert (torch.bincount(nearest, minlength=3) > 100).all()
+
+
+def test_no_label_is_dropped_if_none_is_to_be():
+    mdp = make_mdp()
+    agent = BehaviorCloning(mdp, new_denoiser(mdp), rounds=1, label_dropout=0.0)
+    agent.learn()
+    assert not agent.sampling_denoiser.conditioning.drops
+
+
+def test_a_critic_tells_the_classes_apart():
+    torch.manual_seed(0)
+    critic = IPMCritic(
+        make_critic((2,), classes=3),
+        "r1",
+        baseline=make_baseline((2,), 4, classes=3),
+        objective="logistic",
+    )
+    real, labels = labelled()
+    # The same points under other classes: only a critic that knows the classes can tell.
+    wrong = (labels + 1) % 3
+    for _ in range(60):
+        critic.update(real, real, real.expand(4, -1, -1), None, (labels, wrong))
+    assert float((critic(real, labels) > critic(real, wrong)).float().mean()) > 0.95
+    value = critic.value(real.expand(4, -1, -1), None, wrong)
+    assert value.shape == (4, len(real))
+    with pytest.raises(ValueError, match="This critic is conditional"):
+        critic(real)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_conditional_networks_of_images_start_unconditional(kind):
+    x, classes = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    critic, baseline = (
+        make_critic((1, 8, 8), classes=3),
+        make_baseline((1, 8, 8), 2, kind, classes=3),
+    )
+    assert torch.equal(critic(x, classes), critic(x, classes.flip(0)))
+    rows = torch.stack([x, x])
+    assert baseline(rows, None, classes).shape == (2, 3)
+    nn.init.normal_(baseline.projection.weight)
+    nn.init.normal_(critic.projection.weight)
+    assert not torch.equal(critic(x, classes), critic(x, classes.flip(0)))
+    each = torch.stack([baseline(x, torch.tensor([j] * 3), classes) for j in range(2)])
+    torch.testing.assert_close(baseline(rows, None, classes), each, rtol=1e-4, atol=1e-5)
+
+
+def test_bodies_without_classes_say_so():
+    mdp = make_mdp()
+    with pytest.raises(ValueError, match="Body 'mlp' knows no classes"):
+        new_denoiser(mdp, body="mlp")
+    assert isinstance(new_denoiser(mdp).body, ResidualMLP)
+    assert isinstance(new_denoiser(make_mdp(False)).body, MLP)
+    body = SmallUNet((1, 8, 8), width=8, classes=2)
+    x, time = torch.randn(2, 1, 8, 8), torch.zeros(1).expand(2)
+    apart = body(x[:1].expand(2, -1, -1, -1), time, torch.tensor([0, 1]))
+    nn.init.normal_(body.label.weight, std=3.0)
+    assert body(x, time, torch.tensor([0, 1])).shape == x.shape
+    assert apart.shape == x.shape
+
+
+def test_stable_baselines_trains_a_conditional_policy():
+    from stable_baselines3 import PPO
+
+    from fewstep.agents import DenoiserPolicy
+    from fewstep.envs import DiffusionVectorEnv, SB3VecEnv
+
+    mdp = make_mdp(reward=lambda sample: -sample.square().sum(1))
+    table = make_solver("ancestral", mdp.schedule, variance="small", last_std=0.1)
+    kwargs = {"denoiser": make_denoiser().given(guidance=2.0), "tableau": table}
+    env = SB3VecEnv(DiffusionVectorEnv(mdp, 8))
+    model = PPO(DenoiserPolicy, env, n_steps=4, batch_size=16, n_epochs=1, policy_kwargs=kwargs)
+    model.learn(64)
+    observation = env.reset()
+    action, _ = model.predict(observation)
+    assert action.shape == (8, 2)
+    with pytest.raises(ValueError, match="The environment shows 3 classes"):
+        PPO(
+            DenoiserPolicy,
+            env,
+            policy_kwargs={"denoiser": Denoiser(ResidualMLP((2,)), PROCESS), "tableau": table},
+        )
