@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+from ...agents.samplers.sampling import evaluations_of
 from ...common.shapes import is_vector
 from ..run.threads import threads
 from ..settings.benchmark import BenchmarkSettings
@@ -55,6 +56,8 @@ class Contender:
             scores["higher_is_better"] = [m.name for m in metrics if m.higher_is_better]
         where = {"env": env, "process": repr(sampler.denoiser.process), "solver": self.solver}
         who = {"contender": self.label, "calls": sampler.tableau.nfe, "seed": seed}
+        if sampler.denoiser.classes is not None:
+            who["evaluations"] = evaluations_of(sampler.tableau, sampler.denoiser)
         return {**where, **who, **scores, "seconds": 0.0, **sampler.facts}
 
 

@@ -77,6 +77,7 @@ class Clone:
         rounds: of cloning, if not the preset's.
         body: the network, if not the environment's; see `fewstep train --help`.
         body_options: of that network.
+        conditional: whether it learns the classes of the data, see `Guide`.
     """
 
     process: str | None = None
@@ -85,6 +86,7 @@ class Clone:
     rounds: int | None = None
     body: str | None = None
     body_options: Options | None = None
+    conditional: bool = False
 
     def __call__(self, world: World, calls: int) -> Sampler:
         """Clone; `MIXTURE` has an exact denoiser instead."""
@@ -100,14 +102,33 @@ class Clone:
         budget = preset(world.env, CLONER)
         rounds = world.settings.rounds or self.rounds or budget.agent["rounds"]
         body = self.body or budget.body
-        what = (process.to_config(), body, self.body_options, rounds)
+        what: tuple[object, ...] = (process.to_config(), body, self.body_options, rounds)
+        what += ("conditional",) if self.conditional else ()
         folder = world.settings.folder.parent / "denoisers" / _name(world.env, "clone", seed, what)
-        mdp = world.mdp(process)
+        mdp = world.mdp(process, conditional=self.conditional)
         new = new_denoiser(mdp, seed, budget.prediction, body, self.body_options)
         agent = AGENTS[CLONER].for_environment(mdp, new, seed=seed, rounds=rounds)
         _train(agent, folder)
         denoiser = Denoiser.load(folder / agent.checkpoint_name, world.target.device)
         return Sampler(denoiser, denoiser, folder.name)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Ask a conditional denoiser with guidance from here on; the ODE of reference is guided, too.
+
+    Attributes:
+        guidance: see `Denoiser.given`.
+        interval: likewise; None is all noise levels.
+    """
+
+    guidance: float
+    interval: tuple[float, float] | None = None
+
+    def __call__(self, sampler: Sampler) -> Sampler:
+        """Take the view."""
+        view = sampler.denoiser.given(guidance=self.guidance, interval=self.interval)
+        return replace(sampler, denoiser=view, pretrained=view, origin=f"{sampler.origin} {self}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +216,9 @@ class Learn:
             settings["solver"], options = sampler.solver
             settings |= {"solver_options": dict(options)} if options else {}
         return kind.for_environment(
-            world.mdp(sampler.denoiser.process, sampler.schedule),
+            world.mdp(
+                sampler.denoiser.process, sampler.schedule, conditional=sampler.denoiser.is_open
+            ),
             copy.deepcopy(sampler.denoiser),
             preset=self.preset,
             seed=world.seed + self.seed_offset,
@@ -203,7 +226,7 @@ class Learn:
         )
 
 
-Stage = Clone | Sample | Learn
+Stage = Clone | Guide | Sample | Learn
 
 
 def fine_tune(agent: str, evaluations: int = 20, preset: str = "default", **settings: Any) -> Learn:
@@ -222,6 +245,8 @@ def run_chain(stages: Sequence[Stage], world: World, calls: int) -> Sampler:
         if isinstance(stage, Learn):
             name = _name(world.env, stage.agent, world.seed, *done)
             sampler = stage(sampler, world, world.settings.folder / "stages" / name)
+        elif isinstance(stage, Guide):
+            sampler = stage(sampler)
         elif isinstance(stage, Sample):
             done.append(calls)
             sampler = stage(sampler, calls)

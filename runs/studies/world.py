@@ -39,6 +39,7 @@ class Scoring:
         before: whether what the learners were given is scored, too.
         own_noise: whether each seed scores samples of noise of its own.
         features: whether images are compared in a classifier's features, too.
+        conditional: whether samplers are asked for the classes of the data.
     """
 
     samples: int = 200_000
@@ -47,6 +48,7 @@ class Scoring:
     before: bool = True
     own_noise: bool = True
     features: bool = True
+    conditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,15 @@ class World:
                 self.target, inception_weights=given.inception_weights, data_dir=given.data_dir
             )
         samples = given.evaluation_samples or self.scoring.samples
-        return Evaluation(self.target, samples, features, real_distances)
+        conditional = self.scoring.conditional
+        return Evaluation(self.target, samples, features, real_distances, conditional)
 
-    def mdp(self, process: NoiseProcess, schedule: Schedule | None = None) -> DiffusionMDP:
+    def mdp(
+        self, process: NoiseProcess, schedule: Schedule | None = None, conditional: bool = False
+    ) -> DiffusionMDP:
         """Return the environment, with a reward that costs nothing; agents bring their own."""
         times = schedule or Schedule.uniform(process, 10)
-        return DiffusionMDP(self.target, process, times, no_reward)
+        return DiffusionMDP(self.target, process, times, no_reward, conditional)
 
     def score(
         self, origin: str, pretrained: Denoiser, tableau: Tableau, denoiser: Denoiser
@@ -98,11 +103,15 @@ class World:
         if self.scoring.held_out:
             start, end = float(tableau.times[0]), float(tableau.times[-1])
             with torch.no_grad():
-                samples = tableau.sample(denoiser, self._noise(pretrained, start))
+                view = denoiser.under(self._classes(denoiser))
+                samples = tableau.sample(view, self._noise(pretrained, start))
                 goal = self._reference(origin, pretrained, start, end)
             scores["error"] = float(coordinate_errors(samples, goal).mean())
         if self.scoring.samples:
-            draw = sampler_of(tableau, denoiser, tuple(self.target.shape))
+            mdp = None
+            if denoiser.is_open:
+                mdp = self.mdp(denoiser.process, conditional=True)
+            draw = sampler_of(tableau, denoiser, tuple(self.target.shape), mdp)
             scores |= self.evaluation(draw, self.seed if self.scoring.own_noise else 0)
         return scores
 
@@ -111,6 +120,13 @@ class World:
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
         shape = (self.scoring.held_out, *self.target.shape)
         return denoiser.process.prior_sample(shape, generator, t=start, device=self.target.device)
+
+    def _classes(self, denoiser: Denoiser) -> Tensor | None:
+        """Return the classes of that noise, in the proportions of the data; None without any."""
+        if not denoiser.is_open:
+            return None
+        generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
+        return self.target.sample_labels(self.scoring.held_out, generator)
 
     def _reference(self, origin: str, denoiser: Denoiser, start: float, end: float) -> Tensor:
         """Return what the ODE of a denoiser makes of that noise, by many steps of Heun's method."""
@@ -122,6 +138,6 @@ class World:
             else:
                 ramp = torch.linspace(start, end, steps + 1, dtype=torch.float64)
                 schedule = Schedule(process, ramp)
-            noise = self._noise(denoiser, start)
-            self._references[key] = make_solver("heun", schedule).sample(denoiser, noise)
+            noise, view = self._noise(denoiser, start), denoiser.under(self._classes(denoiser))
+            self._references[key] = make_solver("heun", schedule).sample(view, noise)
         return self._references[key]

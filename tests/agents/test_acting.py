@@ -117,8 +117,9 @@ def test_actions_are_kept_only_where_they_are_not_the_next_states(mdp, make_deno
     assert torch.equal(kept.states[1:], 0.5 * kept.actions)
 
 
-def test_a_buffer_knows_actions_from_before_the_first_that_differed():
+def test_a_buffer_knows_actions_from_before_the_first_that_differed(mdp):
     kept = Trajectories(3, 2, torch.device("cpu"))
+    kept.begin(mdp)
     states = [torch.full((2, 1), float(j)) for j in range(4)]
     kept.keep(0, states[0])
     kept.keep(1, states[1], states[1])

@@ -284,6 +284,7 @@ def make_pg(mdp, make_denoiser, **changes):
 def kept(agent, states):
     """Put states (K + 1, M, *shape) into a buffer of the agent's."""
     trajectories = Trajectories(len(states) - 1, states.shape[1], agent.device)
+    trajectories.begin(agent.mdp)
     for step, sample in enumerate(states):
         trajectories.keep(step, sample)
     return trajectories

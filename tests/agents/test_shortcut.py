@@ -170,6 +170,7 @@ def test_minibatches_hold_transitions_of_the_buffer_and_none_twice(make_pg, monk
 def test_normalised_advantages_have_unit_deviation_and_keep_their_sign(make_pg, generator):
     states = torch.randn(5, 6, 2, generator=generator())
     trajectories = Trajectories(4, 6, torch.device("cpu"))
+    trajectories.begin(make_pg().mdp)
     for step, sample in enumerate(states):
         trajectories.keep(step, sample)
     plain = make_pg(normalize_advantage=False).advantages(trajectories)

@@ -1,0 +1,81 @@
+"""Studies of classifier-free guidance with few network calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .contenders import Contender, Grid
+from .engine import Study
+from .stages import Clone, Guide, Learn, Sample, fine_tune
+from .world import Scoring
+
+SMALL_UNET: dict[str, Any] = {"body": "small-unet", "body_options": {"width": 16, "levels": 3}}
+NETWORKS = {
+    "Digits": Clone("linear-1000", conditional=True, seed=0),
+    "FashionMNIST": Clone("linear-1000", conditional=True, seed=0, **SMALL_UNET),
+    "MNIST": Clone("linear-1000", conditional=True, seed=0, **SMALL_UNET),
+}
+GUIDANCES = (1.0, 2.0, 4.0)
+# The pixels of an image are clean enough at the first noising to stop there.
+TIMES: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
+DDIM = Sample("ddim", **TIMES)
+SOLVERS = {
+    "DDIM": DDIM,
+    "DPM-Solver++ 2M": Sample("dpm-solver++-2m", **TIMES),
+    "UniPC-2": Sample("unipc-2", **TIMES),
+    "iPNDM-4": Sample("ipndm", **TIMES),
+}
+SCHEDULE: dict[str, Any] = {"tuning_rounds": 0, "batch_size": 100, "schedule_rounds": 30}
+LEARNED = {
+    "D-ODE on DDIM": (DDIM, Learn("dode", {"batches": 2, "batch_size": 64})),
+    "learned schedule, DPM-Solver++ 2M": (
+        SOLVERS["DPM-Solver++ 2M"],
+        Learn("schedule", {**SCHEDULE, "batches": 1, "start": "environment"}),
+    ),
+}
+SCORING = Scoring(2_000, held_out=256, reference_steps=100, before=False, conditional=True)
+
+
+def _columns(env: str) -> tuple[str, ...]:
+    features = f"{env.lower()}-classifier"
+    of_images = ("class_accuracy", "frechet_distance", "precision", "recall")
+    return (*(f"{metric}[{features}]" for metric in of_images), "seconds")
+
+
+def _guided(env: str, guidance: float) -> list[Contender]:
+    name, network = f"w = {guidance:g}", (NETWORKS[env], Guide(guidance))
+    plain = [
+        Contender(label, (*network, sample), name, (env,)) for label, sample in SOLVERS.items()
+    ]
+    learned = [Contender(label, (*network, *rest), name, (env,)) for label, rest in LEARNED.items()]
+    return plain + learned
+
+
+def _study(env: str, title: str) -> Study:
+    contenders = tuple(each for w in GUIDANCES for each in _guided(env, w))
+    return Study(
+        title,
+        Grid((env,), contenders, (5, 10), (0,), SCORING),
+        ("evaluations", "error", *_columns(env)),
+    )
+
+
+def _fine_tuned(env: str, title: str) -> Study:
+    """Return the study of fine-tuning at guidance 1 and 2, against where it starts."""
+    start = Sample("ancestral", {"variance": "small", "last_std": 0.05}, "uniform")
+    contenders = tuple(
+        Contender(f"{agent}, w = {w:g}", (NETWORKS[env], Guide(w), start, fine_tune(agent, 0)))
+        for agent in ("sft", "sft-v")
+        for w in (1.0, 2.0)
+    )
+    scoring = replace(SCORING, held_out=0, before=True)
+    return Study(title, Grid((env,), contenders, (5, 10), (0, 1, 2), scoring), _columns(env))
+
+
+STUDIES = {
+    "guidance": _study("Digits", "Guided digits in 5 and 10 calls: solvers and what is learned"),
+    "guidance-fashion": _study("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
+    "guided-sft": _fine_tuned("Digits", "Fine-tuning a conditional sampler of digits"),
+    "guided-sft-fashion": _fine_tuned("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
+}
