@@ -68,7 +68,7 @@ def save_pretrained(denoiser: Denoiser, folder: str | Path) -> None:
 def export_pipeline(denoiser: Denoiser, folder: str | Path, tableau: Tableau) -> None:
     """Write a DDPMPipeline that samples with a tableau.
 
-    `pipeline(batch_size, num_inference_steps=tableau.nfe)` then draws what `tableau.sample` does
+    `pipeline(batch_size, num_inference_steps=tableau.steps)` then draws what `tableau.sample` does
     from the same noise; on EDM's process see `TableauScheduler` for how the noise starts. A script
     imports `fewstep.agents.pretrained.scheduler` before it opens the folder. `from_pretrained`
     reads the denoiser back.

@@ -53,8 +53,11 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         prediction_type: diffusers' name of the prediction.
         clip_sample: `clip`.
 
+    Pipelines ask the network before every step. A step of the table that is not asked (afs) does
+    without the answer: it is the same sampler, with a call more than `tableau.nfe`.
+
     Attributes:
-        timesteps: (K,) the network's times, one for each of the table's calls; int64 if all are
+        timesteps: (K,) the network's times, one for each of the table's steps; int64 if all are
             whole, else float32.
 
     Raises:
@@ -110,8 +113,8 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
 
     @property
     def num_inference_steps(self) -> int:
-        """K, the only number of network calls that the table has coefficients for."""
-        return self.tableau.nfe
+        """K, the only number of steps that the table has coefficients for."""
+        return self.tableau.steps
 
     def set_timesteps(
         self,
@@ -121,7 +124,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         """Begin a new batch.
 
         Args:
-            num_inference_steps: the table's number of network calls, or None for that.
+            num_inference_steps: the table's number of steps, or None for that.
             device: where `timesteps` goes.
 
         Raises:

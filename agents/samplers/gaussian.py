@@ -70,7 +70,7 @@ class GaussianChain(nn.Module):
     Raises:
         ValueError: a denoiser of another noise process than the tableau's; a tableau with memory
             (multistep or anchored), or with a noise-free step, which has no density: build it with
-            `ancestral(schedule, last_std=...)`, for example.
+            `ancestral(schedule, last_std=...)`, for example; or with a step that is not asked.
     """
 
     @checked
@@ -89,6 +89,11 @@ class GaussianChain(nn.Module):
             raise ValueError(
                 f"'{tableau.name}' uses earlier states or outputs; a Gaussian policy needs a "
                 "one-step sampler such as ancestral or ddim."
+            )
+        if tableau.nfe < tableau.steps:
+            raise ValueError(
+                f"'{tableau.name}' does not ask the network in every step, and a policy is trained "
+                "in every step: build the sampler without afs."
             )
         # Not that of the second head: where Cov0 is 0 there would be no density either.
         if (tableau.base_std == 0).any():

@@ -15,6 +15,9 @@ sample clamped to [-1, 1], and a standard deviation of each pixel's own,
     s_j(z)^2 = min(s_j^2 + v_j Cov0(z, t_j), cap_j^2)
 
 with Cov0 the variance of the clean sample as the denoiser's second head predicts it.
+
+In a step that is not asked, O_j is not the network's but the guess of a state that is nearly noise,
+epsilon = z_j / sqrt(alpha^2 + sigma^2), and costs nothing (MATH.md 1.19).
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from ...common.reading import damage_named, read_text
 from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
 from .sparse import SparseRows, read_only
-from .tableau_checks import ARRAYS, DEFAULTS, Output, check_arrays, check_times
+from .tableau_checks import ARRAYS, DEFAULTS, Output, check_arrays, check_asked, check_times
 from .tableau_json import OPTIONAL, read_table, write_table
 
 if TYPE_CHECKING:
@@ -59,11 +62,12 @@ class Row(NamedTuple):
     clipped: float = 0.0
     covariance: float = 0.0
     cap: float = math.inf
+    asked: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Tableau:
-    """A sampler of K network evaluations.
+    """A sampler of K steps, each of one network evaluation unless it is not asked.
 
     A tableau never changes. Its arrays are its own, copied from what it was given, and read-only:
     `replace` makes another one. Of the weights only those that are not 0 are kept
@@ -89,11 +93,14 @@ class Tableau:
         covariance: (K,) float64, v >= 0: how much of Cov0(z_j, t_j), the variance of each pixel
             that the denoiser's second head predicts, is added to noise_j^2; 0 by default.
         cap: (K,) float64 >= 0: the standard deviation goes no higher; infinite by default.
+        asked: (K,) bool: False where O_j is guessed without the network, with epsilon =
+            z_j / sqrt(alpha^2 + sigma^2); True by default.
 
     Raises:
         ValueError: wrong shapes, non-finite numbers, weights above the diagonal, negative noise,
             covariance or cap, anchors out of range, `current` on a step that starts from z_j
-            anyway, `clipped` with predicted noise, times outside the process.
+            anyway, `clipped` with predicted noise, times outside the process; a step that is not
+            asked where no signal is left, or that wants a covariance.
     """
 
     name: str
@@ -108,6 +115,7 @@ class Tableau:
     clipped: np.ndarray | None = None
     covariance: np.ndarray | None = None
     cap: np.ndarray | None = None
+    asked: np.ndarray | None = None
 
     sparse_weights: SparseRows = field(init=False, repr=False)
     _rows: tuple[Row, ...] = field(init=False, repr=False)
@@ -123,14 +131,20 @@ class Tableau:
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 self._keep(name, np.full(steps, default))
+        asked = np.asarray(self.asked)
+        if asked.dtype != np.bool_:
+            raise ValueError("Tableau.asked must be true or false, one for each step.")
+        self._keep("asked", read_only(asked, np.bool_))
         for name in ("times", "scale", "noise", *DEFAULTS):
-            self._keep(name, read_only(getattr(self, name), np.float64))
+            if name != "asked":
+                self._keep(name, read_only(getattr(self, name), np.float64))
         # `__getattr__` lays the matrix out again for whoever asks for it.
         self._keep("sparse_weights", _sparse(self.__dict__.pop("weights"), steps))
         check_arrays(
             {name: getattr(self, name) for name in ARRAYS}, self.sparse_weights, self.output
         )
         check_times(self.times, self.process)
+        check_asked(self._optional("asked"), self.times, self.process)
         self._keep("_rows", tuple(self._make_rows()))
 
     def _keep(self, name: str, value: object) -> None:
@@ -172,7 +186,7 @@ class Tableau:
             self.scale,
             self._optional("current"),
             noise,
-            *(self._optional(name) for name in ("clipped", "covariance", "cap")),
+            *(self._optional(name) for name in ("clipped", "covariance", "cap", "asked")),
         )
         plain = zip(self.sparse_weights.pairs(), *(c.tolist() for c in columns), strict=True)
         for weights, time, anchor, scale, current, std, *others in plain:
@@ -180,13 +194,13 @@ class Tableau:
 
     @property
     def steps(self) -> int:
-        """Number of steps K; each costs one network evaluation."""
+        """Number of steps K; each costs one network evaluation, unless it is not asked."""
         return len(self.scale)
 
     @property
     def nfe(self) -> int:
-        """Network evaluations a sample costs."""
-        return self.steps
+        """Network evaluations a sample costs: the steps that are asked."""
+        return int(self._optional("asked").sum())
 
     def prior_sample(
         self,
@@ -268,9 +282,30 @@ class Tableau:
                 f"{denoiser.process!r}."
             )
 
-    def evaluate(self, denoiser: Denoiser, state: Tensor, j: int) -> Tensor:
-        """Return O_j, the denoiser's output at state z_j (N, *shape)."""
-        return self.output_at(denoiser, state, self._rows[j].time)
+    def evaluate(
+        self, denoiser: Denoiser, state: Tensor, j: int, t: Tensor | None = None
+    ) -> Tensor:
+        """Return O_j, the denoiser's output at state z_j (N, *shape), or the guess of it.
+
+        The time t () of the row may be given as a tensor that requires a gradient; it gets one.
+        """
+        row = self._rows[j]
+        time = row.time if t is None else t
+        return self.output_at(denoiser, state, time) if row.asked else self._guess(state, time)
+
+    def _guess(self, state: Tensor, t: float | Tensor) -> Tensor:
+        """Return what a state z that is nearly noise says itself: epsilon = z / its length."""
+        alpha: float | Tensor
+        sigma: float | Tensor
+        if isinstance(t, Tensor):
+            alpha, sigma = self.process.alpha(t).to(state), self.process.sigma(t).to(state)
+        else:
+            alpha, sigma = self.process.levels(t)
+        length = (alpha**2 + sigma**2) ** 0.5
+        if self.output == "epsilon":
+            return state / length
+        # (z - sigma epsilon) / alpha, without its cancellation.
+        return state * (alpha / (length * (length + sigma)))
 
     def evaluate_with_std(
         self, denoiser: Denoiser, state: Tensor, j: int

@@ -15,7 +15,13 @@ from .sparse import NOT_LOWER, SparseRows
 
 Output = Literal["epsilon", "sample"]
 # What the optional arrays hold where they say nothing.
-DEFAULTS = {"current": 0.0, "clipped": 0.0, "covariance": 0.0, "cap": math.inf}
+DEFAULTS: dict[str, float | bool] = {
+    "current": 0.0,
+    "clipped": 0.0,
+    "covariance": 0.0,
+    "cap": math.inf,
+    "asked": True,
+}
 ARRAYS = ("times", "scale", "noise", "anchors", *DEFAULTS)
 
 
@@ -51,6 +57,10 @@ def check_arrays(arrays: Mapping[str, np.ndarray], weights: SparseRows, output: 
             "Tableau.clipped weighs predicted clean samples: it needs output 'sample', not "
             f"{output!r}."
         )
+    if arrays["covariance"][~arrays["asked"]].any():
+        raise ValueError(
+            "Tableau.covariance comes from the network: it must be 0 in a step that is not asked."
+        )
     anchors, own = arrays["anchors"], np.arange(steps)
     if ((anchors < 0) | (anchors > own)).any():
         raise ValueError("Tableau.anchors must point to states that exist: 0 <= a(j) <= j.")
@@ -69,3 +79,13 @@ def check_times(times: np.ndarray, process: NoiseProcess) -> None:
             "Tableau.times must have noise but for the last: no network is asked about clean "
             "samples."
         )
+
+
+def check_asked(asked: np.ndarray, times: np.ndarray, process: NoiseProcess) -> None:
+    """Raise ValueError for a step that is not asked where no signal is left."""
+    for time in times[:-1][~asked].tolist():
+        if process.levels(time)[0] == 0:
+            raise ValueError(
+                f"No signal is left at time {time:g} of {process!r}: the network must be asked "
+                "there, since the state says nothing of the clean sample (afs does without it)."
+            )

@@ -14,13 +14,15 @@ from .sparse import SparseRows
 Table = TypeVar("Table")
 
 FORMAT = "fewstep-tableau"
-VERSION = 4
+VERSION = 5
+# Tables that ask in every step are written for readers of this version, too.
+_ASKING = 4
 
 # What every version holds. Up to version 3 the weights were a matrix, with all its zeros.
 _ARRAYS = ("times", "scale", "weights", "noise")
 # What a table that says nothing of them does without. The anchors may be missing since version 4;
-# version 1 had none of the others, version 2 the first.
-OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap")
+# version 1 had none of the others, version 2 the first, up to version 4 none had the last.
+OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap", "asked")
 
 
 def write_table(
@@ -45,7 +47,7 @@ def write_table(
         arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
     table = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if "asked" in arrays else _ASKING,
         "name": name,
         "output": output,
         "process": process.to_config(),

@@ -142,7 +142,7 @@ class DODE(SolverAgent):
             return base
         if base.steps != self.base.steps or self.returned == REFINED:
             raise ValueError(
-                f"This table was distilled for {self.base.steps} network calls on its own "
+                f"This table was distilled for {self.base.nfe} network calls on its own "
                 "schedule; its parameters carry over to schedules of as many calls, refined "
                 "weights to none."
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...common.names import unknown_name
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
+from .afs import afs
 from .ddim import ddim
 from .defaults import default_schedule, default_solver_options
 from .deis import deis, ipndm, lms
@@ -40,10 +41,11 @@ def make_solver(
         denoiser: the network that will be asked. What it says of how to sample from it is the
             default of the options (`default_solver_options`), and some solvers need its Gamma or
             its second head.
-        options: of the solver.
+        options: of the solver. All that add no noise take `afs=True`, which spares the first call.
 
-    The schedule's steps are the network calls a sample costs, except for "heun", which takes two a
-    step; `tableau.nfe` says. `solver_within` chooses the steps for a budget.
+    The schedule's steps are the network calls a sample costs, except for "heun" and "flow-heun",
+    which take two a step, and with `afs`; `tableau.nfe` says. `solver_within` chooses the steps for
+    a budget.
 
     Raises:
         ValueError: a solver or an option that does not exist, the message lists those that do; or
@@ -115,12 +117,16 @@ def solver_within(
             return default_schedule(name, process, steps)
 
     costs = set()
-    for steps in dict.fromkeys((nfe, (nfe + 1) // 2)):
+    # What afs saves goes into one more step. Heun's methods take two calls a step, one to time 0,
+    # and EDM's one where no signal is left.
+    calls = nfe + (options.get("afs") is True)
+    for steps in dict.fromkeys((calls, (calls + 1) // 2, (calls + 2) // 2)):
         tableau = make_solver(name, schedule_of(steps), denoiser, **options)
         if tableau.nfe == nfe:
             return tableau
         costs.add(tableau.nfe)
-    near = " or ".join(str(cost) for cost in sorted(costs))
+    nearest = sorted(costs, key=lambda cost: (abs(cost - nfe), cost))[:2]
+    near = " or ".join(str(cost) for cost in sorted(nearest))
     raise ValueError(
         f"{name} cannot spend exactly {nfe} network calls on this kind of schedule, but {near}."
     )
@@ -130,6 +136,7 @@ __all__ = [
     "SOLVERS",
     "Options",
     "Solver",
+    "afs",
     "analytic_dpm",
     "ancestral",
     "build_solver",

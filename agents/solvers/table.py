@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Tableau
+from .afs import afs as without_first_call
 from .ddim import ddim
 from .deis import deis, ipndm, lms
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp, dpm_solver_sde
@@ -63,19 +64,28 @@ class Solver:
         """Names of the options that are left to choose."""
         names = list(inspect.signature(self.build).parameters)[1:]
         # An argument called as what it needs comes from the denoiser.
-        return [name for name in names if name not in self.fixed and name != self.needs]
+        names = [name for name in names if name not in self.fixed and name != self.needs]
+        return [*names, "afs"]
 
     def __call__(
-        self, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
+        self,
+        schedule: Schedule,
+        denoiser: Denoiser | None = None,
+        *,
+        afs: bool = False,
+        **options: Any,
     ) -> Tableau:
-        """Build the tableau.
+        """Build the tableau; with `afs` the first output is guessed, see the function.
 
         Raises:
-            ValueError: the denoiser lacks what the solver needs.
+            ValueError: the denoiser lacks what the solver needs, or the solver takes no `afs`.
         """
+        if not isinstance(afs, bool):
+            raise ValueError(f"afs must be True or False, got {afs!r}.")
         if self.needs is not None:
             options |= self._needed(denoiser)
-        return self.build(schedule, **self.fixed, **options)
+        table = self.build(schedule, **self.fixed, **options)
+        return without_first_call(table) if afs else table
 
     def _needed(self, denoiser: Denoiser | None) -> dict[str, Any]:
         """Return the builder's arguments that come from the denoiser."""

@@ -132,7 +132,7 @@ class CustomProcess(NoiseProcess):
         same = isinstance(other, CustomProcess) and self._functions == other._functions
         return same and super().__eq__(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         return f"CustomProcess({self.name!r}, t_max={self.t_max:g})"

@@ -33,4 +33,4 @@ def main(argv: Sequence[str]) -> None:
     console.out(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
     console.out("import fewstep.agents.pretrained.scheduler")
     call = f"DDPMPipeline.from_pretrained({str(settings.output)!r})"
-    console.out(f"{call}(num_inference_steps={tableau.nfe})")
+    console.out(f"{call}(num_inference_steps={tableau.steps})")

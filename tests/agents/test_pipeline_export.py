@@ -19,7 +19,7 @@ from fewstep.agents.denoisers.networks import MLP
 from fewstep.agents.denoisers.parameterisations import time_range_of
 from fewstep.agents.pretrained import export_pipeline, from_pretrained
 from fewstep.agents.pretrained.scheduler import TableauScheduler
-from fewstep.agents.solvers import ancestral, ddim, dpm_solver_pp, heun, make_solver
+from fewstep.agents.solvers import afs, ancestral, ddim, dpm_solver_pp, heun, make_solver
 from fewstep.envs import VE, DiscreteVP, Schedule
 
 VP = DiscreteVP.linear(1000, 1e-4, 5e-3)  # keeps an untrained network's samples of unit size
@@ -83,6 +83,7 @@ TABLES = {
     "stochastic": lambda process: ancestral(Schedule.karras(process, 5)),
     "churned": lambda process: heun(Schedule.karras(process, 3), s_churn=1.0),
     "clipped": lambda process: ancestral(Schedule.karras(process, 4), clip=True),
+    "not-asked": lambda process: afs(dpm_solver_pp(Schedule.log_snr(process, 5), order=2)),
 }
 
 
@@ -92,7 +93,7 @@ def test_the_pipeline_draws_what_the_tableau_draws(name, prediction, make, gener
     denoiser, tableau = make(VP, prediction), TABLES[name](VP)
     export_pipeline(denoiser, tmp_path, tableau)
     ours = sample(tableau, denoiser, generator(3))
-    assert torch.equal(draw(open_pipeline(tmp_path), tableau.nfe, generator(3)), ours)
+    assert torch.equal(draw(open_pipeline(tmp_path), tableau.steps, generator(3)), ours)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -101,7 +102,7 @@ def test_the_pipeline_runs_edm_from_unit_noise(name, make, generator, tmp_path):
     export_pipeline(denoiser, tmp_path, tableau)
     # In float64, as samples of unit size are differences of states of 80.
     pipeline, denoiser = open_pipeline(tmp_path).to(torch.float64), denoiser.double()
-    theirs = draw(pipeline, tableau.nfe, generator(3))
+    theirs = draw(pipeline, tableau.steps, generator(3))
     # The pipeline computes the U-Net's times in float32, and so has ours to.
     denoiser.body.register_forward_pre_hook(lambda _, asked: (asked[0], asked[1].float()))
     # The pipeline's noise is the network's scaled input: the state begins 3e-5 wider.
@@ -118,10 +119,10 @@ def test_the_pipeline_asks_the_network_as_the_tableau_does(make, generator, tmp_
     export_pipeline(denoiser, tmp_path, tableau)
     pipeline = open_pipeline(tmp_path)
     theirs, ours = count_calls(pipeline.unet), count_calls(denoiser.body.unet)
-    draw(pipeline, tableau.nfe, generator())
+    draw(pipeline, tableau.steps, generator())
     sample(tableau, denoiser, generator())
     assert theirs.times == ours.times
-    assert len(theirs) == tableau.nfe
+    assert len(theirs) == tableau.steps
 
 
 def test_times_are_whole_where_they_can_be(make, tmp_path):
@@ -137,22 +138,22 @@ def test_a_pipeline_samples_again_and_again(make, generator, tmp_path):
     tableau = TABLES["multistep"](VP)
     export_pipeline(make(), tmp_path, tableau)
     pipeline = open_pipeline(tmp_path)
-    first = draw(pipeline, tableau.nfe, generator(1))
-    draw(pipeline, tableau.nfe, generator(2), batch_size=5)
+    first = draw(pipeline, tableau.steps, generator(1))
+    draw(pipeline, tableau.steps, generator(2), batch_size=5)
     state = torch.randn(1, 2, 8, 8)
-    pipeline.scheduler.set_timesteps(tableau.nfe)  # a batch that was left halfway
+    pipeline.scheduler.set_timesteps(tableau.steps)  # a batch that was left halfway
     pipeline.scheduler.step(state, pipeline.scheduler.timesteps[0], state)
-    assert torch.equal(draw(pipeline, tableau.nfe, generator(1)), first)
+    assert torch.equal(draw(pipeline, tableau.steps, generator(1)), first)
 
 
 def test_each_sample_may_have_its_own_generator(make, generator, tmp_path):
     denoiser, tableau = make(), TABLES["stochastic"](VP)
     export_pipeline(denoiser, tmp_path, tableau)
     pipeline = open_pipeline(tmp_path)
-    theirs = draw(pipeline, tableau.nfe, [generator(seed) for seed in range(3)])
+    theirs = draw(pipeline, tableau.steps, [generator(seed) for seed in range(3)])
     ours = [sample(tableau, denoiser, generator(seed), batch_size=1) for seed in range(3)]
     torch.testing.assert_close(theirs, torch.cat(ours), rtol=1e-4, atol=1e-5)
-    alone = draw(pipeline, tableau.nfe, [generator(0)], batch_size=1)
+    alone = draw(pipeline, tableau.steps, [generator(0)], batch_size=1)
     assert torch.equal(alone, ours[0])
 
 
@@ -202,8 +203,10 @@ def test_a_saved_pipeline_is_saved_again_by_diffusers(make, generator, tmp_path)
     export_pipeline(denoiser, tmp_path / "ours", tableau)
     pipeline = open_pipeline(tmp_path / "ours")
     pipeline.save_pretrained(tmp_path / "theirs")
-    expected = draw(pipeline, tableau.nfe, generator())
-    assert torch.equal(draw(open_pipeline(tmp_path / "theirs"), tableau.nfe, generator()), expected)
+    expected = draw(pipeline, tableau.steps, generator())
+    assert torch.equal(
+        draw(open_pipeline(tmp_path / "theirs"), tableau.steps, generator()), expected
+    )
     again = from_pretrained(tmp_path / "theirs")
     assert (again.process, again.prediction, again.clip) == (VP, "v", True)
     assert torch.equal(sample(tableau, again, generator()), expected)

@@ -215,6 +215,12 @@ def test_studies_are_listed(fewstep, capsys):
             "unknown option of solver 'dpm-solver-2'",
         ),
         (["train", "--agent=dode", "--solver-options", "eta", "abc"], "wrong type"),
+        (["train", "--agent=dode", "--solver-options", "afs", "yes"], "afs must be True or False"),
+        (["train", "--solver-options", "afs", "True"], "afs is for deterministic solvers"),
+        (
+            ["train", "--agent=dode", "--process=flow", "--solver-options", "afs", "True"],
+            "No signal is left",
+        ),
         (
             ["train", "--agent=dode", "--solver=ipndm", "--solver-options", "order", "True"],
             "order must be a whole number",

@@ -112,6 +112,23 @@ def test_a_schedule_is_named_or_listed(schedule, distilled, tmp_path, fewstep):
     assert json.loads(scores.read_text())["nfe"] == 4
 
 
+def test_a_first_call_for_nothing_is_not_counted(distilled, tmp_path, fewstep):
+    scores = tmp_path / "scores.json"
+    afs = ["--solver-options", "afs", "True"]
+    flags = ["--solver=ipndm", "--steps=6", *afs, "--samples=500", f"--output={scores}"]
+    assert fewstep("evaluate", distilled, *flags) == 0
+    assert json.loads(scores.read_text())["nfe"] == 5
+    flags = ["--agent=dode", "--steps=6", "--batches=2", *CLONING, *afs]
+    assert fewstep("train", *flags, f"--log-dir={tmp_path / 'logs'}") == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    table = Tableau.load(folder / "tableau.json")
+    assert (table.steps, table.nfe) == (6, 5) and not table.asked[0]
+    assert fewstep("evaluate", folder, "--samples=500", f"--output={scores}") == 0
+    assert json.loads(scores.read_text())["nfe"] == 5
+    analysed = ["--samples=16", "--reference-steps=40", f"--output={tmp_path / 'analysis'}"]
+    assert fewstep("analyze", folder, *analysed) == 0
+
+
 def test_a_ve_process_is_cloned_with_edm_and_sampled_on_karras_s_grid(tmp_path, fewstep):
     flags = ["--process=ve", "--rounds=6", "--batch-size=32", "--evaluation-samples=500"]
     assert fewstep("pretrain", *flags, f"--log-dir={tmp_path}") == 0

@@ -149,7 +149,8 @@ def _descend(
         # By the level, not by the time: a discrete process's times have kinks, its levels none.
         level = logs[j].to(state.device).requires_grad_()
         with torch.enable_grad():
-            output = tableau.output_at(denoiser, state, tableau.process.time_of_log_snr(-level))
+            time = tableau.process.time_of_log_snr(-level)
+            output = tableau.evaluate(denoiser, state, j, time)
         value = output.detach()
         pull = torch.zeros_like(value)
         for i in readers:
