@@ -141,7 +141,7 @@ def test_minibatches_hold_transitions_of_the_buffer_and_none_twice(make_pg, monk
         kept["advantages"] = advantages(trajectories)
         return kept["advantages"]
 
-    def note_transitions(next_sample, sample, step, reduction):
+    def note_transitions(next_sample, sample, step, reduction, condition):
         drawn.append([next_sample, sample, step])
         return log_density(next_sample, sample, step, reduction)
 

@@ -4,12 +4,12 @@ The denoisers are exact, so all error is the solver's: on a Gaussian, whose ODE 
 solution, and on a mixture, against a fine solution.
 """
 
+import functools
 import math
 import warnings
 from itertools import pairwise
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -129,7 +129,8 @@ ABOVE_SECOND = ("ipndm-4", "deis", "rho-deis", "dpm-3", "++3s", "3m", "++3m", "u
 ABOVE_SECOND += ("unipc-3", "unipc-3 of noise")
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+# Between times of the last one a level is found by bisection: slow, and tested elsewhere.
+@pytest.mark.parametrize("process", [name for name in PROCESSES if name != "trigonometric"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_convergence_from_the_last_time_of_the_process(name, process):
     # Above second order the first step, which is of first order, is what remains: with a constant
@@ -158,10 +159,14 @@ def test_convergence_from_the_last_time_of_the_process(name, process):
         assert measured < 1.25
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 200])
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", NAMES)
-def test_default_grids_give_the_moments(name, process, steps):
+def test_default_grids_give_the_moments(name, process):
+    for steps in (1, 2, 3, 5, 120):
+        check_moments(name, process, steps)
+
+
+def check_moments(name, process, steps):
     forward = PROCESSES[process]
     denoiser = gaussian(forward)
     try:
@@ -173,10 +178,10 @@ def test_default_grids_give_the_moments(name, process, steps):
     start = torch.tensor([[0.0], [1.0]], dtype=torch.float64) * forward.prior_std(table.times[0])
     low, high = table.sample(denoiser, start).flatten().tolist()
     assert math.isfinite(low) and math.isfinite(high)
-    if steps == 200:
+    if steps == 120:
         # The starts lack the signal's share at the first time, at most exp(-5.1) of it.
-        assert abs(low - MEAN) < 0.03
-        assert abs(high - low - STD) < 0.03
+        assert abs(low - MEAN) < 0.04
+        assert abs(high - low - STD) < 0.04
 
 
 @pytest.mark.parametrize("process", [name for name in PROCESSES if name != "VE"])
@@ -210,24 +215,27 @@ def moments_of(table):
     assert abs(math.sqrt(variance) - STD) < 0.02
 
 
+@functools.cache
+def fine_samples(process, times):
+    """A mixture's exact denoiser on a process, starts, and where a finer solver leads from them."""
+    forward = PROCESSES[process]
+    denoiser, _ = exact_mixture(forward, prediction="sample", dimension=2, std=0.4)
+    start = torch.randn(200, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start *= forward.prior_std(times[0])
+    between = [(a + b) / 2 for a, b in pairwise(times)]
+    fine = flow_heun(Schedule(forward, sorted({*times, *between}, reverse=True)))
+    return denoiser, start, fine.sample(denoiser, start)
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mixture_is_sampled_as_by_a_fine_solver(name, process):
-    forward = PROCESSES[process]
-    denoiser, _ = exact_mixture(forward, prediction="sample", dimension=2, std=0.4)
-    schedule = default_schedule(name, forward, 100)
-    # The same start for both, so that the grids' ends differ by nothing but the steps.
-    times = np.sort(
-        np.concatenate([schedule.times, (schedule.times[1:] + schedule.times[:-1]) / 2])
-    )
-    fine = flow_heun(Schedule(forward, times[::-1].copy()))
-    start = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    start *= forward.prior_std(float(schedule.times[0]))
-    away = make_solver(name, schedule, denoiser).sample(denoiser, start) - fine.sample(
-        denoiser, start
-    )
+    schedule = default_schedule(name, PROCESSES[process], 80)
+    # The same ends for both, so that they differ by nothing but the steps.
+    denoiser, start, goal = fine_samples(process, tuple(schedule.times.tolist()))
+    away = make_solver(name, schedule, denoiser).sample(denoiser, start) - goal
     assert away.isfinite().all()
-    assert float(away.square().sum(1).mean().sqrt()) < 0.08
+    assert float(away.square().sum(1).mean().sqrt()) < 0.1
 
 
 def test_flow_heun_is_the_trapezoidal_rule_for_the_velocity():
