@@ -27,12 +27,15 @@ SOLVERS = {
     "iPNDM-4": Sample("ipndm", **TIMES),
 }
 SCHEDULE: dict[str, Any] = {"tuning_rounds": 0, "batch_size": 100, "schedule_rounds": 30}
+TIMES_LEARNED = Learn("schedule", {**SCHEDULE, "batches": 1, "start": "environment"})
+REFINED = Learn(
+    "dode",
+    {"form": "all", "refine": "end-to-end", "refine_steps": 5, "batches": 4, "batch_size": 64},
+)
 LEARNED = {
     "D-ODE on DDIM": (DDIM, Learn("dode", {"batches": 2, "batch_size": 64})),
-    "learned schedule, DPM-Solver++ 2M": (
-        SOLVERS["DPM-Solver++ 2M"],
-        Learn("schedule", {**SCHEDULE, "batches": 1, "start": "environment"}),
-    ),
+    "learned schedule, DPM-Solver++ 2M": (SOLVERS["DPM-Solver++ 2M"], TIMES_LEARNED),
+    "the same, its weights distilled": (SOLVERS["DPM-Solver++ 2M"], TIMES_LEARNED, REFINED),
 }
 SCORING = Scoring(2_000, held_out=256, reference_steps=100, before=False, conditional=True)
 
