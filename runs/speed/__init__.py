@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .guided import guided_sampling
 from .memory import gradient_memory, memory
 from .rollout import rollout_speed
 from .sampling import sampling
@@ -26,6 +27,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "fitting": Measurement("What a D-ODE fit costs beside its teacher's calls", fitting),
     "rollout": Measurement("SFT-PG's rollout on a U-Net against a bare loop", rollout_speed),
     "sampling": Measurement("Our sampling loop, a bare loop and diffusers' schedulers", sampling),
+    "guided-sampling": Measurement("What guidance costs beside its network calls", guided_sampling),
     "memory": Measurement("Peak memory of a round at K = 10 and 100", memory),
     "gradient-memory": Measurement(
         "Peak memory of a schedule's gradient at K = 10 and 100", gradient_memory
