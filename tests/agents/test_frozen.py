@@ -35,7 +35,7 @@ def test_a_tableau_is_read_only_and_owns_its_arrays():
     assert table.to_json() == before
     names = [f.name for f in dataclasses.fields(Tableau)]
     arrays = [getattr(table, n) for n in names if isinstance(getattr(table, n), np.ndarray)]
-    assert len(arrays) == 9
+    assert len(arrays) == 10
     sparse = table.sparse_weights
     for array in (*arrays, sparse.values, sparse.columns, sparse.starts, table.times[1:]):
         with pytest.raises(ValueError, match="read-only"):
