@@ -383,8 +383,9 @@ def make_baseline(
         classes: of a conditional baseline; None for an unconditional one.
     """
     if not is_image(shape):
-        features = {"frequencies": FREQUENCIES, "bandwidths": bandwidths}
-        return MLPBaseline(shape, steps, **features, classes=classes)
+        return MLPBaseline(
+            shape, steps, frequencies=FREQUENCIES, bandwidths=bandwidths, classes=classes
+        )
     if kind == "conv":
         return ConvBaseline(shape, steps, width, classes)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)

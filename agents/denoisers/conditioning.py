@@ -132,7 +132,7 @@ class Conditioning:
             if len(condition) != n:
                 raise ValueError(f"{len(condition)} classes were given for {n} samples.")
             return condition.to(device)
-        number = self.classes if condition is None else int(condition)  # type: ignore[arg-type]
+        number = self.classes if condition is None else int(condition)
         return torch.full((1,), number, device=device).expand(n)
 
     def evaluations(self, level: float) -> int:

@@ -44,7 +44,7 @@ class Critic(Protocol):
     def __call__(self, sample: Tensor) -> Tensor:
         """Return f (N,) for samples (N, *shape): high on data, low on fakes."""
 
-    def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
+    def value(self, states: Tensor, steps: Tensor | None = None, *condition: Tensor) -> Tensor:
         """Return V (k, N) for states (k, N, *shape) before steps (k,)."""
 
     def update(

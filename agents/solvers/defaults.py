@@ -33,7 +33,7 @@ def default_solver_options(
     variance, ancestral sampling has noise in every step, and so is a policy with densities, which
     SFT-PG can start from: "beta" for vectors, "small" with a last standard deviation of 0.001 for
     images. On a process that is neither a chain of noisings nor `VE` the last step of "beta" would
-    be as noisy as the others, 0.1 for ten steps of a `RectifiedFlow`: there vectors take "small"
+    be as noisy as the others, 0.1 for ten steps of a `RectifiedFlow`: there vectors take "large"
     with a last standard deviation of 0.01. Nothing is returned for what neither decides: the
     solver's own defaults hold.
 
@@ -112,11 +112,10 @@ def default_schedule(
 
 def _noise_of_a_policy(solver: str, image: bool, process: NoiseProcess | None) -> Options:
     """Return the options that add noise in every step."""
-    last_std: Options = {}
+    variance, last_std = "beta", None
     if image:
-        last_std = {"last_std": 0.001}
+        variance, last_std = "small", 0.001
     elif process is not None and not (process.discrete or process.time_is_level):
-        last_std = {"last_std": 0.01}
-    if solver != "ancestral":
-        return last_std
-    return {"variance": "small" if last_std else "beta", **last_std}
+        variance, last_std = "large", 0.01
+    options: Options = {} if last_std is None else {"last_std": last_std}
+    return {"variance": variance, **options} if solver == "ancestral" else options

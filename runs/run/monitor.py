@@ -129,7 +129,7 @@ class Monitor(BaseCallback):
         if rounds % self.picture_interval == 0 or rounds == self.total_rounds:
             generator = torch.Generator(self.model.device).manual_seed(NOISE_SEED)
             count = pictured(self.model.mdp.shape)
-            under = classes_shown(self.model.mdp, count)
+            under: dict[str, Any] = classes_shown(self.model.mdp, count)
             samples = self.model.sample(count, generator=generator, **under)
             real = self.evaluation.target.take(count)
             figure = samples_figure({"samples": samples}, real)

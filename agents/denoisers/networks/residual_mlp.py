@@ -60,7 +60,7 @@ class ResidualMLP(nn.Module):
         A conditional network takes classes (N,) int64, `classes` itself for none.
         """
         embedding = self.time(shared(time).to(sample.dtype))
-        if self.label is not None:
+        if self.label is not None and condition is not None:
             embedding = embedding + self.label(shared(condition))
         embedding = F.silu(embedding)
         h = self.stem(sample.flatten(1))

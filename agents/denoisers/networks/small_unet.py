@@ -106,7 +106,7 @@ class SmallUNet(nn.Module):
         A conditional network takes classes (N,) int64, `classes` itself for none.
         """
         embedding = self.time(shared(time).to(sample.dtype))
-        if self.label is not None:
+        if self.label is not None and condition is not None:
             embedding = embedding + self.label(shared(condition))
         h, skips = self.stem(sample), []
         for encode, down in zip(self.encode, self.down, strict=True):
