@@ -37,14 +37,14 @@ CRITIC_TAGS = {
 class Critic(Protocol):
     """What the shortcut agents ask of a critic (see `fewstep.critics`).
 
-    In a conditional environment, and there only, `value` gets the classes (N,) as a third argument,
-    and `update` those of the real samples and of the fakes as `conditions`.
+    In a conditional environment, and there only, `value` gets the classes (N,) as `condition`, and
+    `update` those of the real samples and of the fakes as `conditions`.
     """
 
     def __call__(self, sample: Tensor) -> Tensor:
         """Return f (N,) for samples (N, *shape): high on data, low on fakes."""
 
-    def value(self, states: Tensor, steps: Tensor | None = None, *condition: Tensor) -> Tensor:
+    def value(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
         """Return V (k, N) for states (k, N, *shape) before steps (k,)."""
 
     def update(

@@ -161,9 +161,9 @@ class ShortcutAgent(Agent):
     def value(self, episodes: DiffusionMDP, states: Tensor, step: int) -> Tensor:
         """Return V (n,) of the states (n, *shape) of episodes before a step, 0 to K - 1."""
         before = torch.full((1,), step, device=self.device)
-        if episodes.condition is None:
-            return self.critic.value(states[None], before)[0]
-        return self.critic.value(states[None], before, episodes.condition)[0]
+        # One argument more in a conditional environment, see `Critic`.
+        under = {} if episodes.condition is None else {"condition": episodes.condition}
+        return self.critic.value(states[None], before, **under)[0]
 
     def differentiable_reward(self, episodes: DiffusionMDP, samples: Tensor) -> Tensor:
         """Return the reward (n,) of episodes' finished samples (n, *shape), with its gradient.

@@ -1,0 +1,115 @@
+"""Conditional runs from the command line: classes, guidance, and what is refused of them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from fewstep.agents import Denoiser
+
+TINY = [
+    "--env=Digits",
+    "--steps=3",
+    "--evaluation-samples=100",
+    "--evaluations=1",
+    "--threads=1",
+]
+CLONE = ["pretrain", *TINY, "--rounds=8", "--batch-size=32"]
+
+
+@pytest.fixture(scope="module")
+def cloned(tmp_path_factory, fewstep):
+    """The folder of a conditional denoiser's run."""
+    log_dir = tmp_path_factory.mktemp("cloned")
+    assert fewstep(*CLONE, "--conditional", f"--log-dir={log_dir}") == 0
+    return next(log_dir.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, fewstep, cloned):
+    """The folder of a guided fine-tuning."""
+    log_dir = tmp_path_factory.mktemp("tuned")
+    flags = ["--agent=sft", "--rounds=2", "--batch-size=8", "--critic-rounds=0", "--guidance=2"]
+    start = [f"--denoiser={cloned}", "--conditional", f"--log-dir={log_dir}"]
+    assert fewstep("train", *TINY, *flags, *start) == 0
+    return next(log_dir.iterdir())
+
+
+def test_a_conditional_denoiser_is_cloned(cloned):
+    denoiser = Denoiser.load(cloned)
+    assert denoiser.classes == 10
+    assert denoiser.is_open and denoiser.conditioning.drops
+    metrics = json.loads((cloned / "results.json").read_text())["metrics"]
+    accuracy = metrics["class_accuracy[digits-classifier]"]
+    assert 0 <= accuracy["after"] <= 1
+    assert accuracy["floor"] > 0.9
+
+
+def test_a_guided_run_keeps_its_guidance(tuned):
+    assert Denoiser.load(tuned).conditioning.guidance == 2
+    results = json.loads((tuned / "results.json").read_text())
+    assert results["nfe"] == 6
+
+
+def test_its_samples_are_evaluated_with_another_guidance(tuned, fewstep, tmp_path):
+    scores = tmp_path / "scores.json"
+    flags = ["--guidance-interval", "0.0", "2.0", "--samples=100", f"--output={scores}"]
+    assert fewstep("evaluate", str(tuned), *flags) == 0
+    # Of the times 1000, 667 and 333 of DDPM's chain the last is within the interval.
+    assert json.loads(scores.read_text())["nfe"] == 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--condition=3"]])
+def test_samples_are_drawn_of_the_data_s_classes_or_of_one(flags, tuned, fewstep, tmp_path):
+    file = tmp_path / "samples.npy"
+    assert fewstep("sample", str(tuned), "--n=5", f"--output={file}", *flags) == 0
+    assert np.load(file).shape == (5, 1, 8, 8)
+
+
+def test_a_solver_is_distilled_for_one_class(cloned, fewstep, tmp_path):
+    flags = ["--agent=dode", "--batches=1", "--batch-size=8", "--condition=3", "--guidance=2"]
+    start = [f"--denoiser={cloned}", f"--log-dir={tmp_path}", "--solver=ddim"]
+    assert fewstep("train", *TINY, *flags, *start) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--env=SwissRoll", "--conditional"], "have no labels"),
+        (["--conditional", "--condition=3"], "leave out --conditional"),
+        (["--guidance=2"], "This denoiser is unconditional"),
+        (["--conditional", "--guidance=-1"], "guidance"),
+        (["--conditional", "--guidance=2", "--guidance-interval", "3", "1"], "0 <= low < high"),
+        (["--conditional", "--body=unet-tiny"], "knows no classes"),
+    ],
+)
+def test_bad_conditions_are_refused_before_a_run_begins(flags, complaint, fewstep, tmp_path, capfd):
+    assert fewstep("train", *TINY, *flags, f"--log-dir={tmp_path}") == 2
+    error = capfd.readouterr().err
+    assert complaint in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "conditional and the environment is not"),
+        (["--condition=11"], "There are 10 classes, 0 to 9; got 11"),
+    ],
+)
+def test_a_conditional_denoiser_needs_its_class(flags, complaint, cloned, fewstep, tmp_path, capfd):
+    start = [f"--denoiser={cloned}", f"--log-dir={tmp_path}", "--agent=sft"]
+    assert fewstep("train", *TINY, *start, *flags) == 2
+    assert complaint in capfd.readouterr().err
+
+
+def test_guidance_needs_dropped_labels(fewstep, tmp_path, capfd):
+    assert fewstep(*CLONE, "--conditional", "--label-dropout=0", f"--log-dir={tmp_path}") == 0
+    (folder,) = tmp_path.iterdir()
+    assert fewstep("evaluate", str(folder), "--guidance=2", "--samples=100") == 2
+    assert "trained without dropped labels" in capfd.readouterr().err
+    assert math.isinf(Denoiser.load(folder).conditioning.interval[1])
