@@ -157,7 +157,7 @@ def test_studies_are_listed(fewstep, capsys):
     rows = [line for line in lines if not line.startswith(" ")]
     assert {"main", "gradients", "composition", "memory"} <= {row.split()[0] for row in rows}
     # One column, whatever the length of the names.
-    titles = len("schedule-solvers") + 2
+    titles = max(len(row.split()[0]) for row in rows) + 2
     assert all(line[titles - 2 : titles] == "  " != line[titles : titles + 1] for line in lines)
 
 
