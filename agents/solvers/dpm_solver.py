@@ -90,7 +90,7 @@ def dpm_solver_multistep(
         compat: the third-order formula as published, which lacks a factor 2 and converges at
             order 2 only.
         lower_order_final: lower the order of the last steps; None does so on fewer than 10 steps,
-            as published.
+            as published, and for order 3 on fewer than 15.
 
     Raises:
         ValueError: no such order or type, or fewer steps than the order.

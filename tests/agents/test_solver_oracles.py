@@ -210,13 +210,14 @@ def test_multistep_data_prediction_into_time_0_is_diffusers(
     check(table, denoiser, prior(process), expected)
 
 
-@pytest.mark.parametrize("steps", [9, 10])
-def test_multistep_lowers_its_last_steps_by_default_below_ten(steps):
-    schedule = Schedule.log_snr(VP, steps)
+@pytest.mark.parametrize(("order", "least"), [(2, 10), (3, 15)])
+@pytest.mark.parametrize("missing", [1, 0])
+def test_multistep_lowers_its_last_steps_by_default_on_few_steps(order, least, missing):
+    schedule = Schedule.log_snr(VP, least - missing)
     for build in (dpm_solver_pp, dpm_solver_multistep):
-        default = build(schedule, 3).weights
-        lowered, full = (build(schedule, 3, lower_order_final=x).weights for x in (True, False))
-        np.testing.assert_array_equal(default, lowered if steps < 10 else full)
+        default = build(schedule, order).weights
+        lowered, full = (build(schedule, order, lower_order_final=x).weights for x in (True, False))
+        np.testing.assert_array_equal(default, lowered if missing else full)
         assert not np.array_equal(lowered, full)
 
 
