@@ -75,13 +75,13 @@ class BehaviorCloning(Agent):
     def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
         super().__init__(env, denoiser, *args, **arguments)
         settings = self.settings
-        if self.denoiser.conditioning is not None:
-            # Whoever samples with the network knows by this that it can do without a class.
-            self.denoiser.conditioning = replace(
-                self.denoiser.conditioning, drops=settings.label_dropout > 0
-            )
         self.optimizer = adam(self.denoiser.parameters(), settings.optimizer.betas)
         self.averaged = Averaged(self.denoiser, settings.optimizer.ema)
+        if self.denoiser.conditioning is not None:
+            # Whoever samples with the network knows by this that it can do without a class.
+            drops = settings.label_dropout > 0
+            trained = replace(self.denoiser.conditioning, drops=drops)
+            self.averaged.module.conditioning = trained
         self.execution = Execution(self.denoiser, settings.execution)
 
     @property
@@ -110,6 +110,8 @@ class BehaviorCloning(Agent):
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
         """Take one gradient step on one batch."""
+        # Building the agent left the caller's denoiser as it was; training makes it know "none".
+        self.denoiser.conditioning = self.averaged.module.conditioning
         # What all processes need, the same on each, of which each takes its share.
         everyone, labels = self.mdp.target.draw(self._size, self.generator)
         t = self.processes.share(self._draw_times())

@@ -64,7 +64,9 @@ def check(settings: Settings) -> DiffusionMDP:
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
     if run.denoiser is None and run.pretrained is None:
-        AGENTS[CLONER](mdp, denoiser, settings.cloning)
+        cloner = AGENTS[CLONER](mdp, denoiser, settings.cloning)
+        # As it will be when it is cloned: dropped labels allow guidance.
+        denoiser.conditioning = cloner.sampling_denoiser.conditioning
     AGENTS[run.agent](mdp, under_terms(denoiser, run), settings.agent)
     return mdp
 

@@ -11,7 +11,6 @@ class Flow(Parameterisation):
     """The network answers eps - x_0, on any process; on `RectifiedFlow` it is dx_t / du."""
 
     name = "flow"
-    pipeline_name = "flow_prediction"
 
     def epsilon(self, raw: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
         """Return (x_t + alpha raw) / (alpha + sigma)."""
