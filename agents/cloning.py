@@ -75,6 +75,11 @@ class BehaviorCloning(Agent):
     def __init__(self, env: Environment, denoiser: Denoiser, *args: Any, **arguments: Any) -> None:
         super().__init__(env, denoiser, *args, **arguments)
         settings = self.settings
+        if self.denoiser.conditioning is not None and self.denoiser.conditioning.guidance != 1:
+            raise ValueError(
+                "Behaviour cloning trains the network under each class: give it the denoiser "
+                "without guidance."
+            )
         self.optimizer = adam(self.denoiser.parameters(), settings.optimizer.betas)
         self.averaged = Averaged(self.denoiser, settings.optimizer.ema)
         if self.denoiser.conditioning is not None:

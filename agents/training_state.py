@@ -150,7 +150,16 @@ class Trainee(Actor, ABC):
 
     def identity(self) -> dict[str, Any]:
         """Return what a file and whoever takes it up have to share."""
-        return environment_identity(self.mdp)
+        return {**environment_identity(self.mdp), **self.terms()}
+
+    def terms(self) -> dict[str, Any]:
+        """Return under which classes and guidance its denoiser is asked; nothing without any."""
+        terms = self.denoiser.conditioning
+        if terms is None:
+            return {}
+        # What dropped labels allow is the network's, and changes when it is cloned.
+        asked = {name: value for name, value in terms.to_config().items() if name != "drops"}
+        return {"conditional": self.mdp.conditional, "given": asked}
 
     @classmethod
     def load(

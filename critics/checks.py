@@ -50,6 +50,16 @@ def takes_condition(reward: Callable[..., object]) -> bool:
         return False
 
 
+def needs_condition(reward: object) -> bool:
+    """Tell whether a reward has an argument `condition` without a default."""
+    asked = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    try:
+        parameter = inspect.signature(asked).parameters.get("condition")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
 def rewards_of(
     reward: Callable[..., object], samples: Tensor, condition: Tensor | None = None
 ) -> Tensor:

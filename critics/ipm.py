@@ -84,7 +84,8 @@ class IPMCritic(nn.Module):
 
     Raises:
         ValueError: an unknown regulariser, a coefficient that makes no sense, "baseline" without a
-            baseline, "spectral-norm" of a network without linear or convolution layers.
+            baseline, "spectral-norm" of a network without linear or convolution layers, or of a
+            conditional one.
     """
 
     offset: Tensor
@@ -112,6 +113,11 @@ class IPMCritic(nn.Module):
         if regularizer == "baseline" and baseline is None:
             raise ValueError("The baseline regularizer needs a baseline network; pass baseline=...")
         if regularizer == "spectral-norm":
+            if getattr(network, "classes", None) is not None:
+                raise ValueError(
+                    "spectral-norm does not bound what a conditional critic adds for a class: take "
+                    "'r1' or 'gradient-penalty'."
+                )
             _normalize_layers(network)
         self.regularizer, self.objective = regularizer, objective
         self.network = network

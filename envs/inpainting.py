@@ -95,13 +95,17 @@ class Inpainting(DiffusionMDP):
             n: How many.
             generator: Source of randomness; the global one if None.
             known: The known samples `(n, *shape)`, of which the rest is never shown; drawn from the
-                target if None, of the condition where that is drawn, too.
+                target if None, of the condition where there is one.
             condition: See `DiffusionMDP.episodes`.
         """
         if known is None and condition is None and self.conditional:
             known, labels = self.target.draw(n, generator)
             return replace(self, known=known, condition=labels)
+        if known is not None and condition is None and self.conditional:
+            raise ValueError("give the condition of the known samples, too")
         begun = super().episodes(n, generator, condition)
+        if known is None and begun.condition is not None:
+            return replace(begun, known=self.target.sample_of(begun.condition, generator))
         if known is None:
             return replace(begun, known=self.target.sample(n, generator))
         check_batch(known, "known", torch.Size((n, *self.shape)), self.device)

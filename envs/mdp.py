@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..common.distributed import ALONE, Processes
-from ..critics.checks import rewards_of
+from ..critics.checks import needs_condition, rewards_of
 from ..critics.mmd import MMDCritic
 from .processes import NoiseProcess
 from .schedules import Schedule
@@ -121,10 +121,20 @@ class DiffusionMDP:
                 f"a conditional environment needs classes, and the samples of {self.target.name} "
                 "have no labels"
             )
+        if self.conditional and int(self.target.labels.min()) < 0:  # type: ignore[union-attr]
+            raise ValueError(
+                f"classes are 0 and above; the labels of {self.target.name} begin with "
+                f"{int(self.target.labels.min())}"  # type: ignore[union-attr]
+            )
         if self.reward is None:
             reward = DefaultReward(self.target.subset(DEFAULT_REWARD_SAMPLES))
             object.__setattr__(self, "reward", reward)
         check_reward(self.reward)
+        if not self.conditional and needs_condition(self.reward):
+            raise TypeError(
+                "this reward needs the condition of its samples: make the environment conditional, "
+                "or give its argument a default"
+            )
 
     @cached_property
     def _times(self) -> list[float]:
@@ -206,7 +216,12 @@ class DiffusionMDP:
     def _checked_condition(self, condition: Tensor | int, n: int) -> Tensor:
         if not self.conditional:
             raise ValueError("this environment is unconditional: it takes no condition")
-        given = torch.as_tensor(condition)
+        try:
+            given = torch.as_tensor(condition)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"condition must hold classes, whole numbers; got {condition!r}"
+            ) from None
         if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"condition must hold classes, whole numbers; got {given.dtype}")
         if given.ndim == 0:

@@ -211,7 +211,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             reward = episode.terminal_reward(sample)
             check_rewards(episode.reward, reward, sample)
         self._sample, self._step = sample, self._step + 1
-        observation = episode.observe(sample, self._step)
+        observation = self._observed()
         info: dict[str, Any] = {}
         if done and self.autoreset_mode is AutoresetMode.SAME_STEP:
             info = {
@@ -261,7 +261,13 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if sample is None:
             sample = episode.initial(self.num_envs, self._generator)
         self._episode, self._sample, self._step = episode, sample, 0
-        return episode.observe(sample, 0)
+        return self._observed()
+
+    def _observed(self) -> Observation:
+        """Return the observation; its classes are a copy, which a caller may change."""
+        assert self._sample is not None
+        seen = self._episode.observe(self._sample, self._step)
+        return {k: v.clone() if k == "condition" else v for k, v in seen.items()}
 
     def _check_reset_mask(self, mask: Any) -> None:
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:

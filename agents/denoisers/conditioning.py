@@ -13,9 +13,10 @@ the answer with the class (Lin et al. 2024, Eq. 15 and 16).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from operator import index
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class _Open(Enum):
 
 
 OPEN = _Open.OPEN
+# A level at an end of the interval is meant to be there, whatever its last digits.
+_ROUNDING = 1e-6
 Condition = int | Tensor | None | _Open
 
 
@@ -55,6 +58,13 @@ class Conditioning:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("guidance", "rescale"):
+            if isinstance(getattr(self, name), bool) or not isinstance(
+                getattr(self, name), int | float
+            ):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}.")
+        if not isinstance(self.interval, Sequence) or isinstance(self.interval, str):
+            raise TypeError(f"interval must be two noise levels, got {self.interval!r}.")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise ValueError(f"guidance must be a finite number >= 0, got {self.guidance}.")
         if not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
@@ -84,13 +94,17 @@ class Conditioning:
         if condition is None or condition is OPEN:
             return condition
         if not isinstance(condition, Tensor):
-            if isinstance(condition, bool) or not isinstance(condition, int):
+            try:
+                number = index(condition)
+            except TypeError:
+                number = None
+            if number is None or isinstance(condition, bool):
                 raise TypeError(
                     f"A condition is a class 0 to {self.classes - 1}, a tensor (N,) of classes, or "
                     f"None; got {condition!r}."
                 )
-            self._check_range(condition, condition)
-            return condition
+            self._check_range(number, number)
+            return number
         if condition.is_floating_point() or condition.dtype == torch.bool:
             raise TypeError(f"Classes are whole numbers, got a tensor of {condition.dtype}.")
         if condition.ndim != 1:
@@ -102,9 +116,7 @@ class Conditioning:
         return condition.long()
 
     def _check_range(self, low: int, high: int) -> None:
-        # The number behind the last class stands for none.
-        most = self.classes if self.drops else self.classes - 1
-        if low < 0 or high > most:
+        if low < 0 or high >= self.classes:
             raise ValueError(
                 f"There are {self.classes} classes, 0 to {self.classes - 1}; got "
                 f"{low if low < 0 else high}."
@@ -140,9 +152,8 @@ class Conditioning:
         return 1 if self._weight(level) == 1 else 2
 
     def _weight(self, level: float) -> float:
-        if self.condition is None or not self.interval[0] < level <= self.interval[1]:
-            return 1.0
-        return self.guidance
+        low, high = (end * (1 + _ROUNDING) for end in self.interval)
+        return self.guidance if self.condition is not None and low < level <= high else 1.0
 
     def answer(
         self, ask: Ask, sample: Tensor, time: Tensor, level: Callable[[], float | Tensor]
@@ -164,7 +175,8 @@ class Conditioning:
             if weight == 1:
                 return ask(sample, time, labels)
         else:
-            inside = (at > self.interval[0]) & (at <= self.interval[1])
+            low, high = (end * (1 + _ROUNDING) for end in self.interval)
+            inside = (at > low) & (at <= high)
             weight = torch.where(inside, self.guidance, 1.0).to(sample)
             weight = weight.view(-1, *[1] * (sample.ndim - 1))
         none = torch.full_like(labels, self.classes)
@@ -176,8 +188,9 @@ class Conditioning:
         guided = torch.lerp(without, with_class, weight)
         if self.rescale:
             axes = tuple(range(1, guided.ndim))
-            std = [one.std(axes, keepdim=True) for one in (with_class, guided)]
-            guided = guided * (self.rescale * std[0] / std[1] + 1 - self.rescale)
+            kept, now = (one.std(axes, correction=0, keepdim=True) for one in (with_class, guided))
+            factor = torch.where(now > 0, kept / now, 1.0)
+            guided = guided * (self.rescale * factor + 1 - self.rescale)
         return guided
 
     def to_config(self) -> dict[str, Any]:

@@ -293,6 +293,7 @@ class DODE(SolverAgent):
             "solver": self.solver,
             "solver_options": dict(self.solver_options),
             "form": self.settings.form,
+            **self.terms(),
         }
 
     def save(self, path: str | Path) -> None:

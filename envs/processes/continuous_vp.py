@@ -78,7 +78,9 @@ class ContinuousVP(NoiseProcess):
         # -2 log alpha; logaddexp keeps the digits of a nearly clean sample, and so does the root.
         decay = torch.logaddexp(torch.zeros_like(value), -2 * value)
         root = (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * decay).sqrt()
-        return (2 * decay / (self.beta_min + root)).clamp(max=self.t_max)
+        # Without beta_min both are 0 at time 0.
+        time = 2 * decay / (self.beta_min + root).clamp_min(torch.finfo(torch.float64).tiny)
+        return time.clamp(max=self.t_max)
 
     def draw_times(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """Draw times `(n,)` to train at, uniform in [t_min, 1], as the publication does."""

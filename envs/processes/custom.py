@@ -15,6 +15,8 @@ Coefficient = Callable[[Tensor], Tensor]
 
 # Halvings of a bracket: below the spacing of float64 after 60; Newton's step is for the gradient.
 _HALVINGS = 64
+# Share of the noise below which the last time's signal is rounding.
+_NOTHING = 1e-7
 
 
 class CustomProcess(NoiseProcess):
@@ -35,6 +37,7 @@ class CustomProcess(NoiseProcess):
 
     Raises:
         ValueError: A number is out of range, or the functions' log-SNR does not strictly decrease.
+        TypeError: They are no functions of tensors.
     """
 
     _named: ClassVar[dict[str, tuple[Coefficient, Coefficient]]] = {}
@@ -62,9 +65,13 @@ class CustomProcess(NoiseProcess):
                     f"CustomProcess({name!r}, alpha, sigma, ...) before reading it"
                 )
             alpha, sigma = CustomProcess._named[name]
+        self._check_functions(alpha, sigma)
         self.name, self._functions = name, (alpha, sigma)
         self.t_max, self.t_min, self.time_scale = float(t_max), float(t_min), float(time_scale)
         self._prior_std = prior_std
+        last = torch.tensor(self.t_max, dtype=torch.float64)
+        # An alpha that is 0 but for rounding, as cos(pi / 2), is meant to be 0.
+        self._ends_empty = float(alpha(last)) <= _NOTHING * float(sigma(last))
         log_snr = self.log_snr(torch.linspace(t_min, t_max, 1001, dtype=torch.float64))
         if not bool((log_snr.diff() < 0).all()) or not bool(log_snr[:-1].isfinite().all()):
             raise ValueError(
@@ -75,7 +82,9 @@ class CustomProcess(NoiseProcess):
 
     def alpha(self, t: float | Tensor) -> Tensor:
         """See `NoiseProcess.alpha`."""
-        return self._functions[0](self._check_time(t))
+        time = self._check_time(t)
+        alpha = self._functions[0](time)
+        return torch.where(time == self.t_max, 0.0, alpha) if self._ends_empty else alpha
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """See `NoiseProcess.sigma`."""
@@ -103,7 +112,20 @@ class CustomProcess(NoiseProcess):
         with torch.enable_grad():
             at = time.requires_grad_()
             slope = torch.autograd.grad(self.log_snr(at).sum(), at)[0]
-        return time.detach() + (value - goal) / slope
+        moved = time.detach() + (value - goal) / slope
+        return torch.where(goal.isfinite(), moved, time.detach())
+
+    @staticmethod
+    def _check_functions(alpha: object, sigma: object) -> None:
+        """Raise TypeError unless both are functions of a tensor that return one of its shape."""
+        times = torch.tensor([0.25, 0.5], dtype=torch.float64)
+        for name, function in (("alpha", alpha), ("sigma", sigma)):
+            answer = function(times) if callable(function) else None
+            if not isinstance(answer, Tensor) or answer.shape != times.shape:
+                raise TypeError(
+                    f"{name} must be a function of a float64 tensor of times that returns a tensor "
+                    f"of its shape; got {function!r}"
+                )
 
     def prior_std(self, t: float) -> float:
         """See `NoiseProcess.prior_std`."""

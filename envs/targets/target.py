@@ -266,6 +266,24 @@ class Target:
         rows = torch.randint(len(self.labels), (n,), generator=generator, device=source)
         return self.labels[rows.to(self.device)]
 
+    def sample_of(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw training samples `(n, *shape)` of given classes `(n,)`, with replacement.
+
+        Raises:
+            ValueError: There are no labels, or no sample of a class.
+        """
+        if self.labels is None:
+            raise ValueError(f"the samples of {self.name} have no labels")
+        source = self.device if generator is None else generator.device
+        chance = torch.rand(len(labels), generator=generator, device=source).to(self.device)
+        order = self.labels.argsort(stable=True)
+        count = torch.bincount(self.labels, minlength=self.classes or 0)
+        if len(labels) and bool((count[labels] == 0).any()):
+            raise ValueError(f"{self.name} has no training sample of one of these classes")
+        first = count.cumsum(0) - count
+        rows = first[labels] + (chance * count[labels]).long().clamp(max=count[labels] - 1)
+        return _to_float(self._training[order[rows]])
+
     def draw(
         self, n: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -45,8 +45,7 @@ def check(settings: Settings) -> DiffusionMDP:
         check_fits(denoiser, mdp, run.denoiser or run.pretrained)
         of_preset = defaults(run.env, run.agent, run.preset).run
         check_body(denoiser, mdp.shape, run.body)
-        cloned = ("prediction",) if is_foreign(run.body) else CLONED
-        for flag in cloned:
+        for flag in ("prediction",) if is_foreign(run.body) else CLONED:
             if getattr(run, flag) != getattr(of_preset, flag):
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} is for a denoiser that is cloned; here one is given.")
@@ -61,13 +60,26 @@ def check(settings: Settings) -> DiffusionMDP:
             "--condition names the class in an environment without conditions; leave out "
             "--conditional, whose episodes have classes of their own."
         )
+    cloner = not AGENTS[run.agent].needs_denoiser
+    terms = (run.guidance, run.guidance_interval, run.guidance_rescale, run.condition)
+    if cloner and any(term is not None for term in terms):
+        raise ValueError(
+            "Behaviour cloning trains under each class: --guidance, its options and --condition "
+            "are for the agents that come after it, and for evaluate and sample."
+        )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
     if run.denoiser is None and run.pretrained is None:
-        cloner = AGENTS[CLONER](mdp, denoiser, settings.cloning)
+        cloned = AGENTS[CLONER](mdp, denoiser, settings.cloning).sampling_denoiser
         # As it will be when it is cloned: dropped labels allow guidance.
-        denoiser.conditioning = cloner.sampling_denoiser.conditioning
-    AGENTS[run.agent](mdp, under_terms(denoiser, run), settings.agent)
+        denoiser.conditioning = cloned.conditioning
+    denoiser = under_terms(denoiser, run)
+    if denoiser.is_open and not run.conditional:
+        raise ValueError(
+            f"{run.denoiser} is conditional: give --conditional for an environment of classes, or "
+            "one class, --condition 3."
+        )
+    AGENTS[run.agent](mdp, denoiser, settings.agent)
     return mdp
 
 

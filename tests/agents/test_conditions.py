@@ -16,6 +16,7 @@ from fewstep.agents import (
     SFTPG,
     SFTV,
     BehaviorCloning,
+    CheckpointError,
     Denoiser,
     ScheduleLearning,
     SolverPolicy,
@@ -26,7 +27,15 @@ from fewstep.agents.denoisers.networks import MLP, ResidualMLP, SmallUNet
 from fewstep.agents.samplers.sampling import sample
 from fewstep.agents.solvers import make_solver
 from fewstep.critics import IPMCritic, make_baseline, make_critic
-from fewstep.envs import DiffusionMDP, DiscreteVP, Schedule, Target
+from fewstep.envs import (
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    DiscreteVP,
+    Inpainting,
+    RectifiedFlow,
+    Schedule,
+    Target,
+)
 from fewstep.envs.mdp import no_reward
 
 PROCESS = DiscreteVP.linear(100)
@@ -153,6 +162,23 @@ def test_rescaling_keeps_the_spread_of_the_answer_with_the_class():
     torch.testing.assert_close(half, (whole + guided) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_rescaling_is_finite_where_there_is_no_spread():
+    denoiser = Denoiser(ResidualMLP((2,), classes=3), PROCESS, drops=True)
+    assert denoiser.given(1, 2.0, rescale=0.5)(torch.randn(3, 2), 40).isfinite().all()
+
+
+def test_the_ends_of_an_interval_are_the_same_for_numbers_and_tensors():
+    process = RectifiedFlow()
+    denoiser = make_denoiser("sample", process=process)
+    x = torch.randn(4, 2)
+    for t in (0.9, 0.6, 0.375, 0.2, 0.85):
+        level = t / (1 - t)
+        for interval in ((0.0, level), (level, math.inf)):
+            view = denoiser.given(1, 4.0, interval=interval)
+            one, each = view(x, t), view(x, torch.full((4,), t))
+            torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-4)
+
+
 def test_a_file_keeps_classes_and_guidance(tmp_path):
     denoiser = make_denoiser().given(guidance=2.0, interval=(0.1, math.inf), rescale=0.3)
     denoiser.save(tmp_path / "open")
@@ -174,6 +200,9 @@ def test_an_unconditional_denoiser_s_file_says_nothing_of_conditions():
         (lambda d: d.given(3.0), TypeError, "A condition is a class 0 to 2"),
         (lambda d: d.given("3"), TypeError, "A condition is a class 0 to 2"),
         (lambda d: d.given(7), ValueError, "There are 3 classes, 0 to 2; got 7"),
+        (lambda d: d.given(3), ValueError, "There are 3 classes, 0 to 2; got 3"),
+        (lambda d: d.given(1, "2"), TypeError, "guidance must be a number"),
+        (lambda d: d.given(1, interval=1.0), TypeError, "interval must be two noise levels"),
         (lambda d: d.given(torch.tensor([0, -1])), ValueError, "0 to 2; got -1"),
         (lambda d: d.given(torch.zeros(2)), TypeError, "Classes are whole numbers"),
         (lambda d: d.given(torch.zeros(2, 2).long()), ValueError, r"one for each sample"),
@@ -267,6 +296,45 @@ def test_conditions_and_environments_have_to_agree():
     ):
         with pytest.raises(ValueError, match=complaint):
             SFT(mdp, denoiser)
+
+
+def test_known_pixels_are_those_of_the_class():
+    samples, labels = labelled()
+    target = Target("Three", samples, labels=labels)
+    schedule = Schedule.uniform(PROCESS, 4)
+    mask = torch.tensor([True, False])
+    mdp = Inpainting(target, PROCESS, schedule, no_reward, True, mask=mask)
+    classes = torch.tensor([0, 1, 2] * 20)
+    drawn = mdp.episodes(60, torch.Generator().manual_seed(0), condition=classes)
+    nearest = torch.cdist(drawn.known, CENTRES).argmin(1)
+    assert torch.equal(nearest, classes)
+    assert len(drawn.known.unique(dim=0)) > 40
+    both = mdp.episodes(60, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cdist(both.known, CENTRES).argmin(1), both.condition)
+    rows = torch.tensor([5, 1])
+    assert torch.equal(drawn.at(rows).known, drawn.known[rows])
+    assert torch.equal(drawn.at(rows).condition, classes[rows])
+    with pytest.raises(ValueError, match="give the condition of the known samples, too"):
+        mdp.episodes(2, known=samples[:2])
+
+
+def test_a_caller_may_change_the_condition_that_it_was_shown():
+    env = DiffusionVectorEnv(make_mdp(), 4)
+    shown = env.reset(seed=0)[0]["condition"]
+    before = shown.clone()
+    shown.fill_(7)
+    assert torch.equal(env.step(torch.zeros(4, 2))[0]["condition"], before)
+
+
+def test_labels_and_rewards_that_do_not_go_with_conditions_are_refused():
+    samples, labels = labelled()
+    target = Target("Three", samples, labels=labels - 1)
+    with pytest.raises(ValueError, match="classes are 0 and above"):
+        DiffusionMDP(target, PROCESS, Schedule.uniform(PROCESS, 2), no_reward, True)
+    with pytest.raises(TypeError, match="this reward needs the condition"):
+        make_mdp(False, reward=lambda sample, condition: sample.sum(1))
+    with pytest.raises(TypeError, match="condition must hold classes"):
+        make_mdp().episodes(2, condition="ab")
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -404,6 +472,32 @@ def test_cloning_learns_the_classes_and_what_is_common_to_them():
     assert (torch.bincount(nearest, minlength=3) > 100).all()
 
 
+def test_cloning_leaves_the_caller_s_denoiser_and_refuses_guidance():
+    mdp, denoiser = make_mdp(), make_denoiser(drops=False)
+    agent = BehaviorCloning(mdp, denoiser, rounds=1)
+    assert not denoiser.conditioning.drops
+    agent.learn()
+    assert denoiser.conditioning.drops
+    with pytest.raises(ValueError, match="without guidance"):
+        BehaviorCloning(mdp, make_denoiser().given(guidance=2.0))
+
+
+@pytest.mark.parametrize("kind", [SFTV, DODE])
+def test_a_checkpoint_knows_its_guidance(kind, tmp_path):
+    settings = {"solver": "ddim", "batch_size": 16, "batches": 1} if kind is DODE else SMALL
+    agent = kind(make_mdp(), make_denoiser().given(guidance=2.0), **settings)
+    agent.learn(agent.timesteps_per_round)
+    agent.save(tmp_path / "agent")
+    same = kind(make_mdp(), make_denoiser().given(guidance=2.0), **settings)
+    same.resume(tmp_path / "agent")
+    for mdp, other in (
+        (make_mdp(), make_denoiser().given(guidance=3.0)),
+        (make_mdp(False), make_denoiser().given(1, 2.0)),
+    ):
+        with pytest.raises(CheckpointError, match=r"conditional|given"):
+            kind(mdp, other, **settings).resume(tmp_path / "agent")
+
+
 def test_no_label_is_dropped_if_none_is_to_be():
     mdp = make_mdp()
     agent = BehaviorCloning(mdp, new_denoiser(mdp), rounds=1, label_dropout=0.0)
@@ -429,6 +523,8 @@ def test_a_critic_tells_the_classes_apart():
     assert value.shape == (4, len(real))
     with pytest.raises(ValueError, match="This critic is conditional"):
         critic(real)
+    with pytest.raises(ValueError, match="spectral-norm does not bound"):
+        IPMCritic(make_critic((2,), classes=3), "spectral-norm")
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -466,7 +562,7 @@ def test_stable_baselines_trains_a_conditional_policy():
     from stable_baselines3 import PPO
 
     from fewstep.agents import DenoiserPolicy
-    from fewstep.envs import DiffusionVectorEnv, SB3VecEnv
+    from fewstep.envs import SB3VecEnv
 
     mdp = make_mdp(reward=lambda sample: -sample.square().sum(1))
     table = make_solver("ancestral", mdp.schedule, variance="small", last_std=0.1)

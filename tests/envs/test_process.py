@@ -257,6 +257,23 @@ def test_a_custom_process_is_read_where_its_functions_are_known():
         NoiseProcess.from_config({**known.to_config(), "name": "unknown"})
 
 
+def test_a_signal_that_is_rounding_is_none():
+    turn = torch.pi / 2
+    process = CustomProcess("quarter turn", lambda t: (turn * t).cos(), lambda t: (turn * t).sin())
+    assert process.levels(1.0) == (0.0, 1.0)
+    assert float(process.log_snr(1.0)) == -math.inf
+    assert float(process.time_of_log_snr(-math.inf)) == 1.0
+    level = torch.tensor([math.inf, 0.3, -math.inf], dtype=torch.float64, requires_grad=True)
+    assert process.time_of_log_snr(level).isfinite().all()
+    assert float(ContinuousVP(0.0, 20.0).time_of_log_snr(math.inf)) == 0
+
+
+def test_functions_of_something_else_are_refused():
+    for alpha in (lambda t: 1.0, 3.0):
+        with pytest.raises(TypeError, match="alpha must be a function of a float64 tensor"):
+            CustomProcess("wrong", alpha, lambda t: t)
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
