@@ -338,8 +338,7 @@ def test_a_changed_digit_is_refused_by_who_goes_on_from_it(tmp_path):
     assert_same_tables(DODE.load(path, world(), denoiser=DENOISER).tableau, agent.tableau)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 7])
-@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@pytest.mark.parametrize(("solver", "stop"), [("ddim", 1), ("ddim", 7), ("heun", 0), ("heun", 3)])
 def test_a_resumed_refinement_is_the_uninterrupted_one(solver, stop, tmp_path):
     whole = trained(solver=solver, **REFINED)
     path, ends = tmp_path / "table.json", []

@@ -84,6 +84,7 @@ def test_learned_levels_beat_karras_s_in_sixteen_dimensions(steps, rounds):
     assert ratio < PUBLISHED[steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_equation_14_helps_less_than_the_exact_gradient(name):
     """In the median over three seeds, both from Karras's schedule."""
