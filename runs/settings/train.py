@@ -45,7 +45,8 @@ class TrainSettings(AnySettings):
     """Environment; `fewstep envs` lists them."""
     agent: str = "sft-pg"
     """Agent; `fewstep agents` lists them. If omitted the one that serves the environment best:
-    sft-v for the toys with a curve and ten steps or more, else sft-pg."""
+    sft-v for the toys with a curve and ten steps or more, sft for MNIST and Fashion-MNIST, else
+    sft-pg."""
     preset: str = "default"
     """Named budget and hyper-parameters: default, or long where there is one."""
     steps: int | None = bounded(None, least=1)

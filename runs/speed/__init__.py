@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .gradient_noise import gradient_noise
 from .guided import guided_sampling
 from .memory import gradient_memory, memory
 from .rollout import rollout_speed
@@ -27,6 +28,9 @@ MEASUREMENTS: dict[str, Measurement] = {
     "fitting": Measurement("What a D-ODE fit costs beside its teacher's calls", fitting),
     "rollout": Measurement("SFT-PG's rollout on a U-Net against a bare loop", rollout_speed),
     "sampling": Measurement("Our sampling loop, a bare loop and diffusers' schedulers", sampling),
+    "gradient-noise": Measurement(
+        "How noisy the gradients of SFT-PG, SFT-V and SFT are", gradient_noise
+    ),
     "guided-sampling": Measurement("What guidance costs beside its network calls", guided_sampling),
     "memory": Measurement("Peak memory of a round at K = 10 and 100", memory),
     "gradient-memory": Measurement(
