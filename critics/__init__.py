@@ -9,9 +9,10 @@ reports; those of images are taken in the space of a feature extractor. `evaluat
 from . import metrics
 from .ipm import IPMCritic
 from .metrics.classifier import ClassifierFeatures, train_classifier
-from .metrics.evaluation import Evaluation, Report, evaluate
+from .metrics.evaluation import Evaluation
 from .metrics.features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
 from .metrics.fidelity import FeatureDistances
+from .metrics.report import Report, evaluate
 from .mmd import MMDCritic
 from .networks import ConvCritic, MLPBaseline, MLPCritic, make_baseline, make_critic
 from .reward import RewardCritic

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from inspect import isabstract
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -41,11 +42,13 @@ class NoiseProcess(ABC):
             is free.
         discrete: Whether whole times count noisings, so that a network knows them by an index.
         variance_preserving: Whether `alpha^2 + sigma^2 = 1` at every time.
+        time_scale: A network is asked at so many times the time.
         time_is_level: Whether the time is the noise level `sigma / alpha`, as in EDM.
     """
 
     t_max: float
     t_min: float
+    time_scale: float = 1.0
     names: ClassVar[tuple[str, ...]] = ()
     grid: ClassVar[str] = "uniform"
     prediction: ClassVar[str | None] = None
@@ -96,12 +99,12 @@ class NoiseProcess(ABC):
         return None
 
     def network_time(self, t: Time) -> Time:
-        """The time that a network trained on this process is asked at: `t` itself by default."""
-        return t
+        """The time that a network trained on this process is asked at, `time_scale * t`."""
+        return t if self.time_scale == 1 else self.time_scale * t
 
     def time_of_network(self, time: Time) -> Time:
         """Inverse of `network_time`."""
-        return time
+        return time if self.time_scale == 1 else time / self.time_scale
 
     def rescaled(self, scale: float) -> NoiseProcess:
         """The process whose `sigma / alpha` is this one's divided by `|scale|`, at matching times.
@@ -225,9 +228,10 @@ class NoiseProcess(ABC):
         """Rebuild the process that `to_config` described; `ValueError` for an unknown kind."""
         settings = dict(config)
         kind = settings.pop("kind", None)
-        if kind not in NoiseProcess._kinds:
-            raise unknown_name("noise process", kind, NoiseProcess._kinds)
-        return NoiseProcess._kinds[kind](**settings)
+        kinds = {name: each for name, each in NoiseProcess._kinds.items() if not isabstract(each)}
+        if kind not in kinds:
+            raise unknown_name("noise process", kind, kinds)
+        return kinds[kind](**settings)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import NoiseProcess, Time
+from .variance_preserving import VariancePreserving
 
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)"
 
 
-class ContinuousVP(NoiseProcess):
+class ContinuousVP(VariancePreserving):
     """The VP SDE with a linear beta(t) on times 0 to 1 (Song et al. 2021, Eq. 32).
 
     `log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2` and `alpha^2 + sigma^2 = 1`.
@@ -30,7 +30,6 @@ class ContinuousVP(NoiseProcess):
     """
 
     names = ("vp",)
-    variance_preserving = True
     t_max = 1.0
 
     def __init__(
@@ -59,19 +58,6 @@ class ContinuousVP(NoiseProcess):
             raise ValueError(f"vp needs two betas or none, as in 'vp-0.1-20'; got {name!r}")
         return cls(float(betas[1]), float(betas[2]))
 
-    def alpha(self, t: float | Tensor) -> Tensor:
-        """See `NoiseProcess.alpha`."""
-        return self._log_alpha(t).exp()
-
-    def sigma(self, t: float | Tensor) -> Tensor:
-        """See `NoiseProcess.sigma`."""
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
-
-    def log_snr(self, t: float | Tensor) -> Tensor:
-        """See `NoiseProcess.log_snr`."""
-        log_alpha = self._log_alpha(t)
-        return log_alpha - 0.5 * (-torch.expm1(2 * log_alpha)).log()
-
     def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
         """See `NoiseProcess.time_of_log_snr`."""
         value = self._check_log_snr(log_snr)
@@ -86,14 +72,6 @@ class ContinuousVP(NoiseProcess):
         """Draw times `(n,)` to train at, uniform in [t_min, 1], as the publication does."""
         uniform = torch.rand((n,), generator=generator, device=device)
         return self.t_min + (1 - self.t_min) * uniform
-
-    def network_time(self, t: Time) -> Time:
-        """`time_scale * t`."""
-        return self.time_scale * t
-
-    def time_of_network(self, time: Time) -> Time:
-        """See `NoiseProcess.time_of_network`."""
-        return time / self.time_scale
 
     def to_config(self) -> dict[str, Any]:
         """See `NoiseProcess.to_config`."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import NoiseProcess, Time
+from .base import NoiseProcess
 
 Coefficient = Callable[[Tensor], Tensor]
 
@@ -130,14 +130,6 @@ class CustomProcess(NoiseProcess):
     def prior_std(self, t: float) -> float:
         """See `NoiseProcess.prior_std`."""
         return self.levels(t)[1] if self._prior_std is None else self._prior_std
-
-    def network_time(self, t: Time) -> Time:
-        """`time_scale * t`."""
-        return self.time_scale * t
-
-    def time_of_network(self, time: Time) -> Time:
-        """See `NoiseProcess.time_of_network`."""
-        return time / self.time_scale
 
     def to_config(self) -> dict[str, Any]:
         """See `NoiseProcess.to_config`: the name stands for the functions."""

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import NoiseProcess, Time
+from .base import Time
+from .variance_preserving import VariancePreserving
 
 # How many roundings a time or a level may lie beside a whole noising and still be meant as it. The
 # way from a time to its level and back rounds about twenty times.
 _ROUNDINGS = 256 * torch.finfo(torch.float64).eps
 
 
-class DiscreteVP(NoiseProcess):
+class DiscreteVP(VariancePreserving):
     """DDPM's variance-preserving chain, `alpha^2 + sigma^2 = 1` (Ho et al. 2020, Eq. 4).
 
     Time `t = n` is the state after `n` noisings, so `alpha(n)^2 = abar[n]` with
@@ -44,7 +45,6 @@ class DiscreteVP(NoiseProcess):
 
     names = ("sigmoid", "linear", "cosine")
     discrete = True
-    variance_preserving = True
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
         betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
@@ -169,19 +169,6 @@ class DiscreteVP(NoiseProcess):
     def draw_times(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """Draw noisings `(n,)` to train a denoiser at, int64, all with the same probability."""
         return torch.randint(1, int(self.t_max) + 1, (n,), generator=generator, device=device)
-
-    def alpha(self, t: float | Tensor) -> Tensor:
-        """See `NoiseProcess.alpha`."""
-        return self._log_alpha(t).exp()
-
-    def sigma(self, t: float | Tensor) -> Tensor:
-        """See `NoiseProcess.sigma`."""
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
-
-    def log_snr(self, t: float | Tensor) -> Tensor:
-        """See `NoiseProcess.log_snr`."""
-        log_alpha = self._log_alpha(t)
-        return log_alpha - 0.5 * (-torch.expm1(2 * log_alpha)).log()
 
     def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
         """See `NoiseProcess.time_of_log_snr`."""

@@ -12,7 +12,7 @@ import tyro
 
 from ...agents.samplers.sampling import evaluations_of
 from ...common.checks import at_least
-from ...critics.metrics.evaluation import evaluate
+from ...critics.metrics.report import evaluate
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..run.folder import check_output, write_json

@@ -38,6 +38,8 @@ from fewstep.envs import (
 )
 from fewstep.envs.mdp import no_reward
 
+pytestmark = pytest.mark.numeric
+
 PROCESS = DiscreteVP.linear(100)
 CENTRES = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]])
 
