@@ -39,6 +39,7 @@ from ...common.files import write_atomically
 from ...common.reading import damage_named, read_text
 from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
+from .guess import guessed_output
 from .sparse import SparseRows, read_only
 from .tableau_checks import ARRAYS, DEFAULTS, Output, check_arrays, check_asked, check_times
 from .tableau_json import OPTIONAL, read_table, write_table
@@ -291,21 +292,9 @@ class Tableau:
         """
         row = self._rows[j]
         time = row.time if t is None else t
-        return self.output_at(denoiser, state, time) if row.asked else self._guess(state, time)
-
-    def _guess(self, state: Tensor, t: float | Tensor) -> Tensor:
-        """Return what a state z that is nearly noise says itself: epsilon = z / its length."""
-        alpha: float | Tensor
-        sigma: float | Tensor
-        if isinstance(t, Tensor):
-            alpha, sigma = self.process.alpha(t).to(state), self.process.sigma(t).to(state)
-        else:
-            alpha, sigma = self.process.levels(t)
-        length = (alpha**2 + sigma**2) ** 0.5
-        if self.output == "epsilon":
-            return state / length
-        # (z - sigma epsilon) / alpha, without its cancellation.
-        return state * (alpha / (length * (length + sigma)))
+        if row.asked:
+            return self.output_at(denoiser, state, time)
+        return guessed_output(self.process, self.output, state, time)
 
     def evaluate_with_std(
         self, denoiser: Denoiser, state: Tensor, j: int

@@ -13,7 +13,7 @@ from .rows import Node, Rows, check_budget, check_order, combine, difference, no
 from .singlestep import SolverType, check_solver_type
 
 # With fewer steps than this the last ones use lower orders: the published rule, and for the third
-# order that of diffusers, which divides its error by four and more on even grids (docs/solvers.md).
+# order that of diffusers, with far less error on even grids (`fewstep benchmark last-steps`).
 LOWERED_BELOW = {1: 10, 2: 10, 3: 15}
 
 

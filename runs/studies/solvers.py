@@ -100,7 +100,45 @@ WEAK_STARTS = (
     ("DPM-Solver++ 2M", EDM, Sample("dpm-solver++-2m", **KARRAS)),
 )
 
+# Of the third order: as it falls to the first in the last steps, and as it does not.
+LAST_STEPS = {
+    "++2M": Sample("dpm-solver++-2m"),
+    "++2M, lowered": Sample("dpm-solver++-2m", {"lower_order_final": True}),
+    "++3M, full": Sample("dpm-solver++-3m", {"lower_order_final": False}),
+    "++3M, lowered": Sample("dpm-solver++-3m", {"lower_order_final": True}),
+    "++3M, full, as published": Sample(
+        "dpm-solver++-3m", {"lower_order_final": False, "compat": True}
+    ),
+    "++3M, lowered, as published": Sample(
+        "dpm-solver++-3m", {"lower_order_final": True, "compat": True}
+    ),
+}
+GRIDS: dict[str, dict[str, Any]] = {
+    "even times": {"schedule": "uniform", "schedule_options": {"end": 1e-3}},
+    "Karras's times": {"schedule": "karras", "schedule_options": {"append_zero": False}},
+}
+
+
+def _last_steps() -> Study:
+    contenders = []
+    for env, clone in (("Digits", VP), ("SwissRoll", Clone("flow"))):
+        for grid, times in GRIDS.items():
+            if env == "Digits" and grid == "even times":
+                times = UNIFORM
+            contenders += [
+                Contender(label, (clone, replace(sample, **times)), grid, (env,))
+                for label, sample in LAST_STEPS.items()
+            ]
+    scoring = Scoring(0, held_out=500, reference_steps=300)
+    return Study(
+        "The order of the last of few steps, on trained networks",
+        Grid(("Digits", "SwissRoll"), tuple(contenders), (5, 10, 14), (0, 1, 2), scoring),
+        ("error",),
+    )
+
+
 STUDIES = {
+    "last-steps": _last_steps(),
     "dode": _distilled(
         "D-ODE solvers against their base solvers (Kim, Tang & Yu 2024)", STARTS, {"distilled": {}}
     ),
