@@ -480,6 +480,7 @@ def test_calls_of_a_stage(count_calls):
     assert live.samples == 2 * agent.nfe * 16
 
 
+@pytest.mark.slow
 def test_measuring_costs_little(count_calls, monkeypatch):
     """With the default settings, but for smaller batches in the same proportion."""
     agent = ScheduleLearning(world(), network(), batch_size=20, tuning_batch_size=10, scale=3)

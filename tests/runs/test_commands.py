@@ -92,7 +92,9 @@ def test_a_report_s_columns_keep_their_names(monkeypatch, capsys):
     assert "".join(head.split()) == name
 
 
-@pytest.mark.parametrize("measurement", ["overhead", "profile", "fitting"])
+@pytest.mark.parametrize(
+    "measurement", ["overhead", pytest.param("profile", marks=pytest.mark.slow), "fitting"]
+)
 def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep, monkeypatch):
     monkeypatch.setattr(training, "EPISODES", 2)
     assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
