@@ -1,6 +1,6 @@
 """The studies that `fewstep benchmark` runs: one engine, and declarations by kind of question."""
 
-from . import agents, guidance, rl_tools, schedules, solvers
+from . import agents, flows, guidance, rl_tools, schedules, solvers
 from .engine import Study
 
 STUDIES: dict[str, Study] = {
@@ -8,5 +8,6 @@ STUDIES: dict[str, Study] = {
     **solvers.STUDIES,
     **schedules.STUDIES,
     **guidance.STUDIES,
+    **flows.STUDIES,
     **rl_tools.STUDIES,
 }

@@ -1,0 +1,62 @@
+"""Studies of rectified flows beside diffusion models: the same network, budget and solvers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .contenders import Contender, Grid
+from .engine import Study
+from .guidance import LEARNED, SMALL_UNET, SOLVERS
+from .stages import Clone, Sample, Stage, fine_tune
+from .world import Scoring
+
+PROCESSES = {"diffusion": "linear-1000", "flow": "flow"}
+# Fine-tuning begins with noise in every step.
+IMAGES: dict[str, Any] = {"variance": "small", "last_std": 0.05}
+FINE_TUNED = {
+    "SwissRoll": (Sample("ancestral", {}, "uniform"), fine_tune("sft-v", 0)),
+    "FashionMNIST": (Sample("ancestral", IMAGES, "uniform"), fine_tune("sft", 0)),
+}
+
+
+def _at_own_times(process: str, stage: Stage) -> Stage:
+    """Let a flow's solver visit its default times: those named are whole noisings."""
+    named = isinstance(stage, Sample) and process == "flow"
+    return Sample(stage.solver, stage.options) if named else stage
+
+
+def _study(env: str, title: str, scoring: Scoring, columns: tuple[str, ...]) -> Study:
+    body = SMALL_UNET if env in ("MNIST", "FashionMNIST") else {}
+    chains: dict[str, tuple[Stage, ...]] = {label: (each,) for label, each in SOLVERS.items()}
+    chains |= LEARNED | {"fine-tuned": FINE_TUNED[env]}
+    contenders = tuple(
+        Contender(
+            label,
+            (Clone(process, seed=0, **body), *(_at_own_times(process, each) for each in stages)),
+            name,
+        )
+        for name, process in PROCESSES.items()
+        for label, stages in chains.items()
+    )
+    return Study(title, Grid((env,), contenders, (5, 10), (0,), scoring), columns)
+
+
+_CLASSIFIER = "fashionmnist-classifier"
+STUDIES = {
+    "flows": _study(
+        "SwissRoll",
+        "A flow of the roll beside its diffusion model: solvers, what is learned, fine-tuning",
+        Scoring(20_000, held_out=2000, before=False),
+        ("error", "sliced_wasserstein_fresh", "c2st", "off_manifold", "seconds"),
+    ),
+    "flows-fashion": _study(
+        "FashionMNIST",
+        "The same of Fashion-MNIST, with --data-dir",
+        Scoring(2000, held_out=256, reference_steps=100, before=False),
+        (
+            "error",
+            *(f"{name}[{_CLASSIFIER}]" for name in ("frechet_distance", "precision", "recall")),
+            "seconds",
+        ),
+    ),
+}
