@@ -95,11 +95,13 @@ class Ripple(nn.Module):
 @pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_learn_does_what_is_planned(solver, refine):
-    agent = DODE(world(), DENOISER, solver=solver, **(REFINED if refine else SMALL))
+    # Of Heun's refinement no more is asked than that it is done.
+    refined = BRIEF if solver == "heun" else REFINED
+    agent = DODE(world(), DENOISER, solver=solver, **(refined if refine else SMALL))
     assert agent.fits == [] and agent.rounds == 0
     assert_same_tables(agent.tableau, agent.base)
     agent.learn()
-    assert agent.rounds == agent.budget == (7 if refine else 1)
+    assert agent.rounds == agent.budget == 1 + refine * refined["refine_steps"]
     assert agent.done and agent.finished == (not refine)
     assert agent.nfe == agent.tableau.nfe == agent.base.nfe == {"heun": 11}.get(solver, 6)
     assert len(agent.lambdas) == len(agent.fits) == agent.nfe
@@ -462,13 +464,17 @@ def test_lambdas_carry_over_to_schedules_of_as_many_calls(solver, generator):
             DODE(world(), DENOISER, solver=solver).tableau_on(Schedule.log_snr(VP, steps)).nfe
             == steps
         )
+
+
+def test_refined_weights_carry_over_to_no_other_schedule():
     with pytest.raises(ValueError, match=r"refined weights to none"):
-        trained(solver=solver, **BRIEF).tableau_on(other)
+        trained(**LONGER).tableau_on(Schedule.log_snr(VP, 6))
 
 
 # -- acting ----------------------------------------------------------------------------------------
 
 
+@functools.cache
 def actors(solver):
     """A distilled agent and a plain policy of the solver, and the environment both can play in."""
     agent = trained(solver=solver)
