@@ -15,12 +15,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture
 def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every `learn` end after two rounds or rollouts, ours and Stable-Baselines3's."""
+    """Let every `learn` end after two rounds or rollouts, ours and Stable-Baselines3's.
+
+    What has learned nothing is scored with few samples.
+    """
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+    from fewstep import critics
     from fewstep.agents import Agent
 
     ours, theirs = Agent.learn, OnPolicyAlgorithm.learn
+    score = critics.evaluate
 
     def learn(agent: Agent, total_timesteps: int | None = None, **options: Any) -> Agent:
         calls = agent.timesteps_per_round
@@ -32,5 +37,9 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
         short = 2 * model.n_steps * model.n_envs
         return theirs(model, min(total_timesteps, short), *rest, **options)
 
+    def evaluate(sampler: Any, target: Any, n: int = 500, **options: Any) -> Any:
+        return score(sampler, target, min(n, 500), **options)
+
+    monkeypatch.setattr(critics, "evaluate", evaluate)
     monkeypatch.setattr(Agent, "learn", learn)
     monkeypatch.setattr(OnPolicyAlgorithm, "learn", learn_theirs)

@@ -28,6 +28,7 @@ FOLDERS = ("common", "critics", "envs", "agents", "runs")
 # Libraries that are not part of the core, by the name that they are imported under.
 HEAVY = (
     "diffusers",
+    "huggingface_hub",
     "matplotlib",
     "moviepy",
     "ot",

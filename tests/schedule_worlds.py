@@ -112,14 +112,30 @@ def two_stages(**settings):
     return ScheduleLearning(short_world(), network(), **{**TWO_STAGES, **settings})
 
 
+def name_of(process):
+    """Return the name of one of the two processes here; they cannot be keys themselves."""
+    (name,) = (name for name, known_one in (("ve", EDM), ("vp", VP)) if process == known_one)
+    return name
+
+
 def fresh_noise(process, dimension=2, n=1000):
-    generator = torch.Generator().manual_seed(12345)
+    return noise_of(name_of(process), dimension, n)
+
+
+@functools.cache
+def noise_of(name, dimension, n):
+    process, generator = {"ve": EDM, "vp": VP}[name], torch.Generator().manual_seed(12345)
     return process.prior_sample((n, dimension), generator, t=process.t_max).double()
 
 
 def truth(denoiser, noise, like):
-    """Where the ODE takes the noise, by many of Heun's steps."""
-    fine = Schedule.karras(like.process, 200, append_zero=bool(like.times[-1] == 0))
+    """Where the ODE takes the noise, by many of Heun's steps; of one denoiser and noise once."""
+    return ode_end(denoiser, noise, name_of(like.process), bool(like.times[-1] == 0))
+
+
+@functools.cache
+def ode_end(denoiser, noise, name, to_zero):
+    fine = Schedule.karras({"ve": EDM, "vp": VP}[name], 200, append_zero=to_zero)
     with torch.no_grad():
         return make_solver("heun", fine).sample(denoiser, noise)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import io
 import re
 from importlib import import_module
 
@@ -42,14 +45,25 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, short_training):
             exec(compile(block, name_of(page), "exec"), {"__name__": "page"})
 
 
+@functools.cache
+def printed(*arguments):
+    """Return the words that the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(list(arguments))
+    return out.getvalue().split()
+
+
+@functools.cache
+def parsed_before():
+    """The command lines that were taken: pages repeat each other's."""
+    return set()
+
+
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
-def test_commands_have_real_flags(page, monkeypatch, capsys):
+def test_commands_have_real_flags(page, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    names = capsys.readouterr().out.split()
-    main(["benchmark", "list"])
-    studies = capsys.readouterr().out.split()
+    names, studies = printed("--help"), printed("benchmark", "list")
+    assert "train" in names and "main" in studies
     parse = tyro.cli
 
     def parse_only(*arguments, **options):
@@ -61,8 +75,10 @@ def test_commands_have_real_flags(page, monkeypatch, capsys):
         if "--help" in command or "--resume" in command or len(command) == NAMED:
             assert command[0] in names
             continue
-        with pytest.raises(ParsedError):
-            main(command)
+        if tuple(command) not in parsed_before():
+            with pytest.raises(ParsedError):
+                main(command)
+            parsed_before().add(tuple(command))
         if command[0] == "benchmark":
             assert command[1] in studies
 

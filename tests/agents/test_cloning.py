@@ -160,7 +160,7 @@ def make_edm(reward):
     return make
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_an_edm_denoiser_approaches_the_exact_one(seed, make_edm, generator):
     agent = make_edm(batch_size=512, learning_rate=1e-2, seed=seed)
     process, mean = agent.mdp.process, torch.tensor([0.5, -0.5])

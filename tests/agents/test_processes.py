@@ -73,19 +73,15 @@ CASES = {
 def trained(tmp_path_factory) -> dict[int, list[dict[str, torch.Tensor]]]:
     """The weights that every process ends with, by the number of processes."""
     folder = tmp_path_factory.mktemp("processes")
-    running, outputs = [], {1: [folder / "1-0"], 2: [folder / "2-0", folder / "2-1"]}
-    for count, files in outputs.items():
-        for rank, file in enumerate(files):
-            arguments = [str(rank), str(count), folder / "meeting", file, json.dumps(CASES)]
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, SCRIPT, *arguments],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.DEVNULL,
-                )
-            )
-    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
-    return {count: [load_file(file) for file in files] for count, files in outputs.items()}
+    subprocess.run(
+        [sys.executable, SCRIPT, folder, json.dumps(CASES)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return {
+        count: [load_file(folder / f"{count}-{rank}") for rank in range(count)] for count in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

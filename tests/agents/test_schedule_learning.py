@@ -1,6 +1,7 @@
 """What ScheduleLearning promises: better levels, a denoiser tuned on them, all of it counted."""
 
 import functools
+import itertools
 
 import gymnasium as gym
 import numpy as np
@@ -68,9 +69,18 @@ def improvement(name, steps, dimension, seed, gradient="exact", **settings):
     return after / before
 
 
-@pytest.mark.parametrize("steps", [6, 10])
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["ve", "vp"])
+@pytest.mark.parametrize(
+    ("name", "seed", "steps"),
+    [
+        ("ve", 0, 10),
+        ("vp", 0, 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(["ve", "vp"], [0, 1], [6, 10])
+            if case not in (("ve", 0, 10), ("vp", 0, 6))
+        ),
+    ],
+)
 def test_learned_levels_beat_karras_s_by_the_published_margin(name, seed, steps):
     assert improvement(name, steps, 2, seed, **QUICK) < PUBLISHED[steps]
 
@@ -537,7 +547,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     twos = whole.settings.tuning.rounds
     each = ones + twos
     assert whole.budget == 2 * each
-    stops = {ones // 2, ones, ones + twos // 2, each, each + 1, 2 * each - twos // 2}
+    # In the middle of each stage and between alternations; and, once, between stages.
+    stops = {ones // 2, ones + twos // 2, each, 2 * each - twos // 2}
+    if name == "exact":
+        stops |= {ones, each + 1}
     paths = {stop: tmp_path / f"{stop}.safetensors" for stop in sorted(stops)}
 
     def keep(_locals, _globals):
@@ -834,11 +847,16 @@ def test_d_ode_goes_on_from_a_learned_schedule(tmp_path):
     assert errors[0] < errors[1] < errors[2]
 
 
+@functools.cache
+def twenty_rounds():
+    return learned(Schedule.karras(EDM, 6, append_zero=False), schedule_rounds=20, batch_size=100)
+
+
 @pytest.mark.parametrize(
     "solver", ["euler", "ddim", "heun", "ipndm", "deis", "dpm-solver-3", "dpm-solver++-2m"]
 )
 def test_every_solver_runs_on_a_learned_schedule(solver, tmp_path):
-    agent = learned(Schedule.karras(EDM, 6, append_zero=False), schedule_rounds=20, batch_size=100)
+    agent = twenty_rounds()
     table = make_solver(solver, agent.schedule)
     path = tmp_path / "tableau.json"
     table.save(path)

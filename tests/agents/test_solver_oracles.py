@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conditioning import rounding
+from covering import alternating, options_at_places
 from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
@@ -54,10 +55,10 @@ VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
 PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
 # Step counts of every remainder by 2 and 3; all end at t_min.
-GRIDS = pytest.mark.parametrize(
-    ("name", "steps"),
-    [("uniform", 7), ("log_snr", 8), ("karras", 9), ("quadratic", 12), ("irregular", 6)],
-)
+GRID_STEPS = [("uniform", 7), ("log_snr", 8), ("karras", 9), ("quadratic", 12), ("irregular", 6)]
+GRIDS = pytest.mark.parametrize(("name", "steps"), GRID_STEPS)
+# Some three or four for each set of options: both processes, and in turn all grids.
+PLACES = [(process, *grid) for process, grid in alternating([VP, EDM], GRID_STEPS)]
 TYPES = pytest.mark.parametrize("solver_type", ["dpmsolver", "taylor"])
 IN_DIFFUSERS = {"dpmsolver": "midpoint", "taylor": "heun"}
 COMPOSITION = {  # MATH.md 1.4
@@ -120,11 +121,12 @@ def run_vp_scheduler(scheduler, schedule, denoiser, noise, *, orders=None, switc
     return state[..., 0, 0] / to_theirs[-1]
 
 
-@pytest.mark.parametrize("order", [2, 3])
-@TYPES
-@GRIDS
-@PROCESSES
-@pytest.mark.parametrize("data", [False, True], ids=["noise", "data"])
+@options_at_places(
+    "data, solver_type, order, process, name, steps",
+    [(False, True), ("dpmsolver", "taylor"), (2, 3)],
+    PLACES,
+    each=5,
+)
 def test_singlestep_is_diffusers(
     data, process, name, steps, solver_type, order, grid, mixture, prior
 ):
@@ -170,12 +172,12 @@ def test_singlestep_data_prediction_into_time_0_is_diffusers(
     check(table, denoiser, prior(process), expected)
 
 
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("lower", [False, True], ids=["full", "lowered"])
-@TYPES
-@GRIDS
-@PROCESSES
-@pytest.mark.parametrize("data", [False, True], ids=["noise", "data"])
+@options_at_places(
+    "data, solver_type, lower, order, process, name, steps",
+    [(False, True), ("dpmsolver", "taylor"), (False, True), (2, 3)],
+    PLACES,
+    each=3,
+)
 def test_multistep_is_diffusers(
     data, process, name, steps, solver_type, lower, order, grid, mixture, prior
 ):
@@ -275,12 +277,12 @@ def test_heun_and_euler_are_diffusers(process, name, output, grid, mixture, prio
     check(ddim(schedule, output=output), denoiser, noise, expected)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("solver_type", ["bh1", "bh2"])
-@pytest.mark.parametrize("lower", [False, True], ids=["full", "lowered"])
-@GRIDS
-@PROCESSES
-@pytest.mark.parametrize("data", [False, True], ids=["noise", "data"])
+@options_at_places(
+    "data, lower, solver_type, order, process, name, steps",
+    [(False, True), (False, True), ("bh1", "bh2"), (1, 2, 3)],
+    PLACES,
+    each=3,
+)
 def test_unipc_is_diffusers(
     data, process, name, steps, lower, solver_type, order, grid, mixture, prior
 ):
@@ -319,11 +321,12 @@ def test_unipc_into_time_0_is_diffusers(process, name, order, grid, mixture, pri
         assert table.scale[6] == 0
 
 
-@pytest.mark.parametrize("solver_type", ["dpmsolver", "taylor"])
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("lower", [False, True], ids=["full", "lowered"])
-@GRIDS
-@PROCESSES
+@options_at_places(
+    "lower, order, solver_type, process, name, steps",
+    [(False, True), (1, 2), ("dpmsolver", "taylor")],
+    PLACES,
+    each=3,
+)
 def test_sde_multistep_is_diffusers(
     process, name, steps, lower, order, solver_type, grid, mixture, prior, generator
 ):

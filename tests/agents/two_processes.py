@@ -1,10 +1,13 @@
-"""Train agents as one of several processes; run by test_processes.py.
+"""Train agents in one process, and in two that share the batches; run by test_processes.py.
 
-Arguments: rank, count, file to meet at, file to write, JSON of the cases.
+The three are forks of this one, which imports everything once and starts no thread. Arguments: the
+folder where they meet and write, JSON of the cases.
 """
 
 import json
+import multiprocessing
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,21 +52,34 @@ def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     return {key: value.clone().contiguous() for key, value in weights.items()}
 
 
-def main(rank: int, count: int, meeting: str, output: str, cases: dict) -> None:
+def train_all(rank: int, count: int, folder: Path, cases: dict) -> None:
     torch.set_num_threads(1)
     if count > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count
-        )
+        meeting = f"file://{folder / 'meeting'}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     tensors = {}
     for name, case in cases.items():
         for rounds in (0, 3):
             weights = train(case, count, rounds)
             tensors |= {f"{name}/{rounds}/{key}": value for key, value in weights.items()}
-    save_file(tensors, output)
+    save_file(tensors, folder / f"{count}-{rank}")
     if count > 1:
         dist.destroy_process_group()
 
 
+def main(folder: Path, cases: dict) -> None:
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=train_all, args=(rank, count, folder, cases), daemon=True)
+        for rank, count in ((0, 1), (0, 2), (1, 2))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    # Those that still wait for a lost one end with this process.
+    sys.exit(any(process.exitcode != 0 for process in processes))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

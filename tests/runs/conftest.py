@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fewstep.critics.metrics import classifier
 from fewstep.runs.cli import main
@@ -36,10 +37,20 @@ def quick_classifiers():
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_pictures():
-    """Draw small pictures of few samples: what they show is looked at by hand."""
+    """Draw small pictures of few samples: what they show is looked at by hand.
+
+    Files are drawn without the layout, which draws everything once more: test_plots.py has it.
+    """
+    savefig = Figure.savefig
+
+    def saved_as_it_is(figure: Figure, *arguments: object, **options: object) -> None:
+        figure.set_layout_engine("none")
+        savefig(figure, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "PICTURED", 200)
         patch.setattr(plots, "DPI", 30)
+        patch.setattr(Figure, "savefig", saved_as_it_is)
         yield
 
 

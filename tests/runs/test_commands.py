@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from fewstep import agents, critics, envs
+from fewstep.agents import DODE
 from fewstep.runs.cli import COMMANDS
 from fewstep.runs.reports.console import console, print_report
 from fewstep.runs.settings.train import parse
@@ -97,6 +99,7 @@ def test_a_report_s_columns_keep_their_names(monkeypatch, capsys):
 )
 def test_measurements_leave_figures_and_a_table(measurement, tmp_path, fewstep, monkeypatch):
     monkeypatch.setattr(training, "EPISODES", 2)
+    monkeypatch.setattr(training, "DODE", functools.partial(DODE, batch_size=20, batches=2))
     assert fewstep("benchmark", measurement, f"--log-dir={tmp_path}") == 0
     folder = tmp_path / "benchmark" / measurement
     figures = json.loads((folder / "results.json").read_text())

@@ -10,10 +10,14 @@ import torch
 
 from fewstep.agents.report import Panel
 from fewstep.runs.reports.plots import (
+    correlation_figure,
     curve_figure,
     dots_figure,
     image_grid,
     panels_figure,
+    paths_figure,
+    samples_figure,
+    trajectories_figure,
 )
 
 
@@ -58,6 +62,25 @@ def test_small_numbers_have_a_plain_axis_and_many_curves_a_legend_beside_it():
     assert figure.axes[0].get_yscale() == "linear"
     assert figure.axes[0].get_legend() is None
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
+
+
+def test_every_picture_is_laid_out_and_drawn(recwarn):
+    """As `save_figure` does it; the runs of other tests are drawn without the layout."""
+    points, times = torch.randn(5, 20, 2), [4.0, 3.0, 2.0, 1.0, 0.0]
+    curves = {str(k): ([0, 1], [0.1 * k, -9.0]) for k in range(8)}
+    for figure in (
+        samples_figure({"before": points[0], "data": points[1]}, points[2]),
+        trajectories_figure({"before": (points, times), "after": (points, times)}, points[0]),
+        trajectories_figure({"after": (torch.rand(5, 20, 1, 4, 4), times)}, torch.rand(9, 1, 4, 4)),
+        curve_figure({"sft": ([0.0, 9.0], [0.3, 0.2])}, x="calls", y="metric", floor=0.1),
+        panels_figure([(Panel("lambda", "network call", scale="symlog"), curves)]),
+        correlation_figure(np.array(times), {"epsilon": np.eye(4), "sample": np.eye(4)}),
+        paths_figure({"reference": (np.array(times), points), "base": (times, points)}, [0, 1]),
+        dots_figure({"Digits": {"5 calls": {"a": 0.5, "b": 2.0}}}, "distance", line=1.0),
+    ):
+        figure.canvas.draw()
+        assert figure.get_layout_engine() is not None
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("factor", [1.3, 7, 60, 1e3, 1e6])

@@ -225,7 +225,8 @@ def test_a_log_that_cannot_be_written_is_a_sentence_too(tmp_path, capfd):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_resumed_run_removes_what_a_killed_one_left(tmp_path, fewstep):
-    folder = RunFolder.create(parse([f"--log-dir={tmp_path}"])).path
+    flags = [f"--log-dir={tmp_path}", "--evaluation-samples=100"]
+    folder = RunFolder.create(parse(flags)).path
     child = os.fork()
     if child == 0:
         path = folder / "denoiser.safetensors"

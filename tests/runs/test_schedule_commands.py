@@ -15,6 +15,8 @@ from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
 CLONING = ["--pretrain.rounds=60", "--pretrain.batch-size=256", "--evaluation-samples=500"]
+# Where it need not be good.
+CLONED = ["--pretrain.rounds=6", "--pretrain.batch-size=32", "--evaluation-samples=100"]
 FEW = ["--schedule-rounds=12", "--tuning.rounds=4", "--batch-size=60", "--batches=1"]
 AGENT = ["--agent=schedule", "--steps=6", "--log-interval=1", "--evaluations=1", *FEW]
 
@@ -70,7 +72,7 @@ def test_the_learned_schedule_samples(learned, tmp_path, fewstep):
 )
 def test_other_agents_start_from_the_learned_schedule(agent, flags, learned, tmp_path, fewstep):
     given = [f"--denoiser={learned}", f"--schedule={learned / 'schedule.json'}"]
-    common = ["--evaluation-samples=500", "--evaluations=1", f"--log-dir={tmp_path}"]
+    common = ["--evaluation-samples=100", "--evaluations=1", f"--log-dir={tmp_path}"]
     assert fewstep("train", f"--agent={agent}", *given, *flags, *common) == 0
     (folder,) = tmp_path.iterdir()
     mdp = build_mdp(Settings.from_json(folder / "config.json"))
@@ -79,14 +81,14 @@ def test_other_agents_start_from_the_learned_schedule(agent, flags, learned, tmp
 
 def test_a_schedule_brings_its_process(learned, tmp_path, fewstep):
     schedule = f"--schedule={learned / 'schedule.json'}"
-    flags = ["--agent=dode", "--batches=1", *CLONING, schedule, f"--log-dir={tmp_path}"]
+    flags = ["--agent=dode", "--batches=1", *CLONED, schedule, f"--log-dir={tmp_path}"]
     assert fewstep("train", *flags) == 0
     (folder,) = tmp_path.iterdir()
     assert Denoiser.load(folder / "denoiser.safetensors").process == VE()
 
 
 def test_a_run_is_interrupted_in_either_stage_and_resumed(learned, tmp_path, fewstep, monkeypatch):
-    common = [*AGENT, f"--denoiser={learned}", "--evaluation-samples=500"]
+    common = [*AGENT, f"--denoiser={learned}", "--evaluation-samples=100"]
     assert fewstep("train", *common, f"--log-dir={tmp_path / 'whole'}") == 0
     (whole,) = (tmp_path / "whole").iterdir()
     train_round = ScheduleLearning.train_round
@@ -113,7 +115,7 @@ def test_a_run_is_interrupted_in_either_stage_and_resumed(learned, tmp_path, few
 
 
 def test_a_vp_process_learns_too(tmp_path, fewstep):
-    flags = [*AGENT, *CLONING, "--process=linear-1000", "--solver=dpm-solver++-2m"]
+    flags = [*AGENT, *CLONED, "--process=linear-1000", "--solver=dpm-solver++-2m"]
     assert fewstep("train", *flags, f"--log-dir={tmp_path}") == 0
     (folder,) = tmp_path.iterdir()
     schedule = Schedule.load(folder / "schedule.json")

@@ -186,13 +186,13 @@ def test_a_study_of_agents_shows_before_after_and_floor(tmp_path, fewstep, shrin
 
 def test_ppo_of_another_library_is_a_stage_like_any_other(tmp_path, fewstep, monkeypatch):
     """It trains the same network in the same calls; a second study finds it trained."""
-    flags = ["benchmark", "ppo", f"--log-dir={tmp_path}", "--rounds=2", "--evaluation-samples=200"]
+    flags = ["benchmark", "ppo", f"--log-dir={tmp_path}", "--rounds=1", "--evaluation-samples=200"]
     fewstep(*flags)
     folder = tmp_path / "benchmark" / "ppo"
     records = {r["contender"]: r for r in json.loads((folder / "results.json").read_text())}
     ppo = [records[name] for name in ("PPO, default reward", "PPO, learned critic")]
-    assert [record["training calls"] for record in ppo] == [2 * 5 * 256 * 10] * 2
-    assert records["SFT-PG (B)"]["training calls"] == 2 * 5 * 256 * 10
+    assert [record["training calls"] for record in ppo] == [5 * 256 * 10] * 2
+    assert records["SFT-PG (B)"]["training calls"] == 5 * 256 * 10
     ends = [record["sliced_wasserstein_fresh"] for record in ppo]
     befores = {record["sliced_wasserstein_fresh before"] for record in ppo}
     assert len({*ends, *befores}) == 3  # both have moved the one network, each its own way
