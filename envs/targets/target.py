@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.conditions import Kind
 from ...common.shapes import is_image
 from ...critics.metrics.manifold import Manifold
+from .conditions import Known, known_captions, known_classes, known_embeddings, rows_of
 
 Sampler = Callable[[int, int], Any]
 """`(n, seed) -> (n, *shape)` array or tensor; the same seed gives the same points."""
@@ -48,6 +50,10 @@ class Target:
         sampler: Unlimited fresh samples; used in place of `held_out`.
         labels: Classes of the training samples, `(N,)` integers.
         held_out_labels: Classes of the held-out samples, `(M,)` integers.
+        captions: Texts of the training samples, `N` of them.
+        held_out_captions: Texts of the held-out samples.
+        embeddings: Vectors of the training samples, `(N, size)` numbers, of whatever network.
+        held_out_embeddings: Vectors of the held-out samples, `(M, size)`.
         flip: Let `sample` mirror each image it draws left to right with probability 1/2.
         manifold: The curve that samples `(D,)` lie on, for an evaluation to say how many do not.
 
@@ -61,8 +67,9 @@ class Target:
 
     Raises:
         ValueError: Samples are empty, not finite, or not of one shape; only one of the two sets is
-            bytes; labels do not fit their samples; or `flip` with samples that are no images.
-        TypeError: Labels are not integers.
+            bytes; labels, captions or embeddings do not fit their samples; or `flip` with samples
+            that are no images.
+        TypeError: Labels are not integers, captions not texts.
     """
 
     def __init__(
@@ -74,6 +81,10 @@ class Target:
         sampler: Sampler | None = None,
         labels: Any = None,
         held_out_labels: Any = None,
+        captions: Sequence[str] | None = None,
+        held_out_captions: Sequence[str] | None = None,
+        embeddings: Any = None,
+        held_out_embeddings: Any = None,
         flip: bool = False,
         manifold: Manifold | None = None,
     ) -> None:
@@ -99,6 +110,14 @@ class Target:
         self.held_out_labels = _to_labels(
             held_out_labels, self._held_out, f"held-out labels of {name}"
         )
+        self._known: dict[Kind, Known] = {}
+        counts = len(self), 0 if self._held_out is None else len(self._held_out)
+        if captions is not None:
+            given = known_captions(captions, held_out_captions, counts, name)
+            self._known["captions"] = given.to(self.device)
+        if embeddings is not None:
+            given = known_embeddings(embeddings, held_out_embeddings, counts, name)
+            self._known["embeddings"] = given.to(self.device)
         if flip and not is_image(self.shape):
             raise ValueError(
                 f"flip is for images (C, H, W); samples of {name} have shape {tuple(self.shape)}"
@@ -180,13 +199,14 @@ class Target:
 
         The samples of a generator (`from_sampler`) may differ in their last bits from one
         processor to the next: of them it is 64 numbers, evenly spread; else the SHA-256 of samples
-        and labels. It is computed when it is first asked for, at some 0.5 GB a second.
+        and labels, captions or embeddings. It is computed when it is first asked for, at some 0.5 GB a second.
         """
         if self._sampler is not None:
             flat = self._training.flatten()
             return flat[:: max(len(flat) // _REMEMBERED, 1)][:_REMEMBERED].tolist()
         digest = hashlib.sha256()
-        for part in (self._training, self.labels):
+        others = (known.training for kind, known in self._known.items() if kind != "classes")
+        for part in (self._training, self.labels, *others):
             if part is None:
                 continue
             digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
@@ -252,42 +272,66 @@ class Target:
         Raises:
             ValueError: There are no samples.
         """
-        return self.draw(n, generator)[0]
+        return self.draw(n, generator, None)[0]
 
-    def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the labels `(n,)` of training samples, with replacement.
-
-        Raises:
-            ValueError: Its samples have no labels.
-        """
-        if self.labels is None:
-            raise ValueError(f"the samples of {self.name} have no labels")
-        source = self.device if generator is None else generator.device
-        rows = torch.randint(len(self.labels), (n,), generator=generator, device=source)
-        return self.labels[rows.to(self.device)]
-
-    def sample_of(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw training samples `(n, *shape)` of given classes `(n,)`, with replacement.
+    def known(self, kind: Kind) -> Known:
+        """The conditions of its samples, of a kind.
 
         Raises:
-            ValueError: There are no labels, or no sample of a class.
+            ValueError: Its samples have none of that kind.
         """
-        if self.labels is None:
-            raise ValueError(f"the samples of {self.name} have no labels")
+        if kind == "classes" and kind not in self._known and self.labels is not None:
+            self._known[kind] = known_classes(self.labels, self.held_out_labels, self.name)
+        if kind not in self._known:
+            noun = "labels" if kind == "classes" else kind
+            raise ValueError(f"the samples of {self.name} have no {noun}")
+        return self._known[kind]
+
+    def sample_conditions(
+        self, n: int, generator: torch.Generator | None = None, kind: Kind = "classes"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw the conditions `(n, ...)` of training samples, with replacement, and their labels.
+
+        Raises:
+            ValueError: Its samples have no such conditions.
+        """
+        known = self.known(kind).training
         source = self.device if generator is None else generator.device
-        chance = torch.rand(len(labels), generator=generator, device=source).to(self.device)
-        order = self.labels.argsort(stable=True)
-        count = torch.bincount(self.labels, minlength=self.classes or 0)
-        if len(labels) and bool((count[labels] == 0).any()):
-            raise ValueError(f"{self.name} has no training sample of one of these classes")
-        first = count.cumsum(0) - count
-        rows = first[labels] + (chance * count[labels]).long().clamp(max=count[labels] - 1)
-        return _to_float(self._training[order[rows]])
+        rows = torch.randint(len(known), (n,), generator=generator, device=source).to(self.device)
+        return known[rows], None if self.labels is None else self.labels[rows]
+
+    def sample_of(
+        self, conditions: Tensor, generator: torch.Generator | None = None, kind: Kind = "classes"
+    ) -> Tensor:
+        """Draw training samples `(n, *shape)` of given conditions `(n, ...)`, with replacement.
+
+        Raises:
+            ValueError: There are no such conditions, or no sample of one.
+        """
+        known = self.known(kind).training
+        source = self.device if generator is None else generator.device
+        chance = torch.rand(len(conditions), generator=generator, device=source).to(self.device)
+        rows = rows_of(conditions, known, chance)
+        if rows is None:
+            raise ValueError(f"{self.name} has no training sample of one of these {kind}")
+        return _to_float(self._training[rows])
 
     def draw(
-        self, n: int, generator: torch.Generator | None = None
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        kind: Kind | None = "classes",
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw training samples as `sample` does, and their labels `(n,)`, None without any."""
+        """Draw training samples as `sample` does, and their conditions `(n, ...)`.
+
+        Args:
+            n: How many.
+            generator: As in `sample`.
+            kind: Of the conditions; None for none. Labels that there are not are None.
+
+        Raises:
+            ValueError: There are no samples, or they have no captions or embeddings.
+        """
         if not self.has_samples:
             raise ValueError("there are no samples to draw: this target only has a shape")
         device = self._training.device
@@ -297,8 +341,12 @@ class Target:
         if self.flip:
             mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
             drawn = torch.where(mirrored.to(device), drawn.flip(-1), drawn)
-        labels = None if self.labels is None else self.labels[rows.to(device)]
-        return _to_float(drawn), labels
+        if kind is None or (kind == "classes" and self.labels is None):
+            return _to_float(drawn), None
+        # Whoever wants samples alone may have negative labels.
+        known = self.labels if kind == "classes" else self.known(kind).training
+        assert known is not None
+        return _to_float(drawn), known[rows.to(device)]
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
         """Draw `(n, *shape)` real samples that are not among the training samples.
@@ -330,6 +378,20 @@ class Target:
             raise ValueError(f"the fresh samples of {self.name} have no labels")
         return self._choose_fresh(self.held_out_labels, n, seed)
 
+    def fresh_conditions(self, n: int, seed: int = 0, kind: Kind = "classes") -> Tensor:
+        """The conditions `(n, ...)` of the samples that `sample_fresh(n, seed)` draws.
+
+        Raises:
+            ValueError: As `fresh_labels`.
+        """
+        if kind == "classes":
+            return self.fresh_labels(n, seed)
+        _check_seed(seed)
+        held_out = self.known(kind).held_out
+        if self._sampler is not None or held_out is None:
+            raise ValueError(f"the fresh samples of {self.name} have no {kind}")
+        return self._choose_fresh(held_out, n, seed)
+
     def _choose_fresh(self, held_out: Tensor | None, n: int, seed: int) -> Tensor:
         """A seeded choice of `n` held-out samples or labels, without replacement."""
         if held_out is None or n > len(held_out):
@@ -343,7 +405,7 @@ class Target:
         """The same target with its samples on `device`; bytes stay bytes."""
         if not self.has_samples:
             return Target.without_samples(self.shape, device)
-        return Target(
+        moved = Target(
             self.name,
             self._training.to(device),
             held_out=None if self._held_out is None else self._held_out.to(device),
@@ -353,6 +415,8 @@ class Target:
             flip=self.flip,
             manifold=self.manifold,
         )
+        moved._known = {kind: known.to(device) for kind, known in self._known.items()}
+        return moved
 
     def __len__(self) -> int:
         """How many training samples there are."""
