@@ -117,8 +117,8 @@ class IPMCritic(nn.Module):
         if regularizer == "spectral-norm":
             if is_conditional(network):
                 raise ValueError(
-                    "spectral-norm does not bound what a conditional critic adds for a condition: take "
-                    "'r1' or 'gradient-penalty'."
+                    "spectral-norm does not bound what a conditional critic adds for a condition: "
+                    "take 'r1' or 'gradient-penalty'."
                 )
             _normalize_layers(network)
         self.regularizer, self.objective = regularizer, objective

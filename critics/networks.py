@@ -101,7 +101,7 @@ class MLPCritic(nn.Module):
         self.projection = projection(self.conditions, widths[-1])
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return f (N,) for samples (N, *shape), under conditions (N, ...) if it is conditional."""
+        """Return f (N,) for samples (N, *shape), under conditions if it is conditional."""
         h = self.features(sample.flatten(1))
         for linear in self.hidden:
             h = F.silu(linear(h))
@@ -150,7 +150,7 @@ class ConvCritic(nn.Module):
         self.projection = projection(self.conditions, channels[-1])
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return f (N,) for samples (N, C, H, W), under conditions (N, ...) if it is conditional."""
+        """Return f (N,) for samples (N, C, H, W), under conditions if it is conditional."""
         h = self.layers[:-1](sample)
         values = in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
         if self.projection is None:

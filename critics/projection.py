@@ -68,5 +68,7 @@ def is_conditional(network: object) -> bool:
 
 def _given(condition: Tensor | None) -> Tensor:
     if condition is None:
-        raise ValueError("This network is conditional: give the conditions (N, ...) of the samples.")
+        raise ValueError(
+            "This network is conditional: give the conditions (N, ...) of the samples."
+        )
     return condition

@@ -78,7 +78,8 @@ class Conditioning:
         if not self.drops and (self.guidance != 1 or self.condition is None):
             raise ValueError(
                 "This network was trained without dropped labels: it cannot do without a "
-                "condition, which guidance and sampling without one need. Clone it with label_dropout=0.1."
+                "condition, which guidance and sampling without one need. Clone it with "
+                "label_dropout=0.1."
             )
 
     def under(self, condition: Condition) -> Conditioning:

@@ -24,7 +24,7 @@ from ...common.conditions import Classes, Conditions, Kind, as_conditions
 from ...common.precision import Precision, check_precision, lower_precision
 from ...common.reading import damage_named
 from ...envs.processes import NoiseProcess
-from .conditioning import OPEN, Condition, Conditioning
+from .conditioning import OPEN, Conditioning
 from .files import find_tree, parts_of
 from .networks.configs import check_times, declared, own_config
 from .parameterisations import Parameterisation, make_parameterisation

@@ -37,8 +37,8 @@ CRITIC_TAGS = {
 class Critic(Protocol):
     """What the shortcut agents ask of a critic (see `fewstep.critics`).
 
-    In a conditional environment, and there only, `value` gets the conditions (N, ...) as `condition`,
-    and `update` those of the real samples and of the fakes as `conditions`.
+    In a conditional environment, and there only, `value` gets the conditions (N, ...) as
+    `condition`, and `update` those of the real samples and of the fakes as `conditions`.
     """
 
     def __call__(self, sample: Tensor) -> Tensor:

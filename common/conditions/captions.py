@@ -87,11 +87,9 @@ class Captions(Conditions):
             raise TypeError(f"{wanted}; got {condition!r}.")
         if values.ndim > 2 or values.shape[-1] != self.length:
             raise ValueError(f"{wanted}; got a tensor {tuple(values.shape)}.")
-        if values.numel() and not (0 <= int(values.min()) and int(values.max()) <= _BYTES):
-            raise ValueError(
-                f"The bytes of captions are 0 to {_BYTES}, got {int(values.min())} to "
-                f"{int(values.max())}."
-            )
+        low, high = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
+        if low < 0 or high > _BYTES:
+            raise ValueError(f"The bytes of captions are 0 to {_BYTES}, got {low} to {high}.")
         return values.long()
 
     def encoded(self, texts: Sequence[str]) -> Tensor:

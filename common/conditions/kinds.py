@@ -11,10 +11,7 @@ from .captions import Captions
 from .classes import Classes
 from .embeddings import Embeddings
 
-KINDS: dict[str, type[Conditions]] = {
-    kind.kind: kind  # type: ignore[type-abstract]
-    for kind in (Classes, Captions, Embeddings)
-}
+KINDS: dict[str, type[Conditions]] = {kind.kind: kind for kind in (Classes, Captions, Embeddings)}
 
 Conditional = bool | Kind
 """Whether an environment has conditions, and of which kind: True is those of classes."""
@@ -56,9 +53,7 @@ def as_conditions(
             raise unknown_name("kind of conditions", name, KINDS)
         return KINDS[name](**parts)
     if conditions is not None and not isinstance(conditions, Conditions):
-        raise TypeError(
-            f"conditions must be Classes, Captions or Embeddings, got {conditions!r}."
-        )
+        raise TypeError(f"conditions must be Classes, Captions or Embeddings, got {conditions!r}.")
     return conditions
 
 

@@ -108,6 +108,4 @@ def rows_of(asked: Tensor, known: Tensor, chance: Tensor) -> Tensor | None:
     if len(asked) and bool((count[wanted] == 0).any()):
         return None
     first = count.cumsum(0) - count
-    return order[
-        first[wanted] + (chance * count[wanted]).long().clamp(max=count[wanted] - 1)
-    ]
+    return order[first[wanted] + (chance * count[wanted]).long().clamp(max=count[wanted] - 1)]

@@ -204,9 +204,7 @@ def celeba64(root: Path, download: bool, image_size: int) -> ImageSet:
     return ImageSet(samples, held_out, None, None, flip=True)
 
 
-def image_folder(
-    root: Path, download: bool, image_size: int, captions: bool = False
-) -> ImageSet:
+def image_folder(root: Path, download: bool, image_size: int, captions: bool = False) -> ImageSet:
     """Your own images in a folder, at any depth: the central square of each, resized, in RGB.
 
     There have to be 2 or more. A seeded 10 % of them, at most 10,000, are held out; of fewer than

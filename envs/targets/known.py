@@ -58,5 +58,7 @@ def make_target(
         raise ValueError(f"{name} has no captions; ImageFolder reads those of your own images")
     if name in TOYS:
         return TOYS[name]().to(device)
-    images = load_images(name, data_dir, download=download, image_size=image_size, captions=captions)
+    images = load_images(
+        name, data_dir, download=download, image_size=image_size, captions=captions
+    )
     return Target(name, **vars(images)).to(device)

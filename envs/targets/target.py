@@ -199,7 +199,8 @@ class Target:
 
         The samples of a generator (`from_sampler`) may differ in their last bits from one
         processor to the next: of them it is 64 numbers, evenly spread; else the SHA-256 of samples
-        and labels, captions or embeddings. It is computed when it is first asked for, at some 0.5 GB a second.
+        and labels, captions or embeddings. It is computed when it is first asked for, at some
+        0.5 GB a second.
         """
         if self._sampler is not None:
             flat = self._training.flatten()

@@ -84,7 +84,7 @@ def test_a_solver_is_distilled_for_one_class(cloned, fewstep, tmp_path):
         (["--conditional", "--guidance=-1"], "guidance"),
         (["--conditional", "--guidance=2", "--guidance-interval", "3", "1"], "0 <= low < high"),
         (["--conditional", "--body=unet-tiny"], "knows no classes"),
-        (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each class"),
+        (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each"),
     ],
 )
 def test_bad_conditions_are_refused_before_a_run_begins(flags, complaint, fewstep, tmp_path, capfd):
@@ -98,7 +98,7 @@ def test_bad_conditions_are_refused_before_a_run_begins(flags, complaint, fewste
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ([], "give --conditional for an environment of classes, or one class"),
+        ([], "give --conditional for an environment of classes, or one condition"),
         (["--condition=11"], "There are 10 classes, 0 to 9; got 11"),
     ],
 )
