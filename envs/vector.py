@@ -43,8 +43,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     """A batch of samples being denoised.
 
     Observations are `{"sample": (num_envs, *shape), "timestep": (num_envs,)}`, and in a conditional
-    environment `"condition"`, `(num_envs, ...)`, as well, see `condition_space`; actions are the
-    next samples `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no
+    environment `"condition"`, `(num_envs, ...)`, see `condition_space`; actions are the next
+    samples `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no
     gradient: agents that differentiate through the process use `env.mdp`.
 
     The three autoreset modes after the last step: `NEXT_STEP` returns `x_0` and spends one more
