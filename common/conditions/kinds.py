@@ -34,7 +34,7 @@ def kind_of(conditional: Conditional) -> Kind | None:
 
 
 def as_conditions(
-    conditions: Conditions | Mapping[str, Any] | None, classes: int | None = None
+    conditions: Conditions | Mapping[str, Any] | None = None, classes: int | None = None
 ) -> Conditions | None:
     """Return conditions that are given as such, as their config, or as a number of classes.
 
