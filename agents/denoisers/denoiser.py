@@ -302,6 +302,12 @@ class Denoiser(nn.Module):
             return self
         return self.under(self.conditioning.conditions.shown(condition, device))
 
+    def under_some(self) -> Denoiser:
+        """Return the view under some condition, if it waits for one, to see what answers it has."""
+        if self.conditions is None or not self.is_open:
+            return self
+        return self.given(self.conditions.some())
+
     def at(self, rows: slice | Tensor) -> Denoiser:
         """Return the view for some of the samples, where each has a condition of its own."""
         if self.conditioning is None:

@@ -74,6 +74,10 @@ class Conditions(ABC):
         """Return the condition "none", `(n, *shape)`: all zeros, unless the kind says otherwise."""
         return torch.zeros((1, *self.shape), dtype=self.dtype, device=device).expand(n, *self.shape)
 
+    def some(self) -> Any:
+        """Return a condition, as `checked` does: whichever it is."""
+        return torch.zeros(self.shape, dtype=self.dtype)
+
     def rows(self, condition: Any, n: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the conditions `(n, *shape)` of n samples, from what `checked` returned.
 

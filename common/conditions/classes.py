@@ -106,6 +106,10 @@ class Classes(Conditions):
         """Return the number behind the last class, (n,)."""
         return self.rows(self.count, n, device)
 
+    def some(self) -> int:
+        """Return the first class."""
+        return 0
+
     def rows(self, condition: Any, n: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the classes (n,) of n samples; see `Conditions.rows`."""
         if isinstance(condition, int):  # made on the device, which is not waited for

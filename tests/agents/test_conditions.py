@@ -393,9 +393,7 @@ SMALL = {"batch_size": 16, "n_critic": 2, "learning_rate": 1e-3}
 CHAIN = {"solver_options": {"variance": "small", "last_std": 0.1}, "critic_rounds": 0}
 
 
-@pytest.mark.parametrize(
-    ("kind", "condition"), [(SFTPG, 1), (SFT, 1), (SFTV, 1), (SFTPG, CAPTION)]
-)
+@pytest.mark.parametrize(("kind", "condition"), [(SFTPG, 1), (SFT, 1), (SFTV, 1), (SFTPG, CAPTION)])
 def test_fine_tuning_a_guided_view_is_fine_tuning_the_network_made_by_hand(kind, condition):
     agents = []
     for denoiser in pair(condition):
