@@ -238,11 +238,12 @@ SMALL = {
 @pytest.mark.parametrize(
     ("kind", "conditional"),
     [
-        *((kind, "captions") for kind in (SFTPG, SFT, SFTV, DODE, VarianceLearning)),
+        *((kind, "captions") for kind in (SFTPG, SFT, SFTV, VarianceLearning)),
         (SFTPG, "embeddings"),
         *(
             pytest.param(kind, conditional, marks=pytest.mark.slow)
             for kind, conditional in (
+                (DODE, "captions"),
                 (ScheduleLearning, "captions"),
                 *((k, "embeddings") for k in (SFT, SFTV, DODE, ScheduleLearning)),
             )
@@ -294,7 +295,7 @@ def test_cloning_learns_conditions_and_what_is_common_to_them(kind):
     mdp = make_mdp(kind)
     denoiser = new_denoiser(mdp, prediction="sample")
     assert denoiser.conditions == KINDS[kind][0] and not denoiser.conditioning.drops
-    agent = BehaviorCloning(mdp, denoiser, rounds=120, batch_size=64, learning_rate=5e-3)
+    agent = BehaviorCloning(mdp, denoiser, rounds=100, batch_size=64, ema=0.9)
     agent.learn()
     trained = agent.sampling_denoiser
     assert trained.conditioning.drops
@@ -335,12 +336,13 @@ def test_a_critic_tells_conditions_apart(kind):
         baseline=make_baseline((2,), 4, conditions=conditions),
         objective="logistic",
         residual_baseline=True,
+        learning_rate=3e-3,
     )
     real, given = make_target().draw(48, torch.Generator().manual_seed(0), kind)
     # The same points under other conditions: only a critic that knows them can tell.
     wrong = conditions.checked(KINDS[kind][1])[(place_of(given) + 1) % 3]
     assert torch.equal(critic(real, given), critic(real, wrong))
-    for _ in range(20):
+    for _ in range(12):
         critic.update(real, real, real.expand(4, -1, -1), None, (given, wrong))
     assert float((critic(real, given) > critic(real, wrong)).float().mean()) > 0.95
     assert critic.value(real.expand(4, -1, -1), None, wrong).shape == (4, 48)
