@@ -81,6 +81,19 @@ def test_conditions_of_another_kind_are_refused(kind, condition, error, complain
         kind.checked(condition)
 
 
+def test_a_condition_is_read_from_what_a_user_types(tmp_path):
+    vector = tmp_path / "vector.npy"
+    np.save(vector, np.array([0.5, -1.0]))
+    (tmp_path / "text.npy").write_text("no array")
+    assert Classes(3).parsed("2") == 2
+    assert Captions(8).parsed("2") == "2"
+    kind = Embeddings(2)
+    assert torch.equal(kind.checked(kind.parsed(str(vector))), torch.tensor([0.5, -1.0]))
+    for bad in ("red", tmp_path / "text.npy"):
+        with pytest.raises(ValueError, match=r"an \.npy file of 2 numbers"):
+            kind.parsed(str(bad))
+
+
 def test_kinds_that_make_no_sense_are_refused():
     for kind in (Classes, Captions, Embeddings):
         with pytest.raises(ValueError, match="at least 1"):
