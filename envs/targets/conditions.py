@@ -34,8 +34,26 @@ class Known(NamedTuple):
         return Known(self.conditions, self.training.to(device), held_out)
 
 
-def known_classes(labels: Tensor, held_out: Tensor | None, name: str) -> Known:
-    """Return labels as conditions.
+def to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
+    """Check labels of samples (N, ...) and bring them to what is kept, (N,) int64 beside them.
+
+    Raises:
+        TypeError: They are no integers.
+        ValueError: Not as many as there are samples.
+    """
+    if values is None:
+        return None
+    labels = torch.as_tensor(values)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{what} must be integers; got {labels.dtype}")
+    count = 0 if samples is None else len(samples)
+    if samples is None or labels.shape != (count,):
+        raise ValueError(f"{what} must have shape ({count},); got {tuple(labels.shape)}")
+    return labels.to(samples.device, torch.int64, copy=True)
+
+
+def known_classes(labels: Tensor, held_out: Tensor | None, count: int, name: str) -> Known:
+    """Return labels as conditions, of which there are `count`.
 
     Raises:
         ValueError: A label is negative.
@@ -44,8 +62,7 @@ def known_classes(labels: Tensor, held_out: Tensor | None, name: str) -> Known:
         raise ValueError(
             f"classes are 0 and above; the labels of {name} begin with {int(labels.min())}"
         )
-    most = max(int(part.max()) for part in (labels, held_out) if part is not None)
-    return Known(Classes(1 + most), labels, held_out)
+    return Known(Classes(count), labels, held_out)
 
 
 def known_captions(texts: Any, held_out: Any, counts: tuple[int, int], name: str) -> Known:
@@ -55,17 +72,18 @@ def known_captions(texts: Any, held_out: Any, counts: tuple[int, int], name: str
         TypeError: They are no texts.
         ValueError: Not as many as there are samples.
     """
-    parts = [texts, [] if held_out is None else held_out]
-    for part, count in zip(parts, counts, strict=True):
+    parts = [texts] if held_out is None else [texts, held_out]
+    for part, count in zip(parts, counts, strict=False):
         if isinstance(part, str) or not isinstance(part, Sequence):
             raise TypeError(f"captions of {name} must be a list of texts; got {part!r}")
         if bad := [text for text in part if not isinstance(text, str)]:
             raise TypeError(f"captions of {name} must be texts; got {bad[0]!r}")
-        if len(part) != count and (held_out is not None or part is texts):
+        if len(part) != count:
             raise ValueError(f"{name} has {len(part)} captions for {count} samples")
-    longest = max((len(encode(text)) for part in parts for text in part), default=1)
+    everyone = [text for part in parts for text in part]
+    longest = max(len(encode(text)) for text in everyone)
     kind = Captions(min(-(-max(longest, 1) // _STEP) * _STEP, _LONGEST))
-    training, rest = kind.encoded([*parts[0], *parts[1]]).split([len(part) for part in parts])
+    training, rest = kind.encoded(everyone).tensor_split([counts[0]])
     return Known(kind, training.clone(), None if held_out is None else rest.clone())
 
 

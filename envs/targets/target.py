@@ -19,7 +19,15 @@ from torch import Tensor
 from ...common.conditions import Kind
 from ...common.shapes import is_image
 from ...critics.metrics.manifold import Manifold
-from .conditions import Known, known_captions, known_classes, known_embeddings, rows_of
+from .conditions import (
+    Known,
+    known_captions,
+    known_classes,
+    known_embeddings,
+    rows_of,
+    to_labels,
+)
+from .storage import to_float, to_stored
 
 Sampler = Callable[[int, int], Any]
 """`(n, seed) -> (n, *shape)` array or tensor; the same seed gives the same points."""
@@ -91,10 +99,10 @@ class Target:
         self.name = name
         self.manifold = manifold
         self.has_samples = True
-        self._training = _to_stored(samples, f"samples of {name}", own=True)
+        self._training = to_stored(samples, f"samples of {name}", own=True)
         self._held_out = None
         if held_out is not None:
-            self._held_out = _to_stored(held_out, f"held-out samples of {name}", own=True)
+            self._held_out = to_stored(held_out, f"held-out samples of {name}", own=True)
             if self._held_out.shape[1:] != self.shape:
                 raise ValueError(
                     f"held-out samples of {name} have shape {tuple(self._held_out.shape[1:])}, "
@@ -106,8 +114,8 @@ class Target:
                     f"{self._training.dtype}; give both as bytes or neither"
                 )
         self._sampler = sampler
-        self.labels = _to_labels(labels, self._training, f"labels of {name}")
-        self.held_out_labels = _to_labels(
+        self.labels = to_labels(labels, self._training, f"labels of {name}")
+        self.held_out_labels = to_labels(
             held_out_labels, self._held_out, f"held-out labels of {name}"
         )
         self._known: dict[Kind, Known] = {}
@@ -242,7 +250,7 @@ class Target:
         """
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
-        return _to_float(self._training[:n]).clone()
+        return to_float(self._training[:n]).clone()
 
     def subset(self, n: int, seed: int = 0) -> Tensor:
         """A seeded choice of `n` training samples without replacement; all if there are no more.
@@ -255,7 +263,7 @@ class Target:
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return _to_float(self._training[rows[:n].to(self.device)])
+        return to_float(self._training[rows[:n].to(self.device)])
 
     @cached_property
     def classes(self) -> int | None:
@@ -282,7 +290,9 @@ class Target:
             ValueError: Its samples have none of that kind.
         """
         if kind == "classes" and kind not in self._known and self.labels is not None:
-            self._known[kind] = known_classes(self.labels, self.held_out_labels, self.name)
+            self._known[kind] = known_classes(
+                self.labels, self.held_out_labels, self.classes or 0, self.name
+            )
         if kind not in self._known:
             noun = "labels" if kind == "classes" else kind
             raise ValueError(f"the samples of {self.name} have no {noun}")
@@ -315,7 +325,7 @@ class Target:
         rows = rows_of(conditions, known, chance)
         if rows is None:
             raise ValueError(f"{self.name} has no training sample of one of these {kind}")
-        return _to_float(self._training[rows])
+        return to_float(self._training[rows])
 
     def draw(
         self,
@@ -343,11 +353,11 @@ class Target:
             mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
             drawn = torch.where(mirrored.to(device), drawn.flip(-1), drawn)
         if kind is None or (kind == "classes" and self.labels is None):
-            return _to_float(drawn), None
+            return to_float(drawn), None
         # Whoever wants samples alone may have negative labels.
         known = self.labels if kind == "classes" else self.known(kind).training
         assert known is not None
-        return _to_float(drawn), known[rows.to(device)]
+        return to_float(drawn), known[rows.to(device)]
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
         """Draw `(n, *shape)` real samples that are not among the training samples.
@@ -363,9 +373,9 @@ class Target:
         _check_seed(seed)
         if self._sampler is not None:
             # Shifted by one so that no seed is the training seed.
-            fresh = _to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
-            return _to_float(fresh.to(self.device))
-        return _to_float(self._choose_fresh(self._held_out, n, seed))
+            fresh = to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
+            return to_float(fresh.to(self.device))
+        return to_float(self._choose_fresh(self._held_out, n, seed))
 
     def fresh_labels(self, n: int, seed: int = 0) -> Tensor:
         """The labels `(n,)` int64 of the samples that `sample_fresh(n, seed)` draws.
@@ -425,42 +435,6 @@ class Target:
 
     def __repr__(self) -> str:
         return f"Target({self.name!r}, {len(self)} samples of {tuple(self.shape)})"
-
-
-def _to_stored(values: Any, what: str, own: bool = False) -> Tensor:
-    """Check samples and bring them to what is kept: images as bytes, or else float32.
-
-    With `own` the floats are a copy.
-    """
-    samples = torch.as_tensor(values).detach()
-    if samples.ndim < 2 or not samples.numel():
-        raise ValueError(
-            f"{what} must be a non-empty (N, *shape) array; got {tuple(samples.shape)}"
-        )
-    if samples.dtype == torch.uint8 and is_image(samples.shape[1:]):
-        return samples
-    samples = samples.to(torch.float32, copy=own)
-    if not bool(samples.isfinite().all()):
-        raise ValueError(f"{what} hold NaN or infinity")
-    return samples
-
-
-def _to_float(stored: Tensor) -> Tensor:
-    if stored.dtype != torch.uint8:
-        return stored
-    return stored.to(torch.float32).div_(127.5).sub_(1)
-
-
-def _to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
-    if values is None:
-        return None
-    labels = torch.as_tensor(values)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{what} must be integers; got {labels.dtype}")
-    count = 0 if samples is None else len(samples)
-    if samples is None or labels.shape != (count,):
-        raise ValueError(f"{what} must have shape ({count},); got {tuple(labels.shape)}")
-    return labels.to(samples.device, torch.int64, copy=True)
 
 
 def _check_seed(seed: int) -> None:

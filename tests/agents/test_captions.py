@@ -204,6 +204,7 @@ def test_the_shells_show_and_take_a_condition(kind):
     assert place_of(torch.tensor(shown)[None]).tolist() == [1]
 
 
+@pytest.mark.filterwarnings("ignore:.*symmetric and normalized")
 def test_the_checkers_of_gymnasium_and_stable_baselines_take_captions():
     env = DiffusionEnv(make_mdp(steps=2))
     check_env(env, skip_render_check=True)
@@ -290,7 +291,7 @@ def other_classes():
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["captions", pytest.param("embeddings", marks=pytest.mark.slow)])
 def test_cloning_learns_conditions_and_what_is_common_to_them(kind):
     mdp = make_mdp(kind)
     denoiser = new_denoiser(mdp, prediction="sample")
