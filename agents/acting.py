@@ -38,7 +38,7 @@ class Actor:
 
     Raises:
         ValueError: the environment has another noise process than the denoiser, samples of another
-            shape, or other classes; or a conditional denoiser gets no class there.
+            shape, or other conditions; or a conditional denoiser gets no condition there.
     """
 
     obeys_transitions: ClassVar[bool] = True
@@ -129,8 +129,7 @@ class Actor:
         """
         tableau, denoiser = self.sampler
         if "condition" in observation:
-            classes = torch.as_tensor(observation["condition"], device=self.device)
-            denoiser = denoiser.under(classes.reshape(-1).long())
+            denoiser = denoiser.under_shown(observation["condition"], self.device)
         if not tableau.one_step:
             policy = SolverPolicy(tableau, denoiser, shape=self.mdp.shape)
             return policy.predict(observation, state, episode_start, True, self.acting_generator)
@@ -170,8 +169,8 @@ class Actor:
             noise: initial states (n, *shape) instead of fresh prior samples.
             return_trajectory: return all states (K + 1, n, *shape) instead, the noisiest first.
             options: what the environment's `episodes` takes, such as `known` of `Inpainting` or the
-                `condition` of a conditional environment, a class for all or (n,) of one each; where
-                it is not given classes are drawn.
+                `condition` of a conditional environment, one for all or one each; where it is not
+                given conditions are drawn.
         """
         tableau = self.tableau if schedule is None else self.tableau_on(schedule)
         generator = self.acting_generator if generator is None else generator
@@ -191,22 +190,23 @@ class Actor:
 
 def check_condition(denoiser: Denoiser, mdp: DiffusionMDP) -> None:
     """Raise ValueError if a denoiser and an environment do not agree about conditions."""
-    if mdp.classes is None:
+    if mdp.conditions is None:
         if denoiser.is_open:
+            wanted = True if denoiser.classes is not None else denoiser.waits_for
             raise ValueError(
                 "The denoiser is conditional and the environment is not: make that with "
-                "conditional=True, or say under which class the denoiser is asked, "
-                "denoiser.given(3)."
+                f"conditional={wanted!r}, or say under which condition the denoiser is asked, "
+                "denoiser.given(condition)."
             )
         return
-    if denoiser.classes is None:
+    if denoiser.conditions is None:
         raise ValueError(
-            f"The environment has {mdp.classes} classes and the denoiser is unconditional: make "
-            "the environment with conditional=False, or clone a conditional denoiser."
+            f"The environment has {mdp.conditions} and the denoiser is unconditional: make the "
+            "environment with conditional=False, or clone a conditional denoiser."
         )
-    if denoiser.classes != mdp.classes:
+    if denoiser.conditions != mdp.conditions:
         raise ValueError(
-            f"The denoiser knows {denoiser.classes} classes, the environment has {mdp.classes}."
+            f"The denoiser knows {denoiser.conditions}, the environment has {mdp.conditions}."
         )
     if not denoiser.is_open:
         raise ValueError(

@@ -47,8 +47,8 @@ class CloningSettings(AgentSettings):
     p_std: float = bounded(1.2, above=0)
     """Standard deviation of ln sigma there."""
     label_dropout: float = bounded(0.1, least=0, most=1)
-    """Share of the samples whose class is hidden, in a conditional environment: what guidance and
-    sampling without a class need. 0 hides none."""
+    """Share of the samples whose condition is hidden, in a conditional environment: what guidance
+    and sampling without a condition need. 0 hides none."""
     optimizer: OptimizerSettings = field(
         default_factory=lambda: OptimizerSettings(5e-3, lr_schedule="cosine", ema=0.99)
     )
@@ -77,13 +77,13 @@ class BehaviorCloning(Agent):
         settings = self.settings
         if self.denoiser.conditioning is not None and self.denoiser.conditioning.guidance != 1:
             raise ValueError(
-                "Behaviour cloning trains the network under each class: give it the denoiser "
+                "Behaviour cloning trains the network under each condition: give it the denoiser "
                 "without guidance."
             )
         self.optimizer = adam(self.denoiser.parameters(), settings.optimizer.betas)
         self.averaged = Averaged(self.denoiser, settings.optimizer.ema)
         if self.denoiser.conditioning is not None:
-            # Whoever samples with the network knows by this that it can do without a class.
+            # Whoever samples with the network knows by this that it can do without one.
             drops = settings.label_dropout > 0
             trained = replace(self.denoiser.conditioning, drops=drops)
             self.averaged.module.conditioning = trained
@@ -118,11 +118,12 @@ class BehaviorCloning(Agent):
         # Building the agent left the caller's denoiser as it was; training makes it know "none".
         self.denoiser.conditioning = self.averaged.module.conditioning
         # What all processes need, the same on each, of which each takes its share.
-        everyone, labels = self.mdp.target.draw(self._size, self.generator)
+        kind = None if self.denoiser.conditions is None else self.denoiser.conditions.kind
+        everyone, given = self.mdp.target.draw(self._size, self.generator, kind)
         t = self.processes.share(self._draw_times())
         noise = self.processes.share(torch.empty_like(everyone).normal_(generator=self.generator))
         clean = self.processes.share(everyone)
-        condition = self._condition(labels)
+        condition = self._condition(given)
         self.optimizer.zero_grad()
         size = self.settings.execution.micro_batch_size or self.settings.batch_size
         loss = torch.zeros((), device=self.device)
@@ -166,15 +167,17 @@ class BehaviorCloning(Agent):
         finally:
             self.denoiser.eval()
 
-    def _condition(self, labels: Tensor | None) -> Tensor | None:
-        """Hide some of the classes (N,) behind "none"; keep this process's share of them."""
-        classes = self.denoiser.classes
-        if classes is None or labels is None:
+    def _condition(self, given: Tensor | None) -> Tensor | None:
+        """Hide some of the conditions (N, ...) behind "none"; keep this process's share of them."""
+        conditions = self.denoiser.conditions
+        if conditions is None or given is None:
             return None
         if self.settings.label_dropout > 0:
             chance = torch.rand(self._size, generator=self.generator, device=self.device)
-            labels = torch.where(chance < self.settings.label_dropout, classes, labels)
-        return self.processes.share(labels)
+            hidden = chance < self.settings.label_dropout
+            hidden = hidden.view(-1, *[1] * (given.ndim - 1))
+            given = torch.where(hidden, conditions.none(len(given), given.device), given)
+        return self.processes.share(given)
 
     def _loss(self, clean: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
         noisy = self.mdp.process.add_noise(clean, t, noise)

@@ -16,8 +16,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
 from ..common.arguments import checked
+from ..common.conditions import Conditions
 from ..critics import make_baseline
 from ..envs.clock import TimestepSpace
+from ..envs.conditions import conditions_of
 from .denoisers.denoiser import Denoiser
 from .samplers.gaussian import TIME_ROUNDING, GaussianChain, Reduction, gaussian_log_density
 from .samplers.tableau import Tableau
@@ -40,8 +42,8 @@ class DenoiserPolicy(ActorCriticPolicy):
     there: Stable-Baselines3 pickles `policy_kwargs` into its own checkpoints.
 
     Args:
-        observation_space: a Dict of "sample" (*shape) and "timestep", and "condition", a Discrete
-            class, of a conditional environment.
+        observation_space: a Dict of "sample" (*shape) and "timestep", and of a conditional
+            environment "condition" (`condition_space`).
         action_space: a Box (*shape).
         lr_schedule: of Stable-Baselines3.
         denoiser: a `Denoiser` of the environment's noise process, or the file of one.
@@ -85,9 +87,10 @@ class DenoiserPolicy(ActorCriticPolicy):
         assert shape is not None
         self.chain = GaussianChain(*self._parts, learn_std=bool(self._options["learn_std"]))
         del self._parts
-        classes = _classes_of(self.observation_space)
-        _check_classes(self.chain.denoiser, classes)
-        self.baseline = make_baseline(shape, self.chain.steps, classes=classes)
+        assert isinstance(self.observation_space, gym.spaces.Dict)
+        self.conditions = conditions_of(self.observation_space.spaces.get("condition"))
+        _check_conditions(self.chain.denoiser, self.conditions)
+        self.baseline = make_baseline(shape, self.chain.steps, conditions=self.conditions)
         self.optimizer = self.optimizer_class(
             (parameter for parameter in self.parameters() if parameter.requires_grad),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -130,9 +133,11 @@ class DenoiserPolicy(ActorCriticPolicy):
         return self(observation, deterministic)[0]
 
     def _state(self, obs: PyTorchObs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return samples (N, *shape), their steps (N,), and their classes (N,) if they have any."""
+        """Return samples (N, *shape), their steps (N,), and their conditions (N, ...)."""
         assert isinstance(obs, Mapping)
-        condition = obs["condition"].reshape(-1).long() if "condition" in obs else None
+        condition = None
+        if self.conditions is not None:
+            condition = self.conditions.shown(obs["condition"], obs["condition"].device)
         return obs["sample"], self.chain.steps_at(obs["timestep"]), condition
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -142,21 +147,15 @@ class DenoiserPolicy(ActorCriticPolicy):
         return {**parameters, **self._sources, **self._options}
 
 
-def _classes_of(observation_space: gym.Space) -> int | None:
-    """Return how many classes an environment has; None if it is unconditional."""
-    assert isinstance(observation_space, gym.spaces.Dict)
-    condition = observation_space.spaces.get("condition")
-    return int(condition.n) if isinstance(condition, gym.spaces.Discrete) else None
-
-
-def _check_classes(denoiser: Denoiser, classes: int | None) -> None:
+def _check_conditions(denoiser: Denoiser, shown: Conditions | None) -> None:
     """Raise ValueError if a denoiser and an environment do not agree about conditions."""
-    expected = denoiser.classes if denoiser.is_open else None
-    if classes != expected:
+    expected = denoiser.conditions if denoiser.is_open else None
+    if shown != expected:
+        wanted = True if denoiser.classes is not None else denoiser.waits_for
         raise ValueError(
-            f"The environment shows {classes or 'no'} classes, the denoiser waits for "
-            f"{expected or 'none'}: make the environment with conditional={expected is not None}, "
-            "or say under which class the denoiser is asked, denoiser.given(3)."
+            f"The environment shows {shown or 'no conditions'}, the denoiser waits for "
+            f"{expected or 'none'}: make the environment with conditional={wanted!r}, or say "
+            "under which condition the denoiser is asked, denoiser.given(condition)."
         )
 
 

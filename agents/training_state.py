@@ -153,7 +153,7 @@ class Trainee(Actor, ABC):
         return {**environment_identity(self.mdp), **self.terms()}
 
     def terms(self) -> dict[str, Any]:
-        """Return under which classes and guidance its denoiser is asked; nothing without any."""
+        """Return under which conditions its denoiser is asked, and how; nothing without any."""
         terms = self.denoiser.conditioning
         if terms is None:
             return {}

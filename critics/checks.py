@@ -42,7 +42,7 @@ def _shape(values: Tensor) -> str:
 
 
 def takes_condition(reward: Callable[..., object]) -> bool:
-    """Tell whether a reward has an argument named `condition`, for the classes of its samples."""
+    """Tell whether a reward has an argument named `condition`, for those of its samples."""
     asked = reward.forward if isinstance(reward, torch.nn.Module) else reward
     try:
         return "condition" in inspect.signature(asked).parameters
@@ -65,7 +65,7 @@ def rewards_of(
 ) -> Tensor:
     """Ask a reward about samples (N, *shape); return what it answers as a floating tensor (N,).
 
-    One that `takes_condition` gets the classes (N,) too, where there are any.
+    One that `takes_condition` gets the conditions (N, ...) too, where there are any.
 
     A tensor or NumPy array of numbers, whole ones and flags included, is taken; a reward with a
     `judge`, as `MMDCritic` has, is for its caller to ask.

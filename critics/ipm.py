@@ -30,6 +30,7 @@ from ..common.distributed import Processes
 from ..common.names import unknown_name
 from ..common.precision import Precision, lower_precision
 from .checks import check_finite, check_samples
+from .projection import is_conditional
 
 # Each regulariser and the default of its coefficient; None where there is none to set.
 REGULARIZERS: dict[str, float | None] = {
@@ -49,8 +50,9 @@ class IPMCritic(nn.Module):
 
     Args:
         network: f, `(N, *shape) -> (N,)`; see `make_critic`. "spectral-norm" changes its layers.
-            One whose attribute `classes` is not None takes classes (N,) as well, and so does its V:
-            real ones and fakes are then told apart given the class (Miyato & Koyama 2018).
+            One whose attribute `conditions` (or `classes`) is not None takes conditions (N, ...) as
+            well, and so does its V: real ones and fakes are then told apart given the condition
+            (Miyato & Koyama 2018).
         regularizer: what keeps f in its class:
             "baseline" subtracts coefficient * R_B, R_B = E sum_steps (V(x_t, step) - f(x_0))^2,
             which both f and V descend;
@@ -113,15 +115,15 @@ class IPMCritic(nn.Module):
         if regularizer == "baseline" and baseline is None:
             raise ValueError("The baseline regularizer needs a baseline network; pass baseline=...")
         if regularizer == "spectral-norm":
-            if getattr(network, "classes", None) is not None:
+            if is_conditional(network):
                 raise ValueError(
-                    "spectral-norm does not bound what a conditional critic adds for a class: take "
-                    "'r1' or 'gradient-penalty'."
+                    "spectral-norm does not bound what a conditional critic adds for a condition: "
+                    "take 'r1' or 'gradient-penalty'."
                 )
             _normalize_layers(network)
         self.regularizer, self.objective = regularizer, objective
         self.network = network
-        self.conditional = getattr(network, "classes", None) is not None
+        self.conditional = is_conditional(network)
         self.baseline = baseline
         self.residual_baseline = residual_baseline
         # Where on its segment the next xhat lies, in [0, 1).
@@ -138,10 +140,10 @@ class IPMCritic(nn.Module):
 
         Args:
             sample: (N, *shape).
-            condition: their classes (N,), which only a conditional network reads.
+            condition: theirs (N, ...), which only a conditional network reads.
 
         Raises:
-            ValueError: the network's output is not (N,), or it is conditional and gets no classes.
+            ValueError: the network's output is not (N,), or it is conditional and gets none.
         """
         with lower_precision(self.precision, sample.device):
             values = self.network(sample, *self._under(condition)).to(sample.dtype)
@@ -156,7 +158,9 @@ class IPMCritic(nn.Module):
         if not self.conditional:
             return ()
         if condition is None:
-            raise ValueError("This critic is conditional: give the classes (N,) of the samples.")
+            raise ValueError(
+                "This critic is conditional: give the conditions (N, ...) of the samples."
+            )
         return (condition,)
 
     def value(
@@ -167,7 +171,7 @@ class IPMCritic(nn.Module):
         Args:
             states: rows of states.
             steps: (k,) int64; None: there are all K rows, row j before step j.
-            condition: the classes (N,) of their episodes, for conditional networks.
+            condition: those (N, ...) of their episodes, for conditional networks.
 
         Raises:
             ValueError: there is no baseline, or its output is not (k, N).
@@ -192,7 +196,9 @@ class IPMCritic(nn.Module):
                 f"got {tuple(values.shape)}."
             )
         if self.residual_baseline:
-            under = (each.repeat(len(states)) for each in self._under(condition))
+            under = (
+                each.repeat(len(states), *[1] * (each.ndim - 1)) for each in self._under(condition)
+            )
             values = values + f(states.flatten(0, 1), *under).view_as(values)
         return values
 
@@ -214,8 +220,8 @@ class IPMCritic(nn.Module):
             steps: (k,) int64, the step that each row of states is before. With k < K of them, drawn
                 at random, R_B is estimated without bias, and time and memory do not grow with K.
                 None: all K rows, row j before step j.
-            conditions: the classes of the real samples (M,) and of the fakes (N,), for conditional
-                networks.
+            conditions: those of the real samples (M, ...) and of the fakes (N, ...), for
+                conditional networks.
 
         Returns:
             Detached 0-d tensors, all of before the step: "critic_loss" (what f descends),
@@ -293,7 +299,7 @@ class IPMCritic(nn.Module):
     def _gradient_penalty(self, real: Tensor, fake: Tensor, of_fake: Tensor | None) -> Tensor:
         """Return E (||grad f(xhat)|| - 1)^2 over as many pairs as the smaller batch allows.
 
-        A pair is seen under the class of its fake.
+        A pair is seen under the condition of its fake.
         """
         pairs = min(len(real), len(fake))
         real, fake = real[:pairs], fake[:pairs]

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.arguments import checked
+from ..common.conditions import Conditions, as_conditions
 from ..common.precision import in_full_precision
 from ..common.shapes import is_image
+from .projection import projection
 
 BaselineKind = Literal["mlp", "conv"]
 # Of the Fourier features, in radians a unit of x: fit for data of size 1.
@@ -66,32 +68,6 @@ class FourierFeatures(nn.Module):
         return torch.cat([self.scale * x, phase.sin(), phase.cos()], dim=-1)
 
 
-class Projection(nn.Embedding):
-    """What a class adds to a critic or a baseline: the product of its embedding with the features.
-
-    Miyato & Koyama (2018). It starts at 0, where the network is unconditional.
-    """
-
-    @classmethod
-    def of(cls, classes: int | None, width: int) -> Projection | None:
-        """Return one for features of this width; None without classes."""
-        return None if classes is None else cls(classes, width)
-
-    def reset_parameters(self) -> None:
-        """Start at 0."""
-        nn.init.zeros_(self.weight)
-
-    def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Return (..., N) for features (..., N, width) under classes (N,).
-
-        Raises:
-            ValueError: no classes.
-        """
-        if condition is None:
-            raise ValueError("This network is conditional: give the classes (N,) of the samples.")
-        return (features * super().forward(condition)).sum(-1)
-
-
 class MLPCritic(nn.Module):
     """Multilayer perceptron f(x) with SiLU, on flattened samples.
 
@@ -101,7 +77,8 @@ class MLPCritic(nn.Module):
         layers: number of hidden layers.
         frequencies: number of Fourier features of the input; 0, as published, has none.
         bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
-        classes: of a conditional critic, see `Projection`; None for an unconditional one.
+        classes: of a conditional critic, see `projection`; None for an unconditional one.
+        conditions: other conditions of a conditional critic, `Captions(64)` say.
     """
 
     @checked
@@ -113,17 +90,18 @@ class MLPCritic(nn.Module):
         frequencies: int = 0,
         bandwidths: Sequence[float] = BANDWIDTHS,
         classes: int | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         super().__init__()
-        self.classes = classes
+        self.conditions = as_conditions(conditions, classes)
         self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *[hidden] * layers]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
-        self.projection = Projection.of(classes, widths[-1])
+        self.projection = projection(self.conditions, widths[-1])
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return f (N,) for samples (N, *shape), under their classes (N,) if it is conditional."""
+        """Return f (N,) for samples (N, *shape), under conditions if it is conditional."""
         h = self.features(sample.flatten(1))
         for linear in self.hidden:
             h = F.silu(linear(h))
@@ -142,17 +120,22 @@ class ConvCritic(nn.Module):
         shape: (C, H, W) of one sample, H and W at least 8.
         width: channels after the first stage; if None 256, the official value, or 64 for images of
             up to 16 pixels.
-        classes: of a conditional critic, see `Projection`; None for an unconditional one.
+        classes: of a conditional critic, see `projection`; None for an unconditional one.
+        conditions: other conditions of a conditional critic, `Captions(64)` say.
 
     Raises:
         ValueError: not the shape of an image, or one below 8 pixels.
     """
 
     def __init__(
-        self, shape: Sequence[int], width: int | None = None, classes: int | None = None
+        self,
+        shape: Sequence[int],
+        width: int | None = None,
+        classes: int | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         super().__init__()
-        self.classes = classes
+        self.conditions = as_conditions(conditions, classes)
         if not is_image(shape) or min(shape[1:]) < 8:
             raise ValueError(f"ConvCritic needs images (C, H, W), H, W >= 8, got {tuple(shape)}.")
         side = min(shape[1:])
@@ -164,10 +147,10 @@ class ConvCritic(nn.Module):
         for i, o in pairwise(channels):
             layers += [nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4))
-        self.projection = Projection.of(classes, channels[-1])
+        self.projection = projection(self.conditions, channels[-1])
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return f (N,) for samples (N, C, H, W), under their classes (N,) if it is conditional."""
+        """Return f (N,) for samples (N, C, H, W), under conditions if it is conditional."""
         h = self.layers[:-1](sample)
         values = in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
         if self.projection is None:
@@ -187,7 +170,8 @@ class MLPBaseline(nn.Module):
         layers: number of hidden layers, when `hidden` is one width.
         frequencies: number of Fourier features of the input.
         bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
-        classes: of a conditional baseline, see `Projection`; None for an unconditional one.
+        classes: of a conditional baseline, see `projection`; None for an unconditional one.
+        conditions: other conditions of a conditional baseline.
 
     Raises:
         ValueError: no steps.
@@ -203,16 +187,17 @@ class MLPBaseline(nn.Module):
         frequencies: int = 0,
         bandwidths: Sequence[float] = BANDWIDTHS,
         classes: int | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         super().__init__()
         _check_steps(steps)
-        self.steps, self.classes = steps, classes
+        self.steps, self.conditions = steps, as_conditions(conditions, classes)
         self.dimensions = len(shape)
         self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *([hidden] * layers if isinstance(hidden, int) else hidden)]
         self.hidden = nn.ModuleList(_StepLinear(i, o, steps) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
-        self.projection = Projection.of(classes, widths[-1])
+        self.projection = projection(self.conditions, widths[-1])
 
     def forward(
         self, sample: Tensor, step: Tensor | None = None, condition: Tensor | None = None
@@ -223,7 +208,7 @@ class MLPBaseline(nn.Module):
             sample: samples (N, *shape), or rows of samples (k, N, *shape), a row at one step.
             step: int64, 0 <= step < K: one a sample, (N,), or one a row, (k,), the fast form for
                 trajectories. None: row j is at step j.
-            condition: the classes (N,) of a conditional baseline, the same in every row.
+            condition: those (N, ...) of a conditional baseline, the same in every row.
 
         Returns:
             V, (N,) or (k, N).
@@ -250,7 +235,8 @@ class ConvBaseline(nn.Module):
         shape: (C, H, W) of one sample, H and W at least 8.
         steps: number of steps K.
         width: channels after the first stage; if None 64.
-        classes: of a conditional baseline, see `Projection`; None for an unconditional one.
+        classes: of a conditional baseline, see `projection`; None for an unconditional one.
+        conditions: other conditions of a conditional baseline.
 
     Raises:
         ValueError: no steps, not the shape of an image, or one below 8 pixels.
@@ -263,11 +249,12 @@ class ConvBaseline(nn.Module):
         steps: int,
         width: int | None = None,
         classes: int | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         super().__init__()
         _check_steps(steps)
-        self.steps, self.classes = steps, classes
-        critic = ConvCritic(shape, width or 64, classes)
+        self.steps, self.conditions = steps, as_conditions(conditions, classes)
+        critic = ConvCritic(shape, width or 64, conditions=self.conditions)
         self.layers, self.projection = critic.layers, critic.projection
         stages = [layer for layer in self.layers[:-1] if isinstance(layer, nn.Conv2d)]
         self.embeddings = nn.ParameterList(
@@ -291,7 +278,7 @@ class ConvBaseline(nn.Module):
         values = in_full_precision(self.layers[-1], h).mean(dim=(1, 2, 3))
         if self.projection is not None:
             if rows and condition is not None:
-                condition = condition.repeat(len(sample))
+                condition = condition.repeat(len(sample), *[1] * (condition.ndim - 1))
             values = values + self.projection(h.mean(dim=(2, 3)), condition)
         return values.view(sample.shape[:2]) if rows else values
 
@@ -340,6 +327,7 @@ def make_critic(
     width: int | None = None,
     bandwidths: Sequence[float] = BANDWIDTHS,
     classes: int | None = None,
+    conditions: Conditions | None = None,
 ) -> nn.Module:
     """Build the default critic f(x) for samples of this shape: `MLPCritic` or `ConvCritic`.
 
@@ -352,15 +340,17 @@ def make_critic(
             defaults if None.
         bandwidths: of the Fourier features of the `MLPCritic`; the other has none.
         classes: of a conditional critic; None for an unconditional one.
+        conditions: other conditions of a conditional critic.
     """
     if is_image(shape):
-        return ConvCritic(shape, width, classes)
+        return ConvCritic(shape, width, classes, conditions)
     return MLPCritic(
         shape,
         hidden=width or 128,
         frequencies=FREQUENCIES,
         bandwidths=bandwidths,
         classes=classes,
+        conditions=conditions,
     )
 
 
@@ -371,6 +361,7 @@ def make_baseline(
     width: int | None = None,
     bandwidths: Sequence[float] = BANDWIDTHS,
     classes: int | None = None,
+    conditions: Conditions | None = None,
 ) -> MLPBaseline | ConvBaseline:
     """Build the default baseline V(x_t, step) for samples of this shape and K = `steps` steps.
 
@@ -381,15 +372,21 @@ def make_baseline(
         width: channels after the first stage of a `ConvBaseline`; its default if None.
         bandwidths: of the Fourier features for vectors.
         classes: of a conditional baseline; None for an unconditional one.
+        conditions: other conditions of a conditional baseline.
     """
     if not is_image(shape):
         return MLPBaseline(
-            shape, steps, frequencies=FREQUENCIES, bandwidths=bandwidths, classes=classes
+            shape,
+            steps,
+            frequencies=FREQUENCIES,
+            bandwidths=bandwidths,
+            classes=classes,
+            conditions=conditions,
         )
     if kind == "conv":
-        return ConvBaseline(shape, steps, width, classes)
+        return ConvBaseline(shape, steps, width, classes, conditions)
     widths = (256, 256, 128) if _small(shape) else (1024, 1024, 256)
-    return MLPBaseline(shape, steps, hidden=widths, classes=classes)
+    return MLPBaseline(shape, steps, hidden=widths, classes=classes, conditions=conditions)
 
 
 def _small(shape: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.distributed import Processes
 from .checks import check_rewards, rewards_of
+from .projection import is_conditional
 
 
 class RewardCritic(nn.Module):
@@ -21,7 +22,7 @@ class RewardCritic(nn.Module):
 
     Args:
         reward: f, `(N, *shape) -> (N,)`, to be maximised: a tensor or NumPy array of finite
-            numbers. One with an argument named `condition` gets the classes (N,), too.
+            numbers. One with an argument named `condition` gets the conditions (N, ...), too.
             If it has an `update(real, fake)`, as `MMDCritic` does, it is told of every batch.
         baseline: V, as in `IPMCritic`; None for agents that need none.
         learning_rate: of V.
@@ -46,7 +47,7 @@ class RewardCritic(nn.Module):
         )
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the reward (N,) of samples (N, *shape), under their classes (N,) if there are any.
+        """Return the reward (N,) of samples (N, *shape), under their conditions if there are any.
 
         Raises:
             TypeError: the reward returned no numbers.
@@ -62,7 +63,7 @@ class RewardCritic(nn.Module):
         """Return V (k, N) for states (k, N, *shape) before steps (k,); see `IPMCritic.value`."""
         if self.baseline is None:
             raise ValueError("This critic has no baseline; build it with baseline=...")
-        under = () if getattr(self.baseline, "classes", None) is None else (condition,)
+        under = (condition,) if is_conditional(self.baseline) else ()
         return self.baseline(states, steps, *under)
 
     def update(

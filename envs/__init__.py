@@ -8,6 +8,7 @@ Importing this package registers `fewstep/SwissRoll-v0`, `fewstep/Moons-v0`,
 
 from typing import TYPE_CHECKING, Any
 
+from ..common.conditions import Captions, Classes, Embeddings
 from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP
@@ -47,12 +48,15 @@ register_environments()
 __all__ = [
     "ENVIRONMENTS",
     "VE",
+    "Captions",
+    "Classes",
     "ContinuousVP",
     "CustomProcess",
     "DiffusionEnv",
     "DiffusionMDP",
     "DiffusionVectorEnv",
     "DiscreteVP",
+    "Embeddings",
     "Inpainting",
     "NoiseProcess",
     "NumpyVectorEnv",

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Inpainting(DiffusionMDP):
         self,
         n: int,
         generator: torch.Generator | None = None,
-        condition: Tensor | int | None = None,
+        condition: Any = None,
         known: Tensor | None = None,
     ) -> Inpainting:
         """The decision process of `n` episodes, with their known samples.
@@ -99,13 +99,14 @@ class Inpainting(DiffusionMDP):
             condition: See `DiffusionMDP.episodes`.
         """
         if known is None and condition is None and self.conditional:
-            known, labels = self.target.draw(n, generator)
-            return replace(self, known=known, condition=labels)
+            known, drawn = self.target.draw(n, generator, self.kind)
+            return replace(self, known=known, condition=drawn)
         if known is not None and condition is None and self.conditional:
             raise ValueError("give the condition of the known samples, too")
         begun = super().episodes(n, generator, condition)
-        if known is None and begun.condition is not None:
-            return replace(begun, known=self.target.sample_of(begun.condition, generator))
+        if known is None and begun.condition is not None and self.kind is not None:
+            of_condition = self.target.sample_of(begun.condition, generator, self.kind)
+            return replace(begun, known=of_condition)
         if known is None:
             return replace(begun, known=self.target.sample(n, generator))
         check_batch(known, "known", torch.Size((n, *self.shape)), self.device)

@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..common.conditions import Classes, Conditional, Conditions, Kind, kind_of
 from ..common.distributed import ALONE, Processes
 from ..critics.checks import needs_condition, rewards_of
 from ..critics.mmd import MMDCritic
@@ -84,19 +85,21 @@ class DiffusionMDP:
         process: The noise process.
         schedule: The times to visit, on the same process.
         reward: `(N, *shape) -> (N,)`, high on data, a tensor or NumPy array of finite numbers. One
-            with an argument named `condition` gets the classes `(N,)`, too, where there are any. If
+            with an argument named `condition` gets the conditions `(N, ...)`, too, where there are
+            any. If
             it has a `judge`, that judges finished samples, and may learn from them. None is an
             `MMDCritic` of some training samples: it compares the finished samples with those and
             with each other, so that their mean reward is minus the energy distance to the data.
-        conditional: Each episode is played under a class, which the agent sees, `"condition"`, and
-            which the reward may see.
-        condition: The classes `(n,)` int64 of the episodes that have begun; None before.
+        conditional: Each episode is played under a condition, which the agent sees, `"condition"`,
+            and which the reward may see: a class of the target's (True), or a caption ("captions")
+            or an embedding ("embeddings").
+        condition: The conditions `(n, ...)` of the episodes that have begun; None before.
 
     A decision process never changes: `with_schedule` and `with_reward` make another one.
 
     Raises:
         ValueError: The schedule belongs to another process, or the target of a conditional
-            environment has no labels.
+            environment has no labels, or whatever conditions it asks for.
         TypeError: The reward is not callable.
     """
 
@@ -104,7 +107,7 @@ class DiffusionMDP:
     process: NoiseProcess
     schedule: Schedule
     reward: Reward | None = None
-    conditional: bool = False
+    conditional: Conditional = False
     condition: Tensor | None = None
 
     # Options of a shell's `reset` that `episodes` takes in every environment of this kind.
@@ -116,16 +119,11 @@ class DiffusionMDP:
                 f"the schedule is made for {self.schedule.process!r}, "
                 f"the environment has {self.process!r}; build it on that one"
             )
-        if self.conditional and self.target.labels is None:
-            raise ValueError(
-                f"a conditional environment needs classes, and the samples of {self.target.name} "
-                "have no labels"
-            )
-        if self.conditional and int(self.target.labels.min()) < 0:  # type: ignore[union-attr]
-            raise ValueError(
-                f"classes are 0 and above; the labels of {self.target.name} begin with "
-                f"{int(self.target.labels.min())}"  # type: ignore[union-attr]
-            )
+        # One word for classes, which files of runs hold.
+        kind = kind_of(self.conditional)
+        object.__setattr__(self, "conditional", True if kind == "classes" else kind or False)
+        if kind is not None:
+            _ = self.conditions  # there are some, or an error
         if self.reward is None:
             reward = DefaultReward(self.target.subset(DEFAULT_REWARD_SAMPLES))
             object.__setattr__(self, "reward", reward)
@@ -167,9 +165,19 @@ class DiffusionMDP:
         return own.transition is DiffusionMDP.transition and own.initial is DiffusionMDP.initial
 
     @property
+    def kind(self) -> Kind | None:
+        """The kind of its conditions; None if it is unconditional."""
+        return kind_of(self.conditional)
+
+    @cached_property
+    def conditions(self) -> Conditions | None:
+        """Which conditions there are; None if it is unconditional."""
+        return None if self.kind is None else self.target.known(self.kind).conditions
+
+    @property
     def classes(self) -> int | None:
-        """How many classes a conditional environment has; None if it is unconditional."""
-        return self.target.classes if self.conditional else None
+        """How many classes there are; None if it is unconditional, or has other conditions."""
+        return self.conditions.count if isinstance(self.conditions, Classes) else None
 
     @property
     def episode_options(self) -> tuple[str, ...]:
@@ -188,53 +196,37 @@ class DiffusionMDP:
         self: MDP,
         n: int,
         generator: torch.Generator | None = None,
-        condition: Tensor | int | None = None,
+        condition: Any = None,
     ) -> MDP:
         """Draw what `n` new episodes keep from their start to their end.
 
         Args:
             n: How many.
             generator: Source of randomness; the global one if None.
-            condition: The classes `(n,)` of a conditional environment, or one for all; those of
-                training samples if None.
+            condition: The conditions `(n, ...)` of a conditional environment, or one for all, see
+                `Conditions.checked`; those of training samples if None.
 
         Returns:
             The decision process of these episodes, whose methods are then called on batches of `n`.
             Without conditions nothing is drawn, and it is this one.
 
         Raises:
-            ValueError: A condition in an environment without, a class that does not exist, or as
-                many of them as there are no episodes.
-            TypeError: Classes that are no whole numbers.
+            ValueError: A condition in an environment without, one of another shape or that does not
+                exist, or as many of them as there are no episodes.
+            TypeError: Conditions of another kind.
         """
         if condition is not None:
             return replace(self, condition=self._checked_condition(condition, n))
-        if not self.conditional:
+        if self.kind is None:
             return self
-        return replace(self, condition=self.target.sample_labels(n, generator))
+        drawn, _ = self.target.sample_conditions(n, generator, self.kind)
+        return replace(self, condition=drawn)
 
-    def _checked_condition(self, condition: Tensor | int, n: int) -> Tensor:
-        if not self.conditional:
+    def _checked_condition(self, condition: Any, n: int) -> Tensor:
+        if self.conditions is None:
             raise ValueError("this environment is unconditional: it takes no condition")
-        try:
-            given = torch.as_tensor(condition)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"condition must hold classes, whole numbers; got {condition!r}"
-            ) from None
-        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-            raise TypeError(f"condition must hold classes, whole numbers; got {given.dtype}")
-        if given.ndim == 0:
-            given = given.expand(n)
-        if given.shape != (n,):
-            raise ValueError(f"condition must have shape ({n},); got {tuple(given.shape)}")
-        low, high = (int(given.min()), int(given.max())) if n else (0, 0)
-        if low < 0 or high >= (self.target.classes or 0):
-            raise ValueError(
-                f"the classes of {self.target.name} are 0 to {(self.target.classes or 0) - 1}; got "
-                f"{low if low < 0 else high}"
-            )
-        return given.to(self.device, torch.int64, copy=True)
+        given = self.conditions.rows(self.conditions.checked(condition), n, self.device)
+        return given.clone(memory_format=torch.contiguous_format)
 
     def at(self: MDP, rows: Tensor | slice) -> MDP:
         """The decision process of some of the episodes that `episodes` began, by their indices."""
@@ -262,7 +254,7 @@ class DiffusionMDP:
 
         Returns:
             `{"sample": (N, *shape), "timestep": (N,)}`; the timestep is a new tensor, the sample
-            is the one given. In a conditional environment `"condition"`, `(N,)` int64, as well.
+            is the one given. In a conditional environment `"condition"`, `(N, ...)`, as well.
         """
         timestep = torch.full(
             (len(sample),), self._times[step], dtype=torch.float32, device=sample.device

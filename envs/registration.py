@@ -16,6 +16,7 @@ import gymnasium as gym
 import torch
 
 from ..common.arguments import checked
+from ..common.conditions import Conditional, kind_of
 from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP, Reward
@@ -86,7 +87,7 @@ def make_mdp(
     target: Target | str | None = None,
     schedule_options: dict[str, Any] | None = None,
     inpaint: str | torch.Tensor | None = None,
-    conditional: bool = False,
+    conditional: Conditional = False,
 ) -> DiffusionMDP:
     """Build the decision process of a known environment, with any part replaced.
 
@@ -106,12 +107,13 @@ def make_mdp(
         schedule_options: Options of a schedule given by name, such as `{"rho": 5.0}`.
         inpaint: A mask, or a name of one, "half", "quarter" or "random": the part of each sample
             that is known, and put back after every step (`Inpainting`). None knows nothing.
-        conditional: Play each episode under a class of the target's, see `DiffusionMDP`.
+        conditional: Play each episode under a class of the target's, or under a caption or an
+            embedding, see `DiffusionMDP`.
 
     Raises:
         ValueError: A name is unknown, `steps` is below 1 or contradicts the schedule, the process
             contradicts it, it takes no such options, the target takes no `image_size`, the mask
-            does not fit, a data file is damaged, or there are no classes to be conditional on.
+            does not fit, a data file is damaged, or there are no conditions of this kind.
         TypeError: The reward is not callable, or the mask no tensor of bool.
         FileNotFoundError: `data_dir` is given and is not a folder, data files are missing, or no
             such schedule file.
@@ -147,6 +149,7 @@ def make_mdp(
             data_dir=data_dir,
             download=download,
             image_size=image_size,
+            captions=kind_of(conditional) == "captions",
         )
     parts = target.to(device), process, schedule, reward, conditional
     return DiffusionMDP(*parts) if inpaint is None else Inpainting(*parts, mask=inpaint)

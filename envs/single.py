@@ -92,7 +92,7 @@ class DiffusionEnv(gym.Env[NumpyObservation, np.ndarray]):
         Args:
             seed: Restarts the stream of noise; None continues it.
             options: `"schedule"`, and `"sample"`, or what the decision process itself takes, as an
-                array `shape`; the `"condition"` is a class.
+                array `shape`; the `"condition"` is a class, a text or an embedding.
         """
         super().reset(seed=seed)
         self._vector.np_random = self.np_random

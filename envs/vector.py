@@ -28,6 +28,7 @@ from ..common.names import unknown_name
 from ..common.shapes import is_vector
 from ..critics.checks import check_rewards
 from .clock import TimestepSpace
+from .conditions import condition_space
 from .mdp import DiffusionMDP, Observation, Reward, check_reward
 from .processes import NoiseProcess
 from .registration import make_mdp
@@ -42,8 +43,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     """A batch of samples being denoised.
 
     Observations are `{"sample": (num_envs, *shape), "timestep": (num_envs,)}`, and in a conditional
-    environment `"condition"`, `(num_envs,)` int64 classes, as well; actions are the next samples
-    `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no
+    environment `"condition"`, `(num_envs, ...)`, see `condition_space`; actions are the next
+    samples `(num_envs, *shape)`; rewards `(num_envs,)` are 0 until the last step. Rewards carry no
     gradient: agents that differentiate through the process use `env.mdp`.
 
     The three autoreset modes after the last step: `NEXT_STEP` returns `x_0` and spends one more
@@ -264,7 +265,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return self._observed()
 
     def _observed(self) -> Observation:
-        """Return the observation; its classes are a copy, which a caller may change."""
+        """Return the observation; its conditions are a copy, which a caller may change."""
         assert self._sample is not None
         seen = self._episode.observe(self._sample, self._step)
         return {k: v.clone() if k == "condition" else v for k, v in seen.items()}
@@ -344,10 +345,10 @@ def sample_space(mdp: DiffusionMDP) -> gym.spaces.Box:
 def observation_space(mdp: DiffusionMDP, timestep_shape: tuple[int, ...] = ()) -> gym.Space[Any]:
     """`{"sample", "timestep"}` of one environment, the timestep in `[0, t_max]`.
 
-    A conditional one has `"condition"`, too: its class.
+    A conditional one has `"condition"`, too: its class, caption or embedding.
     """
     spaces: dict[str, gym.Space[Any]] = {"sample": sample_space(mdp)}
     spaces["timestep"] = TimestepSpace(mdp.schedule, timestep_shape)
-    if mdp.classes is not None:
-        spaces["condition"] = gym.spaces.Discrete(mdp.classes)
+    if mdp.conditions is not None:
+        spaces["condition"] = condition_space(mdp.conditions)
     return gym.spaces.Dict(spaces)

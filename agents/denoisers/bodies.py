@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...common.conditions import Conditions
 from ...common.names import unknown_name
 from ...common.optimisation import seeded
 from ...common.shapes import is_image
@@ -16,7 +17,7 @@ from .networks import MLP, PRESETS, ResidualMLP, SmallUNet, UNet2D, make_body
 from .parameterisations import make_parameterisation
 
 UNET = "unet-"
-# Bodies that take a class.
+# Bodies that take a condition.
 CONDITIONAL = ("residual-mlp", "small-unet")
 # Continuous times, evenly spaced, at which an MLP has an embedding of its own.
 CONTINUOUS_LEVELS = 64
@@ -28,7 +29,7 @@ def named_body(
     levels: int,
     time_range: Sequence[float] | None,
     options: Mapping[str, Any] | None = None,
-    classes: int | None = None,
+    conditions: Conditions | None = None,
 ) -> nn.Module:
     """Build a body.
 
@@ -39,25 +40,27 @@ def named_body(
         levels: number of network times, which only the MLP asks for.
         time_range: of continuous network times.
         options: of the body, such as {"width": 16}.
-        classes: of a conditional body.
+        conditions: of a conditional body.
 
     Raises:
-        ValueError: an unknown name or option, a U-Net for vectors, or classes for a body that knows
-            none.
+        ValueError: an unknown name or option, a U-Net for vectors, or conditions for a body that
+            knows none.
         ImportError: a U-Net of diffusers, which is not installed.
     """
     options = dict(options or {})
     if name is None:
         if options:
             raise ValueError("body_options are for a body that is named.")
-        return make_body(shape, levels, time_range, classes)
+        return make_body(shape, levels, time_range, conditions)
     known = ["mlp", "residual-mlp", "small-unet", *(UNET + preset for preset in PRESETS)]
     if name not in known:
         raise unknown_name("body", name, known)
-    if classes is not None:
+    if conditions is not None:
         if name not in CONDITIONAL:
-            raise ValueError(f"Body '{name}' knows no classes; {' and '.join(CONDITIONAL)} do.")
-        options["classes"] = classes
+            raise ValueError(
+                f"Body '{name}' knows no {conditions.kind}; {' and '.join(CONDITIONAL)} do."
+            )
+        options["conditions"] = conditions
     try:
         if name.startswith(UNET):
             preset = name.removeprefix(UNET)
@@ -85,7 +88,7 @@ def new_denoiser(
 
     Args:
         mdp: the environment; its process and its samples' shape and standard deviation count, and
-            its classes if it is conditional.
+            its conditions if it has any.
         seed: of the weights.
         prediction: see `Denoiser`. By default the process's own, "edm" on a `VE` and "flow" on a
             `RectifiedFlow`, else "sample" for images, and for vectors "epsilon", or "v" where the
@@ -111,5 +114,5 @@ def new_denoiser(
         times = parameterisation.time_range
         levels = int(process.t_max) if times is None else CONTINUOUS_LEVELS
         with seeded(seed):
-            body = named_body(body, mdp.shape, levels, times, body_options, mdp.classes)
+            body = named_body(body, mdp.shape, levels, times, body_options, mdp.conditions)
     return Denoiser(body, process, parameterisation)

@@ -1,13 +1,13 @@
-"""What a conditional denoiser is asked under: a class, and how strongly it is guided to it.
+"""What a conditional denoiser is asked under: a condition, and how strongly it is guided to it.
 
-Classifier-free guidance (Ho & Salimans 2022) asks the network twice, with and without the class,
+Classifier-free guidance (Ho & Salimans 2022) asks the network twice, with the condition and without
 
     answer = without + w (with - without)
 
 both in one batch of twice the size. Whatever the network predicts, its answer is affine in the
 predicted noise, so that it is all the same which of the two is guided. The guidance may be limited
 to an interval of noise levels (Kynkaanniemi et al. 2024), and rescaled to the standard deviation of
-the answer with the class (Lin et al. 2024, Eq. 15 and 16).
+the answer with the condition (Lin et al. 2024, Eq. 15 and 16).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...common.conditions import Conditions, as_conditions, condition_config
 
 Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,7 +35,7 @@ class _Open(Enum):
 OPEN = _Open.OPEN
 # A level at an end of the interval is meant to be there, whatever its last digits.
 _ROUNDING = 1e-6
-Condition = int | Tensor | None | _Open
+Condition = Any  # what `Conditions.checked` returns, None for no condition, or `OPEN`
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class Conditioning:
     """The terms of `Denoiser.given`.
 
     Attributes:
-        classes: how many there are; the network knows "no class" as the number `classes`.
-        drops: whether it was trained with dropped labels, and so can do without a class.
-        condition: a class for all samples, one each (N,), None without any, or `OPEN`.
-        guidance: w; 1 asks with the class alone.
+        conditions: those that there are, and "none".
+        drops: whether it was trained with dropped labels, and so can do without a condition.
+        condition: one for all samples, one each (N, ...), None without any, or `OPEN`.
+        guidance: w; 1 asks with the condition alone.
         interval: noise levels sigma / alpha at which w holds, the first excluded; 1 elsewhere.
         rescale: share of the guided answer that is rescaled, 0 to 1.
     """
 
-    classes: int
+    conditions: Conditions
     drops: bool = False
     condition: Condition = OPEN
     guidance: float = 1.0
@@ -76,76 +77,39 @@ class Conditioning:
             raise ValueError(f"rescale must lie in [0, 1], got {self.rescale}.")
         if not self.drops and (self.guidance != 1 or self.condition is None):
             raise ValueError(
-                "This network was trained without dropped labels: it cannot do without a class, "
-                "which guidance and sampling without one need. Clone it with label_dropout=0.1."
+                "This network was trained without dropped labels: it cannot do without a "
+                "condition, which guidance and sampling without one need. Clone it with "
+                "label_dropout=0.1."
             )
 
     def under(self, condition: Condition) -> Conditioning:
         """Return the same terms with a condition that is known to be right."""
         return replace(self, condition=condition)
 
-    def checked(self, condition: Condition) -> Condition:
-        """Return a condition as it is kept, after a look at it.
-
-        Raises:
-            TypeError: it is neither a whole number, nor a tensor of whole numbers, nor None.
-            ValueError: a class that does not exist, or a tensor of more than one dimension.
-        """
+    def checked(self, condition: Any) -> Condition:
+        """Return a condition as it is kept, after a look at it; see `Conditions.checked`."""
         if condition is None or condition is OPEN:
             return condition
-        if not isinstance(condition, Tensor):
-            try:
-                number = index(condition)
-            except TypeError:
-                number = None
-            if number is None or isinstance(condition, bool):
-                raise TypeError(
-                    f"A condition is a class 0 to {self.classes - 1}, a tensor (N,) of classes, or "
-                    f"None; got {condition!r}."
-                )
-            self._check_range(number, number)
-            return number
-        if condition.is_floating_point() or condition.dtype == torch.bool:
-            raise TypeError(f"Classes are whole numbers, got a tensor of {condition.dtype}.")
-        if condition.ndim != 1:
-            raise ValueError(
-                f"Classes are a tensor (N,), one for each sample; got {tuple(condition.shape)}."
-            )
-        if len(condition):
-            self._check_range(int(condition.min()), int(condition.max()))
-        return condition.long()
-
-    def _check_range(self, low: int, high: int) -> None:
-        if low < 0 or high >= self.classes:
-            raise ValueError(
-                f"There are {self.classes} classes, 0 to {self.classes - 1}; got "
-                f"{low if low < 0 else high}."
-            )
+        return self.conditions.checked(condition)
 
     def at(self, rows: slice | Tensor) -> Conditioning:
         """Return the terms for some of the samples."""
-        if not isinstance(self.condition, Tensor):
-            return self
-        return self.under(self.condition[rows])
+        return self.under(self.condition[rows]) if self._is_each else self
 
-    def labels(self, n: int, device: torch.device) -> Tensor:
-        """Return the classes (n,) int64 of n samples.
+    def rows(self, n: int, device: torch.device) -> Tensor:
+        """Return the conditions (n, ...) of n samples.
 
         Raises:
-            ValueError: no condition is known, or one for another number of samples.
+            ValueError: no condition is known, or those of another number of samples.
         """
-        condition = self.condition
-        if condition is OPEN:
+        if self.condition is OPEN:
             raise ValueError(
-                "This denoiser is conditional: say under which class it is asked, "
+                "This denoiser is conditional: say under which condition it is asked, "
                 "denoiser.given(condition), or act in a conditional environment."
             )
-        if isinstance(condition, Tensor):
-            if len(condition) != n:
-                raise ValueError(f"{len(condition)} classes were given for {n} samples.")
-            return condition.to(device)
-        number = self.classes if condition is None else int(condition)
-        return torch.full((1,), number, device=device).expand(n)
+        if self.condition is None:
+            return self.conditions.none(n, device)
+        return self.conditions.rows(self.condition, n, device)
 
     def evaluations(self, level: float) -> int:
         """Return how many network evaluations an answer costs at a noise level sigma / alpha."""
@@ -161,45 +125,55 @@ class Conditioning:
         """Return the network's answer (N, *shape), guided.
 
         Args:
-            ask: (samples, network times, classes) -> raw answers.
+            ask: (samples, network times, conditions) -> raw answers.
             sample: what the network reads (N, *shape).
             time: its own times (N,).
             level: returns sigma / alpha, a number or (N,).
         """
-        labels = self.labels(len(sample), sample.device)
+        given = self.rows(len(sample), sample.device)
         if self.guidance == 1 or self.condition is None:
-            return ask(sample, time, labels)
+            return ask(sample, time, given)
         at = level() if self.interval != (0.0, math.inf) else 1.0
         if not isinstance(at, Tensor):
             weight: float | Tensor = self._weight(at)
             if weight == 1:
-                return ask(sample, time, labels)
+                return ask(sample, time, given)
         else:
             low, high = (end * (1 + _ROUNDING) for end in self.interval)
             inside = (at > low) & (at <= high)
             weight = torch.where(inside, self.guidance, 1.0).to(sample)
             weight = weight.view(-1, *[1] * (sample.ndim - 1))
-        none = torch.full_like(labels, self.classes)
+        none = self.conditions.none(len(sample), sample.device)
         # One time for all stays one of stride 0, which the network embeds once.
         shared = time.ndim == 1 and time.stride(0) == 0 and len(time) > 0
         times = time[:1].expand(2 * len(time)) if shared else torch.cat([time, time])
-        both = ask(torch.cat([sample, sample]), times, torch.cat([labels, none]))
-        with_class, without = both.chunk(2)
-        guided = torch.lerp(without, with_class, weight)
+        both = ask(torch.cat([sample, sample]), times, torch.cat([given, none]))
+        with_it, without = both.chunk(2)
+        guided = torch.lerp(without, with_it, weight)
         if self.rescale:
             axes = tuple(range(1, guided.ndim))
-            kept, now = (one.std(axes, correction=0, keepdim=True) for one in (with_class, guided))
+            kept, now = (one.std(axes, correction=0, keepdim=True) for one in (with_it, guided))
             factor = torch.where(now > 0, kept / now, 1.0)
             guided = guided * (self.rescale * factor + 1 - self.rescale)
         return guided
 
+    @property
+    def _is_each(self) -> bool:
+        """Whether each sample has a condition of its own."""
+        condition = self.condition
+        return isinstance(condition, Tensor) and condition.ndim > len(self.conditions.shape)
+
     def to_config(self) -> dict[str, Any]:
-        """Return the terms as a file keeps them; classes of single samples are not kept."""
-        condition = "open" if self.condition is OPEN else self.condition
+        """Return the terms as a file keeps them; conditions of single samples are not kept."""
+        condition = self.condition
+        if condition is OPEN or self._is_each:
+            condition = OPEN.value
+        elif condition is not None:
+            condition = self.conditions.plain(condition)
         return {
-            "classes": self.classes,
+            **condition_config(self.conditions),
             "drops": self.drops,
-            "condition": "open" if isinstance(condition, Tensor) else condition,
+            "condition": condition,
             "guidance": self.guidance,
             "interval": [end if math.isfinite(end) else None for end in self.interval],
             "rescale": self.rescale,
@@ -210,10 +184,17 @@ class Conditioning:
         """Rebuild the terms of `to_config`."""
         low, high = config["interval"]
         condition = config["condition"]
+        conditions = as_conditions(config.get("conditions"), config.get("classes"))
+        if conditions is None:
+            raise ValueError("its terms name no conditions")
+        if condition == OPEN.value:
+            condition = OPEN
+        elif condition is not None:
+            condition = conditions.from_plain(condition)
         return cls(
-            int(config["classes"]),
+            conditions,
             bool(config["drops"]),
-            OPEN if condition == "open" else condition,
+            condition,
             config["guidance"],
             (low, math.inf if high is None else high),
             config["rescale"],

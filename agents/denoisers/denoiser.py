@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ...common.arguments import checked
 from ...common.checkpoint import CheckpointError, save_checkpoint
+from ...common.conditions import Classes, Conditions, Kind, as_conditions
 from ...common.precision import Precision, check_precision, lower_precision
 from ...common.reading import damage_named
 from ...envs.processes import NoiseProcess
-from .conditioning import OPEN, Condition, Conditioning
+from .conditioning import OPEN, Conditioning
 from .files import find_tree, parts_of
 from .networks.configs import check_times, declared, own_config
 from .parameterisations import Parameterisation, make_parameterisation
@@ -64,14 +65,16 @@ class Denoiser(nn.Module):
         classes: of a conditional body `body(x, t, condition)`, which gets classes (N,) int64, 0 to
             `classes` - 1, and `classes` itself for none; what the body's `.config` says if None.
         drops: whether that was trained with dropped labels, and so knows "none".
+        conditions: of a conditional body whose conditions are others, such as `Captions(64)`, which
+            it gets as `(N, *conditions.shape)`.
 
     Attributes:
         parameterisation: what the body returns, and how it is asked.
         gamma: (T,) float64 on the CPU, the Gamma_n of Analytic-DPM for the T noisings of a
             `DiscreteVP` (MATH.md 1.11), or None. `VarianceLearning` estimates it.
         head: the second head of SN-DDPM or NPR-DDPM (MATH.md 1.12), or None, trained by the same.
-        conditioning: under which class, and with how much guidance, a conditional body is asked,
-            see `given`; None for an unconditional one.
+        conditioning: under which condition, and with how much guidance, a conditional body is
+            asked, see `given`; None for an unconditional one.
 
     Raises:
         ValueError: unknown prediction or variance, "v" on a process with alpha^2 + sigma^2 != 1,
@@ -90,6 +93,7 @@ class Denoiser(nn.Module):
         variance: Variance | None = None,
         classes: int | None = None,
         drops: bool = False,
+        conditions: Conditions | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(prediction, Parameterisation):
@@ -101,8 +105,11 @@ class Denoiser(nn.Module):
         self.gamma: Tensor | None = None
         self.head: VarianceHead | None = None
         self.precision: Precision = "float32"
-        classes = declared(body).get("classes") if classes is None else classes
-        self.conditioning = None if classes is None else Conditioning(classes, drops)
+        if classes is None and conditions is None:
+            its = declared(body)
+            classes, conditions = its.get("classes"), its.get("conditions")
+        known = as_conditions(conditions, classes)
+        self.conditioning = None if known is None else Conditioning(known, drops)
         check_times(body, *prediction.network_times)
         # The same question gets the same answer; only behaviour cloning turns dropout on.
         self.eval()
@@ -233,13 +240,13 @@ class Denoiser(nn.Module):
             hook.remove()
         epsilon = self.parameterisation.epsilon(raw, sample, t)
         levels = self.process.levels_for(sample, t)
-        # Guided, the half with the class comes first.
+        # Guided, the half with the condition comes first.
         features = caught[-1][: len(raw)].to(raw.dtype)
         return raw, HeadInputs(features, epsilon, *levels)
 
     def given(
         self,
-        condition: Condition = OPEN,
+        condition: Any = OPEN,
         guidance: float | None = None,
         *,
         interval: tuple[float, float] | None = None,
@@ -252,37 +259,57 @@ class Denoiser(nn.Module):
         shows with each observation, and keeps the guidance until then.
 
         Args:
-            condition: a class for all samples, 0 to `classes` - 1; a tensor (N,) of one each; None
-                for no class; by default the view's own one.
-            guidance: w of classifier-free guidance, >= 0: 0 is without, 1 with the class alone, at
-                the cost of one network evaluation an answer; all others cost two.
+            condition: one for all samples: a class 0 to `classes` - 1, a text, or an embedding; or
+                one for each, a list, an array or a tensor (N, ...); None for no condition; by
+                default the view's own one.
+            guidance: w of classifier-free guidance, >= 0: 0 is without, 1 with the condition alone,
+                at the cost of one network evaluation an answer; all others cost two.
             interval: noise levels sigma / alpha, (low, high), at which w holds; 1 elsewhere.
             rescale: share, 0 to 1, of the guided answer that is rescaled to the standard deviation
-                of the answer with the class.
+                of the answer with the condition.
 
         Terms that are left out stay as they are.
 
         Raises:
-            TypeError: a condition that is no whole number.
-            ValueError: an unconditional denoiser, a class that does not exist, terms out of range,
-                or guidance of a network that was trained without dropped labels.
+            TypeError: a condition of another kind.
+            ValueError: an unconditional denoiser, a condition of another shape or that does not
+                exist, terms out of range, or guidance of a network that was trained without dropped
+                labels.
         """
         if self.conditioning is None:
-            raise ValueError("This denoiser is unconditional: it takes neither class nor guidance.")
+            raise ValueError(
+                "This denoiser is unconditional: it takes neither condition nor guidance."
+            )
         changes: dict[str, Any] = {"guidance": guidance, "interval": interval, "rescale": rescale}
         changes = {name: value for name, value in changes.items() if value is not None}
         if condition is not OPEN:
-            changes["condition"] = self.conditioning.checked(condition)
+            condition = self.conditioning.checked(condition)
+            if isinstance(condition, Tensor):  # moved once, not at each answer
+                weight = next(self.body.parameters(), None)
+                condition = condition if weight is None else condition.to(weight.device)
+            changes["condition"] = condition
         return self._view(replace(self.conditioning, **changes))
 
     def under(self, condition: Tensor | None) -> Denoiser:
-        """Return the view for classes (N,) that are known to be right; itself for None."""
+        """Return the view for conditions (N, ...) that are known to be right; itself for None."""
         if condition is None or self.conditioning is None:
             return self
         return self._view(self.conditioning.under(condition))
 
+    def under_shown(self, condition: Any, device: torch.device) -> Denoiser:
+        """Return the view for what an observation shows, `"condition"`, single or batched."""
+        if self.conditioning is None:
+            return self
+        return self.under(self.conditioning.conditions.shown(condition, device))
+
+    def under_some(self) -> Denoiser:
+        """Return the view under some condition, if it waits for one, to see what answers it has."""
+        if self.conditions is None or not self.is_open:
+            return self
+        return self.given(self.conditions.some())
+
     def at(self, rows: slice | Tensor) -> Denoiser:
-        """Return the view for some of the samples, where each has a class of its own."""
+        """Return the view for some of the samples, where each has a condition of its own."""
         if self.conditioning is None:
             return self
         return self._view(self.conditioning.at(rows))
@@ -299,14 +326,24 @@ class Denoiser(nn.Module):
         return view
 
     @property
+    def conditions(self) -> Conditions | None:
+        """Which conditions it knows; None if it is unconditional."""
+        return None if self.conditioning is None else self.conditioning.conditions
+
+    @property
     def classes(self) -> int | None:
-        """The number of classes; None if it is unconditional."""
-        return None if self.conditioning is None else self.conditioning.classes
+        """The number of classes; None if it is unconditional, or has other conditions."""
+        return self.conditions.count if isinstance(self.conditions, Classes) else None
 
     @property
     def is_open(self) -> bool:
         """Whether it is conditional, and waits for its condition."""
         return self.conditioning is not None and self.conditioning.condition is OPEN
+
+    @property
+    def waits_for(self) -> Kind | Literal[False]:
+        """The kind of condition that it waits for, `conditional` of its environment, or False."""
+        return self.conditions.kind if self.conditions is not None and self.is_open else False
 
     def evaluations(self, t: float) -> int:
         """Return how many network evaluations an answer costs at time t: 2 if guided, else 1."""

@@ -34,7 +34,7 @@ class Piece(NamedTuple):
         action: the next samples that the policy asked for (n, *shape).
         step: the steps (n,) int64.
         place: (n,) int64, which of the flattened (K, M) transitions these are.
-        condition: the classes (n,) of their episodes, in a conditional environment.
+        condition: those (n, ...) of their episodes, in a conditional environment.
     """
 
     sample: Tensor
@@ -166,17 +166,17 @@ class Trajectories:
         actions = (self.states[1:] if self.actions is None else self.actions).flatten(0, 1)
         size = self.micro_batch_size or len(minibatch)
         episodes = self.states.shape[1]
-        classes = self.episodes.condition
+        given = self.episodes.condition
         for index in minibatch.split(size) if len(minibatch) else ():
             stored, step = index.to(samples.device), index // episodes
-            condition = None if classes is None else classes[index % episodes]
+            condition = None if given is None else given[index % episodes]
             yield Piece(
                 self.fetch(samples[stored]), self.fetch(actions[stored]), step, index, condition
             )
 
 
 class Begun:
-    """What a rollout keeps if only its episodes are wanted, their classes for instance."""
+    """What a rollout keeps if only its episodes are wanted, their conditions for instance."""
 
     episodes: DiffusionMDP
 

@@ -37,8 +37,8 @@ CRITIC_TAGS = {
 class Critic(Protocol):
     """What the shortcut agents ask of a critic (see `fewstep.critics`).
 
-    In a conditional environment, and there only, `value` gets the classes (N,) as `condition`, and
-    `update` those of the real samples and of the fakes as `conditions`.
+    In a conditional environment, and there only, `value` gets the conditions (N, ...) as
+    `condition`, and `update` those of the real samples and of the fakes as `conditions`.
     """
 
     def __call__(self, sample: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ def _learned(
     mdp: DiffusionMDP, settings: CriticSettings, execution: ExecutionSettings
 ) -> IPMCritic:
     of_baseline: dict[str, Any] = {}
-    network = make_critic(tuple(mdp.shape), settings.width, settings.bandwidths, mdp.classes)
+    network = make_critic(
+        tuple(mdp.shape), settings.width, settings.bandwidths, conditions=mdp.conditions
+    )
     if isinstance(settings, CriticAndBaselineSettings):
         of_baseline = {
             "baseline": _baseline(mdp, settings),
@@ -133,5 +135,5 @@ def _baseline(mdp: DiffusionMDP, settings: CriticSettings) -> nn.Module | None:
         settings.baseline_network,
         settings.width,
         settings.bandwidths,
-        mdp.classes,
+        conditions=mdp.conditions,
     )

@@ -140,11 +140,11 @@ class ShortcutAgent(Agent):
             raise TrainingDivergedError("rollout/sample", self.num_timesteps)
         for episodes, batch in trajectories.batches():
             everyone = settings.batch_size * self.processes.count
-            real, labels = self.mdp.target.draw(everyone, self.generator)
+            real, given = self.mdp.target.draw(everyone, self.generator, self.mdp.kind)
             real = self.processes.share(real)
             under: dict[str, Any] = {}
-            if episodes.condition is not None and labels is not None:
-                under["conditions"] = self.processes.share(labels), episodes.condition
+            if episodes.condition is not None and given is not None:
+                under["conditions"] = self.processes.share(given), episodes.condition
             if isinstance(settings.critic, CriticAndBaselineSettings):
                 # Some of the K states of each trajectory, the same steps for all.
                 steps = torch.randperm(

@@ -115,7 +115,7 @@ def pipeline_tableau(folder: str | Path) -> Tableau | None:
 
 def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:
     require_diffusers(action)
-    if denoiser.classes is not None:
+    if denoiser.conditions is not None:
         raise ValueError(
             f"{action} writes unconditional pipelines, and this denoiser is conditional: "
             "`denoiser.save` keeps such a denoiser."

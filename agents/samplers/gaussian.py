@@ -172,7 +172,7 @@ class GaussianChain(nn.Module):
         Args:
             sample: states x_t (N, *shape).
             step: the step j they are at: one number for all, or (N,) int64.
-            condition: the classes (N,) that they are asked under, if there are any.
+            condition: the conditions (N, ...) that they are asked under, if there are any.
         """
         denoiser = self.denoiser.under(condition)
         if isinstance(step, int):

@@ -46,7 +46,7 @@ def sample(
         mdp: the environment in which the samples begin and move, on the tableau's times; None is
             one that begins with the prior, and whose next state is the action.
         options: what its `episodes` takes, such as `known` of `Inpainting`, or the `condition` of a
-            conditional environment, which draws classes otherwise.
+            conditional environment, which draws conditions otherwise.
 
     Raises:
         ValueError: an environment with transitions of its own, and a tableau that asks the network
@@ -91,7 +91,7 @@ def _episodes(
 ) -> DiffusionMDP | None:
     """Begin n episodes on the tableau's times; None where the table alone says what happens.
 
-    In a plain environment it does but for the classes, so its schedule may be another there.
+    In a plain environment it does but for the conditions, so its schedule may be another there.
     """
     for name in options:
         if name not in mdp.episode_options:
@@ -129,7 +129,7 @@ def sampler_of(
 
 def evaluations_of(tableau: Tableau, denoiser: Denoiser) -> int:
     """Return how many network evaluations a sample costs: a guided answer costs two."""
-    if denoiser.classes is None:
+    if denoiser.conditions is None:
         return tableau.nfe
     asked = (tableau.row(j) for j in range(tableau.steps))
     return sum(denoiser.evaluations(row.time) for row in asked if row.asked)

@@ -67,7 +67,7 @@ class SolverPolicy:
 
         Args:
             observation: {"sample": (N, *shape) or (*shape), "timestep"} as NumPy arrays, and
-                "condition", the classes, in a conditional environment.
+                "condition" in a conditional environment.
             state: what the last call returned; None at the start of an episode.
             episode_start: (N,) flags; True drops the state, which must be that of an episode that
                 is over. All samples start together.
@@ -103,8 +103,7 @@ class SolverPolicy:
         states.append(now)
         denoiser = self.denoiser
         if "condition" in observation:
-            classes = torch.as_tensor(observation["condition"], device=self.device)
-            denoiser = denoiser.under(classes.reshape(-1).long())
+            denoiser = denoiser.under_shown(observation["condition"], self.device)
         output, std = self.tableau.evaluate_with_std(denoiser, now, j)
         outputs.append(output)
         action = self.tableau.advance(j, states, outputs, generator, std)

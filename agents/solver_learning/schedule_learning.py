@@ -101,7 +101,7 @@ class ScheduleLearning(SolverAgent):
         settings = self.settings
         if self.mdp.conditional and settings.target == "data":
             raise ValueError(
-                "target='data' is that of the publication, which knows no classes: in a "
+                "target='data' is that of the publication, which knows no conditions: in a "
                 "conditional environment learn with target='teacher'."
             )
         if not self.mdp.target.has_samples:
@@ -116,7 +116,7 @@ class ScheduleLearning(SolverAgent):
         self._objective = make_objective(settings, self._build, like, self.mdp)
         self.teacher = self._new_teacher()
         if settings.gradient != "none":
-            probed = self.denoiser.given(0) if self.denoiser.is_open else self.denoiser
+            probed = self.denoiser.under_some()
             check_differentiable(probed, like.times[:-1].tolist(), self.mdp.shape)
         # Stage two changes the network; the teacher is the network as it was given.
         self._original = self.denoiser

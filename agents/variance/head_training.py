@@ -38,7 +38,7 @@ class HeadTraining(VarianceLearner):
         shape = tuple(mdp.shape)
         with torch.no_grad():
             probe = torch.zeros(1, *shape, device=mdp.device)
-            asked = denoiser.given(0) if denoiser.is_open else denoiser
+            asked = denoiser.under_some()
             features = asked.head_inputs(probe, mdp.process.t_max)[1].features
         with seeded(seed):
             head = VarianceHead.on_features(

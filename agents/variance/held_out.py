@@ -21,7 +21,7 @@ class Noised(NamedTuple):
         noisy: (N, *shape) noised samples.
         t: (N,) their times.
         noise: (N, *shape) the noise in them.
-        condition: (N,) their classes, in a conditional environment.
+        condition: (N, ...) theirs, in a conditional environment.
     """
 
     noisy: Tensor
@@ -48,14 +48,14 @@ def held_out_samples(
     limit = mdp.target.fresh_limit
     if limit is None or limit >= 2 * n:
         clean = mdp.target.sample_fresh(2 * n, seed)
-        labels = mdp.target.fresh_labels(2 * n, seed) if mdp.conditional else None
+        given = mdp.target.fresh_conditions(2 * n, seed, mdp.kind) if mdp.kind else None
     else:
-        clean, labels = mdp.target.draw(2 * n, generator)
+        clean, given = mdp.target.draw(2 * n, generator, mdp.kind)
     noise = torch.empty_like(clean).normal_(generator=generator)
     parts = []
     for part in (slice(0, n), slice(n, 2 * n)):
         t = draw_times(n, generator)
         noisy = mdp.process.add_noise(clean[part], t, noise[part])
-        condition = labels[part] if mdp.conditional and labels is not None else None
+        condition = None if given is None else given[part]
         parts.append(Noised(noisy, t, noise[part], condition))
     return parts[0], parts[1]

@@ -65,7 +65,7 @@ class VarianceLearner(ABC):
             noise: (N, *shape) standard normal.
             generator: source of times.
             progress: fraction of the training done, 0 to 1.
-            condition: the classes (N,) of the samples, in a conditional environment.
+            condition: the conditions (N, ...) of the samples, in a conditional environment.
 
         Returns:
             What to log.

@@ -138,9 +138,9 @@ class VarianceLearning(Agent):
     def train_round(self) -> dict[str, Tensor]:
         """Learn from a batch; now and then, and at the end, keep what is better."""
         learner = self._learner
-        clean, labels = self.mdp.target.draw(self.settings.batch_size, self.generator)
+        drawn = self.mdp.target.draw(self.settings.batch_size, self.generator, self.mdp.kind)
+        clean, condition = drawn
         noise = torch.empty_like(clean).normal_(generator=self.generator)
-        condition = labels if self.mdp.conditional else None
         metrics = learner.learn(clean, noise, self.generator, self.progress, condition)
         ends = learner.complete or self.last_round
         if ends or learner.judges_after(self.rounds + 1):

@@ -32,6 +32,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...common.conditions import Conditional, kind_of
 from ...common.shapes import is_image
 from ..checks import check_samples
 from .distances import SlicedWasserstein, mmd
@@ -131,10 +132,10 @@ class Evaluation:
             bias of either stays that of one set.
         distances: makes the distances to real images (M, C, H, W) in an extractor's space; one of
             your own may keep the features of the real images for the next time.
-        conditional: the samplers are conditional: each is asked for samples of given classes,
-            `sample(n, generator, condition=classes)`, in the proportions of the training samples.
-            If the extractor is a classifier, `class_accuracy[NAME]` is how often it finds that
-            class; the floor is that of fresh real images.
+        conditional: the samplers are conditional: each is asked for samples under the conditions of
+            training samples, `sample(n, generator, condition=...)`, classes (True) or another kind.
+            If the extractor is a classifier and those samples have labels, `class_accuracy[NAME]`
+            is how often it finds that class; the floor is that of fresh real images.
 
     Attributes:
         metrics: what is measured, in order.
@@ -149,7 +150,7 @@ class Evaluation:
         fresh_samples: int = 200_000,
         features: FeatureExtractor | None = None,
         distances: Distances = FeatureDistances,
-        conditional: bool = False,
+        conditional: Conditional = False,
     ) -> None:
         if fresh_samples < 2:
             raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
@@ -160,8 +161,9 @@ class Evaluation:
             )
         limit = target.fresh_limit
         self.target = target
-        self.conditional = conditional
-        self._classifier = features if conditional and hasattr(features, "logits") else None
+        self._kind = kind_of(conditional)
+        labelled = self._kind and getattr(target, "held_out_labels", None) is not None
+        self._classifier = features if labelled and hasattr(features, "logits") else None
         self.metrics: list[Metric] = []
         self._measurements: list[_Measurement] = []
         most = self._affordable(_LIVE_IMAGES) if self._images else _VECTORS
@@ -304,14 +306,18 @@ class Evaluation:
     def _draw(
         self, sample: Sampler, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Return samples (count, *shape), and the classes (count,) that they were asked for."""
-        classes = None
-        if self.conditional:
-            classes = self.target.sample_labels(count, generator)  # type: ignore[attr-defined]
+        """Return samples (count, *shape), and the classes (count,) that they were asked for.
+
+        Under captions those are the classes of the training samples whose captions they are.
+        """
+        given = classes = None
+        if self._kind is not None:
+            draw = self.target.sample_conditions  # type: ignore[attr-defined]
+            given, classes = draw(count, generator, self._kind)
         most = max(1, _DRAWN // math.prod(self.target.shape)) if self._images else count
         parts = []
         for done in range(0, count, most):
             size = min(most, count - done)
-            under = {} if classes is None else {"condition": classes[done : done + size]}
+            under = {} if given is None else {"condition": given[done : done + size]}
             parts.append(sample(size, generator, **under))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), classes

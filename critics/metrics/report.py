@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.conditions import Conditional
 from ..checks import check_samples
 from .distances import Samples
 from .evaluation import Distances, Evaluation, Metric, Real, Sampler
@@ -74,7 +75,7 @@ def evaluate(
     seed: int = 0,
     nfe: int | None = None,
     distances: Distances = FeatureDistances,
-    conditional: bool | None = None,
+    conditional: Conditional | None = None,
 ) -> Report:
     """Score a sampler against real samples; each metric has its sampling floor beside it.
 
@@ -92,7 +93,7 @@ def evaluate(
         seed: of the sampler's noise.
         nfe: network evaluations a sample costs; by default what the sampler says, `sampler.nfe`.
         distances: see `Evaluation`.
-        conditional: see `Evaluation`; by default whether the sampler's environment is.
+        conditional: see `Evaluation`; by default as the sampler's environment is.
 
     Raises:
         ValueError: too few samples, samples of another shape or that are not finite, or features of
@@ -102,7 +103,8 @@ def evaluate(
     real: Real = _Halves(target) if _is_array(target) else target  # type: ignore[arg-type,assignment]
     given = torch.as_tensor(sampler).to(real.device) if _is_array(sampler) else None
     if conditional is None:
-        conditional = bool(getattr(getattr(sampler, "mdp", None), "conditional", False))
+        known = hasattr(real, "sample_conditions")
+        conditional = known and getattr(getattr(sampler, "mdp", None), "conditional", False)
     evaluation = Evaluation(
         real, n if given is None else len(given), features, distances, conditional
     )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...common.files import cache_root
 from ...common.reading import read_text
+from .captions import read_captions
 
 
 def default_data_dir() -> Path:
@@ -59,6 +60,8 @@ class ImageSet:
         labels: Classes of the training images, `(N,)` integers, or None.
         held_out_labels: Classes of the held-out images, `(M,)` integers, or None.
         flip: Whether a mirrored image is as real as the image.
+        captions: Texts of the training images, or None.
+        held_out_captions: Texts of the held-out images, or None.
     """
 
     samples: Tensor
@@ -66,6 +69,8 @@ class ImageSet:
     labels: Tensor | None
     held_out_labels: Tensor | None
     flip: bool
+    captions: Sequence[str] | None = None
+    held_out_captions: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def load_images(
     *,
     download: bool = False,
     image_size: int | None = None,
+    captions: bool = False,
 ) -> ImageSet:
     """Read a set of images.
 
@@ -96,10 +102,11 @@ def load_images(
             `ImageFolder` the folder of images itself, which has no default.
         download: Fetch missing files through torchvision; `ImageFolder` has no source to fetch.
         image_size: Side in pixels of the images of `ImageFolder`, at least 1.
+        captions: Read the captions of `ImageFolder`, too, see `read_captions`.
 
     Raises:
         FileNotFoundError: Files are missing.
-        ValueError: A file is damaged, or `image_size` is below 1.
+        ValueError: A file is damaged, `image_size` is below 1, or `captions` of another set.
         ConnectionError: The download failed.
         ImportError: torchvision is needed and not installed.
     """
@@ -109,6 +116,10 @@ def load_images(
     if size < 1:
         raise ValueError(f"image_size must be at least 1; got {size}")
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    if captions:
+        if name != "ImageFolder":
+            raise ValueError(f"{name} has no captions; ImageFolder reads those of your own images")
+        return image_folder(root, download, size, captions=True)
     return IMAGE_SETS[name].load(root, download, size)
 
 
@@ -193,13 +204,13 @@ def celeba64(root: Path, download: bool, image_size: int) -> ImageSet:
     return ImageSet(samples, held_out, None, None, flip=True)
 
 
-def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
+def image_folder(root: Path, download: bool, image_size: int, captions: bool = False) -> ImageSet:
     """Your own images in a folder, at any depth: the central square of each, resized, in RGB.
 
     There have to be 2 or more. A seeded 10 % of them, at most 10,000, are held out; of fewer than
     40 none, as metrics compare at least 4 images with as many. If all lie in sub-folders, two or
     more, those are their classes, numbered in alphabetical order. Hidden files and those without an
-    image's suffix (`IMAGE_SUFFIXES`) are passed over.
+    image's suffix (`IMAGE_SUFFIXES`) are passed over. With `captions` their texts are read, too.
     """
     files = _image_files(root)
     if not files:
@@ -214,6 +225,7 @@ def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(files))
     count = min(len(files) // 10, MOST_HELD_OUT)
     training, kept = np.split(order, [len(files) - (count if count >= FEWEST_HELD_OUT else 0)])
+    texts = read_captions(root, files, IMAGE_SUFFIXES) if captions else None
     parents = [file.parts[0] if len(file.parts) > 1 else "" for file in files]
     classes = {name: number for number, name in enumerate(sorted(set(parents)))}
     labels = None
@@ -228,7 +240,20 @@ def image_folder(root: Path, download: bool, image_size: int) -> ImageSet:
 
     (samples, sample_labels), (held_out, held_out_labels) = pick(training), pick(kept)
     assert samples is not None  # at most a tenth is held out
-    return ImageSet(samples, held_out, sample_labels, held_out_labels, flip=True)
+    sample_texts, held_out_texts = (
+        None if texts is None or not len(rows) else [texts[row] for row in rows]
+        for rows in (training, kept)
+    )
+    return ImageSet(
+        samples,
+        held_out,
+        sample_labels,
+        held_out_labels,
+        # The text may speak of a side.
+        flip=not captions,
+        captions=sample_texts,
+        held_out_captions=held_out_texts,
+    )
 
 
 IMAGE_SETS: dict[str, ImageSource] = {

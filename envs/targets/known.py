@@ -21,6 +21,7 @@ def make_target(
     data_dir: str | Path | None = None,
     download: bool = False,
     image_size: int | None = None,
+    captions: bool = False,
 ) -> Target:
     """Build a known target.
 
@@ -35,10 +36,12 @@ def make_target(
         download: Fetch missing files of `MNIST`, `FashionMNIST`, `CIFAR10` or `CelebA64` into
             `data_dir`, through torchvision.
         image_size: Side in pixels, at least 1, that `ImageFolder` resizes to; 64 by default.
+        captions: Read the captions of `ImageFolder`, a file `captions.tsv`, see `read_captions`;
+            its images are then never mirrored.
 
     Raises:
         ValueError: The name is unknown, `image_size` is below 1 or given for another target, or a
-            file is damaged.
+            file is damaged, or `captions` of a target that has none.
         FileNotFoundError: `data_dir` is given and is not a folder, or data files are missing.
         ConnectionError: The download failed.
         ImportError: torchvision is needed and not installed.
@@ -51,7 +54,11 @@ def make_target(
     if data_dir is not None and not download and not Path(data_dir).expanduser().is_dir():
         found = "is a file" if Path(data_dir).expanduser().exists() else "does not exist"
         raise FileNotFoundError(f"data folder {str(data_dir)!r} {found}")
+    if name in TOYS and captions:
+        raise ValueError(f"{name} has no captions; ImageFolder reads those of your own images")
     if name in TOYS:
         return TOYS[name]().to(device)
-    images = load_images(name, data_dir, download=download, image_size=image_size)
+    images = load_images(
+        name, data_dir, download=download, image_size=image_size, captions=captions
+    )
     return Target(name, **vars(images)).to(device)

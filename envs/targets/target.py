@@ -16,8 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.conditions import Kind
 from ...common.shapes import is_image
 from ...critics.metrics.manifold import Manifold
+from .conditions import (
+    Known,
+    known_captions,
+    known_classes,
+    known_embeddings,
+    rows_of,
+    to_labels,
+)
+from .storage import to_float, to_stored
 
 Sampler = Callable[[int, int], Any]
 """`(n, seed) -> (n, *shape)` array or tensor; the same seed gives the same points."""
@@ -48,6 +58,10 @@ class Target:
         sampler: Unlimited fresh samples; used in place of `held_out`.
         labels: Classes of the training samples, `(N,)` integers.
         held_out_labels: Classes of the held-out samples, `(M,)` integers.
+        captions: Texts of the training samples, `N` of them.
+        held_out_captions: Texts of the held-out samples.
+        embeddings: Vectors of the training samples, `(N, size)` numbers, of whatever network.
+        held_out_embeddings: Vectors of the held-out samples, `(M, size)`.
         flip: Let `sample` mirror each image it draws left to right with probability 1/2.
         manifold: The curve that samples `(D,)` lie on, for an evaluation to say how many do not.
 
@@ -61,8 +75,9 @@ class Target:
 
     Raises:
         ValueError: Samples are empty, not finite, or not of one shape; only one of the two sets is
-            bytes; labels do not fit their samples; or `flip` with samples that are no images.
-        TypeError: Labels are not integers.
+            bytes; labels, captions or embeddings do not fit their samples; or `flip` with samples
+            that are no images.
+        TypeError: Labels are not integers, captions not texts.
     """
 
     def __init__(
@@ -74,16 +89,20 @@ class Target:
         sampler: Sampler | None = None,
         labels: Any = None,
         held_out_labels: Any = None,
+        captions: Sequence[str] | None = None,
+        held_out_captions: Sequence[str] | None = None,
+        embeddings: Any = None,
+        held_out_embeddings: Any = None,
         flip: bool = False,
         manifold: Manifold | None = None,
     ) -> None:
         self.name = name
         self.manifold = manifold
         self.has_samples = True
-        self._training = _to_stored(samples, f"samples of {name}", own=True)
+        self._training = to_stored(samples, f"samples of {name}", own=True)
         self._held_out = None
         if held_out is not None:
-            self._held_out = _to_stored(held_out, f"held-out samples of {name}", own=True)
+            self._held_out = to_stored(held_out, f"held-out samples of {name}", own=True)
             if self._held_out.shape[1:] != self.shape:
                 raise ValueError(
                     f"held-out samples of {name} have shape {tuple(self._held_out.shape[1:])}, "
@@ -95,10 +114,18 @@ class Target:
                     f"{self._training.dtype}; give both as bytes or neither"
                 )
         self._sampler = sampler
-        self.labels = _to_labels(labels, self._training, f"labels of {name}")
-        self.held_out_labels = _to_labels(
+        self.labels = to_labels(labels, self._training, f"labels of {name}")
+        self.held_out_labels = to_labels(
             held_out_labels, self._held_out, f"held-out labels of {name}"
         )
+        self._known: dict[Kind, Known] = {}
+        counts = len(self), 0 if self._held_out is None else len(self._held_out)
+        if captions is not None:
+            given = known_captions(captions, held_out_captions, counts, name)
+            self._known["captions"] = given.to(self.device)
+        if embeddings is not None:
+            given = known_embeddings(embeddings, held_out_embeddings, counts, name)
+            self._known["embeddings"] = given.to(self.device)
         if flip and not is_image(self.shape):
             raise ValueError(
                 f"flip is for images (C, H, W); samples of {name} have shape {tuple(self.shape)}"
@@ -180,13 +207,15 @@ class Target:
 
         The samples of a generator (`from_sampler`) may differ in their last bits from one
         processor to the next: of them it is 64 numbers, evenly spread; else the SHA-256 of samples
-        and labels. It is computed when it is first asked for, at some 0.5 GB a second.
+        and labels, captions or embeddings. It is computed when it is first asked for, at some
+        0.5 GB a second.
         """
         if self._sampler is not None:
             flat = self._training.flatten()
             return flat[:: max(len(flat) // _REMEMBERED, 1)][:_REMEMBERED].tolist()
         digest = hashlib.sha256()
-        for part in (self._training, self.labels):
+        others = (known.training for kind, known in self._known.items() if kind != "classes")
+        for part in (self._training, self.labels, *others):
             if part is None:
                 continue
             digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
@@ -221,7 +250,7 @@ class Target:
         """
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
-        return _to_float(self._training[:n]).clone()
+        return to_float(self._training[:n]).clone()
 
     def subset(self, n: int, seed: int = 0) -> Tensor:
         """A seeded choice of `n` training samples without replacement; all if there are no more.
@@ -234,7 +263,7 @@ class Target:
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return _to_float(self._training[rows[:n].to(self.device)])
+        return to_float(self._training[rows[:n].to(self.device)])
 
     @cached_property
     def classes(self) -> int | None:
@@ -252,42 +281,68 @@ class Target:
         Raises:
             ValueError: There are no samples.
         """
-        return self.draw(n, generator)[0]
+        return self.draw(n, generator, None)[0]
 
-    def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the labels `(n,)` of training samples, with replacement.
-
-        Raises:
-            ValueError: Its samples have no labels.
-        """
-        if self.labels is None:
-            raise ValueError(f"the samples of {self.name} have no labels")
-        source = self.device if generator is None else generator.device
-        rows = torch.randint(len(self.labels), (n,), generator=generator, device=source)
-        return self.labels[rows.to(self.device)]
-
-    def sample_of(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw training samples `(n, *shape)` of given classes `(n,)`, with replacement.
+    def known(self, kind: Kind) -> Known:
+        """The conditions of its samples, of a kind.
 
         Raises:
-            ValueError: There are no labels, or no sample of a class.
+            ValueError: Its samples have none of that kind.
         """
-        if self.labels is None:
-            raise ValueError(f"the samples of {self.name} have no labels")
+        if kind == "classes" and kind not in self._known and self.labels is not None:
+            self._known[kind] = known_classes(
+                self.labels, self.held_out_labels, self.classes or 0, self.name
+            )
+        if kind not in self._known:
+            noun = "labels" if kind == "classes" else kind
+            raise ValueError(f"the samples of {self.name} have no {noun}")
+        return self._known[kind]
+
+    def sample_conditions(
+        self, n: int, generator: torch.Generator | None = None, kind: Kind = "classes"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw the conditions `(n, ...)` of training samples, with replacement, and their labels.
+
+        Raises:
+            ValueError: Its samples have no such conditions.
+        """
+        known = self.known(kind).training
         source = self.device if generator is None else generator.device
-        chance = torch.rand(len(labels), generator=generator, device=source).to(self.device)
-        order = self.labels.argsort(stable=True)
-        count = torch.bincount(self.labels, minlength=self.classes or 0)
-        if len(labels) and bool((count[labels] == 0).any()):
-            raise ValueError(f"{self.name} has no training sample of one of these classes")
-        first = count.cumsum(0) - count
-        rows = first[labels] + (chance * count[labels]).long().clamp(max=count[labels] - 1)
-        return _to_float(self._training[order[rows]])
+        rows = torch.randint(len(known), (n,), generator=generator, device=source).to(self.device)
+        return known[rows], None if self.labels is None else self.labels[rows]
+
+    def sample_of(
+        self, conditions: Tensor, generator: torch.Generator | None = None, kind: Kind = "classes"
+    ) -> Tensor:
+        """Draw training samples `(n, *shape)` of given conditions `(n, ...)`, with replacement.
+
+        Raises:
+            ValueError: There are no such conditions, or no sample of one.
+        """
+        known = self.known(kind).training
+        source = self.device if generator is None else generator.device
+        chance = torch.rand(len(conditions), generator=generator, device=source).to(self.device)
+        rows = rows_of(conditions, known, chance)
+        if rows is None:
+            raise ValueError(f"{self.name} has no training sample of one of these {kind}")
+        return to_float(self._training[rows])
 
     def draw(
-        self, n: int, generator: torch.Generator | None = None
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        kind: Kind | None = "classes",
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw training samples as `sample` does, and their labels `(n,)`, None without any."""
+        """Draw training samples as `sample` does, and their conditions `(n, ...)`.
+
+        Args:
+            n: How many.
+            generator: As in `sample`.
+            kind: Of the conditions; None for none. Labels that there are not are None.
+
+        Raises:
+            ValueError: There are no samples, or they have no captions or embeddings.
+        """
         if not self.has_samples:
             raise ValueError("there are no samples to draw: this target only has a shape")
         device = self._training.device
@@ -297,8 +352,12 @@ class Target:
         if self.flip:
             mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
             drawn = torch.where(mirrored.to(device), drawn.flip(-1), drawn)
-        labels = None if self.labels is None else self.labels[rows.to(device)]
-        return _to_float(drawn), labels
+        if kind is None or (kind == "classes" and self.labels is None):
+            return to_float(drawn), None
+        # Whoever wants samples alone may have negative labels.
+        known = self.labels if kind == "classes" else self.known(kind).training
+        assert known is not None
+        return to_float(drawn), known[rows.to(device)]
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
         """Draw `(n, *shape)` real samples that are not among the training samples.
@@ -314,9 +373,9 @@ class Target:
         _check_seed(seed)
         if self._sampler is not None:
             # Shifted by one so that no seed is the training seed.
-            fresh = _to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
-            return _to_float(fresh.to(self.device))
-        return _to_float(self._choose_fresh(self._held_out, n, seed))
+            fresh = to_stored(self._sampler(n, TRAINING_SEED + 1 + seed), "fresh samples")
+            return to_float(fresh.to(self.device))
+        return to_float(self._choose_fresh(self._held_out, n, seed))
 
     def fresh_labels(self, n: int, seed: int = 0) -> Tensor:
         """The labels `(n,)` int64 of the samples that `sample_fresh(n, seed)` draws.
@@ -329,6 +388,20 @@ class Target:
         if self._sampler is not None or self.held_out_labels is None:
             raise ValueError(f"the fresh samples of {self.name} have no labels")
         return self._choose_fresh(self.held_out_labels, n, seed)
+
+    def fresh_conditions(self, n: int, seed: int = 0, kind: Kind = "classes") -> Tensor:
+        """The conditions `(n, ...)` of the samples that `sample_fresh(n, seed)` draws.
+
+        Raises:
+            ValueError: As `fresh_labels`.
+        """
+        if kind == "classes":
+            return self.fresh_labels(n, seed)
+        _check_seed(seed)
+        held_out = self.known(kind).held_out
+        if self._sampler is not None or held_out is None:
+            raise ValueError(f"the fresh samples of {self.name} have no {kind}")
+        return self._choose_fresh(held_out, n, seed)
 
     def _choose_fresh(self, held_out: Tensor | None, n: int, seed: int) -> Tensor:
         """A seeded choice of `n` held-out samples or labels, without replacement."""
@@ -343,7 +416,7 @@ class Target:
         """The same target with its samples on `device`; bytes stay bytes."""
         if not self.has_samples:
             return Target.without_samples(self.shape, device)
-        return Target(
+        moved = Target(
             self.name,
             self._training.to(device),
             held_out=None if self._held_out is None else self._held_out.to(device),
@@ -353,6 +426,8 @@ class Target:
             flip=self.flip,
             manifold=self.manifold,
         )
+        moved._known = {kind: known.to(device) for kind, known in self._known.items()}
+        return moved
 
     def __len__(self) -> int:
         """How many training samples there are."""
@@ -360,42 +435,6 @@ class Target:
 
     def __repr__(self) -> str:
         return f"Target({self.name!r}, {len(self)} samples of {tuple(self.shape)})"
-
-
-def _to_stored(values: Any, what: str, own: bool = False) -> Tensor:
-    """Check samples and bring them to what is kept: images as bytes, or else float32.
-
-    With `own` the floats are a copy.
-    """
-    samples = torch.as_tensor(values).detach()
-    if samples.ndim < 2 or not samples.numel():
-        raise ValueError(
-            f"{what} must be a non-empty (N, *shape) array; got {tuple(samples.shape)}"
-        )
-    if samples.dtype == torch.uint8 and is_image(samples.shape[1:]):
-        return samples
-    samples = samples.to(torch.float32, copy=own)
-    if not bool(samples.isfinite().all()):
-        raise ValueError(f"{what} hold NaN or infinity")
-    return samples
-
-
-def _to_float(stored: Tensor) -> Tensor:
-    if stored.dtype != torch.uint8:
-        return stored
-    return stored.to(torch.float32).div_(127.5).sub_(1)
-
-
-def _to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
-    if values is None:
-        return None
-    labels = torch.as_tensor(values)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{what} must be integers; got {labels.dtype}")
-    count = 0 if samples is None else len(samples)
-    if samples is None or labels.shape != (count,):
-        raise ValueError(f"{what} must have shape ({count},); got {tuple(labels.shape)}")
-    return labels.to(samples.device, torch.int64, copy=True)
 
 
 def _check_seed(seed: int) -> None:

@@ -37,14 +37,19 @@ def pictured(shape: Sequence[int]) -> int:
     return GRID if is_image(shape) else PICTURED
 
 
-def classes_shown(mdp: DiffusionMDP, count: int) -> dict[str, Tensor]:
-    """Return the condition of `count` samples for a picture: each class in turn, if there are any.
+def conditions_shown(mdp: DiffusionMDP, count: int) -> dict[str, Tensor]:
+    """Return the condition of `count` samples for a picture, an option of `Actor.sample`.
 
-    It is an option of `Actor.sample`; without classes there is none.
+    It is each class in turn, or the captions or embeddings of the training samples that stand
+    beside; without conditions there is none.
     """
-    if mdp.classes is None:
+    if mdp.kind is None:
         return {}
-    return {"condition": torch.arange(count, device=mdp.device) % mdp.classes}
+    each = torch.arange(count, device=mdp.device)
+    if mdp.classes is not None:
+        return {"condition": each % mdp.classes}
+    known = mdp.target.known(mdp.kind).training
+    return {"condition": known[each % len(known)]}
 
 
 def new_figure(rows: int, columns: int, size: float = 3.2) -> tuple[Figure, np.ndarray]:

@@ -8,7 +8,8 @@ from ...common.distributed import Processes
 from ...common.optimisation import seeded
 from ...envs import DiffusionMDP
 from ...envs.processes import NoiseProcess, make_process
-from ..settings.environment import build_environment, check_fits, under_terms
+from ..settings.conditions import under_terms
+from ..settings.environment import build_environment, check_fits
 from ..settings.foreign import check_body, foreign_body, is_foreign
 from ..settings.sources import starting_denoiser
 from ..settings.train import (
@@ -57,15 +58,15 @@ def check(settings: Settings) -> DiffusionMDP:
             )
     if run.conditional and run.condition is not None:
         raise ValueError(
-            "--condition names the class in an environment without conditions; leave out "
-            "--conditional, whose episodes have classes of their own."
+            "--condition names the condition in an environment without any; leave out "
+            "--conditional, whose episodes have conditions of their own."
         )
     cloner = not AGENTS[run.agent].needs_denoiser
     terms = (run.guidance, run.guidance_interval, run.guidance_rescale, run.condition)
     if cloner and any(term is not None for term in terms):
         raise ValueError(
-            "Behaviour cloning trains under each class: --guidance, its options and --condition "
-            "are for the agents that come after it, and for evaluate and sample."
+            "Behaviour cloning trains under each condition: --guidance, its options and "
+            "--condition are for the agents that come after it, and for evaluate and sample."
         )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
@@ -75,9 +76,11 @@ def check(settings: Settings) -> DiffusionMDP:
         denoiser.conditioning = cloned.conditioning
     denoiser = under_terms(denoiser, run)
     if denoiser.is_open and not run.conditional:
+        kind = denoiser.waits_for
+        flag = "--conditional" if kind == "classes" else f"--conditional {kind}"
         raise ValueError(
-            f"{run.denoiser} is conditional: give --conditional for an environment of classes, or "
-            "one class, --condition 3."
+            f"{run.denoiser} is conditional: give {flag} for an environment of {kind}, or one "
+            f"condition, --condition {'3' if kind == 'classes' else '...'}."
         )
     AGENTS[run.agent](mdp, denoiser, settings.agent)
     return mdp

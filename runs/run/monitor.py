@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ...agents import TrainingDivergedError
 from ...agents.base import Agent
 from ...critics.metrics.evaluation import NOISE_SEED, Evaluation, Sampler
-from ..reports.plots import classes_shown, pictured, samples_figure
+from ..reports.plots import conditions_shown, pictured, samples_figure
 from .interrupts import Interrupts
 from .logs import LIVE_METRIC, NOT_TENSORBOARD
 
@@ -129,7 +129,7 @@ class Monitor(BaseCallback):
         if rounds % self.picture_interval == 0 or rounds == self.total_rounds:
             generator = torch.Generator(self.model.device).manual_seed(NOISE_SEED)
             count = pictured(self.model.mdp.shape)
-            under: dict[str, Any] = classes_shown(self.model.mdp, count)
+            under: dict[str, Any] = conditions_shown(self.model.mdp, count)
             samples = self.model.sample(count, generator=generator, **under)
             real = self.evaluation.target.take(count)
             figure = samples_figure({"samples": samples}, real)

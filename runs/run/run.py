@@ -24,7 +24,7 @@ from ...envs import DiffusionMDP
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
 from ..reports.plots import (
-    classes_shown,
+    conditions_shown,
     curve_figure,
     pictured,
     samples_figure,
@@ -32,7 +32,8 @@ from ..reports.plots import (
     trajectories_figure,
 )
 from ..reports.results import combine, save_files, show_report
-from ..settings.environment import check_fits, under_terms
+from ..settings.conditions import under_terms
+from ..settings.environment import check_fits
 from ..settings.foreign import check_body, foreign_body
 from ..settings.sources import starting_denoiser
 from ..settings.train import (
@@ -267,7 +268,7 @@ class Run:
                     generator=generator,
                     return_trajectory=True,
                     mdp=self.mdp,
-                    **classes_shown(self.mdp, count),
+                    **conditions_shown(self.mdp, count),
                 )
             trajectories[name] = states, tableau.times.tolist()
         panels = {name: states[-1] for name, (states, _) in trajectories.items()} | {"data": real}

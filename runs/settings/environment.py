@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from ...agents import Denoiser
 from ...agents.solvers import Options
 from ...agents.solvers import default_schedule as solver_schedule
 from ...common.checkpoint import CheckpointError
+from ...common.conditions import Conditional
 from ...envs import DiffusionMDP, Schedule, Target
 from ...envs.processes import NoiseProcess
 from ...envs.registration import ENVIRONMENTS, make_mdp
@@ -31,7 +31,7 @@ def build_environment(
     default_schedule: str | None = None,
     target: Target | None = None,
     inpaint: str | None = None,
-    conditional: bool = False,
+    conditional: Conditional = False,
 ) -> DiffusionMDP:
     """Build the environment's decision process.
 
@@ -66,34 +66,6 @@ def build_environment(
         inpaint=inpaint,
         conditional=conditional,
     )
-
-
-class Terms(Protocol):
-    """The flags that say how a conditional denoiser is asked."""
-
-    @property
-    def condition(self) -> int | None: ...  # noqa: D102
-    @property
-    def guidance(self) -> float | None: ...  # noqa: D102
-    @property
-    def guidance_interval(self) -> tuple[float, float] | None: ...  # noqa: D102
-    @property
-    def guidance_rescale(self) -> float | None: ...  # noqa: D102
-
-
-def under_terms(denoiser: Denoiser, terms: Terms) -> Denoiser:
-    """Return the denoiser asked as the flags say; itself where they say nothing.
-
-    Raises:
-        ValueError: what `Denoiser.given` refuses.
-    """
-    under = terms.condition, terms.guidance, terms.guidance_interval, terms.guidance_rescale
-    if all(term is None for term in under):
-        return denoiser
-    condition, guidance, interval, rescale = under
-    if condition is None:
-        return denoiser.given(guidance=guidance, interval=interval, rescale=rescale)
-    return denoiser.given(condition, guidance, interval=interval, rescale=rescale)
 
 
 def check_fits(denoiser: Denoiser, mdp: DiffusionMDP, origin: Path | str | None) -> None:

@@ -20,7 +20,8 @@ from ...critics.metrics.evaluation import Sampler
 from ...envs import DiffusionMDP, Target
 from ...envs.registration import resolve_environment
 from ..run.folder import tableau_file
-from .environment import build_environment, check_fits, under_terms
+from .conditions import under_terms
+from .environment import build_environment, check_fits
 from .foreign import check_body, foreign_body, is_foreign
 from .sources import find_denoiser
 from .train import Settings, TrainSettings, check_seed, resolve_device
@@ -72,9 +73,9 @@ class PretrainedSettings:
     """Noise levels sigma / alpha, low and high, between which it is guided; all if omitted."""
     guidance_rescale: float | None = None
     """Share of a guided answer that is rescaled to the spread of the unguided one, 0 to 1."""
-    condition: int | None = None
-    """Class that a conditional denoiser is asked for; classes in the data's proportions if
-    omitted."""
+    condition: str | None = None
+    """Class or text that a conditional denoiser is asked for, or the .npy file of an embedding;
+    those of the data if omitted."""
 
 
 def load(
@@ -106,7 +107,7 @@ def load(
     solver = settings.solver or DEFAULT_SOLVER
     shape = denoiser.shape or ()
     inpaint = run.inpaint if run else None
-    # Classes are drawn in the proportions of the data.
+    # Conditions are those of the data.
     without = not needs_data and is_image(shape) and inpaint is None and not denoiser.is_open
     name = settings.env or (run.env if run else None)
     if name is None and without:
@@ -128,7 +129,7 @@ def load(
         download=settings.download,
         image_size=settings.image_size or (run.image_size if run else None),
         inpaint=inpaint,
-        conditional=denoiser.is_open,
+        conditional=denoiser.waits_for,
     )
     check_fits(denoiser, mdp, settings.denoiser)
     check_body(denoiser, mdp.shape, settings.body)

@@ -28,6 +28,7 @@ from ...common.settings import Settings as AnySettings
 from ...common.settings import bounded
 from ...envs.registration import resolve_environment
 from ..run.joining import check_own_gpu
+from .conditions import ConditionalFlag
 from .flags import parse_flags
 from .foreign import Recorded, is_foreign, needs_flag
 
@@ -100,17 +101,19 @@ class TrainSettings(AnySettings):
     inpaint: str | None = None
     """A part of each sample is known, and put back after every step: half, quarter or random; if
     omitted nothing is known."""
-    conditional: bool = False
-    """Play each episode under a class of the data's, and clone a conditional denoiser."""
+    conditional: ConditionalFlag = False
+    """Play each episode under a condition of the data's, and clone a conditional denoiser:
+    classes if nothing is named, captions, or embeddings."""
     guidance: float | None = bounded(None, least=0)
-    """Classifier-free guidance of a conditional denoiser: 1 asks it with the class alone, more
+    """Classifier-free guidance of a conditional denoiser: 1 asks it with the condition alone, more
     costs two network evaluations a call; the denoiser's own, or 1, if omitted."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha, low and high, between which it is guided; all if omitted."""
     guidance_rescale: float | None = bounded(None, least=0, most=1)
     """Share of a guided answer that is rescaled to the spread of the unguided one, 0 to 1."""
-    condition: int | None = bounded(None, least=0)
-    """Class under which a conditional denoiser is asked in an environment that is not."""
+    condition: str | int | None = None
+    """Class or text under which a conditional denoiser is asked in an environment that is not; of
+    embeddings the .npy file of one."""
     checkpoint_seconds: float = bounded(20.0, least=0)
     """Seconds between two checkpoints; 0 writes one every round."""
     log_interval: int = bounded(10, least=1)

@@ -56,7 +56,7 @@ class Contender:
             scores["higher_is_better"] = [m.name for m in metrics if m.higher_is_better]
         where = {"env": env, "process": repr(sampler.denoiser.process), "solver": self.solver}
         who = {"contender": self.label, "calls": sampler.tableau.nfe, "seed": seed}
-        if sampler.denoiser.classes is not None:
+        if sampler.denoiser.conditions is not None:
             who["evaluations"] = evaluations_of(sampler.tableau, sampler.denoiser)
         return {**where, **who, **scores, "seconds": 0.0, **sampler.facts}
 

@@ -26,6 +26,7 @@ from ...agents.denoisers.bodies import new_denoiser
 from ...agents.denoisers.exact import mixture
 from ...agents.presets import preset
 from ...agents.solvers import default_schedule, make_solver, solver_within
+from ...common.conditions import Conditional, kind_of
 from ...envs import Schedule, make_schedule
 from ...envs.processes import make_process
 from ...envs.registration import ENVIRONMENTS
@@ -77,7 +78,7 @@ class Clone:
         rounds: of cloning, if not the preset's.
         body: the network, if not the environment's; see `fewstep train --help`.
         body_options: of that network.
-        conditional: whether it learns the classes of the data, see `Guide`.
+        conditional: whether it learns the classes of the data, or which conditions, see `Guide`.
     """
 
     process: str | None = None
@@ -86,7 +87,7 @@ class Clone:
     rounds: int | None = None
     body: str | None = None
     body_options: Options | None = None
-    conditional: bool = False
+    conditional: Conditional = False
 
     def __call__(self, world: World, calls: int) -> Sampler:
         """Clone; `MIXTURE` has an exact denoiser instead."""
@@ -103,7 +104,9 @@ class Clone:
         rounds = world.settings.rounds or self.rounds or budget.agent["rounds"]
         body = self.body or budget.body
         what: tuple[object, ...] = (process.to_config(), body, self.body_options, rounds)
-        what += ("conditional",) if self.conditional else ()
+        if kind := kind_of(self.conditional):
+            # As folders were named before there were other conditions than classes.
+            what += ("conditional" if kind == "classes" else kind,)
         folder = world.settings.folder.parent / "denoisers" / _name(world.env, "clone", seed, what)
         mdp = world.mdp(process, conditional=self.conditional)
         new = new_denoiser(mdp, seed, budget.prediction, body, self.body_options)
@@ -217,7 +220,7 @@ class Learn:
             settings |= {"solver_options": dict(options)} if options else {}
         return kind.for_environment(
             world.mdp(
-                sampler.denoiser.process, sampler.schedule, conditional=sampler.denoiser.is_open
+                sampler.denoiser.process, sampler.schedule, conditional=sampler.denoiser.waits_for
             ),
             copy.deepcopy(sampler.denoiser),
             preset=self.preset,

@@ -13,6 +13,7 @@ from ...agents.denoisers.exact import mixture
 from ...agents.samplers.sampling import sampler_of
 from ...agents.solver_learning.selection import coordinate_errors
 from ...agents.solvers import make_solver
+from ...common.conditions import Conditional, kind_of
 from ...critics.metrics.evaluation import Evaluation
 from ...envs import DiffusionMDP, Schedule, Target, make_target
 from ...envs.mdp import no_reward
@@ -39,7 +40,7 @@ class Scoring:
         before: whether what the learners were given is scored, too.
         own_noise: whether each seed scores samples of noise of its own.
         features: whether images are compared in a classifier's features, too.
-        conditional: whether samplers are asked for the classes of the data.
+        conditional: whether samplers are asked for the classes of the data, or which conditions.
     """
 
     samples: int = 200_000
@@ -48,7 +49,7 @@ class Scoring:
     before: bool = True
     own_noise: bool = True
     features: bool = True
-    conditional: bool = False
+    conditional: Conditional = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class World:
         if self.env == MIXTURE:
             return mixture(make_process(f"linear-{LONG}"), seed=self.seed)[1]
         device = resolve_device(self.settings.device)
-        return make_target(self.env, device=device, data_dir=self.settings.data_dir)
+        captions = kind_of(self.scoring.conditional) == "captions"
+        folder = self.settings.data_dir
+        return make_target(self.env, device=device, data_dir=folder, captions=captions)
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -82,7 +85,10 @@ class World:
         return Evaluation(self.target, samples, features, real_distances, conditional)
 
     def mdp(
-        self, process: NoiseProcess, schedule: Schedule | None = None, conditional: bool = False
+        self,
+        process: NoiseProcess,
+        schedule: Schedule | None = None,
+        conditional: Conditional = False,
     ) -> DiffusionMDP:
         """Return the environment, with a reward that costs nothing; agents bring their own."""
         times = schedule or Schedule.uniform(process, 10)
@@ -103,14 +109,14 @@ class World:
         if self.scoring.held_out:
             start, end = float(tableau.times[0]), float(tableau.times[-1])
             with torch.no_grad():
-                view = denoiser.under(self._classes(denoiser))
+                view = denoiser.under(self._conditions(denoiser))
                 samples = tableau.sample(view, self._noise(pretrained, start))
                 goal = self._reference(origin, pretrained, start, end)
             scores["error"] = float(coordinate_errors(samples, goal).mean())
         if self.scoring.samples:
             mdp = None
             if denoiser.is_open:
-                mdp = self.mdp(denoiser.process, conditional=True)
+                mdp = self.mdp(denoiser.process, conditional=denoiser.waits_for)
             draw = sampler_of(tableau, denoiser, tuple(self.target.shape), mdp)
             scores |= self.evaluation(draw, self.seed if self.scoring.own_noise else 0)
         return scores
@@ -121,12 +127,13 @@ class World:
         shape = (self.scoring.held_out, *self.target.shape)
         return denoiser.process.prior_sample(shape, generator, t=start, device=self.target.device)
 
-    def _classes(self, denoiser: Denoiser) -> Tensor | None:
-        """Return the classes of that noise, in the proportions of the data; None without any."""
-        if not denoiser.is_open:
+    def _conditions(self, denoiser: Denoiser) -> Tensor | None:
+        """Return the conditions of that noise, drawn from the data; None without any."""
+        kind = denoiser.waits_for
+        if not kind:
             return None
         generator = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
-        return self.target.sample_labels(self.scoring.held_out, generator)
+        return self.target.sample_conditions(self.scoring.held_out, generator, kind)[0]
 
     def _reference(self, origin: str, denoiser: Denoiser, start: float, end: float) -> Tensor:
         """Return what the ODE of a denoiser makes of that noise, by many steps of Heun's method."""
@@ -138,6 +145,6 @@ class World:
             else:
                 ramp = torch.linspace(start, end, steps + 1, dtype=torch.float64)
                 schedule = Schedule(process, ramp)
-            noise, view = self._noise(denoiser, start), denoiser.under(self._classes(denoiser))
+            noise, view = self._noise(denoiser, start), denoiser.under(self._conditions(denoiser))
             self._references[key] = make_solver("heun", schedule).sample(view, noise)
         return self._references[key]

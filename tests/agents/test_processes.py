@@ -51,10 +51,10 @@ CASES = {
         "conditional": True,
         "guidance": 2.0,
     },
-    "SFT-V, classes, known pixels": {
+    "SFT-V, captions, known pixels": {
         "agent": "sft-v",
         "settings": {"batch_size": 32, "n_critic": 2, "n_generator": 3, "learning_rate": 1.0},
-        "conditional": True,
+        "conditional": "captions",
         "inpaint": "random",
     },
     "SFT, gradient penalty": {

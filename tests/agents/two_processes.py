@@ -17,7 +17,7 @@ from fewstep.agents import SFT, SFTPG, SFTV, BehaviorCloning, Denoiser
 from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
-from fewstep.envs.registration import make_mdp
+from fewstep.envs import Target, make_mdp, make_target
 
 AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG, "sft-v": SFTV}
 
@@ -25,10 +25,14 @@ AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG, "sft-v": SFTV
 def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     """Return the weights after some rounds; batches are shared among `count` processes."""
     conditional = case.get("conditional", False)
-    mdp = make_mdp("Digits", steps=4, inpaint=case.get("inpaint"), conditional=conditional)
+    digits = make_target("Digits")
+    texts = [f"the digit {label}" for label in digits.labels.tolist()]
+    target = Target("Digits", digits.samples, labels=digits.labels, captions=texts)
+    known = {"inpaint": case.get("inpaint"), "conditional": conditional}
+    mdp = make_mdp("Digits", steps=4, target=target, **known)
     with seeded(0):
-        body = ResidualMLP(mdp.shape, hidden=16, blocks=1, classes=mdp.classes)
-    denoiser = Denoiser(body, mdp.process, "sample", drops=conditional)
+        body = ResidualMLP(mdp.shape, hidden=16, blocks=1, conditions=mdp.conditions)
+    denoiser = Denoiser(body, mdp.process, "sample", drops=bool(conditional))
     if conditional:
         denoiser = denoiser.given(guidance=case.get("guidance", 1.0))
     settings = dict(case["settings"])

@@ -1,4 +1,4 @@
-"""Conditional runs from the command line: classes, guidance, and what is refused of them."""
+"""Conditional runs from the command line: classes, captions, guidance, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fewstep.agents import Denoiser
 
@@ -84,7 +85,7 @@ def test_a_solver_is_distilled_for_one_class(cloned, fewstep, tmp_path):
         (["--conditional", "--guidance=-1"], "guidance"),
         (["--conditional", "--guidance=2", "--guidance-interval", "3", "1"], "0 <= low < high"),
         (["--conditional", "--body=unet-tiny"], "knows no classes"),
-        (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each class"),
+        (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each"),
     ],
 )
 def test_bad_conditions_are_refused_before_a_run_begins(flags, complaint, fewstep, tmp_path, capfd):
@@ -98,7 +99,7 @@ def test_bad_conditions_are_refused_before_a_run_begins(flags, complaint, fewste
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ([], "give --conditional for an environment of classes, or one class"),
+        ([], "give --conditional for an environment of classes, or one condition"),
         (["--condition=11"], "There are 10 classes, 0 to 9; got 11"),
     ],
 )
@@ -114,3 +115,77 @@ def test_guidance_needs_dropped_labels(fewstep, tmp_path, capfd):
     assert fewstep("evaluate", str(folder), "--guidance=2", "--samples=100") == 2
     assert "trained without dropped labels" in capfd.readouterr().err
     assert math.isinf(Denoiser.load(folder).conditioning.interval[1])
+
+
+# -------------------------------------------------------------------------------------- captions
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of ten small pictures with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for number in range(10):
+        colour, name = ("red", "blue")[number % 2], f"{number}.png"
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        pixels[..., 2 * (number % 2)] = 250 - number
+        Image.fromarray(pixels).save(folder / name)
+        lines.append(f"{name}\t{colour} square\n")
+    (folder / "captions.tsv").write_text("".join(lines))
+    return ["--env=ImageFolder", f"--data-dir={folder}", "--image-size=8"]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory, fewstep, pictures):
+    """The folder of a run that cloned a denoiser of captions and tuned it, guided."""
+    log_dir = tmp_path_factory.mktemp("captioned")
+    flags = ["--agent=sft", "--rounds=1", "--batch-size=4", "--critic-rounds=0", "--guidance=2"]
+    clone = ["--pretrain.rounds=2", "--pretrain.batch-size=8", "--body=residual-mlp"]
+    few = ["--steps=2", "--evaluation-samples=4", "--evaluations=1", "--threads=1"]
+    conditional = ["--conditional", "captions", f"--log-dir={log_dir}"]
+    assert fewstep("train", *pictures, *few, *flags, *clone, *conditional) == 0
+    return next(log_dir.iterdir())
+
+
+def test_a_run_of_captions_is_one_like_any_other(captioned):
+    denoiser = Denoiser.load(captioned)
+    assert denoiser.conditions.kind == "captions" and denoiser.is_open
+    config = json.loads((captioned / "config.json").read_text())
+    assert config["run"]["conditional"] == "captions"
+    results = json.loads((captioned / "results.json").read_text())
+    assert results["nfe"] == 4
+    assert not any("class_accuracy" in name for name in results["metrics"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--condition", "red square"], ["--condition", "100"]])
+def test_samples_are_drawn_of_a_text(flags, captioned, fewstep, tmp_path):
+    file = tmp_path / "samples.npy"
+    assert fewstep("sample", captioned, "--n=3", f"--output={file}", *flags) == 0
+    assert np.load(file).shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--conditional", "captoins"], "did you mean 'captions'"),
+        (["--conditional", "captions", "x"], "one kind of conditions"),
+        (["--conditional", "captions"], "Digits has no captions"),
+        (["--conditional", "embeddings"], "have no embeddings"),
+        (["--condition=red"], "This denoiser is unconditional"),
+    ],
+)
+def test_bad_kinds_are_refused(flags, complaint, fewstep, tmp_path, capfd):
+    assert fewstep("train", *TINY, *flags, f"--log-dir={tmp_path}") == 2
+    error = capfd.readouterr().err
+    assert complaint in error and "Traceback" not in error
+
+
+def test_a_text_is_no_class_and_captions_have_to_be_asked_for(
+    cloned, captioned, pictures, fewstep, tmp_path, capfd
+):
+    output = f"--output={tmp_path / 'samples.npy'}"
+    assert fewstep("sample", cloned, "--condition", "red square", output) == 2
+    assert "A condition is a class 0 to 9" in capfd.readouterr().err
+    start = [f"--denoiser={captioned}", f"--log-dir={tmp_path}", "--agent=sft"]
+    assert fewstep("train", *pictures, *start) == 2
+    assert "give --conditional captions for an environment of captions" in capfd.readouterr().err

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ....common.conditions import Conditions
 from ....common.shapes import is_image
 from .mlp import MLP
 from .residual_mlp import ResidualMLP
@@ -17,7 +18,7 @@ def make_body(
     shape: Sequence[int],
     levels: int,
     time_range: Sequence[float] | None = None,
-    classes: int | None = None,
+    conditions: Conditions | None = None,
 ) -> nn.Module:
     """Choose a body: a residual MLP for tiny images, a small U-Net for others, else an MLP.
 
@@ -28,11 +29,11 @@ def make_body(
         levels: number of network times, which only the MLP asks for.
         time_range: (low, high) of the network times where they are not 0 .. levels - 1; see
             `edm_time_range`.
-        classes: of a conditional network, which for vectors is a residual MLP.
+        conditions: of a conditional network, which for vectors is a residual MLP.
     """
-    if not is_image(shape) and classes is None:
+    if not is_image(shape) and conditions is None:
         return MLP(shape, levels, time_range=time_range)
     if not is_image(shape) or math.prod(shape) <= 256:
-        return ResidualMLP(shape, time_range=time_range, classes=classes)
+        return ResidualMLP(shape, time_range=time_range, conditions=conditions)
     levels = 3 if min(shape[1:]) >= 16 and not any(side % 4 for side in shape[1:]) else 2
-    return SmallUNet(shape, time_range=time_range, levels=levels, classes=classes)
+    return SmallUNet(shape, time_range=time_range, levels=levels, conditions=conditions)

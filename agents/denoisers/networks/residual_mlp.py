@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....common.arguments import checked
+from ....common.conditions import Conditions, as_conditions, condition_config
 from ....common.precision import in_full_precision
-from .times import SinusoidalTime, check_range, class_config, label_embedding, shared
+from .times import SinusoidalTime, check_range, shared
 
 
 class ResidualMLP(nn.Module):
@@ -24,6 +26,7 @@ class ResidualMLP(nn.Module):
         blocks: number of residual blocks.
         time_range: see `SinusoidalTime`.
         classes: number of classes of a conditional network; None for an unconditional one.
+        conditions: other conditions of a conditional network, `Captions(64)` say.
     """
 
     @checked
@@ -34,19 +37,21 @@ class ResidualMLP(nn.Module):
         blocks: int = 3,
         time_range: Sequence[float] | None = None,
         classes: int | None = None,
+        conditions: Conditions | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        conditions = as_conditions(conditions, classes)
         self.config = {
             "kind": "residual-mlp",
             "shape": list(shape),
             "hidden": hidden,
             "blocks": blocks,
             "time_range": check_range(time_range),
-            **class_config(classes),
+            **condition_config(conditions),
         }
         dimension, embedding = math.prod(shape), 64
         self.time = SinusoidalTime(embedding, embedding, time_range)
-        self.label = label_embedding(classes, embedding)
+        self.label = None if conditions is None else conditions.embedder(embedding)
         self.stem = nn.Linear(dimension, hidden)
         self.blocks = nn.ModuleList(_ResidualLayer(hidden, embedding) for _ in range(blocks))
         self.norm = nn.LayerNorm(hidden)
@@ -57,7 +62,7 @@ class ResidualMLP(nn.Module):
     def forward(self, sample: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the prediction, shaped like `sample` (N, *shape), at network times (N,).
 
-        A conditional network takes classes (N,) int64, `classes` itself for none.
+        A conditional network takes conditions (N, ...), "none" among them.
         """
         embedding = self.time(shared(time).to(sample.dtype))
         if self.label is not None and condition is not None:

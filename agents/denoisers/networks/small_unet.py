@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....common.arguments import checked
+from ....common.conditions import Conditions, as_conditions, condition_config
 from ....common.precision import in_full_precision
-from .times import SinusoidalTime, check_range, class_config, label_embedding, shared
+from .times import SinusoidalTime, check_range, shared
 
 
 class ResidualBlock(nn.Module):
@@ -50,6 +52,7 @@ class SmallUNet(nn.Module):
         time_range: see `SinusoidalTime`.
         levels: number of resolutions, 1 to 8.
         classes: number of classes of a conditional network; None for an unconditional one.
+        conditions: other conditions of a conditional network, `Captions(64)` say.
     """
 
     @checked
@@ -60,8 +63,10 @@ class SmallUNet(nn.Module):
         time_range: Sequence[float] | None = None,
         levels: int = 2,
         classes: int | None = None,
+        conditions: Conditions | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        conditions = as_conditions(conditions, classes)
         channels, height, breadth = shape
         if not 1 <= levels <= _MOST_LEVELS:
             raise ValueError(f"levels must be 1 to {_MOST_LEVELS}, got {levels}.")
@@ -77,13 +82,13 @@ class SmallUNet(nn.Module):
             "width": width,
             "time_range": check_range(time_range),
             "levels": levels,
-            **class_config(classes),
+            **condition_config(conditions),
         }
         embedding = 4 * width
         widths = [width * 2**level for level in range(levels)]
         steps = list(pairwise(widths))
         self.time = SinusoidalTime(width, embedding, time_range)
-        self.label = label_embedding(classes, embedding)
+        self.label = None if conditions is None else conditions.embedder(embedding)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encode = nn.ModuleList(ResidualBlock(w, w, embedding) for w in widths[:-1])
         self.down = nn.ModuleList(
@@ -103,7 +108,7 @@ class SmallUNet(nn.Module):
     def forward(self, sample: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the prediction (N, C, H, W) for samples (N, C, H, W) at network times (N,).
 
-        A conditional network takes classes (N,) int64, `classes` itself for none.
+        A conditional network takes conditions (N, ...), "none" among them.
         """
         embedding = self.time(shared(time).to(sample.dtype))
         if self.label is not None and condition is not None:

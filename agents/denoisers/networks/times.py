@@ -1,4 +1,4 @@
-"""Network times and classes: shared by a batch, stretched from their own range, embedded.
+"""Network times: shared by a batch, stretched from their own range, embedded.
 
 `time` is the network's own time (see `NoiseProcess.network_time`), one value a sample. When the
 whole batch shares one time the denoiser passes a tensor of stride 0 (an expanded scalar): all
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 
-def shared(time: Tensor) -> Tensor:
-    """Reduce a time that the whole batch shares (stride 0) to shape (1,)."""
-    return time[:1] if time.ndim == 1 and time.stride(0) == 0 else time
+def shared(values: Tensor) -> Tensor:
+    """Reduce a time or a condition that the whole batch shares (stride 0) to one row."""
+    return values[:1] if values.ndim and values.stride(0) == 0 else values
 
 
 def check_range(time_range: Sequence[float] | None) -> list[float] | None:
@@ -62,21 +62,3 @@ class SinusoidalTime(nn.Module):
             time = stretched(time, self.time_range, 1000.0)
         angles = time.unsqueeze(-1) * self.frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], dim=-1))
-
-
-def label_embedding(classes: int | None, out: int) -> nn.Embedding | None:
-    """Return what embeds the classes and "none", which is the number behind the last, like times.
-
-    Raises:
-        ValueError: fewer than one class.
-    """
-    if classes is None:
-        return None
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes}.")
-    return nn.Embedding(classes + 1, out)
-
-
-def class_config(classes: int | None) -> dict[str, int]:
-    """Return the entry of a body's `.config`: none for an unconditional one."""
-    return {} if classes is None else {"classes": classes}

@@ -36,7 +36,7 @@ _NEGLIGIBLE = 1e-6
 class Batch:
     """Initial noise (N, *shape) and the states (K, N, *shape) that the steps should lead to.
 
-    In a conditional environment the classes (N,) as well.
+    In a conditional environment the conditions (N, ...) as well.
     """
 
     noise: Tensor

@@ -126,7 +126,7 @@ def errors_against_finer(
         denoiser: the network.
         noise: (N, *shape) of which no more is used than needed.
         integer: round the finer solver's times to whole noisings.
-        condition: the classes (N,) of a conditional environment.
+        condition: the conditions (N, ...) of a conditional environment.
 
     Returns:
         The mean squared errors per coordinate of the finished samples of teacher and student.

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
         noise: (N, *shape) where the rollouts start.
         target: (N, *shape) where they should be at the smallest level.
         finished: (N, *shape) what they should end as.
-        condition: the classes (N,) of a conditional environment.
+        condition: the conditions (N, ...) of a conditional environment.
     """
 
     noise: Tensor

@@ -43,7 +43,7 @@ def _ask(denoiser: Denoiser, t: float, shape: Sequence[int]) -> tuple[Tensor, Te
     like = next(denoiser.parameters())
     sample = torch.linspace(-1, 1, 3 * torch.Size(shape).numel()).to(like)
     time = torch.full((3,), denoiser.network_time(t)).to(like).requires_grad_()
-    under = () if denoiser.conditioning is None else (denoiser.conditioning.labels(3, like.device),)
+    under = () if denoiser.conditioning is None else (denoiser.conditioning.rows(3, like.device),)
     with torch.enable_grad():
         answer = denoiser.body(sample.view(3, *shape), time, *under)
         if not answer.requires_grad:

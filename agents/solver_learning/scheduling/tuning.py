@@ -150,11 +150,11 @@ class Tuning:
         batches = self.pool.fitted
         noise = torch.cat([batch.noise for batch in batches])
         finished = torch.cat([batch.finished for batch in batches])
-        classes = [batch.condition for batch in batches if batch.condition is not None]
+        given = [batch.condition for batch in batches if batch.condition is not None]
         size = (self.settings.batch_size,)
         drawn = torch.randint(len(noise), size, generator=generator, device=noise.device)
         trained = [weight for weight in self.denoiser.parameters() if weight.requires_grad]
-        denoiser = self.denoiser.under(torch.cat(classes)[drawn] if classes else None)
+        denoiser = self.denoiser.under(torch.cat(given)[drawn] if given else None)
         loss, _, _ = backpropagate(
             tableau, denoiser, noise[drawn], finished[drawn], tableau.steps, trained
         )
