@@ -121,8 +121,11 @@ def figure(records: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) ->
     if column is not None:
         meaning = f"{column.removeprefix(FACTOR)} before / after (right of the line is better)"
         return dots_figure(panels, meaning, line=1.0)
-    meaning = f"{headline(columns)}\n(lower is better; dashed: real samples)"
-    return dots_figure(panels, meaning, line=float(frame[headline(columns) + FLOOR].iloc[0]))
+    meaning, floor = headline(columns), frame.get(headline(columns) + FLOOR)
+    if floor is None:
+        return dots_figure(panels, f"{meaning}\n(lower is better)")
+    meaning += "\n(lower is better; dashed: real samples)"
+    return dots_figure(panels, meaning, line=float(floor.iloc[0]))
 
 
 def _entry(rows: pd.DataFrame, column: str) -> str:

@@ -143,6 +143,13 @@ def test_the_table_is_that_of_the_records_by_hand(tmp_path):
     assert sorted(axis.lines[0].get_xdata()) == pytest.approx([1.5, 2.0])
 
 
+def test_a_score_that_real_samples_do_not_have_is_drawn_without_their_line():
+    record = {"env": "A", "solver": "", "contender": "x", "calls": 5, "seed": 0, "error": 0.1}
+    (axis,) = figure([record], ("error",)).axes
+    (line,) = axis.lines
+    assert list(line.get_xdata()) == [0.1]
+
+
 def test_every_cell_of_every_study_has_a_key_of_its_own_and_can_go_to_a_worker(tmp_path):
     for name, study in STUDIES.items():
         cells = study.cells(BenchmarkSettings(study=name, log_dir=tmp_path))
