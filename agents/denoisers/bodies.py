@@ -17,7 +17,7 @@ from .parameterisations import make_parameterisation
 
 UNET = "unet-"
 # Bodies that take a class.
-CONDITIONAL = ("residual-mlp", "small-unet")
+CONDITIONAL = ("residual-mlp", "small-unet", *(UNET + preset for preset in PRESETS))
 # Continuous times, evenly spaced, at which an MLP has an embedding of its own.
 CONTINUOUS_LEVELS = 64
 
@@ -56,7 +56,7 @@ def named_body(
         raise unknown_name("body", name, known)
     if classes is not None:
         if name not in CONDITIONAL:
-            raise ValueError(f"Body '{name}' knows no classes; {' and '.join(CONDITIONAL)} do.")
+            raise ValueError(f"Body '{name}' knows no classes; {', '.join(CONDITIONAL)} do.")
         options["classes"] = classes
     try:
         if name.startswith(UNET):

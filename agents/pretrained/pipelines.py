@@ -1,6 +1,8 @@
-"""Denoisers for diffusers: folders that `diffusers.DDPMPipeline.from_pretrained` opens.
+"""Denoisers for diffusers: folders that its `DDPMPipeline` or `DiTPipeline` opens.
 
-`from_pretrained` of `pretrained.diffusers` reads both kinds of folder back.
+`from_pretrained` of `pretrained.diffusers` reads both kinds of folder back. diffusers has no
+pipeline for a class-conditional `UNet2DModel`: of such a folder `DDPMPipeline.from_pretrained`
+gives network and scheduler, and docs/conditions.md has the loop.
 """
 
 from __future__ import annotations
@@ -15,35 +17,43 @@ from safetensors import SafetensorError
 from ...common.files import remove_leftovers, temporary_suffix, unwritable, write_atomically
 from ...common.reading import damage_named, read_json
 from ...envs.schedules import Schedule
+from ..denoisers.conditioning import Conditioning
 from ..denoisers.denoiser import Denoiser
-from ..denoisers.networks.unet import UNet2D, require_diffusers
+from ..denoisers.networks import DiT, UNet2D
+from ..denoisers.networks.unet import require_diffusers
 from ..denoisers.parameterisations.rescaled import Rescaled
 from ..samplers.tableau import Tableau
 from ..solvers.heun import heun
+from .models import CLASS_ENTRIES, Body
 
 # EDM's choice for CIFAR-10: 18 steps, 35 calls.
 EDM_STEPS = 18
 
 
-def save_pretrained(denoiser: Denoiser, folder: str | Path) -> None:
-    """Write a folder that `diffusers.DDPMPipeline.from_pretrained` and `from_pretrained` open.
+def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) -> None:
+    """Write a folder that `from_pretrained` and diffusers' own pipeline open.
 
     The scheduler is a `DDPMScheduler` with the process's betas. EDM's preconditioning has no place
     in that: such a denoiser is exported with Heun's method in 18 steps, see `export_pipeline`.
 
     Args:
-        denoiser: one whose body is a `UNet2D`. Its weights, betas, prediction, `clip` and
-            `variance` are saved, what else it may have is not.
+        denoiser: one whose body is a `UNet2D` or a `DiT`. Its weights, classes, betas, prediction,
+            `clip` and `variance` are saved, what else it may have is not, such as the condition and
+            the guidance of a view: a pipeline is told them at each call.
         folder: where to; files of an earlier pipeline are replaced one by one, the index last.
+        vae: the `AutoencoderKL` that goes with a `DiT`. Without it, give one to
+            `DiTPipeline.from_pretrained(folder, vae=...)`.
 
     Raises:
-        ValueError: another body, or a process or a `time_range` that a DDPMScheduler cannot say.
+        ValueError: another body, a process or a `time_range` that a DDPMScheduler cannot say, or a
+            `vae` beside a `UNet2D`.
         ImportError: diffusers is not installed.
     """
-    body = _unet_of(denoiser, "save_pretrained")
+    body = _network_of(denoiser, "save_pretrained", vae)
     process, parameterisation = denoiser.process, denoiser.parameterisation
     if parameterisation.scales_input:
-        return export_pipeline(denoiser, folder, heun(Schedule.karras(process, EDM_STEPS)))
+        table = heun(Schedule.karras(process, EDM_STEPS))
+        return export_pipeline(denoiser, folder, table, vae=vae)
     betas, name = process.betas, parameterisation.pipeline_name
     if betas is None or name is None or body.time_range is not None:
         what = f"the process {process!r}" if body.time_range is None else "a time_range"
@@ -62,28 +72,33 @@ def save_pretrained(denoiser: Denoiser, folder: str | Path) -> None:
         clip_sample=denoiser.clip,
         variance_type=variance,
     )
-    return _write(folder, body, scheduler)
+    return _write(folder, denoiser, body, scheduler, vae)
 
 
-def export_pipeline(denoiser: Denoiser, folder: str | Path, tableau: Tableau) -> None:
-    """Write a DDPMPipeline that samples with a tableau.
+def export_pipeline(
+    denoiser: Denoiser, folder: str | Path, tableau: Tableau, *, vae: Any = None
+) -> None:
+    """Write a pipeline that samples with a tableau: a DDPMPipeline, or that of a DiT.
 
     `pipeline(batch_size, num_inference_steps=tableau.steps)` then draws what `tableau.sample` does
     from the same noise; on EDM's process see `TableauScheduler` for how the noise starts. A script
     imports `fewstep.agents.pretrained.scheduler` before it opens the folder. `from_pretrained`
-    reads the denoiser back.
+    reads the denoiser back. diffusers has no pipeline for a conditional `UNet2D`: docs/conditions.md
+    has the loop that samples with the network and the scheduler of such a folder.
 
     Args:
-        denoiser: one whose body is a `UNet2D`.
+        denoiser: one whose body is a `UNet2D` or a `DiT`. It is the pipeline's caller who says
+            class and guidance.
         folder: as for `save_pretrained`.
         tableau: any table for its process.
+        vae: as for `save_pretrained`.
 
     Raises:
         ValueError: another body, a table of another process, or one that takes variances from a
-            second head; prediction other than "edm" on a VE process.
+            second head; prediction other than "edm" on a VE process; a `vae` beside a `UNet2D`.
         ImportError: diffusers is not installed.
     """
-    body = _unet_of(denoiser, "export_pipeline")
+    body = _network_of(denoiser, "export_pipeline", vae)
     tableau.check_process(denoiser)
     from .scheduler import TableauScheduler  # a class of diffusers', which loads only here
 
@@ -96,7 +111,7 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path, tableau: Tableau) ->
         clip=denoiser.clip,
         variance=denoiser.variance,
     )
-    _write(folder, body, scheduler)
+    _write(folder, denoiser, body, scheduler, vae)
 
 
 def pipeline_tableau(folder: str | Path) -> Tableau | None:
@@ -113,38 +128,42 @@ def pipeline_tableau(folder: str | Path) -> Tableau | None:
         return Tableau.from_json(json.dumps(config.get("tableau")))
 
 
-def _unet_of(denoiser: Denoiser, action: str) -> UNet2D:
+def _network_of(denoiser: Denoiser, action: str, vae: Any) -> Body:
     require_diffusers(action)
-    if denoiser.classes is not None:
-        raise ValueError(
-            f"{action} writes unconditional pipelines, and this denoiser is conditional: "
-            "`denoiser.save` keeps such a denoiser."
-        )
     if isinstance(denoiser.parameterisation, Rescaled):
         raise ValueError(
             f"{action} cannot say in a pipeline of diffusers that a denoiser is rescaled: "
             "`denoiser.save` keeps such a denoiser."
         )
-    if not isinstance(denoiser.body, UNet2D):
+    body = denoiser.body
+    if not isinstance(body, UNet2D | DiT):
         raise ValueError(
-            f"{action} writes a diffusers UNet2DModel, and this denoiser's body is a "
-            f"{type(denoiser.body).__name__}; `denoiser.save` keeps any body, UNet2D is one that "
-            "diffusers opens."
+            f"{action} writes a diffusers UNet2DModel or DiTTransformer2DModel, and this "
+            f"denoiser's body is a {type(body).__name__}; `denoiser.save` keeps any body, UNet2D "
+            "and DiT are those that diffusers opens."
         )
-    return denoiser.body
+    if vae is not None and isinstance(body, UNet2D):
+        raise ValueError("A vae goes with a DiT; the pipeline of a UNet2D has none.")
+    return body
 
 
-def _write(folder: str | Path, body: UNet2D, scheduler: Any) -> None:
-    """Write a DDPMPipeline, each file atomically and model_index.json last."""
-    from diffusers import DDPMPipeline
+def _write(folder: str | Path, denoiser: Denoiser, body: Body, scheduler: Any, vae: Any) -> None:
+    """Write a pipeline, each file atomically and model_index.json last."""
+    from diffusers import DDPMPipeline, DiTPipeline
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    pipeline: Any
+    if isinstance(body, UNet2D):
+        pipeline = DDPMPipeline(body.unet, scheduler)
+    else:
+        pipeline = DiTPipeline(body.transformer, vae, scheduler)
     with TemporaryDirectory(prefix=".", suffix=temporary_suffix(), dir=folder) as temporary:
-        pipeline: Any = DDPMPipeline(body.unet, scheduler)
         try:
             pipeline.save_pretrained(temporary, max_shard_size="100GB")
+            if isinstance(body, UNet2D) and denoiser.conditioning is not None:
+                _note_classes(Path(temporary) / "unet" / "config.json", denoiser.conditioning)
         except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from None
         files = [path for path in Path(temporary).rglob("*") if path.is_file()]
@@ -153,3 +172,9 @@ def _write(folder: str | Path, body: UNet2D, scheduler: Any) -> None:
             target.parent.mkdir(exist_ok=True)
             # diffusers leaves weights that their owner alone may read.
             write_atomically(target, path.replace)
+
+
+def _note_classes(path: Path, terms: Conditioning) -> None:
+    """Write into a network's settings what a UNet2DModel does not say of its classes."""
+    noted = dict(zip(CLASS_ENTRIES, (terms.classes, terms.drops), strict=True))
+    path.write_text(json.dumps({**read_json(path), **noted}, indent=2) + "\n")

@@ -56,6 +56,9 @@ class PretrainedSettings:
     run of schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
+    classes: int | None = None
+    """Number of classes of a class-conditional network of diffusers, without "no class"; as many
+    as it has class embeddings if omitted."""
     seed: int = 0
     """Seed of the samples."""
     device: str = "auto"
@@ -78,7 +81,7 @@ class PretrainedSettings:
 
 
 def load(
-    settings: PretrainedSettings, needs_data: bool = True
+    settings: PretrainedSettings, needs_data: bool = True, needs_classes: bool = True
 ) -> tuple[DiffusionMDP, Denoiser, Tableau]:
     """Build the environment, the denoiser and the solver's tableau.
 
@@ -86,6 +89,7 @@ def load(
         settings: what to load.
         needs_data: False does without the data of images, whose shape the denoiser knows; the
             environment's target then is empty.
+        needs_classes: False does without the data of a conditional denoiser, too.
 
     Raises:
         FileNotFoundError: no denoiser there.
@@ -100,6 +104,7 @@ def load(
         settings.download,
         own_network(settings, run),
         run.body if run and is_foreign(run.body) else None,
+        settings.classes,
     )
     denoiser = under_terms(denoiser, settings)
     tableau = finished_table(settings, denoiser)
@@ -107,7 +112,8 @@ def load(
     shape = denoiser.shape or ()
     inpaint = run.inpaint if run else None
     # Classes are drawn in the proportions of the data.
-    without = not needs_data and is_image(shape) and inpaint is None and not denoiser.is_open
+    draws_classes = needs_classes and denoiser.is_open
+    without = not needs_data and is_image(shape) and inpaint is None and not draws_classes
     name = settings.env or (run.env if run else None)
     if name is None and without:
         name = "ImageFolder"  # has the defaults of all images
@@ -128,7 +134,7 @@ def load(
         download=settings.download,
         image_size=settings.image_size or (run.image_size if run else None),
         inpaint=inpaint,
-        conditional=denoiser.is_open,
+        conditional=draws_classes,
     )
     check_fits(denoiser, mdp, settings.denoiser)
     check_body(denoiser, mdp.shape, settings.body)

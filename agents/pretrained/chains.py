@@ -1,0 +1,177 @@
+"""What a scheduler of diffusers says of the network beside it: betas, prediction, variance.
+
+How the scheduler itself steps is not asked: that is the solver's to say.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...common.checkpoint import CheckpointError
+from ...common.reading import DAMAGE, INFINITIES, read_json, reason, shown
+from ...envs.processes import DiscreteVP, NoiseProcess
+from ..denoisers.denoiser import Variance
+from ..denoisers.parameterisations import PARAMETERISATIONS
+from ..samplers.tableau import Tableau
+
+# Schedulers of the chain that the network was trained on; diffusers reads each one's config into
+# any other of them. How they step is not asked: that is the solver's to say.
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+# Longest chain that is read.
+MOST_NOISINGS = 100_000
+# The "log" kinds are the same numbers, kept as logarithms.
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": "small",
+    "fixed_large": "large",
+    "fixed_small_log": "small",
+    "fixed_large_log": "large",
+}
+
+# What a network predicts, by diffusers' name of it.
+PREDICTIONS = {
+    kind.pipeline_name: name for name, kind in PARAMETERISATIONS.items() if kind.pipeline_name
+}
+
+
+class Terms(NamedTuple):
+    """What a scheduler says of the network beside it."""
+
+    process: NoiseProcess
+    prediction: str
+    sigma_data: float = 0.5
+    clip: bool = False
+    time_range: list[float] | None = None
+    variance: Variance | None = None
+
+
+def read_terms(path: Path) -> Terms:
+    """Read a scheduler's settings, `path`.
+
+    Raises:
+        CheckpointError: a scheduler of no chain, or settings that fewstep does not honour.
+    """
+    config = read_settings(path)
+    kind = config.get("_class_name")
+    try:
+        if kind == "TableauScheduler":
+            return _terms_of_ours(config)
+        if kind in SCHEDULERS:
+            return terms_of_theirs(kind, config)
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+    raise CheckpointError(
+        f"{path} describes a {shown(kind)}; fewstep reads {', '.join(SCHEDULERS)} and its own "
+        "TableauScheduler."
+    )
+
+
+def _terms_of_ours(config: dict[str, Any]) -> Terms:
+    if not isinstance(clip := config.get("clip", False), bool):
+        raise ValueError(f"clip must be true or false, got {clip!r}.")
+    return Terms(
+        Tableau.from_json(json.dumps(config.get("tableau"))).process,
+        config.get("prediction", "epsilon"),
+        config.get("sigma_data", 0.5),
+        clip,
+        config.get("time_range"),
+        config.get("variance"),
+    )
+
+
+def terms_of_theirs(kind: str, config: dict[str, Any]) -> Terms:
+    """Return what the settings of a scheduler of diffusers say.
+
+    Raises:
+        ValueError: settings that fewstep does not honour.
+    """
+    import diffusers
+
+    declared = inspect.signature(getattr(diffusers, kind)).parameters
+    settings = {name: each.default for name, each in declared.items()} | config
+    noisings = settings["num_train_timesteps"]
+    if not isinstance(noisings, int) or not 1 <= noisings <= MOST_NOISINGS:
+        raise ValueError(f"num_train_timesteps must be 1 to {MOST_NOISINGS}, got {noisings!r}.")
+    # All have the same formulas for betas; some compute their steps when they are built, too.
+    scheduler: Any = diffusers.DDPMScheduler(**{name: settings[name] for name in _BETAS})
+    betas = scheduler.betas
+    clip = settings.get("clip_sample", False)
+    if not isinstance(clip, bool):
+        raise ValueError(f"clip_sample must be true or false, got {clip!r}.")
+    clip_range = settings.get("clip_sample_range", 1.0)
+    refused = {
+        "rescale_betas_zero_snr=True": settings.get("rescale_betas_zero_snr"),
+        "thresholding=True": settings.get("thresholding"),
+        f"clip_sample_range={clip_range}": clip and clip_range != 1.0,
+        "use_flow_sigmas=True": settings.get("use_flow_sigmas"),
+        "timestep_type='continuous'": settings.get("timestep_type") == "continuous",
+        "a learned variance": "learned" in str(settings.get("variance_type")),
+        "other num_train_timesteps than betas": len(betas) != noisings,
+    }
+    for what, found in refused.items():
+        if found:
+            raise ValueError(f"the scheduler has {what}, which fewstep does not honour.")
+    if settings.get("variance_type") not in (None, *VARIANCES):
+        raise ValueError(
+            f"the scheduler has variance_type={settings['variance_type']!r}; fewstep reads "
+            f"{', '.join(VARIANCES)}."
+        )
+    prediction = settings["prediction_type"]
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f"the scheduler has prediction_type={prediction!r}; fewstep reads "
+            f"{', '.join(PREDICTIONS)}."
+        )
+    process = _process(settings, betas)
+    # Schedulers without the setting, such as DDIM's, are read by DDPMPipeline with its default.
+    variance = VARIANCES[settings.get("variance_type") or "fixed_small"]
+    return Terms(process, PREDICTIONS[prediction], clip=clip, variance=variance)
+
+
+def _process(settings: Mapping[str, Any], betas: Tensor) -> DiscreteVP:
+    """Return the chain of a diffusers scheduler, whose betas are rounded to float32.
+
+    Betas that are listed in its settings are there in full. Those of the two common formulas become
+    the same process as `make_process` builds, so that tables and environments of it fit.
+    """
+    if settings.get("trained_betas") is not None:
+        return DiscreteVP(settings["trained_betas"])
+    exact = None
+    if settings["beta_schedule"] == "linear":
+        exact = DiscreteVP.linear(len(betas), settings["beta_start"], settings["beta_end"])
+    elif settings["beta_schedule"] == "squaredcos_cap_v2":
+        exact = DiscreteVP.cosine(len(betas))
+    if exact is not None and torch.allclose(exact.betas, betas.double(), rtol=1e-6, atol=0):
+        return exact
+    return DiscreteVP(betas)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON file of settings; CheckpointError if it holds none."""
+    try:
+        # diffusers writes the infinite bounds of some schedulers.
+        value = read_json(path, constants=INFINITIES)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no settings.")
+    return value
