@@ -83,8 +83,8 @@ def export_pipeline(
     `pipeline(batch_size, num_inference_steps=tableau.steps)` then draws what `tableau.sample` does
     from the same noise; on EDM's process see `TableauScheduler` for how the noise starts. A script
     imports `fewstep.agents.pretrained.scheduler` before it opens the folder. `from_pretrained`
-    reads the denoiser back. diffusers has no pipeline for a conditional `UNet2D`: docs/conditions.md
-    has the loop that samples with the network and the scheduler of such a folder.
+    reads the denoiser back. diffusers has no pipeline for a conditional `UNet2D`: the loop that
+    samples with the network and the scheduler of such a folder is in docs/conditions.md.
 
     Args:
         denoiser: one whose body is a `UNet2D` or a `DiT`. It is the pipeline's caller who says
