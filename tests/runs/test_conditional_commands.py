@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from fewstep.agents import Denoiser
+from fewstep.agents.denoisers.bodies import named_body
+from fewstep.envs import DiscreteVP
 
 TINY = [
     "--env=Digits",
@@ -70,11 +72,10 @@ def test_samples_are_drawn_of_the_data_s_classes_or_of_one(flags, tuned, fewstep
 
 
 def test_a_conditional_unet_goes_to_diffusers_and_comes_back(fewstep, tmp_path, capsys):
-    flags = [*TINY[1:], "--evaluations=0", "--rounds=1", "--batch-size=4", "--body=unet-tiny"]
-    runs, folder = tmp_path / "runs", tmp_path / "pipeline"
-    clone = ["pretrain", "--env=Digits", "--conditional", *flags, f"--log-dir={runs}"]
-    assert fewstep(*clone) == 0
-    assert fewstep("export", next(runs.iterdir()), folder, "--solver=ddim", "--guidance=2") == 0
+    file, folder = tmp_path / "file.safetensors", tmp_path / "pipeline"
+    body = named_body("unet-tiny", (1, 8, 8), 1000, None, classes=10)
+    Denoiser(body, DiscreteVP.linear(1000), drops=True).save(file)
+    assert fewstep("export", file, folder, "--solver=ddim", "--steps=3", "--guidance=2") == 0
     assert "pipeline.unet and pipeline.scheduler sample classes" in capsys.readouterr().out
     draw = ["sample", folder, "--env=Digits", "--n=2", f"--output={tmp_path / 'threes.npy'}"]
     assert fewstep(*draw, "--condition=3", "--guidance=2") == 0
