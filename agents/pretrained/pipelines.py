@@ -100,6 +100,12 @@ def export_pipeline(
     """
     body = _network_of(denoiser, "export_pipeline", vae)
     tableau.check_process(denoiser)
+    process = denoiser.process
+    if process.prior_std(process.t_max) != 1 and not denoiser.parameterisation.scales_input:
+        raise ValueError(
+            f"A pipeline starts from unit noise and scales nothing: it runs prediction='edm' on "
+            f"{process!r}, not {denoiser.prediction!r}."
+        )
     from .scheduler import TableauScheduler  # a class of diffusers', which loads only here
 
     # By keyword: diffusers forgets positional arguments when it copies a scheduler.

@@ -1,0 +1,128 @@
+"""The noise levels of a table in the words of diffusers, ComfyUI and A1111, and the way back.
+
+diffusers calls sigma / alpha of a variance-preserving chain, the noise level of EDM, and the level u
+of a flow alike a sigma; ComfyUI and A1111 follow. Its timesteps are the network's own times.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...envs.processes import NoiseProcess
+from ...envs.schedules import Schedule
+from ..denoisers.denoiser import Denoiser
+from ..samplers.tableau import Tableau
+
+
+def sigmas_of(process: NoiseProcess, times: np.ndarray) -> np.ndarray:
+    """Return the sigmas (n,) of times (n,) of a process; infinite where no signal is left."""
+    at = torch.from_numpy(np.array(times, dtype=np.float64))
+    sigma = process.sigma(at)
+    # A flow's level is sigma itself.
+    levels = sigma if process.prediction == "flow" else sigma / process.alpha(at)
+    return levels.numpy()
+
+
+class PlainGrid(NamedTuple):
+    """What a table with one network call a step visits.
+
+    Attributes:
+        sigmas: K + 1 noise levels, the last one that of the finished sample.
+        timesteps: K times of the network; None for EDM's levels, which programs turn into
+            log(sigma) / 4 themselves.
+        before_shift: K levels of a flow that `FlowMatchEulerDiscreteScheduler` shifts to the first
+            K sigmas; None for other processes.
+    """
+
+    sigmas: list[float]
+    timesteps: list[float] | None
+    before_shift: list[float] | None
+
+
+def plain_grid(table: Tableau) -> PlainGrid:
+    """Return the noise levels that a table visits, for the solvers of other programs.
+
+    They are the levels alone: the weights of a learned table stay in its file.
+
+    Raises:
+        ValueError: a table that asks the network more than once, or not at all, between two levels.
+    """
+    rises = np.flatnonzero(np.diff(table.times) >= 0)
+    if len(rises) or table.nfe != table.steps:
+        raise ValueError(
+            f"'{table.name}' does not ask the network once at each of its noise levels, and a plain "
+            "list of them cannot say that: take a table of one network call a step."
+        )
+    process, times = table.process, table.times
+    flow = process.prediction == "flow"
+    starts = times[:-1].tolist()
+    return PlainGrid(
+        sigmas_of(process, times).tolist(),
+        None if process.time_is_level else [process.network_time(t) for t in starts],
+        starts if flow else None,
+    )
+
+
+def visited_by(scheduler: Any, denoiser: Denoiser, steps: int, mu: float | None) -> Schedule:
+    """Return the times that a scheduler of diffusers visits in so many steps.
+
+    Args:
+        scheduler: left as it is.
+        denoiser: what the scheduler's settings say of the network.
+        steps: its `num_inference_steps`.
+        mu: its dynamic shift, if it has one.
+
+    Raises:
+        ValueError: times that are none of the network's.
+    """
+    theirs = copy.deepcopy(scheduler)
+    takes_mu = "mu" in inspect.signature(theirs.set_timesteps).parameters
+    theirs.set_timesteps(steps, **({"mu": mu} if takes_mu and mu is not None else {}))
+    # Heun's lists name each time twice, PNDM's some of them.
+    asked = torch.as_tensor(theirs.timesteps).double().cpu().unique().flip(0)
+    process, config = denoiser.process, theirs.config
+    times = denoiser.parameterisation.time_of_network(asked)
+    # In float32 the first time may come out a rounding beyond t_max.
+    times = torch.where((times / process.t_max - 1).abs() < _ROUNDING, process.t_max, times)
+    to_zero = config.get("final_sigmas_type", "zero") == "zero" and config.get(
+        "set_alpha_to_one", True
+    )
+    end = 0.0 if to_zero else process.t_min
+    return Schedule(process, [*times[times > end].tolist(), end])
+
+
+_ROUNDING = 1e-5
+
+
+def check_same_levels(table: Tableau, denoiser: Denoiser, theirs: Denoiser) -> None:
+    """Raise ValueError unless a network of `theirs`, asked as the table does, sees the same noise.
+
+    Args:
+        table: the table.
+        denoiser: whom it was made for.
+        theirs: what another scheduler's settings say of the network.
+    """
+    for t in table.times[:-1].tolist():
+        asked = torch.tensor(denoiser.network_time(t), dtype=torch.float64)
+        level = float(sigmas_of(table.process, np.array([t]))[0])
+        try:
+            there = float(theirs.parameterisation.time_of_network(asked))
+            other = float(sigmas_of(theirs.process, np.array([there]))[0])
+        except ValueError:
+            other = -1.0  # the network knows no such time
+        same = table.process.prediction == theirs.process.prediction
+        # A last noising that leaves no signal is a large finite level to some of diffusers.
+        if not same or not np.isclose(min(level, _MOST), min(other, _MOST), rtol=1e-3):
+            raise ValueError(
+                f"'{table.name}' was made for {table.process!r}, the pipeline's scheduler describes "
+                f"{theirs.process!r}: they differ in the noise at the network's time "
+                f"{float(asked):g}."
+            )
+
+
+_MOST = 1e3
