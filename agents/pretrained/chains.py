@@ -92,22 +92,25 @@ def read_terms(path: Path) -> Terms:
     )
 
 
-def terms_of(config: Mapping[str, Any], mu: float | None = None) -> Terms:
-    """Return what the settings of any scheduler say, ours or one of diffusers.
+def terms_of(scheduler: Any, mu: float | None = None) -> Terms:
+    """Return what the settings of a scheduler say, ours or one of diffusers.
 
     Args:
-        config: with its `_class_name`.
+        scheduler: the object.
         mu: the dynamic shift of a flow that has one.
 
     Raises:
         ValueError: a scheduler of another kind, or settings that fewstep does not honour.
     """
-    kind = config.get("_class_name")
-    if kind == "TableauScheduler":
-        return _terms_of_ours(dict(config))
-    if kind not in KNOWN:
-        raise ValueError(f"fewstep knows no {shown(kind)}, but {', '.join(KNOWN)}.")
-    return terms_of_theirs(kind, dict(config), mu)
+    names = [each.__name__ for each in type(scheduler).__mro__]
+    if "TableauScheduler" in names:
+        return _terms_of_ours(dict(scheduler.config))
+    for kind in names:
+        if kind in KNOWN:
+            return terms_of_theirs(kind, dict(scheduler.config), mu)
+    raise ValueError(
+        f"fewstep does not know the noise levels of a {names[0]}, but those of {', '.join(KNOWN)}."
+    )
 
 
 def _terms_of_ours(config: dict[str, Any]) -> Terms:

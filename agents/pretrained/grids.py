@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
@@ -83,20 +84,37 @@ def visited_by(scheduler: Any, denoiser: Denoiser, steps: int, mu: float | None)
     theirs = copy.deepcopy(scheduler)
     takes_mu = "mu" in inspect.signature(theirs.set_timesteps).parameters
     theirs.set_timesteps(steps, **({"mu": mu} if takes_mu and mu is not None else {}))
-    # Heun's lists name each time twice, PNDM's some of them.
-    asked = torch.as_tensor(theirs.timesteps).double().cpu().unique().flip(0)
     process, config = denoiser.process, theirs.config
+    asked = torch.as_tensor(theirs.timesteps).double().cpu()
     times = denoiser.parameterisation.time_of_network(asked)
     # In float32 the first time may come out a rounding beyond t_max.
     times = torch.where((times / process.t_max - 1).abs() < _ROUNDING, process.t_max, times)
+    levels = getattr(theirs, "sigmas", None)
+    if levels is not None and len(levels) == len(times) + 1:
+        times = _corrected(process, times, torch.as_tensor(levels)[:-1].double().cpu())
     to_zero = config.get("final_sigmas_type", "zero") == "zero" and config.get(
         "set_alpha_to_one", True
     )
     end = 0.0 if to_zero else process.t_min
+    # Heun's lists name most times twice, PNDM's one of them.
+    times = times.unique().flip(0)
     return Schedule(process, [*times[times > end].tolist(), end])
 
 
 _ROUNDING = 1e-5
+# Noise levels above this one are pure noise.
+_MOST = 1e3
+
+
+def _corrected(process: NoiseProcess, times: Tensor, levels: Tensor) -> Tensor:
+    """Return the times (n,) of noise levels (n,) where those of rounded timesteps are others."""
+    at_times = torch.from_numpy(sigmas_of(process, times.numpy()))
+    same = ((at_times / levels - 1).abs() < 1e-4) | ((at_times > _MOST) & (levels > _MOST))
+    log_snr = -levels.log()
+    if process.prediction == "flow":
+        log_snr = log_snr + torch.log1p(-levels)
+    least = float(process.log_snr(process.t_max))
+    return torch.where(same, times, process.time_of_log_snr(log_snr.clamp(min=least)))
 
 
 def check_same_levels(table: Tableau, denoiser: Denoiser, theirs: Denoiser) -> None:
@@ -123,6 +141,3 @@ def check_same_levels(table: Tableau, denoiser: Denoiser, theirs: Denoiser) -> N
                 f"{theirs.process!r}: they differ in the noise at the network's time "
                 f"{float(asked):g}."
             )
-
-
-_MOST = 1e3

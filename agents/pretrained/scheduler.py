@@ -158,7 +158,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             ValueError: a scheduler that fewstep does not know; a table of other noise levels; a
                 solver without steps; or what `make_solver` raises.
         """
-        theirs = _network_of(scheduler.config, mu)
+        theirs = _network_of(scheduler, mu)
         if isinstance(table, Tableau):
             check_same_levels(table, theirs, theirs)
         else:
@@ -189,7 +189,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
                 times.
         """
         config: Any = self.config
-        theirs = _network_of(scheduler.config, config.mu)
+        theirs = _network_of(scheduler, config.mu)
         if theirs.prediction != self._denoiser.prediction:
             raise ValueError(
                 f"'{self.tableau.name}' was made for a network that predicts "
@@ -414,9 +414,9 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         return config.num_train_timesteps or self.tableau.steps
 
 
-def _network_of(config: Mapping[str, Any], mu: float | None) -> Denoiser:
+def _network_of(scheduler: Any, mu: float | None) -> Denoiser:
     """Return a denoiser without a network, of what a scheduler's settings say of one."""
-    terms = terms_of(config, mu)
+    terms = terms_of(scheduler, mu)
     answer = _Answer()
     return Denoiser(
         answer, terms.process, terms.prediction, terms.sigma_data, terms.clip, terms.variance
