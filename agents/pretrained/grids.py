@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,24 +70,36 @@ def plain_grid(table: Tableau) -> PlainGrid:
     )
 
 
-def visited_by(scheduler: Any, denoiser: Denoiser, steps: int, mu: float | None) -> Schedule:
-    """Return the times that a scheduler of diffusers visits in so many steps.
+def visited_by(
+    scheduler: Any,
+    denoiser: Denoiser,
+    steps: int | None,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
+) -> Schedule:
+    """Return the times that a scheduler of diffusers visits.
 
     Args:
         scheduler: left as it is.
         denoiser: what the scheduler's settings say of the network.
         steps: its `num_inference_steps`.
+        sigmas: what its `set_timesteps` takes instead.
         mu: its dynamic shift, if it has one.
 
     Raises:
-        ValueError: times that are none of the network's.
+        ValueError: levels for a scheduler that takes none, or times that are none of the network's.
     """
     theirs = copy.deepcopy(scheduler)
-    takes_mu = "mu" in inspect.signature(theirs.set_timesteps).parameters
-    theirs.set_timesteps(steps, **({"mu": mu} if takes_mu and mu is not None else {}))
+    takes = inspect.signature(theirs.set_timesteps).parameters
+    if sigmas is not None and "sigmas" not in takes:
+        raise ValueError(f"A {type(theirs).__name__} takes steps, no sigmas.")
+    asked: dict[str, Any] = {"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}
+    if mu is not None and "mu" in takes:
+        asked["mu"] = mu
+    theirs.set_timesteps(**asked)
     process, config = denoiser.process, theirs.config
-    asked = torch.as_tensor(theirs.timesteps).double().cpu()
-    times = denoiser.parameterisation.time_of_network(asked)
+    timesteps = torch.as_tensor(theirs.timesteps).double().cpu()
+    times = denoiser.parameterisation.time_of_network(timesteps)
     # In float32 the first time may come out a rounding beyond t_max.
     times = torch.where((times / process.t_max - 1).abs() < _ROUNDING, process.t_max, times)
     levels = getattr(theirs, "sigmas", None)

@@ -140,6 +140,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         steps: int | None = None,
         *,
         schedule: Schedule | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         **options: Any,
     ) -> TableauScheduler:
@@ -151,6 +152,8 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             table: a tableau of this network's noise levels, or the name of a solver.
             steps: of the solver; it visits the times that `scheduler` does in so many.
             schedule: other times for the solver.
+            sigmas: what the pipeline hands to its scheduler instead of steps, as Flux's hand 1,
+                ..., 1 / K.
             mu: the dynamic shift of a flow that has one (Flux's grows with the picture).
             options: of the solver.
 
@@ -162,9 +165,9 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         if isinstance(table, Tableau):
             check_same_levels(table, theirs, theirs)
         else:
-            if schedule is None and steps is None:
+            if schedule is None and steps is None and sigmas is None:
                 raise ValueError(f"Say how many steps '{table}' is to make, or its schedule.")
-            times = schedule or visited_by(scheduler, theirs, steps or 0, mu)
+            times = schedule or visited_by(scheduler, theirs, steps, sigmas, mu)
             table = make_solver(table, times, theirs, **options)
         config = dict(scheduler.config)
         own = {
@@ -253,7 +256,9 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             ValueError: another number of steps, or other times or levels.
         """
         steps = self.num_inference_steps
-        ramp = sigmas is not None and np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)))
+        ramp = sigmas is not None and np.allclose(
+            sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))
+        )
         asked = num_inference_steps
         if asked is None:
             asked = next((len(each) for each in (timesteps, sigmas) if each is not None), steps)
@@ -332,9 +337,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             noisy = noisy * shaped(scale, noisy)
         return noisy.to(original_samples.dtype)
 
-    def scale_noise(
-        self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None
-    ) -> Tensor:
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return `add_noise` of these, as the pipelines of flows call it."""
         noise = torch.randn_like(sample) if noise is None else noise
         return self.add_noise(sample, noise, timestep)
@@ -406,7 +409,6 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
 
         state = self._running.advance(j, moved(self._states), moved(self._outputs), generator)
         return state.to(self._states[j].device)
-
 
     def __len__(self) -> int:
         """Return the number of noisings that the network was trained on."""
