@@ -239,8 +239,13 @@ def settings_of(parameterisation: Parameterisation, clip: bool) -> dict[str, Any
             "use_flow_sigmas": True,
         }
     if parameterisation.name == "edm" and process.time_is_level:
-        levels = {"sigma_min": process.t_min, "sigma_max": process.t_max}
-        return {**levels, "prediction_type": "epsilon"}
+        return {
+            # How many levels those of EDM list at first; none of them are kept.
+            "num_train_timesteps": 1000,
+            "sigma_min": process.t_min,
+            "sigma_max": process.t_max,
+            "prediction_type": "epsilon",
+        }
     return {}
 
 

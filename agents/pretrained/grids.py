@@ -108,10 +108,11 @@ def visited_by(
     to_zero = config.get("final_sigmas_type", "zero") == "zero" and config.get(
         "set_alpha_to_one", True
     )
-    end = 0.0 if to_zero else process.t_min
     # Heun's lists name most times twice, PNDM's one of them.
-    times = times.unique().flip(0)
-    return Schedule(process, [*times[times > end].tolist(), end])
+    visited = times.unique().flip(0).tolist()
+    # From their last time some of theirs step to the same one.
+    end = 0.0 if to_zero or visited[-1] <= process.t_min else process.t_min
+    return Schedule(process, [*visited, end])
 
 
 _ROUNDING = 1e-5

@@ -121,12 +121,16 @@ def export_pipeline(
 
 
 def pipeline_tableau(folder: str | Path) -> Tableau | None:
-    """Read the table of a folder that `export_pipeline` wrote; None for any other folder or file.
+    """Read the table of a folder that `export_pipeline` or a `TableauScheduler` wrote.
+
+    None for any other folder or file.
 
     Raises:
         ValueError: a corrupt table; the sentence names its file.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        path = Path(folder) / path.name
     config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict) or config.get("_class_name") != "TableauScheduler":
         return None

@@ -366,7 +366,7 @@ def test_other_pipelines_are_named_and_refused(index, sentence, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True, which fewstep does not"),
+        ({"rescale_betas_zero_snr": True}, "no signal is left: its networks predict 'v'"),
         ({"thresholding": True}, "thresholding=True"),
         ({"clip_sample_range": 2.0}, r"clip_sample_range=2\.0"),
         ({"variance_type": "learned_range"}, "a learned variance"),
