@@ -1,7 +1,7 @@
 """The noise levels of a table in the words of diffusers, ComfyUI and A1111, and the way back.
 
-diffusers calls sigma / alpha of a variance-preserving chain, the noise level of EDM, and the level u
-of a flow alike a sigma; ComfyUI and A1111 follow. Its timesteps are the network's own times.
+diffusers calls sigma / alpha of a variance-preserving chain, the noise level of EDM and the level u
+of a flow a sigma, and so do ComfyUI and A1111. Its timesteps are the network's own times.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def plain_grid(table: Tableau) -> PlainGrid:
     rises = np.flatnonzero(np.diff(table.times) >= 0)
     if len(rises) or table.nfe != table.steps:
         raise ValueError(
-            f"'{table.name}' does not ask the network once at each of its noise levels, and a plain "
-            "list of them cannot say that: take a table of one network call a step."
+            f"'{table.name}' does not ask the network once at each of its noise levels, and a "
+            "plain list of them cannot say that: take a table of one network call a step."
         )
     process, times = table.process, table.times
     flow = process.prediction == "flow"
@@ -151,7 +151,7 @@ def check_same_levels(table: Tableau, denoiser: Denoiser, theirs: Denoiser) -> N
         # A last noising that leaves no signal is a large finite level to some of diffusers.
         if not same or not np.isclose(min(level, _MOST), min(other, _MOST), rtol=1e-3):
             raise ValueError(
-                f"'{table.name}' was made for {table.process!r}, the pipeline's scheduler describes "
-                f"{theirs.process!r}: they differ in the noise at the network's time "
+                f"'{table.name}' was made for {table.process!r}, the pipeline's scheduler "
+                f"describes {theirs.process!r}: they differ in the noise at the network's time "
                 f"{float(asked):g}."
             )

@@ -40,6 +40,10 @@ from .chains import EDMS, FLOWS, settings_of, terms_of
 from .grids import check_same_levels, sigmas_of, visited_by
 
 
+# Whose settings may stand in a config beside ours.
+COMPATIBLE = [*(each.name for each in KarrasDiffusionSchedulers), *FLOWS, *EDMS]
+
+
 class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as all of theirs
     """Runs a tableau in diffusers' loop over `timesteps`.
 
@@ -87,8 +91,10 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
     """
 
     order = 1
-    # Whose settings may stand in a config beside ours.
-    _compatibles = [*(each.name for each in KarrasDiffusionSchedulers), *FLOWS, *EDMS]
+    _compatibles = COMPATIBLE
+
+    _begin: int | None
+    _step: int | None
 
     @register_to_config
     def __init__(
@@ -179,7 +185,8 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             "mu": mu,
         }
         # Betas follow from the table; theirs may be those before a rescaling.
-        return cls.from_config({**config, **own, "trained_betas": None})
+        made: Any = cls.from_config({**config, **own, "trained_betas": None})
+        return made
 
     def replacing(self, scheduler: Any) -> TableauScheduler:
         """Return itself, after a look at whether it fits in the place of a pipeline's scheduler.
@@ -277,16 +284,19 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         self._warn_of_shift(mu)
         self.timesteps = self._times.to(device)
         self._running = self.tableau
-        self._begin: int | None = None
-        self._step: int | None = None
+        self._begin = self._step = None
         self._states: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
 
     def _check_grid(self, name: str, given: Sequence[float], *own: Tensor) -> None:
         values = torch.as_tensor(np.array(given, dtype=np.float64))
         for each in own:
-            # Pipelines' users round what they copy.
-            if torch.allclose(values, each.double()[: len(values)], rtol=1e-2, atol=1e-3):
+            expected = each.double()[: len(values)]
+            # Who copies numbers rounds them: timesteps to whole ones, sigmas to three digits.
+            rtol, atol = (
+                (0.0, 1e-3 * float(expected.abs().max())) if name == "timesteps" else _COPIED
+            )
+            if torch.allclose(values, expected, rtol=rtol, atol=atol):
                 return
         visited = ", ".join(f"{value:.4g}" for value in own[0].tolist())
         raise ValueError(
@@ -414,6 +424,10 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         """Return the number of noisings that the network was trained on."""
         config: Any = self.config
         return config.num_train_timesteps or self.tableau.steps
+
+
+# Relative and absolute rounding of sigmas.
+_COPIED = (1e-2, 1e-3)
 
 
 def _network_of(scheduler: Any, mu: float | None) -> Denoiser:

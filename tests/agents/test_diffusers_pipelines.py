@@ -24,7 +24,7 @@ from fewstep.agents.pretrained.scheduler import TableauScheduler
 
 pytest.importorskip("transformers")
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     StableDiffusion3Img2ImgPipeline,

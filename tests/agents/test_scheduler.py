@@ -152,9 +152,9 @@ def test_steps_timesteps_and_sigmas_of_its_own_are_taken():
         for options in ({"timesteps": times}, {"sigmas": sigmas}, {"sigmas": sigmas[:-1]}):
             scheduler.set_timesteps(**options, device="cpu")
             assert scheduler.timesteps.tolist() == times
-        with pytest.raises(ValueError, match="which makes exactly 4 network calls: .* not 3"):
+        with pytest.raises(ValueError, match=r"which makes exactly 4 network calls: .* not 3"):
             scheduler.set_timesteps(timesteps=times[:3])
-        with pytest.raises(ValueError, match="for its own timesteps only, .* learn a table"):
+        with pytest.raises(ValueError, match=r"for its own timesteps only, .* learn a table"):
             scheduler.set_timesteps(timesteps=[time + 20 for time in times])
         with pytest.raises(ValueError, match="for its own sigmas only"):
             scheduler.set_timesteps(sigmas=[sigma / 2 for sigma in sigmas])
@@ -191,14 +191,14 @@ def test_a_table_begins_in_the_middle(name, wave, generator):
         return
     # Of data that are one point both outputs are constant on the way: every step is exact.
     point, noise = torch.full((1, 2), 0.3).double(), torch.randn(1, 2).double()
-    outputs = {j: noise if table.output == "epsilon" else point for j in range(table.steps)}
+    outputs = dict.fromkeys(range(table.steps), noise if table.output == "epsilon" else point)
     levels = [table.process.levels(t) for t in table.times.tolist()]
     states = {2: levels[2][0] * point + levels[2][1] * noise}
     for j in range(2, table.steps):
         states[j + 1] = begun.advance(j, states, outputs)
         expected = levels[j + 1][0] * point + levels[j + 1][1] * noise
         torch.testing.assert_close(states[j + 1], expected, rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="from 0 to .* is the first; got 17"):
+    with pytest.raises(ValueError, match=r"from 0 to .* is the first; got 17"):
         begun_at(table, 17)
 
 
@@ -249,7 +249,7 @@ class _Batched(nn.Module):
 def test_what_does_not_fit_a_pipeline_is_refused():
     epsilon, v = DDIMScheduler(**BETAS), DDIMScheduler(**BETAS, **V)
     ours = TableauScheduler.from_scheduler(epsilon, "ddim", 4)
-    with pytest.raises(ValueError, match="that predicts 'epsilon', .* its network predicts 'v'"):
+    with pytest.raises(ValueError, match=r"that predicts 'epsilon', .* its network predicts 'v'"):
         ours.replacing(v)
     for other in (DDIMScheduler(), FlowMatchEulerDiscreteScheduler()):
         table = ours.tableau
@@ -263,11 +263,11 @@ def test_what_does_not_fit_a_pipeline_is_refused():
     assert ours.replacing(DPMSolverMultistepScheduler(**BETAS)) is ours
     assert ours.replacing(TableauScheduler.from_scheduler(epsilon, "euler", 7)) is ours
     config = {**ours.config, "prediction_type": "v_prediction"}
-    with pytest.raises(ValueError, match="config has prediction_type='v_prediction', .* 'ddim"):
+    with pytest.raises(ValueError, match=r"config has prediction_type='v_prediction', .* 'ddim"):
         TableauScheduler.from_config(config)
     config = {**ours.config, "trained_betas": [0.1, 0.2]}
     with pytest.raises(
-        ValueError, match="config has other trained_betas, and 'ddim .clipped.' was made"
+        ValueError, match=r"config has other trained_betas, and 'ddim .clipped.' was made"
     ):
         TableauScheduler.from_config(config)
     with pytest.raises(ValueError, match="noise levels of a LCMScheduler, but those of DDPM"):
@@ -280,7 +280,7 @@ def test_what_does_not_fit_a_pipeline_is_refused():
     with pytest.raises(ValueError, match=r"size of the picture .*: pass mu"):
         TableauScheduler.from_scheduler(dynamic, "euler", 4)
     shifted = TableauScheduler.from_scheduler(dynamic, "euler", 4, mu=0.8)
-    with pytest.warns(UserWarning, match="made for mu=0.8, and this size of picture has mu=1"):
+    with pytest.warns(UserWarning, match=r"made for mu=0\.8, and this size of picture has mu=1"):
         shifted.set_timesteps(4, mu=1.0)
 
 
@@ -338,6 +338,9 @@ class _Repo:
         """Write nothing."""
 
 
+HEAVY = {"stable_baselines3", "matplotlib", "tyro", "sklearn"}
+
+
 @pytest.mark.slow
 def test_it_opens_in_a_process_of_its_own(tmp_path):
     TableauScheduler.from_scheduler(DDIMScheduler(), "unipc-2", 4).save_pretrained(tmp_path)
@@ -345,7 +348,7 @@ def test_it_opens_in_a_process_of_its_own(tmp_path):
 import sys
 from fewstep.agents.pretrained.scheduler import TableauScheduler
 scheduler = TableauScheduler.from_pretrained({str(tmp_path)!r})
-print(len(scheduler.timesteps), sorted({{"stable_baselines3", "matplotlib", "tyro"}} & set(sys.modules)))
+print(len(scheduler.timesteps), sorted(set(sys.modules) & {HEAVY}))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "4 []\n"
