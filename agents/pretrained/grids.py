@@ -117,41 +117,15 @@ def visited_by(
 
 _ROUNDING = 1e-5
 # Noise levels above this one are pure noise.
-_MOST = 1e3
+MOST = 1e3
 
 
 def _corrected(process: NoiseProcess, times: Tensor, levels: Tensor) -> Tensor:
     """Return the times (n,) of noise levels (n,) where those of rounded timesteps are others."""
     at_times = torch.from_numpy(sigmas_of(process, times.numpy()))
-    same = ((at_times / levels - 1).abs() < 1e-4) | ((at_times > _MOST) & (levels > _MOST))
+    same = ((at_times / levels - 1).abs() < 1e-4) | ((at_times > MOST) & (levels > MOST))
     log_snr = -levels.log()
     if process.prediction == "flow":
         log_snr = log_snr + torch.log1p(-levels)
     least = float(process.log_snr(process.t_max))
     return torch.where(same, times, process.time_of_log_snr(log_snr.clamp(min=least)))
-
-
-def check_same_levels(table: Tableau, denoiser: Denoiser, theirs: Denoiser) -> None:
-    """Raise ValueError unless a network of `theirs`, asked as the table does, sees the same noise.
-
-    Args:
-        table: the table.
-        denoiser: whom it was made for.
-        theirs: what another scheduler's settings say of the network.
-    """
-    for t in table.times[:-1].tolist():
-        asked = torch.tensor(denoiser.network_time(t), dtype=torch.float64)
-        level = float(sigmas_of(table.process, np.array([t]))[0])
-        try:
-            there = float(theirs.parameterisation.time_of_network(asked))
-            other = float(sigmas_of(theirs.process, np.array([there]))[0])
-        except ValueError:
-            other = -1.0  # the network knows no such time
-        same = table.process.prediction == theirs.process.prediction
-        # A last noising that leaves no signal is a large finite level to some of diffusers.
-        if not same or not np.isclose(min(level, _MOST), min(other, _MOST), rtol=1e-3):
-            raise ValueError(
-                f"'{table.name}' was made for {table.process!r}, the pipeline's scheduler "
-                f"describes {theirs.process!r}: they differ in the noise at the network's time "
-                f"{float(asked):g}."
-            )

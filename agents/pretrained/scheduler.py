@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
@@ -27,7 +26,7 @@ from diffusers.schedulers.scheduling_utils import (
     SchedulerMixin,
     SchedulerOutput,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...envs.processes.base import shaped
 from ...envs.schedules import Schedule
@@ -36,9 +35,9 @@ from ..denoisers.networks.unet import network_time_of_unet, unet_time
 from ..samplers.begun import begun_at
 from ..samplers.tableau import Tableau
 from ..solvers import make_solver
-from .chains import EDMS, FLOWS, settings_of, terms_of
-from .grids import check_same_levels, sigmas_of, visited_by
-
+from .chains import EDMS, FLOWS, settings_of
+from .fits import Answer, check_asked, check_same_levels, check_setting, network_of
+from .grids import sigmas_of, visited_by
 
 # Whose settings may stand in a config beside ours.
 COMPATIBLE = [*(each.name for each in KarrasDiffusionSchedulers), *FLOWS, *EDMS]
@@ -118,7 +117,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
                 "diffusers pipeline has not; export a table without."
             )
         process = self.tableau.process
-        self._answer = _Answer()
+        self._answer = Answer()
         self._denoiser = Denoiser(self._answer, process, prediction, sigma_data)
         parameterisation = self._denoiser.parameterisation
         starts = self.tableau.times[:-1].tolist()
@@ -131,7 +130,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         self.init_noise_sigma = 1.0 if scaled else process.prior_std(starts[0])
         settings = settings_of(parameterisation, clip)
         for name, given in (("prediction_type", prediction_type), ("trained_betas", trained_betas)):
-            _check_setting(self.tableau, name, given, settings)
+            check_setting(self.tableau, name, given, settings)
         config: Any = self.config
         # diffusers leaves out what it takes for a default when it copies a config.
         defaults = set(config.get("_use_default_values", ())) - settings.keys()
@@ -167,7 +166,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             ValueError: a scheduler that fewstep does not know; a table of other noise levels; a
                 solver without steps; or what `make_solver` raises.
         """
-        theirs = _network_of(scheduler, mu)
+        theirs = network_of(scheduler, mu)
         if isinstance(table, Tableau):
             check_same_levels(table, theirs, theirs)
         else:
@@ -199,7 +198,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
                 times.
         """
         config: Any = self.config
-        theirs = _network_of(scheduler, config.mu)
+        theirs = network_of(scheduler, config.mu)
         if theirs.prediction != self._denoiser.prediction:
             raise ValueError(
                 f"'{self.tableau.name}' was made for a network that predicts "
@@ -262,47 +261,14 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         Raises:
             ValueError: another number of steps, or other times or levels.
         """
-        steps = self.num_inference_steps
-        ramp = sigmas is not None and np.allclose(
-            sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))
-        )
-        asked = num_inference_steps
-        if asked is None:
-            asked = next((len(each) for each in (timesteps, sigmas) if each is not None), steps)
-            asked -= sigmas is not None and len(sigmas) == steps + 1
-        if asked != steps:
-            raise ValueError(
-                f"This pipeline runs the table '{self.tableau.name}', which makes exactly "
-                f"{steps} network calls: pass num_inference_steps={steps}, not {asked}."
-            )
-        if timesteps is not None:
-            self._check_grid("timesteps", timesteps, self._times)
-        if sigmas is not None and not ramp:
-            before_shift = torch.from_numpy(self.tableau.times.copy())
-            flow = self.tableau.process.prediction == "flow"
-            self._check_grid("sigmas", sigmas, self.sigmas, *([before_shift] if flow else []))
+        own = self._times, self.sigmas
+        check_asked(self.tableau, own, num_inference_steps, timesteps, sigmas)
         self._warn_of_shift(mu)
         self.timesteps = self._times.to(device)
         self._running = self.tableau
         self._begin = self._step = None
         self._states: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
-
-    def _check_grid(self, name: str, given: Sequence[float], *own: Tensor) -> None:
-        values = torch.as_tensor(np.array(given, dtype=np.float64))
-        for each in own:
-            expected = each.double()[: len(values)]
-            # Who copies numbers rounds them: timesteps to whole ones, sigmas to three digits.
-            rtol, atol = (
-                (0.0, 1e-3 * float(expected.abs().max())) if name == "timesteps" else _COPIED
-            )
-            if torch.allclose(values, expected, rtol=rtol, atol=atol):
-                return
-        visited = ", ".join(f"{value:.4g}" for value in own[0].tolist())
-        raise ValueError(
-            f"The table '{self.tableau.name}' has coefficients for its own {name} only, {visited}: "
-            f"leave {name} out, or learn a table that visits others."
-        )
 
     def _warn_of_shift(self, mu: float | None) -> None:
         config: Any = self.config
@@ -424,42 +390,3 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         """Return the number of noisings that the network was trained on."""
         config: Any = self.config
         return config.num_train_timesteps or self.tableau.steps
-
-
-# Relative and absolute rounding of sigmas.
-_COPIED = (1e-2, 1e-3)
-
-
-def _network_of(scheduler: Any, mu: float | None) -> Denoiser:
-    """Return a denoiser without a network, of what a scheduler's settings say of one."""
-    terms = terms_of(scheduler, mu)
-    answer = _Answer()
-    return Denoiser(
-        answer, terms.process, terms.prediction, terms.sigma_data, terms.clip, terms.variance
-    )
-
-
-def _check_setting(table: Tableau, name: str, given: Any, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if a config says something else of the network than the table does."""
-    own = settings.get(name)
-    if given is None or own is None:
-        return
-    same = given == own
-    if not isinstance(own, str) and len(own) == len(given):
-        same = np.allclose(own, given, rtol=1e-4)
-    if not same:
-        said = f"{name}={given!r}" if isinstance(given, str) else f"other {name}"
-        raise ValueError(
-            f"The config has {said}, and '{table.name}' was made for a network on "
-            f"{table.process!r}" + (f" with {name}={own!r}." if isinstance(own, str) else ".")
-        )
-
-
-class _Answer(nn.Module):
-    """A body that says what the pipeline's network has said already."""
-
-    value: Tensor
-
-    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
-        """Return the network's answer (N, *shape)."""
-        return self.value
