@@ -325,6 +325,9 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        *,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Make one step of the table.
 
@@ -334,14 +337,22 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
             sample: (N, *shape) what the network was asked.
             generator: source of the fresh noise of stochastic steps, or one for each sample.
             return_dict: return a `SchedulerOutput` rather than a tuple.
+            eta: DDIM's share of noise, which some pipelines pass: 0 or None, for the table says how
+                noisy its steps are.
+            use_clipped_model_output: likewise: False or None.
 
         Returns:
             What the network reads next, (N, *shape), or the finished samples: the output's
             `prev_sample`.
 
         Raises:
-            ValueError: a step out of turn.
+            ValueError: a step out of turn, or other noise than the table's.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError(
+                f"The table '{self.tableau.name}' says itself how noisy its steps are and what is "
+                "clipped: leave out eta and use_clipped_model_output."
+            )
         j = (self._begin or 0) if self._step is None else self._step
         if j == len(self._times) or float(timestep) != float(self._times[j]):
             turn = f"timestep {self._times[j]:g}" if j < len(self._times) else "set_timesteps()"

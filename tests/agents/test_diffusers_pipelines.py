@@ -32,6 +32,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 
 pytestmark = pytest.mark.numeric
@@ -149,6 +150,32 @@ def test_stable_diffusion_samples_as_with_its_own(scheduler, solver, steps, stab
     assert_same(ours, theirs)
     # The levels at which the network is asked are the table's.
     np.testing.assert_allclose(calls, table.tableau.times[:-1] - 1, rtol=1e-6)
+
+
+def test_stable_diffusion_xl_asks_for_the_same(stable_diffusion):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=8,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
+        addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 6 * 4,
+    )  # fmt: skip
+    parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    others = {"vae": stable_diffusion["vae"], "unet": unet.eval(), **dict.fromkeys(parts)}
+    scheduler = EulerDiscreteScheduler(**LEADING)
+    pooled = {"pooled_prompt_embeds": random(1, 8), "negative_pooled_prompt_embeds": random(1, 8)}
+    call = {**prompts(height=16, width=16), **pooled, "guidance_rescale": 0.5}
+    for options in ({}, {"denoising_end": 0.6}):
+        theirs, ours = (
+            run(StableDiffusionXLPipeline(scheduler=each, **others), 5, **call, **options)
+            for each in (scheduler, TableauScheduler.from_scheduler(scheduler, "euler", 5))
+        )
+        if options:
+            # Left half-way, theirs is a state of a variance-exploding process.
+            sigma = float(scheduler.sigmas[scheduler.step_index])
+            theirs = theirs / (1 + sigma**2) ** 0.5
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(("scheduler", "solver", "steps"), [VP[0], VP[1], VP[3]])

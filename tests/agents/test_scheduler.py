@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -19,6 +20,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from torch import nn
@@ -222,6 +224,25 @@ def test_image_to_image_is_that_of_diffusers(scheduler, solver, network, generat
             start = add(clean, times[:1].repeat(2), noise)
         found.append(loop(each, network, start, times))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_pipeline_of_ddim_runs_it(generator):
+    """It makes a DDIMScheduler of what it is built with, and names DDIM's noise in each step."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        8, 3, 3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    table = TableauScheduler.from_scheduler(DDPMScheduler(**BETAS), "ddim", 4)
+    pipeline = DDIMPipeline(unet.eval(), table)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 4, "output_type": "np"}
+    theirs = pipeline(**call, generator=generator()).images
+    assert type(pipeline.scheduler) is DDIMScheduler
+    pipeline.scheduler = table
+    np.testing.assert_allclose(pipeline(**call, generator=generator()).images, theirs, atol=1e-5)
+    with pytest.raises(ValueError, match="says itself how noisy its steps are"):
+        pipeline(**call, eta=0.5)
 
 
 def test_other_levels_start_from_their_own_noise(network, generator):
