@@ -24,6 +24,7 @@ from ..denoisers.networks.unet import require_diffusers
 from ..denoisers.parameterisations.rescaled import Rescaled
 from ..samplers.tableau import Tableau
 from ..solvers.heun import heun
+from .chains import settings_of
 from .models import CLASS_ENTRIES, Body
 
 # EDM's choice for CIFAR-10: 18 steps, 35 calls.
@@ -33,8 +34,10 @@ EDM_STEPS = 18
 def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) -> None:
     """Write a folder that `from_pretrained` and diffusers' own pipeline open.
 
-    The scheduler is a `DDPMScheduler` with the process's betas. EDM's preconditioning has no place
-    in that: such a denoiser is exported with Heun's method in 18 steps, see `export_pipeline`.
+    The scheduler is a `DDPMScheduler` with the process's betas, or that of Euler's method for a
+    `RectifiedFlow` whose networks are asked at a multiple of the level, as diffusers' are. EDM's
+    preconditioning has no place in those: such a denoiser is exported with Heun's method in 18
+    steps, see `export_pipeline`.
 
     Args:
         denoiser: one whose body is a `UNet2D` or a `DiT`. Its weights, classes, betas, prediction,
@@ -45,7 +48,7 @@ def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) 
             `DiTPipeline.from_pretrained(folder, vae=...)`.
 
     Raises:
-        ValueError: another body, a process or a `time_range` that a DDPMScheduler cannot say, or a
+        ValueError: another body, a process or a `time_range` that those schedulers cannot say, or a
             `vae` beside a `UNet2D`.
         ImportError: diffusers is not installed.
     """
@@ -54,6 +57,13 @@ def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) 
     if parameterisation.scales_input:
         table = heun(Schedule.karras(process, EDM_STEPS))
         return export_pipeline(denoiser, folder, table, vae=vae)
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    settings = settings_of(parameterisation, denoiser.clip)
+    if settings.get("use_flow_sigmas") and body.time_range is None:
+        shift, top = settings["shift"], settings["num_train_timesteps"]
+        flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=top, shift=shift)
+        return _write(folder, denoiser, body, flow, vae)
     betas, name = process.betas, parameterisation.pipeline_name
     if betas is None or name is None or body.time_range is not None:
         what = f"the process {process!r}" if body.time_range is None else "a time_range"
@@ -61,8 +71,6 @@ def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) 
             f"A DDPMScheduler cannot describe {what} with prediction={denoiser.prediction!r}; "
             "`denoiser.save` keeps such a denoiser."
         )
-    from diffusers import DDPMScheduler
-
     # Ours with noise in the last step too, "beta", is diffusers' large one in all the others.
     variance = "fixed_small" if denoiser.variance in (None, "small") else "fixed_large"
     scheduler = DDPMScheduler(
