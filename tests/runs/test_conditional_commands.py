@@ -71,6 +71,7 @@ def test_samples_are_drawn_of_the_data_s_classes_or_of_one(flags, tuned, fewstep
     assert np.load(file).shape == (5, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_conditional_unet_goes_to_diffusers_and_comes_back(fewstep, tmp_path, capsys):
     file, folder = tmp_path / "file.safetensors", tmp_path / "pipeline"
     body = named_body("unet-tiny", (1, 8, 8), 1000, None, classes=10)
