@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...common.conditions import Conditions
+from ...common.conditions import Classes, Conditions
 from ...common.names import unknown_name
 from ...common.optimisation import seeded
 from ...common.shapes import is_image
@@ -17,8 +17,9 @@ from .networks import MLP, PRESETS, ResidualMLP, SmallUNet, UNet2D, make_body
 from .parameterisations import make_parameterisation
 
 UNET = "unet-"
-# Bodies that take a condition.
+# Bodies that take a condition; those of diffusers take a class, and no other.
 CONDITIONAL = ("residual-mlp", "small-unet")
+OF_CLASSES = tuple(UNET + preset for preset in PRESETS)
 # Continuous times, evenly spaced, at which an MLP has an embedding of its own.
 CONTINUOUS_LEVELS = 64
 
@@ -56,11 +57,13 @@ def named_body(
     if name not in known:
         raise unknown_name("body", name, known)
     if conditions is not None:
-        if name not in CONDITIONAL:
-            raise ValueError(
-                f"Body '{name}' knows no {conditions.kind}; {' and '.join(CONDITIONAL)} do."
-            )
-        options["conditions"] = conditions
+        able = CONDITIONAL + (OF_CLASSES if isinstance(conditions, Classes) else ())
+        if name not in able:
+            raise ValueError(f"Body '{name}' knows no {conditions.kind}; {', '.join(able)} do.")
+        if isinstance(conditions, Classes):
+            options["classes"] = conditions.count
+        else:
+            options["conditions"] = conditions
     try:
         if name.startswith(UNET):
             preset = name.removeprefix(UNET)

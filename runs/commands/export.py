@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ...agents.denoisers.networks import DiT
 from ...agents.pretrained import export_pipeline
 from ..reports.console import console
 from ..settings.flags import parse_flags
@@ -28,9 +29,16 @@ def main(argv: Sequence[str]) -> None:
     settings = parse_flags(ExportSettings, argv, prog="fewstep export")
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
-    _, denoiser, tableau = load(settings, needs_data=False)
+    _, denoiser, tableau = load(settings, needs_data=False, needs_conditions=False)
     export_pipeline(denoiser, settings.output, tableau)
     console.out(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
     console.out("import fewstep.agents.pretrained.scheduler")
-    call = f"DDPMPipeline.from_pretrained({str(settings.output)!r})"
-    console.out(f"{call}(num_inference_steps={tableau.steps})")
+    folder, steps = str(settings.output), tableau.steps
+    if denoiser.classes is None:
+        console.out(f"DDPMPipeline.from_pretrained({folder!r})(num_inference_steps={steps})")
+    elif isinstance(denoiser.body, DiT):
+        call = f"[0], guidance_scale={settings.guidance or 1:g}, num_inference_steps={steps}"
+        console.out(f"DiTPipeline.from_pretrained({folder!r}, vae=YOURS)({call})")
+    else:
+        console.out(f"pipeline = DDPMPipeline.from_pretrained({folder!r})")
+        console.out("pipeline.unet and pipeline.scheduler sample classes: docs/conditions.md")

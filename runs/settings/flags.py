@@ -25,6 +25,7 @@ FLAGS = {
     "kind='step'": "--schedule-options kind step",
     "last_std=0.001": "--solver ancestral --solver-options last_std 0.001",
     "use an earlier one": "in a run folder delete it: --resume then goes on from the stage before",
+    "pass classes": "--classes",
     "micro_batch_size": "--execution.micro-batch-size, in the first stage "
     "--pretrain.execution.micro-batch-size",
 }

@@ -57,6 +57,9 @@ class PretrainedSettings:
     run of schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None
     """Options of the schedule, as KEY VALUE pairs."""
+    classes: int | None = None
+    """Number of classes of a class-conditional network of diffusers, without "no class"; as many
+    as it has class embeddings if omitted."""
     seed: int = 0
     """Seed of the samples."""
     device: str = "auto"
@@ -79,7 +82,7 @@ class PretrainedSettings:
 
 
 def load(
-    settings: PretrainedSettings, needs_data: bool = True
+    settings: PretrainedSettings, needs_data: bool = True, needs_conditions: bool = True
 ) -> tuple[DiffusionMDP, Denoiser, Tableau]:
     """Build the environment, the denoiser and the solver's tableau.
 
@@ -87,6 +90,7 @@ def load(
         settings: what to load.
         needs_data: False does without the data of images, whose shape the denoiser knows; the
             environment's target then is empty.
+        needs_conditions: False does without the data of a conditional denoiser, too.
 
     Raises:
         FileNotFoundError: no denoiser there.
@@ -101,14 +105,16 @@ def load(
         settings.download,
         own_network(settings, run),
         run.body if run and is_foreign(run.body) else None,
+        settings.classes,
     )
     denoiser = under_terms(denoiser, settings)
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER
     shape = denoiser.shape or ()
     inpaint = run.inpaint if run else None
-    # Conditions are those of the data.
-    without = not needs_data and is_image(shape) and inpaint is None and not denoiser.is_open
+    # Conditions are drawn in the proportions of the data.
+    draws = needs_conditions and denoiser.is_open
+    without = not needs_data and is_image(shape) and inpaint is None and not draws
     name = settings.env or (run.env if run else None)
     if name is None and without:
         name = "ImageFolder"  # has the defaults of all images
@@ -129,7 +135,7 @@ def load(
         download=settings.download,
         image_size=settings.image_size or (run.image_size if run else None),
         inpaint=inpaint,
-        conditional=denoiser.waits_for,
+        conditional=denoiser.waits_for if draws else False,
     )
     check_fits(denoiser, mdp, settings.denoiser)
     check_body(denoiser, mdp.shape, settings.body)

@@ -21,6 +21,7 @@ def find_denoiser(
     download: bool = False,
     body: nn.Module | None = None,
     body_name: str | None = None,
+    classes: int | None = None,
 ) -> Denoiser:
     """Load a denoiser from wherever it is.
 
@@ -31,17 +32,25 @@ def find_denoiser(
         download: fetch it from the hub if it is not in the local cache.
         body: the network, where it is the user's own.
         body_name: what the user called it, for the sentence that asks for it.
+        classes: of a network of diffusers, where its folder does not say it.
 
     Raises:
         FileNotFoundError: nothing there.
         CheckpointError: a corrupt or foreign file.
-        ValueError: a pipeline that is not a DDPM.
+        ValueError: a pipeline that fewstep does not read, or classes for a file of ours.
     """
     diffusers = source.is_dir() and (
         (source / "model_index.json").is_file() or "_class_name" in _text(source / "config.json")
     )
     try:
-        return Denoiser.load(denoiser_file(source), device, body)
+        denoiser = Denoiser.load(denoiser_file(source), device, body)
+        if classes not in (None, denoiser.classes):
+            raise ValueError(
+                f"{source} says how many classes its denoiser knows, "
+                f"{denoiser.classes or 'none'}: leave out --classes, which is for networks of "
+                "diffusers."
+            )
+        return denoiser
     except ForeignBodyError:
         raise needs_flag(source, body_name) from None
     except FileNotFoundError:
@@ -49,7 +58,7 @@ def find_denoiser(
             raise
     if body is not None:
         raise ValueError(f"{source} is of diffusers and brings its network: leave out --body.")
-    return from_pretrained(str(source), device=device, download=download)
+    return from_pretrained(str(source), device=device, download=download, classes=classes)
 
 
 def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") -> Denoiser | None:
@@ -61,11 +70,18 @@ def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") ->
     if run.denoiser is not None and run.pretrained is not None:
         raise ValueError("Give --denoiser or --pretrained, not both.")
     if run.pretrained is not None:
-        return from_pretrained(run.pretrained, device=device, download=run.download)
+        return from_pretrained(
+            run.pretrained, device=device, download=run.download, classes=run.classes
+        )
     if run.denoiser is None:
+        if run.classes is not None:
+            raise ValueError(
+                "--classes is for a denoiser of diffusers: give --pretrained, too; a network that "
+                "is cloned has the classes of its environment."
+            )
         return None
     body = foreign_body(run.body, run.body_options)
-    return find_denoiser(run.denoiser, device, run.download, body)
+    return find_denoiser(run.denoiser, device, run.download, body, classes=run.classes)
 
 
 def _text(path: Path) -> str:

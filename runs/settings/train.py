@@ -82,6 +82,9 @@ class TrainSettings(AnySettings):
     pretrained: str | None = None
     """Start from a diffusers DDPM instead: a folder, or a name on the hub such as
     google/ddpm-cifar10-32 (with --download it is fetched if it is not in the local cache)."""
+    classes: int | None = bounded(None, least=1)
+    """Number of classes of a class-conditional network of diffusers, without "no class"; as many
+    as it has class embeddings if omitted."""
     seed: int = bounded(0, least=0, most=LAST_SEED)
     """Seed of initialisation and training."""
     device: str = "auto"

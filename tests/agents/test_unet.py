@@ -183,8 +183,14 @@ def test_networks_that_are_no_plain_bodies_are_refused(make_unet):
         UNet2D((2,), "tiny")
     with pytest.raises(ValueError, match="multiples of 8, got 32x28"):
         UNet2D((3, 32, 28), "cifar10", block_out_channels=[32] * 4)
-    with pytest.raises(ValueError, match="class-conditional"):
-        make_unet(num_class_embeds=10)
+    with pytest.raises(ValueError, match=r"has 10 class embeddings, of which .* know 8 classes"):
+        make_unet(num_class_embeds=10, classes=8)
+    with pytest.raises(ValueError, match=r"class_embed_type='timestep'.*: pass classes"):
+        make_unet(class_embed_type="timestep")
+    with pytest.raises(ValueError, match=r"'identity'.*from_pretrained takes them as class_embedd"):
+        make_unet(class_embed_type="identity")
+    with pytest.raises(ValueError, match="class_embed_type='names'; fewstep reads None, 'timestep"):
+        make_unet(class_embed_type="names")
     with pytest.raises(ValueError, match="'positional', not 'fourier'"):
         make_unet(time_embedding_type="fourier")
     with pytest.raises(ValueError, match="finite and increasing"):

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from fewstep.agents import Denoiser
+from fewstep.agents.denoisers.bodies import named_body
+from fewstep.envs import DiscreteVP
 
 TINY = [
     "--env=Digits",
@@ -70,6 +72,21 @@ def test_samples_are_drawn_of_the_data_s_classes_or_of_one(flags, tuned, fewstep
     assert np.load(file).shape == (5, 1, 8, 8)
 
 
+@pytest.mark.slow
+def test_a_conditional_unet_goes_to_diffusers_and_comes_back(fewstep, tmp_path, capsys):
+    file, folder = tmp_path / "file.safetensors", tmp_path / "pipeline"
+    body = named_body("unet-tiny", (1, 8, 8), 1000, None, classes=10)
+    Denoiser(body, DiscreteVP.linear(1000), drops=True).save(file)
+    assert fewstep("export", file, folder, "--solver=ddim", "--steps=3", "--guidance=2") == 0
+    assert "pipeline.unet and pipeline.scheduler sample classes" in capsys.readouterr().out
+    draw = ["sample", folder, "--env=Digits", "--n=2", f"--output={tmp_path / 'threes.npy'}"]
+    assert fewstep(*draw, "--condition=3", "--guidance=2") == 0
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    assert (config["num_class_embeds"], config["_classes"], config["_drops"]) == (11, 10, True)
+    assert fewstep(*draw, "--classes=12") == 2
+    assert "11 class embeddings, of which the last one may mean" in capsys.readouterr().err
+
+
 def test_a_solver_is_distilled_for_one_class(cloned, fewstep, tmp_path):
     flags = ["--agent=dode", "--batches=1", "--batch-size=8", "--condition=3", "--guidance=2"]
     start = [f"--denoiser={cloned}", f"--log-dir={tmp_path}", "--solver=ddim"]
@@ -84,7 +101,7 @@ def test_a_solver_is_distilled_for_one_class(cloned, fewstep, tmp_path):
         (["--guidance=2"], "This denoiser is unconditional"),
         (["--conditional", "--guidance=-1"], "guidance"),
         (["--conditional", "--guidance=2", "--guidance-interval", "3", "1"], "0 <= low < high"),
-        (["--conditional", "--body=unet-tiny"], "knows no classes"),
+        (["--conditional", "--body=mlp"], "knows no classes"),
         (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each"),
     ],
 )

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from fewstep.agents import Tableau
+from fewstep.agents.solvers import ddim, make_solver
+from fewstep.envs import RectifiedFlow, Schedule
 
 TINY = [
     "--env=Digits",
@@ -89,3 +91,20 @@ def test_a_pipeline_is_not_written_over_a_file(run, fewstep, tmp_path, capsys):
     (tmp_path / "pipeline").write_text("mine")
     assert fewstep("export", run, tmp_path / "pipeline") == 2
     assert "it is a file" in capsys.readouterr().err
+
+
+def test_levels_are_printed_for_other_programs(fewstep, tmp_path, capsys):
+    process = RectifiedFlow(3.0, time_scale=1000)
+    ddim(Schedule.uniform(process, 2)).save(tmp_path / "two.json")
+    assert fewstep("levels", tmp_path / "two.json") == 0
+    shown = capsys.readouterr().out
+    assert "sigmas (ComfyUI, A1111): 1, 0.75, 0\n" in shown
+    assert "timesteps=[1000, 750]" in shown
+    assert "with shift=3, set_timesteps(sigmas=[1, 0.5])" in shown
+    make_solver("flow-heun", Schedule.uniform(process, 2)).save(tmp_path / "tableau.json")
+    assert fewstep("levels", tmp_path) == 2
+    assert "does not ask the network once at each" in capsys.readouterr().err
+    assert fewstep("levels", tmp_path / "no.json") == 2
+    (tmp_path / "tableau.json").unlink()
+    assert fewstep("levels", tmp_path) == 2
+    assert "no tableau.json, and no exported scheduler" in capsys.readouterr().err

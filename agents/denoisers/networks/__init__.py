@@ -2,6 +2,7 @@
 
 from .configs import BODIES, body_from_config
 from .default import make_body
+from .dit import DiT
 from .mlp import MLP
 from .residual_mlp import ResidualMLP
 from .small_unet import SmallUNet
@@ -11,6 +12,7 @@ __all__ = [
     "BODIES",
     "MLP",
     "PRESETS",
+    "DiT",
     "ResidualMLP",
     "SmallUNet",
     "UNet2D",

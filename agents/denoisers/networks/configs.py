@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....common.names import unknown_name
+from .dit import DiT
 from .mlp import MLP
 from .residual_mlp import ResidualMLP
 from .small_unet import SmallUNet
@@ -23,6 +24,7 @@ BODIES: dict[str, type[nn.Module]] = {
     "residual-mlp": ResidualMLP,
     "small-unet": SmallUNet,
     "unet2d": UNet2D,
+    "dit": DiT,
 }
 
 
@@ -82,7 +84,7 @@ def body_from_config(
 
 
 # Arguments of networks that count layers.
-_DEPTHS = ("layers", "blocks", "layers_per_block")
+_DEPTHS = ("layers", "blocks", "layers_per_block", "num_layers")
 
 
 def built_for(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....common.conditions import as_conditions, condition_config
 from ....common.names import unknown_name
 from ....common.shapes import is_image
 from .times import check_range, stretched
@@ -64,6 +65,9 @@ class UNet2D(nn.Module):
             None starts from diffusers' own defaults, a network of 114 million weights.
         time_range: (low, high) of times that are mapped linearly onto 0 .. 1000 first, as in
             `SinusoidalTime`. None takes times as they are.
+        classes: number of classes of a conditional network, which gets `classes` itself for none;
+            None for an unconditional one. `num_class_embeds` is one more than that by default, and
+            equal to it in a network that knows no "none".
         diffusers_options: arguments of `UNet2DModel`, which win over the preset's.
 
     Attributes:
@@ -73,7 +77,8 @@ class UNet2D(nn.Module):
     Raises:
         ImportError: diffusers is not installed.
         ValueError: unknown preset or option, sides that cannot be halved, a network that wants
-            classes or other times than numbers, or a bad `time_range`.
+            other times than numbers, classes that are not those of its embeddings, or a bad
+            `time_range`.
     """
 
     unet: Any
@@ -85,6 +90,7 @@ class UNet2D(nn.Module):
         shape: Sequence[int],
         preset: str | None = None,
         time_range: Sequence[float] | None = None,
+        classes: int | None = None,
         **diffusers_options: Any,
     ) -> None:
         super().__init__()
@@ -102,21 +108,27 @@ class UNet2D(nn.Module):
                 f"UNet2D is for images, (channels, height, width); got shape {tuple(shape)}."
             )
         channels, height, width = (int(size) for size in shape)
+        if classes is not None and not diffusers_options.keys() & _CLASS_OPTIONS:
+            diffusers_options["num_class_embeds"] = classes + 1
         model = UNet2DModel(
             sample_size=height if height == width else (height, width),
             in_channels=channels,
             out_channels=channels,
             **{**(PRESETS[preset] if preset else {}), **diffusers_options},
         )
-        self._hold(model, time_range)
+        self._hold(model, time_range, classes)
 
     @classmethod
-    def from_model(cls, model: Any, time_range: Sequence[float] | None = None) -> UNet2D:
+    def from_model(
+        cls, model: Any, time_range: Sequence[float] | None = None, classes: int | None = None
+    ) -> UNet2D:
         """Make a body of a `UNet2DModel` that exists, sharing its weights.
 
         Args:
             model: the network; its config says `sample_size`.
             time_range: as for the class.
+            classes: as for the class; by default every class embedding is that of a class. A
+                network with `class_embed_type="timestep"` needs it.
 
         Raises:
             ValueError: as for the class; or the model predicts other channels than it reads, or
@@ -124,11 +136,14 @@ class UNet2D(nn.Module):
         """
         body = cls.__new__(cls)
         nn.Module.__init__(body)
-        body._hold(model, time_range)
+        body._hold(model, time_range, classes)
         return body
 
-    def _hold(self, model: Any, time_range: Sequence[float] | None) -> None:
+    def _hold(
+        self, model: Any, time_range: Sequence[float] | None, classes: int | None = None
+    ) -> None:
         shape = check_config(model.config)
+        classes = class_count(model.config, classes)
         self.unet = model
         self.time_range = check_range(time_range)
         options = {key: value for key, value in model.config.items() if not key.startswith("_")}
@@ -136,6 +151,7 @@ class UNet2D(nn.Module):
             "kind": "unet2d",
             "shape": shape,
             "time_range": self.time_range,
+            **condition_config(as_conditions(None, classes)),
             **{
                 key: list(value) if isinstance(value, tuple) else value
                 for key, value in options.items()
@@ -143,10 +159,32 @@ class UNet2D(nn.Module):
             },
         }
 
-    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
-        """Return the prediction (N, C, H, W) for samples (N, C, H, W) at network times (N,)."""
+    def forward(self, sample: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the prediction (N, C, H, W) for samples (N, C, H, W) at network times (N,).
+
+        A conditional network takes classes (N,) int64, `classes` itself for none.
+
+        Raises:
+            ValueError: "none" of a network that has no embedding for it.
+        """
         time = unet_time(time, self.time_range)
-        return self.unet(sample, time, return_dict=False)[0]
+        try:
+            return self.unet(sample, time, class_labels=condition, return_dict=False)[0]
+        except IndexError:
+            if condition is None or self.knows_none is not False:
+                raise
+            raise ValueError(
+                f"This network has class embeddings for {self.config['classes']} classes and none "
+                'for "no class", which guidance, label_dropout and sampling without a class need.'
+            ) from None
+
+    @property
+    def knows_none(self) -> bool | None:
+        """Whether it has an embedding for "no class"; None if classes are embedded as numbers."""
+        rows = self.config["num_class_embeds"]
+        if self.config["class_embed_type"] is not None or rows is None:
+            return None
+        return rows > self.config["classes"]
 
     @property
     def out(self) -> nn.Module:
@@ -156,6 +194,8 @@ class UNet2D(nn.Module):
 
 # Options of UNet2DModel that the shape decides.
 _FROM_SHAPE = {"sample_size", "in_channels", "out_channels"}
+# Those that say how it knows its classes.
+_CLASS_OPTIONS = {"num_class_embeds", "class_embed_type"}
 
 
 def unet_time(time: Tensor, time_range: Sequence[float] | None) -> Tensor:
@@ -192,8 +232,6 @@ def check_config(config: Any) -> list[int]:
             f"{config['out_channels']}: fewstep reads networks that predict one number a pixel, "
             "without a learned variance."
         )
-    if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
-        raise ValueError("The UNet2DModel is class-conditional; fewstep reads unconditional ones.")
     if config["time_embedding_type"] != "positional":
         raise ValueError(
             "UNet2D embeds times with time_embedding_type='positional', "
@@ -207,3 +245,47 @@ def check_config(config: Any) -> list[int]:
             f"{2**halvings}, got {height}x{width}."
         )
     return [config["in_channels"], height, width]
+
+
+def class_count(config: Any, classes: int | None = None) -> int | None:
+    """Return how many classes a UNet2DModel has, without "no class"; None if unconditional.
+
+    Args:
+        config: its settings.
+        classes: the number where the user says it.
+
+    Raises:
+        ValueError: not the number of its embeddings, or one less; a network that does not say its
+            number, or reads embeddings.
+    """
+    kind, rows = config["class_embed_type"], config["num_class_embeds"]
+    if kind is None and rows is None:
+        if classes is not None:
+            raise ValueError(
+                f"The UNet2DModel has no class embeddings: it is unconditional, and cannot know "
+                f"{classes} classes."
+            )
+        return None
+    if kind == "identity":
+        raise ValueError(
+            "The UNet2DModel reads embeddings in place of classes (class_embed_type='identity'): "
+            "from_pretrained takes them as class_embeddings, one row for each class."
+        )
+    if kind not in (None, "timestep"):
+        raise ValueError(
+            f"The UNet2DModel has class_embed_type={kind!r}; fewstep reads None, 'timestep' and "
+            "'identity'."
+        )
+    classes = rows if classes is None else classes
+    if classes is None:
+        raise ValueError(
+            "The UNet2DModel embeds classes as it does times (class_embed_type='timestep'), which "
+            "says nothing of their number: pass classes."
+        )
+    if classes < 1 or (kind is None and classes not in (rows, rows - 1)):
+        known = f'{rows} class embeddings, of which the last one may mean "no class"'
+        raise ValueError(
+            f"The UNet2DModel has {known if kind is None else 'at least one class'}: it cannot "
+            f"know {classes} classes."
+        )
+    return classes
