@@ -21,8 +21,9 @@ FINE_TUNED = {
 
 def _at_own_times(process: str, stage: Stage) -> Stage:
     """Let a flow's solver visit its default times: those named are whole noisings."""
-    named = isinstance(stage, Sample) and process == "flow"
-    return Sample(stage.solver, stage.options) if named else stage
+    if isinstance(stage, Sample) and process == "flow":
+        return Sample(stage.solver, stage.options)
+    return stage
 
 
 def _study(env: str, title: str, scoring: Scoring, columns: tuple[str, ...]) -> Study:

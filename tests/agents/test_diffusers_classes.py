@@ -254,12 +254,14 @@ def test_networks_and_environments_have_to_agree(unet_folder):
     with pytest.raises(ValueError, match="denoiser knows 4 classes, the environment has 3"):
         SFT(three_classes(process), from_pretrained(path, classes=4))
     x = torch.zeros(2, 2, 8, 8)
-    with pytest.raises(ValueError, match=r"say under which class .*denoiser\.given\(condition\)"):
+    with pytest.raises(
+        ValueError, match=r"say under which condition .*denoiser\.given\(condition\)"
+    ):
         conditional.epsilon(x, 5)
     unconditional = from_pretrained(unet_folder())
     with pytest.raises(ValueError, match="has 3 classes and the denoiser is unconditional"):
         SFT(three_classes(process), unconditional)
-    with pytest.raises(ValueError, match="unconditional: it takes neither class nor guidance"):
+    with pytest.raises(ValueError, match="unconditional: it takes neither condition nor guidance"):
         unconditional.given(3)
 
 
