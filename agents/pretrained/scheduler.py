@@ -97,7 +97,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
                 f"A pipeline starts from unit noise and scales nothing: it runs prediction='edm' "
                 f"on {process!r}, not {prediction!r}."
             )
-        starts = self.tableau.times[:-1].tolist()
+        starts = self.tableau.evaluation_times.tolist()
         times = torch.tensor([self._denoiser.network_time(t) for t in starts])
         times = unet_time(times, time_range)
         self._times = times.long() if bool((times == times.long()).all()) else times
