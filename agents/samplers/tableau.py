@@ -92,9 +92,9 @@ class Tableau:
     Attributes:
         name: what the solver is called.
         process: the noise process whose times these are.
-        times: (K + 1,) float64; state z_j has times[j], at which the network is asked about it, and
-            the last entry is the time of the finished sample. Times may repeat or rise (Heun), never
-            below 0.
+        times: (K + 1,) float64; state z_j has times[j], at which the network is asked about it;
+            the last entry is the time of the finished sample. Times may repeat or rise (Heun),
+            never below 0.
         scale: (K,) float64, p: the factor on the anchor state.
         weights: (K, K) float64, W: lower-triangular weights on the denoiser's outputs. The
             constructor takes `SparseRows` as well.

@@ -29,7 +29,7 @@ from .settings import LearnSettings
 Builder = Callable[[Schedule], Tableau]
 Parameters = dict[str, Tensor]
 
-TIMES, SCALE, WEIGHTS, SHIFTS = "times", "scale", "weights", "shifts"
+TIMES, FACTORS, WEIGHTS, SHIFTS = "times", "factors", "weights", "shifts"
 
 # A shift is at most this share of the least gap between the logarithms of two levels (LD3).
 LARGEST_SHIFT = 0.5
@@ -70,7 +70,7 @@ class TableFamily:
     """The tables that some parameters make of a base solver.
 
     Parameters are float64 tensors on the CPU by name, those that are learned: "times" (T - 2,) of a
-    `LevelMap`; "scale" (K,) and "weights" (K, K), changes in units of the largest number of the
+    `LevelMap`; "factors" (K,) and "weights" (K, K), changes in units of the largest number of the
     given table's row; "shifts" (K,).
 
     Args:
@@ -90,7 +90,7 @@ class TableFamily:
             self._check_sums(base)
             largest = torch.ones_like(largest)
         self._units = {
-            SCALE: torch.where(base.scale != 0, base.scale.abs(), 1.0),
+            FACTORS: torch.where(base.scale != 0, base.scale.abs(), 1.0),
             WEIGHTS: torch.where(largest > 0, largest, 1.0) * lower,
         }
         # The first call is told the level that the noise is drawn for.
@@ -113,8 +113,12 @@ class TableFamily:
         made = {}
         if self._map is not None:
             made[TIMES] = self._map.parameters(noise_levels(self.given))
-        shapes = {SCALE: (steps,), WEIGHTS: (steps, steps), SHIFTS: (steps,)}
-        switches = {SCALE: self.learn.scale, WEIGHTS: self.learn.weights, SHIFTS: self.learn.shifts}
+        shapes = {FACTORS: (steps,), WEIGHTS: (steps, steps), SHIFTS: (steps,)}
+        switches = {
+            FACTORS: self.learn.factors,
+            WEIGHTS: self.learn.weights,
+            SHIFTS: self.learn.shifts,
+        }
         for name, shape in shapes.items():
             if switches[name]:
                 made[name] = torch.zeros(shape, dtype=torch.float64)
@@ -138,15 +142,21 @@ class TableFamily:
             made[WEIGHTS] = torch.where(
                 self._units[WEIGHTS] > 0, missed / self._units[WEIGHTS], 0.0
             )
-        if SCALE in made:
-            made[SCALE] = (wanted.scale - here.scale) / self._units[SCALE]
+        if FACTORS in made:
+            made[FACTORS] = (wanted.scale - here.scale) / self._units[FACTORS]
         return made
+
+    def levels(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the noise levels of the states (T,), descending, without a final 0."""
+        if self._map is None:
+            return noise_levels(self.given)
+        return self._map.levels(parameters[TIMES].detach())
 
     def schedule(self, parameters: Mapping[str, Tensor]) -> Schedule:
         """Return the times of the states."""
         if self._map is None:
             return self.given
-        return schedule_at(self._map.levels(parameters[TIMES].detach()), self.given)
+        return schedule_at(self.levels(parameters), self.given)
 
     def numbers(self, parameters: Mapping[str, Tensor]) -> Numbers:
         """Return the table's numbers, differentiable in the parameters."""
@@ -162,8 +172,8 @@ class TableFamily:
             if coefficients == "shares":
                 change = change * weights.sum(1, keepdim=True)
             weights = weights + change
-        if SCALE in parameters:
-            scale = scale + self._units[SCALE] * parameters[SCALE]
+        if FACTORS in parameters:
+            scale = scale + self._units[FACTORS] * parameters[FACTORS]
         if SHIFTS in parameters:
             asked = asked + self._moves * parameters[SHIFTS]
         return Numbers(asked, scale, weights, current)
@@ -189,7 +199,7 @@ class TableFamily:
     def cut_shifts(self, parameters: Parameters) -> None:
         """Cut shifts that are larger than `LARGEST_SHIFT` times the least gap, in place."""
         if SHIFTS in parameters:
-            logs = noise_levels(self.schedule(parameters)).log()
+            logs = self.levels(parameters).log()
             most = LARGEST_SHIFT * float(-logs.diff().max()) if len(logs) > 1 else 0.0
             parameters[SHIFTS].data.clamp_(-most, most)
 

@@ -28,7 +28,7 @@ class LearnSettings(Settings):
 
     times: bool = True
     """The noise levels of the states, but for the first and the last one."""
-    scale: bool = True
+    factors: bool = True
     """p, the factor of the state in each step."""
     weights: bool = True
     """W, the weights of all outputs so far in each step."""
@@ -48,9 +48,9 @@ class LearnSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.times or self.scale or self.weights or self.shifts):
+        if not (self.times or self.factors or self.weights or self.shifts):
             raise ValueError(
-                "Nothing is left to learn: switch on one of learn.times, learn.scale, "
+                "Nothing is left to learn: switch on one of learn.times, learn.factors, "
                 "learn.weights and learn.shifts."
             )
         if self.coefficients != "added" and not self.weights:
@@ -169,11 +169,11 @@ class SolverLearningSettings(AgentSettings):
         if descent.ema and descent.optimizer == "lbfgs":
             raise ValueError("descent.ema averages the steps of descent.optimizer='adam'.")
         if descent.alternate and not (
-            (learn.times or learn.shifts) and (learn.scale or learn.weights)
+            (learn.times or learn.shifts) and (learn.factors or learn.weights)
         ):
             raise ValueError(
                 "descent.alternate takes turns between times and weights: it needs both, one of "
-                "learn.times and learn.shifts, and one of learn.scale and learn.weights."
+                "learn.times and learn.shifts, and one of learn.factors and learn.weights."
             )
 
     def check_without_data(self) -> None:
@@ -182,5 +182,3 @@ class SolverLearningSettings(AgentSettings):
             raise ValueError(
                 f"loss.distance='{self.loss.distance}' needs real samples, and there are none here."
             )
-
-

@@ -15,7 +15,7 @@ both factors, and a level within rounding of a whole noising counts as it (`Disc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import numpy as np
@@ -59,6 +59,11 @@ class Sensitivity:
         shapes = (steps,), (steps,), (steps, steps), (steps,)
         return cls(*(np.zeros(shape) for shape in shapes))
 
+    def plus(self, other: Sensitivity, share: float) -> Sensitivity:
+        """Return the sum of this one and a share of another."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Sensitivity(*(own + share * others for own, others in pairs))
+
     def along(self, tableau: Tableau, other: Tableau) -> float:
         """Return the first-order change of the error from one tableau to another like it."""
         moved = log_levels(other) - log_levels(tableau)
@@ -73,8 +78,8 @@ def log_levels(tableau: Tableau) -> np.ndarray:
     return -tableau.process.log_snr(torch.tensor(tableau.evaluation_times)).numpy()
 
 
-# Of a rollout's ends (n, *shape), those of some rows of the batch: their share of the error, and the
-# whole error's derivatives by them (n, *shape).
+# Of a rollout's ends (n, *shape), those of some rows of the batch: their share of the error, and
+# the whole error's derivatives by them (n, *shape).
 Pull = Callable[[Tensor, slice], tuple[float, Tensor]]
 
 
@@ -158,9 +163,7 @@ def pull_back(
         share, cotangent = pull(states[-1], rows)
         error += share
         ends.append(states[-1])
-        starts.append(
-            _descend(tableau, part, states, cotangent, sensitivity, parameters, by_level)
-        )
+        starts.append(_descend(tableau, part, states, cotangent, sensitivity, parameters, by_level))
     return Pulled(error, torch.cat(ends), sensitivity, torch.cat(starts))
 
 
