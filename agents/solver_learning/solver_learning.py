@@ -85,6 +85,7 @@ class SolverLearning(SolverAgent):
     name = "solver"
     grid = "karras"
     obeys_transitions = False
+    takes_features = True
 
     settings: SolverLearningSettings
     Settings = SolverLearningSettings
@@ -134,7 +135,8 @@ class SolverLearning(SolverAgent):
         self._features = self._checked(features)
         self._critic = self._new_critic() if settings.loss.adversarial else None
         self._descent = TableDescent(self.family, settings.descent)
-        self.errors, self.losses = {}, {}
+        self.errors = {}
+        self.losses: dict[str, float] = {}
         self.returned = GIVEN
         # Parameters of the start, of the best table met, and of what is returned.
         self._start = self._best = self._kept = self.family.zeros()
@@ -332,7 +334,7 @@ class SolverLearning(SolverAgent):
 
     def _starts(self) -> list[Parameters]:
         """Return where the descent may start."""
-        kind, learn = self.settings.start, self.settings.learn
+        kind, learn = self.settings.starting, self.settings.learn
         schedules = [self.mdp.schedule]
         if "programme" in kind:
             schedules += programme_schedules(self._pool, self.denoiser, self.base)

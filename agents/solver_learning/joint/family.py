@@ -89,7 +89,7 @@ class TableFamily:
         if learn.coefficients == "shares":
             self._check_sums(base)
             largest = torch.ones_like(largest)
-        self._units = {
+        self.units = {
             FACTORS: torch.where(base.scale != 0, base.scale.abs(), 1.0),
             WEIGHTS: torch.where(largest > 0, largest, 1.0) * lower,
         }
@@ -139,11 +139,9 @@ class TableFamily:
             missed = wanted.weights - here.weights
             if self.learn.coefficients == "shares":
                 missed = missed / self._sums(made)
-            made[WEIGHTS] = torch.where(
-                self._units[WEIGHTS] > 0, missed / self._units[WEIGHTS], 0.0
-            )
+            made[WEIGHTS] = torch.where(self.units[WEIGHTS] > 0, missed / self.units[WEIGHTS], 0.0)
         if FACTORS in made:
-            made[FACTORS] = (wanted.scale - here.scale) / self._units[FACTORS]
+            made[FACTORS] = (wanted.scale - here.scale) / self.units[FACTORS]
         return made
 
     def levels(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -168,12 +166,12 @@ class TableFamily:
             start = numbers_of(self.reference).weights
             weights = weights.sum(1, keepdim=True) * start / start.sum(1, keepdim=True)
         if WEIGHTS in parameters:
-            change = self._units[WEIGHTS] * parameters[WEIGHTS]
+            change = self.units[WEIGHTS] * parameters[WEIGHTS]
             if coefficients == "shares":
                 change = change * weights.sum(1, keepdim=True)
             weights = weights + change
         if FACTORS in parameters:
-            scale = scale + self._units[FACTORS] * parameters[FACTORS]
+            scale = scale + self.units[FACTORS] * parameters[FACTORS]
         if SHIFTS in parameters:
             asked = asked + self._moves * parameters[SHIFTS]
         return Numbers(asked, scale, weights, current)

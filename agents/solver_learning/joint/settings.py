@@ -121,11 +121,12 @@ class SolverLearningSettings(AgentSettings):
 
     solver: str = "dpm-solver++-3m"
     """The base solver, any deterministic one."""
-    start: Start = "distilled"
+    start: Start | None = None
     """given: the base solver on the environment's schedule; distilled: with the weights of D-ODE's
     closed form, all outputs free; programme: on the schedule of a dynamic programme
-    (trajectory-dp of schedule learning); programme-distilled: both. The given one is the start
-    where it errs less."""
+    (trajectory-dp of schedule learning); programme-distilled: both. None takes the programme's
+    times where times are learned, and distilled weights where weights are. Whatever it is, the
+    descent starts from the given solver, or another of these, where that errs less."""
     teacher: str = "heun"
     """The teacher's solver."""
     teacher_options: Options | None = None
@@ -147,13 +148,13 @@ class SolverLearningSettings(AgentSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         learn, loss, descent = self.learn, self.loss, self.descent
-        if "distilled" in self.start and not learn.weights:
+        if "distilled" in self.starting and not learn.weights:
             raise ValueError(
-                f"start='{self.start}' is a change of the weights: it needs learn.weights; take "
+                f"start='{self.starting}' is a change of the weights: it needs learn.weights; take "
                 "start='given' or 'programme'."
             )
-        if "programme" in self.start and not learn.times:
-            raise ValueError(f"start='{self.start}' moves the times: it needs learn.times.")
+        if "programme" in self.starting and not learn.times:
+            raise ValueError(f"start='{self.starting}' moves the times: it needs learn.times.")
         if loss.ball and loss.distance in OF_DATA:
             raise ValueError(
                 f"loss.ball forces a teacher's samples softly; loss.distance='{loss.distance}' has "
@@ -175,6 +176,15 @@ class SolverLearningSettings(AgentSettings):
                 "descent.alternate takes turns between times and weights: it needs both, one of "
                 "learn.times and learn.shifts, and one of learn.factors and learn.weights."
             )
+
+    @property
+    def starting(self) -> Start:
+        """Where the descent starts."""
+        if self.start is not None:
+            return self.start
+        if self.learn.times:
+            return "programme-distilled" if self.learn.weights else "programme"
+        return "distilled" if self.learn.weights else "given"
 
     def check_without_data(self) -> None:
         """Raise ValueError for what needs real samples, in an environment that has none."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ....envs import Schedule
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
@@ -33,7 +31,7 @@ def programme_schedules(pool: Pool, denoiser: Denoiser, student: Tableau) -> lis
 
 def distilled_table(
     base: Tableau,
-    teacher_of: Callable[[Tableau], Teacher],
+    teacher: Teacher,
     pool: Pool,
     denoiser: Denoiser,
     with_noise: bool,
@@ -42,7 +40,7 @@ def distilled_table(
 
     Args:
         base: the base solver.
-        teacher_of: a table's teacher, whose states its steps should lead to.
+        teacher: its states are what the steps should lead to.
         pool: the noises.
         denoiser: the network.
         with_noise: whether the first step may change its factor of the state, too.
@@ -50,7 +48,6 @@ def distilled_table(
     rows = directions(base, "all")
     if not with_noise:
         rows = [row[row[:, -1] == 0] for row in rows]
-    teacher = teacher_of(base)
     batches = [
         StepBatch(
             batch.noise,
