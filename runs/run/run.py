@@ -157,7 +157,7 @@ class Run:
         denoiser = self._cloned(self.mdp.device)
         check_body(denoiser, self.mdp.shape, run.body)
         kind = AGENTS[run.agent]
-        seen = {"features": self.features} if kind.takes_features else {}
+        seen: dict[str, Any] = {"features": self.features} if kind.takes_features else {}
         agent = kind(self.mdp, denoiser, self.settings.agent, seed=run.seed + 1, **seen)
         return self._learn(agent, self.folder.checkpoint(agent))
 

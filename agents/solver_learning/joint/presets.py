@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_ADAM: dict[str, Any] = {"optimizer": "adam", "rounds": 800}
+_ADAM: dict[str, Any] = {"optimizer": "adam", "rounds": 400}
 _GS: dict[str, Any] = {
     "solver": "dpm-solver++-3m",
     "start": "given",
