@@ -376,8 +376,8 @@ class SolverLearning(SolverAgent):
             found["returned"] = found[chosen]
         if chosen == GIVEN:
             warnings.warn(
-                f"Solver learning made {self.base.name} no better, and it is kept: on held-out "
-                f"noise its loss was {self.losses[GIVEN]:.2e}, that of the learned table "
+                f"Solver learning made {self.base.name} no better beyond chance: it is kept. On "
+                f"held-out noise its loss was {self.losses[GIVEN]:.2e}, that of the learned table "
                 f"{self.losses[LEARNED]:.2e}. More batches or rounds may help.",
                 stacklevel=2,
             )

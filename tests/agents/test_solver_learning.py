@@ -394,7 +394,9 @@ def test_a_start_that_errs_more_than_what_was_given_is_not_taken(monkeypatch):
     monkeypatch.setattr(
         agent._descent, "update", lambda *_: ({"loss": 1.0}, None) if _done(agent) else None
     )
-    with pytest.warns(UserWarning, match=r"made dpm-solver..-3m no better, and it is kept"):
+    with pytest.warns(
+        UserWarning, match=r"made dpm-solver..-3m no better beyond chance: it is kept"
+    ):
         agent.learn()
     assert agent.returned == "given" and agent.tableau is agent.base
     assert agent.schedule is agent.mdp.schedule
