@@ -337,10 +337,14 @@ def test_distances_of_distributions_go_through_parts(distance, case, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_is_returned_is_far_better_than_what_was_given():
+@pytest.mark.parametrize(
+    ("start", "rounds"), [("distilled", 1), pytest.param(None, 4, marks=pytest.mark.slow)]
+)
+def test_what_is_returned_is_far_better_than_what_was_given(start, rounds):
     denoiser, _ = known()
     mdp = world(Schedule.karras(EDM, 5))
-    agent = SolverLearning(mdp, denoiser, batch_size=100, batches=2, rounds=2).learn()
+    few = {"batch_size": 100, "batches": 2, "rounds": rounds, "check_teacher": False}
+    agent = SolverLearning(mdp, denoiser, start=start, **few).learn()
     assert agent.returned == "learned"
     assert agent.errors["returned"] == agent.errors["learned"] < agent.errors["start"]
     noise = fresh_noise(EDM, n=500)
