@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,15 +34,17 @@ from .joint.descent import TableDescent
 from .joint.family import Parameters, TableFamily
 from .joint.features import Extractor, SampleFeatures
 from .joint.losses import EndLoss
-from .joint.settings import OF_DATA, SolverLearningSettings
+from .joint.settings import MOVING, OF_DATA, SolverLearningSettings
 from .joint.slopes import EndObjective, Slope
-from .joint.starts import distilled_table, programme_schedules
+from .joint.starts import distilled_table, even_schedules, programme_schedules
 from .scheduling.levels import level_of_time, noise_levels, with_signal
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
 from .selection import best_of, coordinate_errors
 
 GIVEN, START, LEARNED = "given", "start", "learned"
+# On so many noises the starts are tried, and so many of the best ones on all.
+TRIED, FINALISTS = 100, 3
 _TABLES = {
     GIVEN: "the base solver's table",
     START: "the table to start from",
@@ -333,24 +336,33 @@ class SolverLearning(SolverAgent):
         self._keep(GIVEN if self._least == given else START, self._start)
 
     def _starts(self) -> list[Parameters]:
-        """Return where the descent may start."""
-        kind, learn = self.settings.starting, self.settings.learn
+        """Return where the descent may start: the best of what there is to try."""
+        kind, fitted = self.settings.starting, self._pool.fitted
+        if kind == "given":
+            return []
         schedules = [self.mdp.schedule]
-        if "programme" in kind:
+        if kind in MOVING:
             schedules += programme_schedules(self._pool, self.denoiser, self.base)
-        found = []
-        for schedule in schedules:
-            base = self._build(schedule)
-            if "distilled" in kind:
-                base = distilled_table(
-                    base,
-                    self._teacher_of(base, schedule),
-                    self._pool,
-                    self.denoiser,
-                    learn.factors,
-                )
-            found.append(self.family.parameters_of(schedule, base))
-        return found
+        if kind == "search":
+            schedules += even_schedules(self.mdp.schedule)
+        if len(schedules) > FINALISTS:
+            few = [next(fitted[0].split(TRIED))]
+
+            def loss(schedule: Schedule) -> float:
+                table = self.family.table(self._start_on(schedule, few))
+                found = float(self._objective.contributions(self.denoiser, table, few).mean())
+                return found if math.isfinite(found) else math.inf
+
+            schedules = sorted(schedules, key=loss)[:FINALISTS]
+        return [self._start_on(schedule, fitted) for schedule in schedules]
+
+    def _start_on(self, schedule: Schedule, batches: Sequence[Batch]) -> Parameters:
+        """Return the parameters of the base solver on a schedule, with distilled weights."""
+        base, learn = self._build(schedule), self.settings.learn
+        if learn.weights:
+            teacher = self._teacher_of(base, schedule)
+            base = distilled_table(base, teacher, batches, self.denoiser, learn.factors)
+        return self.family.parameters_of(schedule, base)
 
     def _compare(self) -> float:
         """Return the loss on held-out noise; remember the best table, or with a critic the last."""

@@ -503,7 +503,7 @@ def test_a_ball_holds_its_noises():
             {"learn_weights": False, "start": "distilled"},
             "start='distilled' is a change of the weights",
         ),
-        ({"learn_times": False, "start": "programme"}, "moves the times"),
+        ({"learn_times": False, "start": "search"}, "moves the times"),
         ({"learn_weights": False, "start": "given", "coefficients": "free"}, "needs learn.weights"),
         ({"ball": 0.1}, "loss.ball needs 'adam'"),
         ({"adversarial": 0.1}, "loss.adversarial needs 'adam'"),

@@ -16,7 +16,10 @@ Coefficients = Literal["added", "free", "shares"]
 Distance = Literal["l2", "huber", "mmd", "kid"]
 Compared = Literal["samples", "features"]
 Optimizer = Literal["lbfgs", "adam"]
-Start = Literal["given", "distilled", "programme", "programme-distilled"]
+Start = Literal["given", "distilled", "programme", "search"]
+
+# Starts that have times of their own.
+MOVING = ("programme", "search")
 
 # Distances between distributions, which compare with data instead of the teacher.
 OF_DATA = ("mmd", "kid")
@@ -123,10 +126,10 @@ class SolverLearningSettings(AgentSettings):
     """The base solver, any deterministic one."""
     start: Start | None = None
     """given: the base solver on the environment's schedule; distilled: with the weights of D-ODE's
-    closed form, all outputs free; programme: on the schedule of a dynamic programme
-    (trajectory-dp of schedule learning); programme-distilled: both. None takes the programme's
-    times where times are learned, and distilled weights where weights are. Whatever it is, the
-    descent starts from the given solver, or another of these, where that errs less."""
+    closed form, all outputs free; programme: also the times of a dynamic programme (trajectory-dp
+    of schedule learning); search: also a dozen grids, even on several scales. The latter two have
+    distilled weights, too, where weights are learned. None takes the last that what is learned
+    allows. Whatever it is, the descent starts from the best of them, or the given solver."""
     teacher: str = "heun"
     """The teacher's solver."""
     teacher_options: Options | None = None
@@ -148,12 +151,12 @@ class SolverLearningSettings(AgentSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         learn, loss, descent = self.learn, self.loss, self.descent
-        if "distilled" in self.starting and not learn.weights:
+        if self.starting == "distilled" and not learn.weights:
             raise ValueError(
                 f"start='{self.starting}' is a change of the weights: it needs learn.weights; take "
-                "start='given' or 'programme'."
+                "start='given' or 'search'."
             )
-        if "programme" in self.starting and not learn.times:
+        if self.starting in MOVING and not learn.times:
             raise ValueError(f"start='{self.starting}' moves the times: it needs learn.times.")
         if loss.ball and loss.distance in OF_DATA:
             raise ValueError(
@@ -183,7 +186,7 @@ class SolverLearningSettings(AgentSettings):
         if self.start is not None:
             return self.start
         if self.learn.times:
-            return "programme-distilled" if self.learn.weights else "programme"
+            return "search"
         return "distilled" if self.learn.weights else "given"
 
     def check_without_data(self) -> None:
