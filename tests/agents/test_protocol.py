@@ -19,7 +19,7 @@ BUDGETS = {
     "sft-v": ({**FALLING, "n_critic": 1}, 5),
     "dode": ({**FEW, "refine": "end-to-end", "refine_steps": 2}, 3),
     "schedule": ({**FEW, "schedule_rounds": 2, "tuning_rounds": 3, "tuning_batch_size": 8}, 5),
-    "solver": ({**FEW, "batch_size": 4, "rounds": 3, "optimizer": "adam"}, 3),
+    "solver": ({**FEW, "batch_size": 4, "rounds": 3, "optimizer": "adam", "start": "given"}, 3),
     "variance": ({"batch_size": 10, "samples_per_time": 5}, 2),
 }
 

@@ -240,7 +240,11 @@ def test_bns_is_the_paper_s_family_with_its_gradient(name, case):
 @numeric
 @pytest.mark.parametrize(
     ("which", "solver"),
-    [("gas", "unipc-2"), ("s4s", "ipndm"), ("dyweight", "heun")],
+    [
+        ("gas", "unipc-2"),
+        ("s4s", "ipndm"),
+        pytest.param("dyweight", "heun", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_differences_of_the_loss(which, solver, case):
     """For any base solver, in the other forms, and with another distance."""
@@ -360,14 +364,17 @@ def test_what_is_returned_is_far_better_than_what_was_given(start, rounds):
 @pytest.mark.parametrize(
     "name",
     [
-        *("default", "gas", "ddss", "s4s"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gs", "ld3", "bns", "dyweight")),
+        *("default", "gas", "ddss"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gs", "ld3", "bns", "s4s", "dyweight")
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_preset_learns_and_resumes_bit_for_bit(name, tmp_path, monkeypatch):
     changes = {**SMALL, "rounds": 4, "real_samples": 20, "batch_size": 6}
-    changes |= {"start": "given"} if name == "default" else {"check_interval": 2}
+    changes |= {"start": "given"} | ({} if name == "default" else {"check_interval": 2})
     monkeypatch.setattr("fewstep.agents.solver_learning.joint.descent.ITERATIONS", 2)
 
     def make():

@@ -3,8 +3,8 @@
 They are presets of `fewstep train --agent solver --preset NAME`, and of
 `SolverLearning.for_environment(env, denoiser, preset=NAME)`. What they say is which numbers are
 free, in which form, and against which distance; where a paper compares in the features of LPIPS or
-Inception, `loss.compared="features"` does so with the features that there are. Batches and rounds
-are ours, for minutes on a CPU.
+Inception, `loss.compared="features"` does so with the features that there are. The start, batches
+and rounds are ours, for minutes on a CPU; `start="given"` is the papers'.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 _ADAM: dict[str, Any] = {"optimizer": "adam", "rounds": 400}
 _GS: dict[str, Any] = {
     "solver": "dpm-solver++-3m",
-    "start": "given",
     **_ADAM,
     "times_rate": 0.1,
     "coefficients_rate": 0.01,
     "shifts_rate": 0.01,
     "ema": 0.999,
 }
-# LD3's ball, of which a soft loss of S4S has another name for the same.
+# LD3's ball; S4S descends the same soft loss.
 _BALL: dict[str, Any] = {"ball": 0.05}
 
 SOLVER_PRESETS: dict[str, dict[str, Any]] = {
@@ -35,7 +34,6 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
         **_ADAM,
         **_BALL,
         "solver": "unipc-2",
-        "start": "given",
         "learn_factors": False,
         "learn_weights": False,
     },
@@ -43,7 +41,6 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
     "bns": {
         **_ADAM,
         "solver": "euler",
-        "start": "given",
         "learn_shifts": False,
         "form": "noise",
         "coefficients": "free",
@@ -53,7 +50,6 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
         **_ADAM,
         **_BALL,
         "solver": "dpm-solver++-3m",
-        "start": "given",
         "learn_factors": False,
         "coefficients": "shares",
         "alternate": 20,
@@ -62,7 +58,6 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
     "ddss": {
         **_ADAM,
         "solver": "ddim",
-        "start": "given",
         "learn_shifts": False,
         "coefficients": "free",
         "distance": "kid",
@@ -71,7 +66,6 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
     "dyweight": {
         **_ADAM,
         "solver": "ipndm",
-        "start": "given",
         "learn_times": False,
         "learn_factors": False,
         "coefficients": "shares",
