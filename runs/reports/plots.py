@@ -207,14 +207,14 @@ def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], mean
 
 
 def dots_figure(
-    panels: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, line: float
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, line: float | None
 ) -> Figure:
     """Draw positive numbers as dots on a logarithmic axis, with a line to compare them to.
 
     Args:
         panels: title -> series (a legend's entry) -> row -> number.
         x: what the numbers are.
-        line: where the line is.
+        line: where the line is; None has none.
     """
     rows = list(
         dict.fromkeys(row for series in panels.values() for s in series.values() for row in s)
@@ -231,7 +231,8 @@ def dots_figure(
                 alpha=0.8,
                 label=label,
             )
-        axis.axvline(line, color=REAL, linestyle="--", linewidth=1)
+        if line is not None:
+            axis.axvline(line, color=REAL, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         sparse_ticks(axis)
         axis.set_title(environment)

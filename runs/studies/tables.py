@@ -121,8 +121,12 @@ def figure(records: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) ->
     if column is not None:
         meaning = f"{column.removeprefix(FACTOR)} before / after (right of the line is better)"
         return dots_figure(panels, meaning, line=1.0)
+    floor = headline(columns) + FLOOR
+    # An error has no floor.
+    if floor not in frame:
+        return dots_figure(panels, f"{headline(columns)} (lower is better)", line=None)
     meaning = f"{headline(columns)}\n(lower is better; dashed: real samples)"
-    return dots_figure(panels, meaning, line=float(frame[headline(columns) + FLOOR].iloc[0]))
+    return dots_figure(panels, meaning, line=float(frame[floor].iloc[0]))
 
 
 def _entry(rows: pd.DataFrame, column: str) -> str:

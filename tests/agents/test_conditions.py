@@ -450,6 +450,7 @@ def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
             "optimizer": "adam",
             "adversarial": 0.1,
             "check_teacher": False,
+            "start": "distilled",
         },
         VarianceLearning: {"samples_per_time": 1},
     }.get(kind, {**SMALL, **CHAIN})
