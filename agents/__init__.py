@@ -2,8 +2,8 @@
 
 Behaviour cloning trains a denoiser on data; SFT-PG, SFT-V and SFT fine-tune the sampler it makes
 against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits;
-variance learning measures how much noise its steps want. A `Tableau` is a sampler as a table of
-numbers, which `solvers` build.
+solver learning learns weights and times together; variance learning measures how much noise its
+steps want. A `Tableau` is a sampler as a table of numbers, which `solvers` build.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solver_learning.dode import DODE
 from .solver_learning.schedule_learning import ScheduleLearning
+from .solver_learning.solver_learning import SolverLearning
 from .variance.learning import VarianceLearning
 
 if TYPE_CHECKING:
@@ -38,7 +39,16 @@ else:
 
 AGENTS: dict[str, type[Agent]] = {
     agent.name: agent
-    for agent in (BehaviorCloning, SFT, SFTPG, SFTV, DODE, ScheduleLearning, VarianceLearning)
+    for agent in (
+        BehaviorCloning,
+        SFT,
+        SFTPG,
+        SFTV,
+        DODE,
+        ScheduleLearning,
+        SolverLearning,
+        VarianceLearning,
+    )
 }
 
 __all__ = [
@@ -53,6 +63,7 @@ __all__ = [
     "Denoiser",
     "DenoiserPolicy",
     "ScheduleLearning",
+    "SolverLearning",
     "SolverPolicy",
     "Tableau",
     "TrainingDivergedError",

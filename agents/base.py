@@ -58,12 +58,14 @@ class Agent(Trainee):
         processes: those that train together, under `torchrun`; else this one alone.
         data_parallel: whether several processes can train it together.
         needs_denoiser: whether it starts from a trained network, rather than from nothing.
+        takes_features: whether it may be given a feature extractor, `features=...`.
         grid: schedule that a run takes where none is named, if not the environment's.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """
 
     data_parallel: ClassVar[bool] = False
     needs_denoiser: ClassVar[bool] = True
+    takes_features: ClassVar[bool] = False
     grid: ClassVar[str | None] = None
 
     def __init__(

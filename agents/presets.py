@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ..common.names import unknown_name
 from ..common.settings import Settings
+from .solver_learning.joint.presets import SOLVER_PRESETS
 
 Values = dict[str, Any]
 Chosen = TypeVar("Chosen", bound=Settings)
@@ -203,10 +204,15 @@ RECOMMENDED: dict[str, str] = {
 RECOMMENDED_FROM = 10
 
 
+# Presets that an agent has in every environment, by agent and name.
+NAMED: dict[str, dict[str, Values]] = {"solver": SOLVER_PRESETS}
+
 # An ODE solver needs a chain that ends in noise and has times between its steps; the toys' own
 # process, one noising a step, is neither.
 PROCESSES: dict[tuple[str, str], str] = {
-    (env, "dode"): "sigmoid-1000" for env in ("SwissRoll", "Moons", "GaussianCluster")
+    (env, agent): "sigmoid-1000"
+    for env in ("SwissRoll", "Moons", "GaussianCluster")
+    for agent in ("dode", "solver")
 } | {
     # Noise levels are EDM's idea, and its network is smooth in them.
     (env, "schedule"): "ve"
@@ -248,13 +254,14 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
         ValueError: a preset name that this environment and agent do not have.
     """
     cloning = CLONING.get(env, {"rounds": 2000})
-    known = {"default"} | {key[2] for key in FINE_TUNING if key[:2] == (env, agent)}
+    everywhere = NAMED.get(agent, {})
+    known = {"default", *everywhere} | {key[2] for key in FINE_TUNING if key[:2] == (env, agent)}
     if name not in known:
         raise unknown_name(f"preset of {agent} on {env}", name, known)
     body = BODIES.get(env)
     prediction = "epsilon" if body else None
     if agent == "behavior-cloning":
         return Preset(cloning, cloning, body=body, prediction=prediction)
-    values = FINE_TUNING.get((env, agent, name), {})
+    values = FINE_TUNING.get((env, agent, name), everywhere.get(name, {}))
     process, schedule = (table.get((env, agent)) for table in (PROCESSES, SCHEDULES))
     return Preset(values, cloning, process, schedule, body, prediction)

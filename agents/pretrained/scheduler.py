@@ -120,7 +120,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         self._answer = Answer()
         self._denoiser = Denoiser(self._answer, process, prediction, sigma_data)
         parameterisation = self._denoiser.parameterisation
-        starts = self.tableau.times[:-1].tolist()
+        starts = self.tableau.evaluation_times.tolist()
         times = torch.tensor([self._denoiser.network_time(t) for t in starts])
         times = unet_time(times, time_range)
         self._times = times.long() if bool((times == times.long()).all()) else times

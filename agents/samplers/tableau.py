@@ -18,6 +18,9 @@ with Cov0 the variance of the clean sample as the denoiser's second head predict
 
 In a step that is not asked, O_j is not the network's but the guess of a state that is nearly noise,
 epsilon = z_j / sqrt(alpha^2 + sigma^2), and costs nothing (MATH.md 1.19).
+
+A learned solver may tell the network another time than the state's: O_j = O(z_j, t_j + xi_j), see
+`asked_times`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,15 @@ from ...envs.processes import NoiseProcess
 from ...envs.schedules.ends import warn_of_ends
 from .guess import guessed_output
 from .sparse import SparseRows, read_only
-from .tableau_checks import ARRAYS, DEFAULTS, Output, check_arrays, check_asked, check_times
+from .tableau_checks import (
+    ARRAYS,
+    DEFAULTS,
+    Output,
+    check_arrays,
+    check_asked,
+    check_asked_times,
+    check_times,
+)
 from .tableau_json import OPTIONAL, read_table, write_table
 
 if TYPE_CHECKING:
@@ -52,7 +63,10 @@ Transition = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Row(NamedTuple):
-    """One row of a tableau as plain numbers; `weights` are (k, W_jk) pairs without the zeros."""
+    """One row of a tableau as plain numbers; `weights` are (k, W_jk) pairs without the zeros.
+
+    `time` is what the denoiser is told.
+    """
 
     time: float
     anchor: int
@@ -78,9 +92,9 @@ class Tableau:
     Attributes:
         name: what the solver is called.
         process: the noise process whose times these are.
-        times: (K + 1,) float64; the network is asked about state z_j at times[j], j < K, and the
-            last entry is the time of the finished sample. Times may repeat or rise (Heun), never
-            below 0.
+        times: (K + 1,) float64; state z_j has times[j], at which the network is asked about it;
+            the last entry is the time of the finished sample. Times may repeat or rise (Heun),
+            never below 0.
         scale: (K,) float64, p: the factor on the anchor state.
         weights: (K, K) float64, W: lower-triangular weights on the denoiser's outputs. The
             constructor takes `SparseRows` as well.
@@ -96,12 +110,15 @@ class Tableau:
         cap: (K,) float64 >= 0: the standard deviation goes no higher; infinite by default.
         asked: (K,) bool: False where O_j is guessed without the network, with epsilon =
             z_j / sqrt(alpha^2 + sigma^2); True by default.
+        asked_times: (K,) float64, the times that the denoiser is told, where they are not those of
+            the states it is asked about; None, by default, if they are: times[:-1].
 
     Raises:
         ValueError: wrong shapes, non-finite numbers, weights above the diagonal, negative noise,
             covariance or cap, anchors out of range, `current` on a step that starts from z_j
             anyway, `clipped` with predicted noise, times outside the process; a step that is not
-            asked where no signal is left, or that wants a covariance.
+            asked where no signal is left, at another time than its state's, or that wants a
+            covariance.
     """
 
     name: str
@@ -117,6 +134,7 @@ class Tableau:
     covariance: np.ndarray | None = None
     cap: np.ndarray | None = None
     asked: np.ndarray | None = None
+    asked_times: np.ndarray | None = None
 
     sparse_weights: SparseRows = field(init=False, repr=False)
     _rows: tuple[Row, ...] = field(init=False, repr=False)
@@ -145,7 +163,11 @@ class Tableau:
             {name: getattr(self, name) for name in ARRAYS}, self.sparse_weights, self.output
         )
         check_times(self.times, self.process)
-        check_asked(self._optional("asked"), self.times, self.process)
+        if self.asked_times is not None:
+            told = read_only(self.asked_times, np.float64)
+            check_asked_times(told, self.times, self.process)
+            self._keep("asked_times", None if np.array_equal(told, self.times[:-1]) else told)
+        check_asked(self._optional("asked"), self.times, self.evaluation_times, self.process)
         self._keep("_rows", tuple(self._make_rows()))
 
     def _keep(self, name: str, value: object) -> None:
@@ -171,6 +193,8 @@ class Tableau:
 
     def is_default(self, name: str) -> bool:
         """Tell whether an optional field holds what it does when it is not given."""
+        if name == "asked_times":
+            return self.asked_times is None
         default = np.arange(self.steps) if name == "anchors" else DEFAULTS[name]
         return bool((self._optional(name) == default).all())
 
@@ -182,7 +206,7 @@ class Tableau:
         """Yield the rows as plain numbers, which the loop reads faster than arrays."""
         noise = np.where(self._optional("covariance") != 0, self.noise, self.base_std)
         columns = (
-            self.times[:-1],
+            self.evaluation_times,
             self._optional("anchors"),
             self.scale,
             self._optional("current"),
@@ -197,6 +221,11 @@ class Tableau:
     def steps(self) -> int:
         """Number of steps K; each costs one network evaluation, unless it is not asked."""
         return len(self.scale)
+
+    @property
+    def evaluation_times(self) -> np.ndarray:
+        """(K,) the times that the denoiser is told about the states z_0 .. z_{K-1}."""
+        return self.times[:-1] if self.asked_times is None else self.asked_times
 
     @property
     def nfe(self) -> int:

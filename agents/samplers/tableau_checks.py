@@ -81,9 +81,26 @@ def check_times(times: np.ndarray, process: NoiseProcess) -> None:
         )
 
 
-def check_asked(asked: np.ndarray, times: np.ndarray, process: NoiseProcess) -> None:
-    """Raise ValueError for a step that is not asked where no signal is left."""
-    for time in times[:-1][~asked].tolist():
+def check_asked_times(told: np.ndarray, times: np.ndarray, process: NoiseProcess) -> None:
+    """Raise ValueError for times (K,) that a denoiser cannot be told about states at `times`."""
+    if told.shape != times[:-1].shape:
+        raise ValueError(
+            f"Tableau.asked_times has shape {told.shape}, expected {times[:-1].shape}."
+        )
+    if not np.isfinite(told).all() or told.min() <= 0 or told.max() > process.t_max:
+        raise ValueError(f"Tableau.asked_times must lie in (0, {process.t_max}].")
+
+
+def check_asked(
+    asked: np.ndarray, times: np.ndarray, told: np.ndarray, process: NoiseProcess
+) -> None:
+    """Raise ValueError for a step that is not asked where no signal is left, or of another time."""
+    for time, other in zip(times[:-1][~asked].tolist(), told[~asked].tolist(), strict=True):
+        if time != other:
+            raise ValueError(
+                "Tableau.asked_times must be those of the states in steps that are not asked: no "
+                "denoiser is told them."
+            )
         if process.levels(time)[0] == 0:
             raise ValueError(
                 f"No signal is left at time {time:g} of {process!r}: the network must be asked "

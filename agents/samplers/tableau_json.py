@@ -14,15 +14,15 @@ from .sparse import SparseRows
 Table = TypeVar("Table")
 
 FORMAT = "fewstep-tableau"
-VERSION = 5
-# Tables that ask in every step are written for readers of this version, too.
-_ASKING = 4
+VERSION = 6
+# The first version that has an array; a table is written for readers as old as possible.
+_PLAIN, _SINCE = 4, {"asked": 5, "asked_times": 6}
 
 # What every version holds. Up to version 3 the weights were a matrix, with all its zeros.
 _ARRAYS = ("times", "scale", "weights", "noise")
 # What a table that says nothing of them does without. The anchors may be missing since version 4;
-# version 1 had none of the others, version 2 the first, up to version 4 none had the last.
-OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap", "asked")
+# version 1 had none of the others, version 2 the first, up to version 4 none had the last two.
+OPTIONAL = ("anchors", "current", "clipped", "covariance", "cap", "asked", "asked_times")
 
 
 def write_table(
@@ -47,7 +47,7 @@ def write_table(
         arrays["cap"] = [None if cap == math.inf else cap for cap in arrays["cap"]]
     table = {
         "format": FORMAT,
-        "version": VERSION if "asked" in arrays else _ASKING,
+        "version": max([_PLAIN, *(since for name, since in _SINCE.items() if name in arrays)]),
         "name": name,
         "output": output,
         "process": process.to_config(),

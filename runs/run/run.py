@@ -100,15 +100,15 @@ class Run:
         console.print(f"{run.agent} on {self.mdp.target.name}, {self.mdp.steps} steps")
         console.out(f"Logs: {self.folder.path}")
         console.out(f"Curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}")
-        self.evaluation = None
+        self.evaluation = self.features = None
         if self.processes.first:
-            features = features_for(
+            self.features = features_for(
                 self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
             )
             self.evaluation = Evaluation(
                 self.mdp.target,
                 run.evaluation_samples,
-                features,
+                self.features,
                 real_distances,
                 self.mdp.conditional,
             )
@@ -157,7 +157,9 @@ class Run:
         run = self.settings.run
         denoiser = self._cloned(self.mdp.device)
         check_body(denoiser, self.mdp.shape, run.body)
-        agent = AGENTS[run.agent](self.mdp, denoiser, self.settings.agent, seed=run.seed + 1)
+        kind = AGENTS[run.agent]
+        seen: dict[str, Any] = {"features": self.features} if kind.takes_features else {}
+        agent = kind(self.mdp, denoiser, self.settings.agent, seed=run.seed + 1, **seen)
         return self._learn(agent, self.folder.checkpoint(agent))
 
     def _learn(self, agent: Agent, checkpoint: Any) -> Agent:

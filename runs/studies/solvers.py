@@ -137,7 +137,41 @@ def _last_steps() -> Study:
     )
 
 
+# What is learned of a solver of few calls, from the least to the most.
+LEARNED = {
+    "D-ODE": ("dpm-solver++-2m", Learn("dode")),
+    "D-ODE, all outputs": ("dpm-solver++-2m", Learn("dode", {"form": "all"})),
+    "learned schedule": ("dpm-solver++-2m", Learn("schedule", {"tuning_rounds": 0})),
+    **{
+        f"solver learning, {name}": (solver, Learn("solver", preset=name))
+        for name, solver in (
+            ("ld3", "unipc-2"),
+            ("s4s", "dpm-solver++-3m"),
+            ("bns", "euler"),
+            ("dyweight", "ipndm"),
+            ("gs", "dpm-solver++-3m"),
+        )
+    },
+    "solver learning": ("dpm-solver++-3m", Learn("solver")),
+}
+
+
+def _learned() -> Study:
+    given = ("ddim", "dpm-solver++-2m", "dpm-solver++-3m", "unipc-2", "ipndm")
+    contenders = [Contender(solver, (VP, Sample(solver))) for solver in given]
+    contenders += [
+        Contender(label, (VP, Sample(solver), learn)) for label, (solver, learn) in LEARNED.items()
+    ]
+    scoring = Scoring(0, held_out=1000, reference_steps=400, before=False)
+    return Study(
+        "What is learned of a solver, in few calls",
+        Grid((MIXTURE, "SwissRoll", "Digits"), tuple(contenders), (5, 8), (0, 1, 2), scoring),
+        ("error", "returned", "seconds"),
+    )
+
+
 STUDIES = {
+    "solver-learning": _learned(),
     "last-steps": _last_steps(),
     "dode": _distilled(
         "D-ODE solvers against their base solvers (Kim, Tang & Yu 2024)", STARTS, {"distilled": {}}

@@ -19,6 +19,7 @@ from fewstep.agents import (
     CheckpointError,
     Denoiser,
     ScheduleLearning,
+    SolverLearning,
     SolverPolicy,
     VarianceLearning,
 )
@@ -441,7 +442,9 @@ def test_variances_of_a_guided_view_are_those_of_the_network_made_by_hand(kind, 
     torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [SFTPG, SFT, SFTV, DODE, ScheduleLearning, VarianceLearning])
+@pytest.mark.parametrize(
+    "kind", [SFTPG, SFT, SFTV, DODE, ScheduleLearning, SolverLearning, VarianceLearning]
+)
 def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
     settings = {
         DODE: {"solver": "ddim", "batch_size": 16, "batches": 1},
@@ -451,6 +454,17 @@ def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
             "schedule_rounds": 2,
             "start": "environment",
             "tuning_rounds": 1,
+        },
+        # The times are whole noisings only.
+        SolverLearning: {
+            "solver": "ddim",
+            "batch_size": 16,
+            "batches": 2,
+            "rounds": 1,
+            "optimizer": "adam",
+            "adversarial": 0.1,
+            "check_teacher": False,
+            "start": "distilled",
         },
         VarianceLearning: {"samples_per_time": 1},
     }.get(kind, {**SMALL, **CHAIN})

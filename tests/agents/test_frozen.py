@@ -16,6 +16,7 @@ from fewstep.agents import (
     BehaviorCloning,
     Denoiser,
     ScheduleLearning,
+    SolverLearning,
     Tableau,
 )
 from fewstep.agents.solvers import make_solver
@@ -123,6 +124,9 @@ BUILDERS = {
     "sft-v": lambda *where: SFTV(*where, **EXECUTION, **NOISE),
     "dode": lambda *where: DODE(*where, batches=2, batch_size=4),
     "schedule": lambda *where: ScheduleLearning(*where, batches=1, batch_size=4),
+    "solver": lambda *where: SolverLearning(
+        *where, batches=1, batch_size=4, rounds=1, optimizer="adam", start="given"
+    ),
     "gamma": lambda *where: VarianceLearning(*where, kind="gamma"),
     "sn": lambda *where: VarianceLearning(*where, kind="sn", batch_size=4),
 }

@@ -19,6 +19,7 @@ BUDGETS = {
     "sft-v": ({**FALLING, "n_critic": 1}, 5),
     "dode": ({**FEW, "refine": "end-to-end", "refine_steps": 2}, 3),
     "schedule": ({**FEW, "schedule_rounds": 2, "tuning_rounds": 3, "tuning_batch_size": 8}, 5),
+    "solver": ({**FEW, "batch_size": 4, "rounds": 3, "optimizer": "adam", "start": "given"}, 3),
     "variance": ({"batch_size": 10, "samples_per_time": 5}, 2),
 }
 
@@ -115,7 +116,7 @@ def test_files_are_the_sampler(name, agent_of, tmp_path):
     agent = agent_of(name)
     agent.learn()
     names = {"dode": set(), "behavior-cloning": set()}
-    names["schedule"] = {"tableau.json", "schedule.json"}
+    names["schedule"] = names["solver"] = {"tableau.json", "schedule.json"}
     assert set(agent.files()) == names.get(name, {"tableau.json"})
     for file, value in agent.files().items():
         value.save(tmp_path / file)
@@ -125,7 +126,7 @@ def test_files_are_the_sampler(name, agent_of, tmp_path):
     drawn = tableau.sample(denoiser, noise, generator=torch.Generator().manual_seed(1))
     ours = agent.sample(3, noise=noise, generator=torch.Generator().manual_seed(1))
     assert torch.equal(drawn, ours)
-    assert agent.learns_tableau == (name in ("schedule", "variance"))
+    assert agent.learns_tableau == (name in ("schedule", "solver", "variance"))
 
 
 def test_counting_ends_with_the_round(agent_of, count_calls):

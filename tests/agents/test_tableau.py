@@ -271,7 +271,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(make_table):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"version": 6}, "version 6; this fewstep reads 1 to 5"),
+        ({"version": 7}, "version 7; this fewstep reads 1 to 6"),
         ({"version": None}, "version"),
         ({"format": "butcher"}, "format"),
         ({"weights": ...}, "lacks weights"),

@@ -21,6 +21,7 @@ AGENTS = {
     "sft-pg": ["--rounds=4", "--batch-size=16", "--evaluations=2"],
     "dode": ["--batches=2", "--batch-size=16"],
     "schedule": ["--schedule-rounds=6", "--tuning.rounds=4", "--batch-size=60", "--batches=1"],
+    "solver": ["--preset=gs", "--descent.rounds=3", "--batch-size=60", "--start=distilled"],
 }
 
 
@@ -40,7 +41,9 @@ def trained(tmp_path_factory, fewstep):
     return train
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize(
+    "agent", [*sorted(set(AGENTS) - {"solver"}), pytest.param("solver", marks=pytest.mark.slow)]
+)
 def test_a_flow_is_cloned_and_trained(agent, trained):
     folder = trained(agent)
     denoiser = Denoiser.load(folder / "denoiser.safetensors")
@@ -49,7 +52,7 @@ def test_a_flow_is_cloned_and_trained(agent, trained):
     assert table.process == RectifiedFlow() and table.nfe == 10
     if agent == "sft-pg":
         assert (table.noise > 0).all() and table.noise[-1] == 0.01
-    if agent != "schedule":
+    if agent not in ("schedule", "solver"):
         # A first time without signal has no noise level: the learned schedules start at one.
         assert table.times[0] == 1
     metrics = json.loads((folder / "results.json").read_text())["metrics"]

@@ -15,7 +15,7 @@ both factors, and a level within rounding of a whole noising counts as it (`Disc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import numpy as np
@@ -59,18 +59,28 @@ class Sensitivity:
         shapes = (steps,), (steps,), (steps, steps), (steps,)
         return cls(*(np.zeros(shape) for shape in shapes))
 
+    def plus(self, other: Sensitivity, share: float) -> Sensitivity:
+        """Return the sum of this one and a share of another."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Sensitivity(*(own + share * others for own, others in pairs))
+
     def along(self, tableau: Tableau, other: Tableau) -> float:
         """Return the first-order change of the error from one tableau to another like it."""
-        moved = _log_levels(other) - _log_levels(tableau)
+        moved = log_levels(other) - log_levels(tableau)
         return float((self.levels * moved).sum()) + sum(
             float((getattr(self, name) * (getattr(other, name) - getattr(tableau, name))).sum())
             for name in ("scale", "weights", "current")
         )
 
 
-def _log_levels(tableau: Tableau) -> np.ndarray:
+def log_levels(tableau: Tableau) -> np.ndarray:
     """Return the logarithms of the noise levels (K,) at which the calls are made."""
-    return -tableau.process.log_snr(torch.tensor(tableau.times[:-1])).numpy()
+    return -tableau.process.log_snr(torch.tensor(tableau.evaluation_times)).numpy()
+
+
+# Of a rollout's ends (n, *shape), those of some rows of the batch: their share of the error, and
+# the whole error's derivatives by them (n, *shape).
+Pull = Callable[[Tensor, slice], tuple[float, Tensor]]
 
 
 def backpropagate(
@@ -81,7 +91,7 @@ def backpropagate(
     steps: int,
     parameters: Sequence[Tensor] = (),
 ) -> tuple[float, Tensor, Sensitivity]:
-    """Return a rollout's error with its derivatives.
+    """Return a rollout's squared error with its derivatives; see `pull_back` for the arguments.
 
     Args:
         tableau: a deterministic sampler.
@@ -89,25 +99,72 @@ def backpropagate(
         noise: (N, *shape) initial states z_0.
         target: (N, *shape) what the rollout should end at.
         steps: rows of the tableau to run.
-        parameters: of the network; the error's derivatives are added to their `grad`.
+        parameters: of the network.
 
     Returns:
         The mean over samples of ||z_steps - target||^2, z_steps (N, *shape), and the error's
         derivatives.
     """
+
+    def pull(ends: Tensor, rows: slice) -> tuple[float, Tensor]:
+        missed = ends - target[rows]
+        return float(missed.double().square().sum()) / len(noise), missed * (2 / len(noise))
+
+    pulled = pull_back(tableau, denoiser, noise, pull, steps, parameters)
+    return pulled.error, pulled.ends, pulled.sensitivity
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A rollout's error with its derivatives.
+
+    Attributes:
+        error: what was differentiated.
+        ends: (N, *shape) where the rollouts end.
+        sensitivity: the derivatives by the table's numbers.
+        starts: (N, *shape) those by the initial states.
+    """
+
+    error: float
+    ends: Tensor
+    sensitivity: Sensitivity
+    starts: Tensor
+
+
+def pull_back(
+    tableau: Tableau,
+    denoiser: Denoiser,
+    noise: Tensor,
+    pull: Pull,
+    steps: int,
+    parameters: Sequence[Tensor] = (),
+    by_level: bool = True,
+) -> Pulled:
+    """Differentiate any error of a rollout's ends.
+
+    Args:
+        tableau: a deterministic sampler.
+        denoiser: the network.
+        noise: (N, *shape) initial states z_0.
+        pull: the error.
+        steps: rows of the tableau to run.
+        parameters: of the network; the error's derivatives are added to their `grad`.
+        by_level: whether to differentiate by the levels at which the network is asked, which it
+            then has to be differentiable in; without, they come out as 0.
+    """
     sensitivity = Sensitivity.zeros(tableau.steps)
     size = chunk_size(2 * (steps + 1), noise)
-    ends, error = [], 0.0
+    ends, starts, error = [], [], 0.0
     for first in range(0, len(noise), size):
         rows = slice(first, first + size)
         part = denoiser.at(rows)
         with torch.no_grad():
             states = list(islice(tableau.states(part, noise[rows]), steps + 1))
-        missed = states[-1] - target[rows]
-        error += float(missed.double().square().sum()) / len(noise)
+        share, cotangent = pull(states[-1], rows)
+        error += share
         ends.append(states[-1])
-        _descend(tableau, part, states, missed * (2 / len(noise)), sensitivity, parameters)
-    return error, torch.cat(ends), sensitivity
+        starts.append(_descend(tableau, part, states, cotangent, sensitivity, parameters, by_level))
+    return Pulled(error, torch.cat(ends), sensitivity, torch.cat(starts))
 
 
 def _descend(
@@ -117,18 +174,22 @@ def _descend(
     cotangent: Tensor,
     total: Sensitivity,
     parameters: Sequence[Tensor],
-) -> None:
+    by_level: bool,
+) -> Tensor:
     """Pass the adjoint from the last state to the first; add the derivatives to `total`.
 
     States are dropped from the list as they are passed.
 
     `cotangents[j]` is the error's derivative by z_{j+1}. An output's weights in later rows meet it
     when its own call is repeated, so no output is ever stored.
+
+    Returns:
+        The error's derivative by z_0.
     """
     steps = len(states) - 1
     cotangents: dict[int, Tensor] = {steps - 1: cotangent}
     by_state: list[Tensor | None] = [None] * (steps + 1)
-    logs = torch.from_numpy(_log_levels(tableau))
+    logs = torch.from_numpy(log_levels(tableau)) if by_level else None
     rows = [dict(tableau.row(j).weights) for j in range(tableau.steps)]
     first_output = [min(row, default=j) for j, row in enumerate(rows)]
     for j in reversed(range(steps)):
@@ -146,23 +207,31 @@ def _descend(
             _add(by_state, j, row.current * now)
         readers = [i for i in range(j, steps) if first_output[i] <= j]
         state = states[j].detach().requires_grad_()
-        # By the level, not by the time: a discrete process's times have kinks, its levels none.
-        level = logs[j].to(state.device).requires_grad_()
+        time, asked = None, [state]
         with torch.enable_grad():
-            time = tableau.process.time_of_log_snr(-level)
+            if logs is not None:
+                # By the level, not by the time: a discrete process's times have kinks, its levels
+                # none.
+                level = logs[j].to(state.device).requires_grad_()
+                asked.append(level)
+                time = tableau.process.time_of_log_snr(-level)
             output = tableau.evaluate(denoiser, state, j, time)
         value = output.detach()
         pull = torch.zeros_like(value)
         for i in readers:
             total.weights[i, j] += _dot(cotangents[i], value)
             pull.add_(cotangents[i], alpha=rows[i].get(j, 0.0))
-        torch.autograd.backward(output, pull, inputs=[state, level, *parameters])
+        torch.autograd.backward(output, pull, inputs=[*asked, *parameters])
         assert state.grad is not None
-        total.levels[j] += 0.0 if level.grad is None else float(level.grad)
+        if logs is not None:
+            total.levels[j] += 0.0 if level.grad is None else float(level.grad)
         _add(by_state, j, state.grad)
         del states[j + 1 :]
         for i in [i for i in cotangents if first_output[i] >= j]:
             del cotangents[i]
+    start = by_state[0]
+    assert start is not None
+    return start
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,84 @@
+"""Where the tables start: as given, with D-ODE's weights, on other times, or both.
+
+The error at the end has many local optima in the times, and a descent leaves none of them. With the
+weights in closed form a grid of times is judged in a second, so many of them can be tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ....envs import Schedule
+from ...denoisers.denoiser import Denoiser
+from ...samplers.tableau import Tableau
+from ..distillation.fit import Batch as StepBatch
+from ..distillation.fit import fit
+from ..distillation.forms import directions, distilled
+from ..distillation.teacher import Teacher
+from ..scheduling.levels import noise_levels, schedule_at
+from ..scheduling.pool import Batch, Pool
+from ..scheduling.starts import LevelProgramme
+
+# The grids that are tried.
+EXPONENTS, WARPS = (3.0, 7.0, 20.0), (0.5, 0.7, 1.0, 1.4)
+
+# As D-ODE's own default.
+RIDGE = 1e-4
+
+
+def programme_schedules(pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Schedule]:
+    """Return what the dynamic programme finds; of several answers the best has to be tried out.
+
+    Args:
+        pool: the source of noise; its schedule gives the number of levels and the ends.
+        denoiser: the network.
+        student: the base solver on that schedule.
+    """
+    programme = LevelProgramme(pool.like, integer_times=False)
+    return [schedule_at(found, pool.like) for found in programme.levels(pool, denoiser, student)]
+
+
+def even_schedules(given: Schedule) -> list[Schedule]:
+    """Return grids between the ends of a schedule: even in level^(1/r), or in a power of that."""
+    levels = noise_levels(given)
+    ramp = torch.linspace(0, 1, len(levels), dtype=levels.dtype)
+    found = []
+    for exponent in EXPONENTS:
+        high, low = levels[0] ** (1 / exponent), levels[-1] ** (1 / exponent)
+        for warp in WARPS:
+            inner = (high + (low - high) * ramp**warp) ** exponent
+            found.append(schedule_at(inner, given))
+    return found
+
+
+def distilled_table(
+    base: Tableau,
+    teacher: Teacher,
+    batches: Sequence[Batch],
+    denoiser: Denoiser,
+    with_noise: bool,
+) -> Tableau:
+    """Return a base solver with D-ODE's weights on all outputs, fitted in closed form.
+
+    Args:
+        base: the base solver.
+        teacher: its states are what the steps should lead to.
+        batches: the noises.
+        denoiser: the network.
+        with_noise: whether the first step may change its factor of the state, too.
+    """
+    rows = directions(base, "all")
+    if not with_noise:
+        rows = [row[row[:, -1] == 0] for row in rows]
+    made = [
+        StepBatch(
+            batch.noise,
+            teacher.states(denoiser.under(batch.condition), batch.noise),
+            batch.condition,
+        )
+        for batch in batches
+    ]
+    fits = fit(base, rows, denoiser, made, RIDGE)
+    return distilled(base, rows, [found.lambdas for found in fits])

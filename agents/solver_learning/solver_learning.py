@@ -1,0 +1,499 @@
+"""SolverLearning: times, weights and the network's times of a few-step solver, learned together.
+
+One objective at the end of the chain, one backward pass, flat memory (MATH.md 5). LD3 (Tong et al.
+2025), BNS (Shaul et al. 2024), S4S (Frankel et al. 2025), GS and GAS (2025), DDSS (Watson et al.
+2022) and DyWeight are settings of it: `fewstep.agents.solver_learning.joint.presets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.checkpoint import counter
+from ...common.optimisation import frozen, seeded
+from ...common.shapes import is_image
+from ...critics import IPMCritic, make_critic
+from ...envs import Schedule
+from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
+from ..report import Panel, Report
+from ..samplers.tableau import Tableau
+from ..solvers import build_solver
+from .agent import SolverAgent, comparison
+from .distillation.teacher import Teacher, judge_teacher, make_teacher
+from .joint.ball import Ball
+from .joint.descent import TableDescent
+from .joint.family import Parameters, TableFamily
+from .joint.features import Extractor, SampleFeatures
+from .joint.losses import EndLoss
+from .joint.settings import MOVING, OF_DATA, SolverLearningSettings
+from .joint.slopes import EndObjective, Slope
+from .joint.starts import distilled_table, even_schedules, programme_schedules
+from .scheduling.levels import level_of_time, noise_levels, with_signal
+from .scheduling.pool import Batch, Pool
+from .scheduling.probe import check_differentiable
+from .selection import best_of, coordinate_errors
+
+GIVEN, START, LEARNED = "given", "start", "learned"
+# On so many noises the starts are tried, and so many of the best ones on all.
+TRIED, FINALISTS = 100, 3
+_TABLES = {
+    GIVEN: "the base solver's table",
+    START: "the table to start from",
+    LEARNED: "the learned table",
+}
+
+
+class SolverLearning(SolverAgent):
+    """Learn a few-step solver's times, weights and the times the network is told, all at once.
+
+    A round is one update of what is learned. The agent keeps the base solver's table unless the
+    table that it starts from, or a learned one, is better on noise that was not learned on, by what
+    is minimised, and not by chance (`fewstep.agents.solver_learning.selection`). Compared are the
+    given table, the start, and the best that the descent met, or with a critic its last.
+
+    Timesteps are all network calls on single samples, those of the teacher and those that only
+    measure among them. A resumed run asks the teacher again, and counts that again.
+
+    Args:
+        env: the environment; its schedule gives the number of steps and the ends. Where no signal
+            is left at its first time and times are learned, the log-SNR -5.1 is taken.
+        denoiser: the network, which stays as it is.
+        *args: the settings, see `SolverLearningSettings`.
+        features: what makes features of samples (N, *shape), (N, d), for loss.compared="features".
+        **arguments: single settings by name, and `Agent`'s remaining arguments.
+
+    Attributes:
+        returned: which table `tableau` is: "given", "start" or "learned".
+        errors: mean squared errors per coordinate of finished samples from the teacher's, on noise
+            that was neither learned on nor chosen by: of the base solver ("given"), the start
+            ("start"), the best table of the descent ("learned") and what is returned ("returned");
+            and the teacher's own from a finer solver's ("teacher").
+        losses: likewise what is minimised, on the noise that was chosen by.
+
+    Raises:
+        ValueError: settings that do not go together; a stochastic solver; too few calls for the
+            base solver, or too few noise levels to learn times; features that do not fit the
+            samples; or a network that is not differentiable in its time, where that is learned.
+    """
+
+    name = "solver"
+    grid = "karras"
+    obeys_transitions = False
+    takes_features = True
+
+    settings: SolverLearningSettings
+    Settings = SolverLearningSettings
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        *args: Any,
+        features: Extractor | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(env, denoiser, *args, **arguments)
+        settings = self.settings
+        if not self.mdp.target.has_samples:
+            settings.check_without_data()
+        learn = settings.learn
+        if learn.times or learn.shifts:
+            self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
+        self.base = self._build(self.mdp.schedule)
+        if not self.base.linear:
+            raise ValueError(
+                f"The solver '{self.base.name}' adds noise or clamps its predictions; a solver is "
+                "learned from a deterministic one, such as dpm-solver++-3m, unipc-2 or ipndm."
+            )
+        levels = len(noise_levels(self.mdp.schedule))
+        if learn.times and levels < 3:
+            raise ValueError(
+                f"There are {levels} noise levels, of which the first and the last stay fixed: no "
+                "times are left to learn; take more steps, or learn.times=False."
+            )
+        self.family = TableFamily(self._build, self.mdp.schedule, learn)
+        if self.family.moves_levels:
+            probed = self.denoiser.given(0) if self.denoiser.is_open else self.denoiser
+            check_differentiable(probed, self.base.times[:-1].tolist(), self.mdp.shape)
+        self.teacher = self._teacher_of(self.base, self.mdp.schedule)
+        last = dataclasses.replace(self.teacher, targets=self.teacher.targets[-1:])
+        self._pool = Pool(
+            self.mdp,
+            self.mdp.schedule,
+            last,
+            self.denoiser,
+            settings.batch_size,
+            settings.batches,
+            self.seed,
+        )
+        self._features = self._checked(features)
+        self._critic = self._new_critic() if settings.loss.adversarial else None
+        self._descent = TableDescent(self.family, settings.descent)
+        self.errors = {}
+        self.losses: dict[str, float] = {}
+        self.returned = GIVEN
+        # Parameters of the start, of the best table met, and of what is returned.
+        self._start = self._best = self._kept = self.family.zeros()
+        self._least = math.inf
+        self._ball_noises: list[Tensor] | None = None
+        self._table = self.base
+
+    def _build(self, schedule: Schedule) -> Tableau:
+        return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
+
+    def _teacher_of(self, base: Tableau, schedule: Schedule) -> Teacher:
+        """Return the teacher of a table on a schedule."""
+        settings = self.settings
+        options = settings.teacher_options or {}
+        return make_teacher(base, schedule, settings.teacher, options, settings.scale)
+
+    def _checked(self, features: Extractor | None) -> SampleFeatures | None:
+        """Return the features that the loss compares, if it does and there are any yet."""
+        if self.settings.loss.compared == "samples":
+            return None
+        if features is not None:
+            return SampleFeatures(features, self.mdp.shape, self.device)
+        if not is_image(self.mdp.shape):
+            raise ValueError(
+                f"loss.compared='features' needs features=, since there are none of our own for "
+                f"samples of shape {tuple(self.mdp.shape)}: only for images."
+            )
+        return None
+
+    def _new_critic(self) -> IPMCritic:
+        settings = self.settings.critic
+        with seeded(self.seed):
+            network = make_critic(
+                tuple(self.mdp.shape), settings.width, settings.bandwidths, self.mdp.classes
+            )
+            critic = IPMCritic(
+                network,
+                settings.regularizer,
+                objective=settings.objective,
+                coefficient=settings.coefficient,
+                learning_rate=settings.learning_rate,
+                betas=settings.betas,
+            )
+        return critic.to(self.device)
+
+    @cached_property
+    def _objective(self) -> EndObjective:
+        """What is descended."""
+        return self._objective_on(0)
+
+    @cached_property
+    def _judge(self) -> EndObjective:
+        """What is compared on held-out noise: the same, with other real samples."""
+        return self._objective_on(1)
+
+    def _objective_on(self, draw: int) -> EndObjective:
+        settings = self.settings.loss
+        if settings.compared == "features" and self._features is None:
+            raise ValueError(
+                "loss.compared='features' needs features=, an extractor such as "
+                "`ClassifierFeatures`."
+            )
+        real = None
+        if settings.distance in OF_DATA:
+            # Fixed ones, by the seed alone: a resumed run draws them again.
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+            for _ in range(draw + 1):
+                real = self.mdp.target.sample(settings.real_samples, generator)
+        loss = EndLoss(settings, self._features, real)
+        return EndObjective(self.family, loss, settings.adversarial)
+
+    @cached_property
+    def _ball(self) -> Ball | None:
+        settings = self.settings.loss
+        if not settings.ball:
+            return None
+        std = self.mdp.process.prior_std(float(self.mdp.schedule.times[0]))
+        noises = [batch.noise for batch in self._pool.fitted]
+        ball = Ball(noises, std, settings.ball, settings.ball_rate)
+        if self._ball_noises is not None:
+            ball.noises = self._ball_noises
+        return ball
+
+    # -- what there is -------------------------------------------------------------------------
+
+    @property
+    def tableau(self) -> Tableau:
+        """The sampler: the best table so far, or the one that was chosen in the end."""
+        return self._table
+
+    @property
+    def schedule(self) -> Schedule:
+        """The times of its states."""
+        if self.returned == GIVEN:
+            return self.mdp.schedule
+        return self.family.schedule(self._kept)
+
+    @property
+    def learns_tableau(self) -> bool:
+        """Training changes the table."""
+        return True
+
+    def tableau_on(self, schedule: Schedule) -> Tableau:
+        """Return the base solver on another schedule, where it is what is returned.
+
+        Raises:
+            ValueError: a learned table belongs to its own times.
+        """
+        if self.returned == GIVEN:
+            return super().tableau_on(schedule)
+        raise ValueError(
+            f"This table was learned for {self._table.nfe} network calls at its own times; it "
+            "carries over to no others."
+        )
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on what is returned, and why."""
+        what = _TABLES[self.returned]
+        if not self.finished or "returned" not in self.errors:
+            return f"Training is not over; so far there is {what}."
+        return f"Returned, as the best on held-out noise: {what}. {comparison(self.errors)}"
+
+    @property
+    def budget(self) -> int:
+        """Rounds of the descent."""
+        return self.settings.descent.rounds
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self._descent.done
+
+    @property
+    def done(self) -> bool:
+        """Whether it is `finished`: learning anew does not begin anew."""
+        return self.finished
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def train_round(self) -> dict[str, Tensor]:
+        """Update what is learned; compare on held-out noise now and then, and choose at the end."""
+        descent, critic = self._descent, self._critic
+        metrics: dict[str, float] = {}
+        if descent.updates == 0:
+            self._begin()
+        index = descent.updates % len(self._pool.fitted)
+        value = None if critic is None else critic
+        found, slope = descent.update(
+            self._objective, self.denoiser, self._pool.fitted, self._ball, value
+        )
+        metrics |= found
+        if critic is not None:
+            metrics |= self._train_critic(critic, slope, index)
+        if descent.due:
+            metrics["held_out_loss"] = self._compare()
+        if descent.done:
+            self._end()
+            metrics |= {f"{name}_error": error for name, error in self.errors.items()}
+            metrics["returned"] = float(list(_TABLES).index(self.returned))
+        return {f"train/{key}": torch.tensor(value) for key, value in metrics.items()}
+
+    def slope(self, batches: list[Batch]) -> Slope:
+        """Return the loss of what there is in training on batches, with its exact gradient."""
+        with frozen(self.denoiser):
+            return self._objective.slope(self.denoiser, self._descent.live, batches)
+
+    def make_batches(self) -> list[Batch]:
+        """Return the pool, made once: batches to learn on, as many to choose by, one to report."""
+        return self._pool.batches
+
+    def _begin(self) -> None:
+        """Measure the teacher; go to the start, unless the given table errs less."""
+        self.errors = {}
+        if self.settings.check_teacher:
+            batch = self._pool.held_out[-1]
+            self.errors["teacher"] = judge_teacher(
+                self.teacher,
+                self.base,
+                self.mdp.schedule,
+                self.settings.scale,
+                self.denoiser,
+                batch.noise,
+                condition=batch.condition,
+            )
+        given = float(self._held_out(self.base).mean())
+        self._start, self._least = self.family.zeros(), given
+        for parameters in self._starts():
+            loss = float(self._held_out(self.family.table(parameters)).mean())
+            if loss < self._least:
+                self._start, self._least = parameters, loss
+        self._best = self._start
+        self._descent.begin(self._start)
+        self._keep(GIVEN if self._least == given else START, self._start)
+
+    def _starts(self) -> list[Parameters]:
+        """Return where the descent may start: the best of what there is to try."""
+        kind, fitted = self.settings.starting, self._pool.fitted
+        if kind == "given":
+            return []
+        schedules = [self.mdp.schedule]
+        if kind in MOVING:
+            schedules += programme_schedules(self._pool, self.denoiser, self.base)
+        if kind == "search":
+            schedules += even_schedules(self.mdp.schedule)
+        if len(schedules) > FINALISTS:
+            few = [next(fitted[0].split(TRIED))]
+
+            def loss(schedule: Schedule) -> float:
+                table = self.family.table(self._start_on(schedule, few))
+                found = float(self._objective.contributions(self.denoiser, table, few).mean())
+                return found if math.isfinite(found) else math.inf
+
+            schedules = sorted(schedules, key=loss)[:FINALISTS]
+        return [self._start_on(schedule, fitted) for schedule in schedules]
+
+    def _start_on(self, schedule: Schedule, batches: Sequence[Batch]) -> Parameters:
+        """Return the parameters of the base solver on a schedule, with distilled weights."""
+        base, learn = self._build(schedule), self.settings.learn
+        if learn.weights:
+            teacher = self._teacher_of(base, schedule)
+            base = distilled_table(base, teacher, batches, self.denoiser, learn.factors)
+        return self.family.parameters_of(schedule, base)
+
+    def _compare(self) -> float:
+        """Return the loss on held-out noise; remember the best table, or with a critic the last."""
+        descent = self._descent
+        table = descent.table()
+        loss = float(self._held_out(table).mean())
+        if loss < self._least or self._critic is not None:
+            self._best, self._least = descent.copy(), loss
+            self._keep(LEARNED, self._best, table)
+        return loss
+
+    def _end(self) -> None:
+        """Return the table that is best on held-out noise; measure all that were compared."""
+        parameters = {GIVEN: self.family.zeros(), START: self._start, LEARNED: self._best}
+        tables = {name: self.family.table(value) for name, value in parameters.items()}
+        tables[GIVEN] = self.base
+        held_out = {name: self._held_out(table) for name, table in tables.items()}
+        chosen = best_of(held_out)
+        self._keep(chosen, parameters[chosen], tables[chosen])
+        self.losses = {name: float(losses.mean()) for name, losses in held_out.items()}
+        self.errors |= {name: self._reported_error(table) for name, table in tables.items()}
+        for found in (self.losses, self.errors):
+            found["returned"] = found[chosen]
+        if chosen == GIVEN:
+            warnings.warn(
+                f"Solver learning made {self.base.name} no better beyond chance: it is kept. On "
+                f"held-out noise its loss was {self.losses[GIVEN]:.2e}, that of the learned table "
+                f"{self.losses[LEARNED]:.2e}. More batches or rounds may help.",
+                stacklevel=2,
+            )
+
+    def _keep(self, returned: str, parameters: Parameters, table: Tableau | None = None) -> None:
+        self.returned, self._kept = returned, parameters
+        if returned == GIVEN:
+            table = self.base
+        self._table = self.family.table(parameters) if table is None else table
+
+    def _held_out(self, table: Tableau) -> Tensor:
+        """Return a table's contributions to the loss (N,) on the noise that it is chosen by."""
+        return self._judge.contributions(self.denoiser, table, self._pool.held_out)
+
+    @torch.no_grad()
+    def _reported_error(self, table: Tableau) -> float:
+        """Return a table's mean squared error on the noise that is only reported on."""
+        (batch,) = self._pool.reported
+        ends = table.sample(self.denoiser.under(batch.condition), batch.noise)
+        return float(coordinate_errors(ends, batch.finished).mean())
+
+    def _train_critic(self, critic: IPMCritic, slope: Slope, index: int) -> dict[str, float]:
+        """Let the critic tell the finished samples from the teacher's of another batch."""
+        fitted = self._pool.fitted
+        fake, real = fitted[index], fitted[(index + 1) % len(fitted)]
+        under: dict[str, Any] = {}
+        if fake.condition is not None:
+            under["conditions"] = (real.condition, fake.condition)
+        metrics = critic.update(real.finished, slope.rollouts[0].ends, **under)
+        return {name: float(value) for name, value in metrics.items()}
+
+    # -- what a run shows and writes -----------------------------------------------------------
+
+    def report(self) -> Report:
+        """Return the learned times, factors and weights beside the base solver's."""
+        before, after = self.base, self._table
+        process = self.mdp.process
+        told, given = (
+            level_of_time(process, torch.tensor(table.evaluation_times)).tolist()
+            for table in (after, before)
+        )
+        calls = [str(j + 1) for j in range(after.steps)]
+        rows = [[f"{weight:.3g}" for weight in row[: j + 1]] for j, row in enumerate(after.weights)]
+        table = {
+            "call": calls,
+            "level before": given,
+            "level": level_of_time(process, torch.tensor(after.times[:-1])).tolist(),
+            "level told": told,
+            "factor": after.scale.tolist(),
+            "weights": [", ".join(row) for row in rows],
+        }
+        index = list(range(after.steps))
+        levels = {"learned": (index, told), self.base.name: (index, given)}
+        sums = {
+            "learned": (index, after.weights.sum(1).tolist()),
+            self.base.name: (index, before.weights.sum(1).tolist()),
+        }
+        history = {
+            "loss": "train/loss",
+            "loss on held-out noise": "train/held_out_loss",
+        }
+        panels = [
+            Panel("noise level told in each call", "network call", levels, scale="log"),
+            Panel("sum of weights", "network call", sums, scale="symlog"),
+            Panel("loss", "round", logged=history, scale="log"),
+        ]
+        results = {"errors": self.errors, "losses": self.losses, "returned": self.returned}
+        tables = {f"What was learned of {self.base.name}": table}
+        return Report(self.verdict, results, tables, {"solver.png": panels})
+
+    def files(self) -> dict[str, Any]:
+        """Return what a run writes beside each checkpoint: the table, and its schedule."""
+        return {"schedule.json": self.schedule, **super().files()}
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what training changed."""
+        begun = self._descent.updates > 0 and self.settings.loss.ball > 0
+        return {
+            **self._descent.state(),
+            "updates": self._descent.updates,
+            "start": self._start,
+            "best": self._best,
+            "least": self._least if math.isfinite(self._least) else None,
+            "kept": self._kept,
+            "returned": self.returned,
+            "errors": self.errors,
+            "losses": self.losses,
+            "ball": self._ball.noises if begun and self._ball is not None else None,
+            "critic": None if self._critic is None else self._critic.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self._descent.load_state(state)
+        self._descent.updates = counter(state, "updates", "the checkpoint")
+        for name in ("start", "best", "kept"):
+            found = {key: value.cpu() for key, value in state[name].items()}
+            setattr(self, f"_{name}", found)
+        self._least = math.inf if state["least"] is None else state["least"]
+        self.errors, self.losses = dict(state["errors"]), dict(state["losses"])
+        self._ball_noises = state["ball"]
+        self.__dict__.pop("_ball", None)
+        if self._critic is not None and state["critic"] is not None:
+            self._critic.load_state_dict(state["critic"])
+        self._keep(state["returned"], self._kept)

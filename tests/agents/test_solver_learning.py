@@ -1,0 +1,603 @@
+"""What SolverLearning promises: exact gradients, the papers' families, and nothing worse."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rounds import learn_rounds
+from schedule_worlds import EDM, fresh_noise, known, network, short_world, truth, world
+from torch import nn
+
+from fewstep.agents import Denoiser, SolverLearning, SolverPolicy, Tableau
+from fewstep.agents.presets import preset, preset_settings
+from fewstep.agents.solver_learning.joint.family import TableFamily
+from fewstep.agents.solver_learning.joint.features import SampleFeatures
+from fewstep.agents.solver_learning.joint.losses import EndLoss
+from fewstep.agents.solver_learning.joint.noise_form import in_noise_form
+from fewstep.agents.solver_learning.joint.presets import SOLVER_PRESETS
+from fewstep.agents.solver_learning.joint.settings import (
+    LossSettings,
+    SolverLearningSettings,
+)
+from fewstep.agents.solver_learning.joint.slopes import EndObjective
+from fewstep.agents.solver_learning.scheduling.pool import Batch
+from fewstep.agents.solvers import make_solver
+from fewstep.critics import ClassifierFeatures
+from fewstep.envs import VE, DiffusionMDP, DiscreteVP, RectifiedFlow, Schedule, Target
+from fewstep.envs.mdp import no_reward
+
+numeric = pytest.mark.numeric
+SMALL = {"batch_size": 20, "batches": 2, "scale": 3, "check_teacher": False}
+LBFGS = {**SMALL, "rounds": 2}
+ADAM = {**SMALL, "optimizer": "adam", "rounds": 4, "check_interval": 2, "start": "given"}
+
+
+class Smooth(nn.Module):
+    """A small network in float64, smooth in its sample and in its time."""
+
+    def __init__(self):
+        super().__init__()
+        source = torch.Generator().manual_seed(0)
+
+        def drawn(*shape):
+            return nn.Parameter(torch.randn(*shape, generator=source, dtype=torch.float64))
+
+        self.first, self.phase, self.last = drawn(2, 8), drawn(8), drawn(8, 2)
+
+    def forward(self, sample, time):
+        unit = sample / (1 + sample.square().sum(1, keepdim=True) / 4).sqrt()
+        phase = (time.double() + 2).log().unsqueeze(1) * self.phase / 3
+        return torch.tanh(unit @ self.first / 2 + phase) @ self.last / 3
+
+
+# ----------------------------------------- the papers' solvers, written again, as autograd has them
+
+
+def alpha_sigma(process, log):
+    """At the logarithm of sigma / alpha."""
+    if isinstance(process, VE):
+        return torch.ones_like(log), log.exp()
+    if isinstance(process, RectifiedFlow):
+        return torch.sigmoid(-log), torch.sigmoid(log)
+    return torch.sigmoid(-2 * log).sqrt(), torch.sigmoid(2 * log).sqrt()
+
+
+def clean(denoiser, x, log):
+    """The predicted clean sample, by the body's predicted noise, or velocity on a flow."""
+    process, (alpha, sigma) = denoiser.process, alpha_sigma(denoiser.process, log)
+    time = {VE: sigma, RectifiedFlow: sigma}.get(type(process))
+    if time is None:  # log abar = -t^2 (b1 - b0) / 2 - t b0
+        b0, b1 = process.slowest, process.fastest
+        time = (-b0 + (b0**2 - 4 * (b1 - b0) * alpha.log()).sqrt()) / (b1 - b0)
+    answer = denoiser.body(x, time.expand(len(x)))
+    return (
+        x - sigma * answer if isinstance(process, RectifiedFlow) else (x - sigma * answer) / alpha
+    )
+
+
+def softmax_levels(v, low, high):
+    """Log levels by running sums of a softmax on the scale level^(1/7) (LD3's, on EDM's scale)."""
+    shares = torch.cat([v, v.new_ones(1)]).softmax(0).cumsum(0)[:-1]
+    low, high = (torch.tensor(end, dtype=v.dtype) for end in (low, high))
+    inner = (low ** (1 / 7) + (high ** (1 / 7) - low ** (1 / 7)) * shares) ** 7
+    return torch.cat([high[None], inner.flip(0), low[None]]).log()
+
+
+def exponential_weights(logs, process, i, order):
+    """DPM-Solver++ multistep: weights on D_i, D_{i-1}, ... of step i, by moments of e^lambda."""
+    lambdas = -logs
+    alpha, sigma = alpha_sigma(process, logs[i + 1])
+    h = lambdas[i + 1] - lambdas[i]
+    whole = alpha * -torch.expm1(-h)
+    if order == 1:
+        return whole[None]
+    if order == 2:  # the published 2M: half the first difference
+        r = (lambdas[i] - lambdas[i - 1]) / h
+        return whole * torch.stack([1 + 1 / (2 * r), -1 / (2 * r)])
+    # sigma int e^lambda (lambda - lambda_i)^n: exact for polynomials through three outputs.
+    end = sigma * lambdas[i + 1].exp()
+    moments = [whole]
+    for n in range(1, 3):
+        moments.append(end * h**n - n * moments[-1])
+    places = torch.stack([lambdas[i - k] - lambdas[i] for k in range(3)])
+    powers = torch.stack([places**n for n in range(3)])
+    return torch.linalg.solve(powers, torch.stack(moments))
+
+
+def gs(denoiser, parameters, units, x, ends, steps=5):
+    """GS: base coefficients of DPM-Solver++ 3M at the learned times, plus what is learned."""
+    process, zero = denoiser.process, torch.zeros(steps, steps)
+    logs = softmax_levels(parameters["times"], *ends)
+    change = units["weights"] * parameters.get("weights", zero)
+    factor = units["factors"] * parameters.get("factors", zero[0])
+    outputs = []
+    for i in range(steps):
+        shift = parameters["shifts"][i] if i else 0.0
+        outputs.append(clean(denoiser, x, logs[i] + shift))
+        weights = exponential_weights(logs, process, i, min(i + 1, 3, steps - i))
+        ratio = alpha_sigma(process, logs[i + 1])[1] / alpha_sigma(process, logs[i])[1]
+        x = (ratio + factor[i]) * x
+        x = x + sum(w * outputs[i - k] for k, w in enumerate(weights))
+        x = x + sum(change[i, k] * outputs[k] for k in range(i + 1))
+    return x
+
+
+def ld3(denoiser, parameters, x, ends, steps=5):
+    """LD3 on DPM-Solver++ 2M: the times, and those that the network is told."""
+    process, logs, before = denoiser.process, softmax_levels(parameters["times"], *ends), None
+    for i in range(steps):
+        now = clean(denoiser, x, logs[i] + (parameters["shifts"][i] if i else 0.0))
+        weights = exponential_weights(logs, process, i, 2 if 0 < i < steps - 1 else 1)
+        ratio = alpha_sigma(process, logs[i + 1])[1] / alpha_sigma(process, logs[i])[1]
+        x = ratio * x + weights[0] * now + (weights[1] * before if len(weights) > 1 else 0)
+        before = now
+    return x
+
+
+def bns(denoiser, parameters, units, start, x0, ends, steps=5):
+    """BNS: x_{n+1} = a_n x_0 + sum_j b_nj u_j, all of a, b and the times free."""
+    logs = softmax_levels(parameters["times"], *ends)
+    a = start.scale + units["factors"] * parameters["factors"]
+    b = start.weights + units["weights"] * parameters["weights"]
+    x, outputs = x0, []
+    for n in range(steps):
+        outputs.append(clean(denoiser, x, logs[n]))
+        x = a[n] * x0 + sum(b[n, j] * outputs[j] for j in range(n + 1))
+    return x
+
+
+PROCESSES = ["ve", "smooth", "flow"]
+
+
+@pytest.fixture
+def case(smooth_vp):
+    """`case(process, preset)`: all that a gradient needs, at a random point of the parameters."""
+
+    def make(name, which, **changes):
+        process = {"ve": VE(0.002, 80.0), "smooth": smooth_vp, "flow": RectifiedFlow()}[name]
+        times = {
+            "ve": [80.0, 20.0, 5.0, 1.3, 0.2, 0.002],
+            "smooth": [1.0, 0.71, 0.5, 0.3, 0.11, 1e-3],
+            "flow": [0.99, 0.83, 0.6, 0.37, 0.2, 0.01],
+        }[name]
+        settings = preset_settings(
+            SolverLearningSettings, preset("", "solver", which).agent, changes
+        )
+        predicts = "flow" if name == "flow" else "epsilon"
+        denoiser, schedule = Denoiser(Smooth(), process, predicts), Schedule(process, times)
+        family = TableFamily(
+            lambda times: make_solver(settings.solver, times), schedule, settings.learn
+        )
+        source = torch.Generator().manual_seed(1)
+        parameters = {
+            key: value + 0.05 * torch.randn(value.shape, generator=source, dtype=value.dtype)
+            for key, value in family.zeros().items()
+        }
+        noise, goal = torch.randn(2, 6, 2, generator=source, dtype=torch.float64)
+        noise = noise * process.prior_std(times[0])
+        objective = EndObjective(family, EndLoss(settings.loss, None, None))
+        slope = objective.slope(denoiser, parameters, [Batch(noise, goal, goal)])
+        levels = (-process.log_snr(schedule.times)).exp()[[-1, 0]].tolist()
+        return denoiser, family, parameters, noise, goal, slope, levels
+
+    return make
+
+
+def assert_same_slope(slope, reference, leaves, noise, goal):
+    """Compare loss and all derivatives with autograd's through the unrolled chain, to 1e-9."""
+    each = (reference - goal).square().mean(1)
+    gradients = torch.autograd.grad(each.mean(), [*leaves.values(), noise])
+    assert slope.loss == pytest.approx(float(each.mean().detach()), rel=1e-9)
+    for name, expected in zip(leaves, gradients, strict=False):
+        assert expected.abs().max() > 0
+        worst = (slope.gradient[name] - expected).abs().max() / expected.abs().max()
+        assert float(worst) <= 1e-9, name
+    by_noise = len(noise) * gradients[-1]
+    torch.testing.assert_close(slope.rollouts[0].by_noise, by_noise, rtol=1e-9, atol=1e-12)
+
+
+def leaves_of(parameters, noise):
+    leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
+    return leaves, noise.clone().requires_grad_()
+
+
+@numeric
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gs_is_the_paper_s_family_with_its_gradient(name, case):
+    denoiser, family, parameters, noise, goal, slope, ends = case(name, "gs")
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"times", "factors", "weights", "shifts"}
+    reference = gs(denoiser, leaves, family.units, start, ends)
+    assert_same_slope(slope, reference, leaves, start, goal)
+
+
+@numeric
+@pytest.mark.parametrize("name", PROCESSES)
+def test_ld3_is_the_paper_s_family_with_its_gradient(name, case):
+    denoiser, _, parameters, noise, goal, slope, ends = case(name, "ld3", solver="dpm-solver++-2m")
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"times", "shifts"}
+    assert_same_slope(slope, ld3(denoiser, leaves, start, ends), leaves, start, goal)
+
+
+@numeric
+@pytest.mark.parametrize("name", PROCESSES)
+def test_bns_is_the_paper_s_family_with_its_gradient(name, case):
+    denoiser, family, parameters, noise, goal, slope, ends = case(name, "bns")
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"times", "factors", "weights"}
+    base = in_noise_form(make_solver("euler", family.given))
+    table = base.replace(name="as tensors")
+    numbers = type("Numbers", (), {})()
+    numbers.scale, numbers.weights = (torch.tensor(x) for x in (table.scale, table.weights))
+    reference = bns(denoiser, leaves, family.units, numbers, start, ends)
+    assert_same_slope(slope, reference, leaves, start, goal)
+
+
+@numeric
+@pytest.mark.parametrize(
+    ("which", "solver"),
+    [
+        ("gas", "unipc-2"),
+        ("s4s", "ipndm"),
+        pytest.param("dyweight", "heun", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_differences_of_the_loss(which, solver, case):
+    """For any base solver, in the other forms, and with another distance."""
+    changes = {"learn_times": True, "solver": solver}
+    denoiser, family, parameters, noise, goal, slope, _ = case("smooth", which, **changes)
+    loss = EndLoss(LossSettings(distance="huber" if which == "gas" else "l2"), None, None)
+    objective, batch = EndObjective(family, loss), Batch(noise, goal, goal)
+
+    def moved(name, index, distance):
+        changed = parameters[name].clone()
+        changed.view(-1)[index] += distance
+        return objective.slope(denoiser, {**parameters, name: changed}, [batch]).loss
+
+    for name, value in slope.gradient.items():
+        index = {"weights": family.reference.steps}.get(name, 1)  # below the diagonal
+        h = 1e-3
+        ours = float(value.view(-1)[index])
+        inner = 8 * (moved(name, index, h) - moved(name, index, -h))
+        outer = moved(name, index, 2 * h) - moved(name, index, -2 * h)
+        size = float(value.abs().max())
+        assert ours == pytest.approx((inner - outer) / (12 * h), abs=2e-8 * size), name
+
+
+def test_presets_switch_on_what_their_papers_learn():
+    learned = {
+        "gs": ("times", "factors", "weights", "shifts"),
+        "gas": ("times", "factors", "weights", "shifts"),
+        "ld3": ("times", "shifts"),
+        "bns": ("times", "factors", "weights"),
+        "s4s": ("times", "weights", "shifts"),
+        "ddss": ("times", "factors", "weights"),
+        "dyweight": ("weights", "shifts"),
+    }
+    forms = {"bns": ("noise", "free"), "ddss": ("steps", "free")}
+    forms |= {"s4s": ("steps", "shares"), "dyweight": ("steps", "shares")}
+    assert set(learned) == set(SOLVER_PRESETS)
+    for name, switches in learned.items():
+        told = preset_settings(SolverLearningSettings, preset("MNIST", "solver", name).agent, {})
+        learn = told.learn
+        on = [each for each in ("times", "factors", "weights", "shifts") if getattr(learn, each)]
+        assert tuple(on) == switches
+        assert (learn.form, learn.coefficients) == forms.get(name, ("steps", "added"))
+        assert (told.loss.ball > 0) == (name in ("ld3", "s4s"))
+        assert (told.loss.adversarial > 0) == (name == "gas")
+        assert (told.loss.distance == "kid") == (name == "ddss")
+        assert (told.descent.alternate > 0) == (name == "s4s")
+        assert (told.descent.ema == 0.999) == (name in ("gs", "gas"))
+    with pytest.raises(ValueError, match="did you mean 'ld3'"):
+        preset("MNIST", "solver", "ld2")
+
+
+@numeric
+@pytest.mark.parametrize("solver", ["dpm-solver++-3m", "unipc-3", "heun", "ddim"])
+def test_the_noise_form_is_the_same_sampler(solver, mixture, prior):
+    process = VE(0.002, 80.0)
+    table = make_solver(solver, Schedule.karras(process, 5))
+    ours = in_noise_form(table)
+    assert not ours.anchors.any()
+    denoiser, noise = mixture(process), prior(process)
+    samples, expected = ours.sample(denoiser, noise), table.sample(denoiser, noise)
+    torch.testing.assert_close(samples, expected, rtol=1e-9, atol=1e-9)
+
+
+@numeric
+def test_kid_is_the_unbiased_estimate(generator):
+    x, y = (torch.randn(50, 4, generator=generator(seed), dtype=torch.float64) for seed in (1, 2))
+    ours = EndLoss(LossSettings(distance="kid"), None, y).contributions(x, x)
+    mean = {}
+    for name, one, other in (("xx", x, x), ("yy", y, y), ("xy", x, y)):
+        values = (one @ other.T / 4 + 1) ** 3
+        own = values.diagonal().sum() if one is other else 0
+        mean[name] = float((values.sum() - own) / (50 * (49 if one is other else 50)))
+    expected = mean["xx"] + mean["yy"] - 2 * mean["xy"]
+    assert float(ours.mean()) == pytest.approx(expected, rel=1e-9)
+
+
+@numeric
+@pytest.mark.parametrize("distance", ["kid", "mmd"])
+def test_distances_of_distributions_go_through_parts(distance, case, monkeypatch, generator):
+    """Their gradient does not depend on how many samples are stored at once."""
+    denoiser, family, parameters, noise, goal, _, _ = case("smooth", "gs")
+    real = torch.randn(9, 2, generator=generator(3), dtype=torch.float64)
+    objective = EndObjective(family, EndLoss(LossSettings(distance=distance), None, real))
+    slopes = []
+    for stored in (2**22, 48):
+        where = "fewstep.agents.solver_learning.scheduling.rollout.STORED_NUMBERS"
+        monkeypatch.setattr(where, stored)
+        slopes.append(objective.slope(denoiser, parameters, [Batch(noise, goal, goal)]))
+    for name, value in slopes[0].gradient.items():
+        torch.testing.assert_close(slopes[1].gradient[name], value, rtol=1e-9, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- the agent
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("start", "rounds"), [("distilled", 1), pytest.param(None, 4, marks=pytest.mark.slow)]
+)
+def test_what_is_returned_is_far_better_than_what_was_given(start, rounds):
+    denoiser, _ = known()
+    mdp = world(Schedule.karras(EDM, 5))
+    few = {"batch_size": 100, "batches": 2, "rounds": rounds, "check_teacher": False}
+    agent = SolverLearning(mdp, denoiser, start=start, **few).learn()
+    assert agent.returned == "learned"
+    assert agent.errors["returned"] == agent.errors["learned"] < agent.errors["start"]
+    noise = fresh_noise(EDM, n=500)
+    goal = truth(denoiser, noise, agent.schedule)
+    found, given = (
+        float((table.sample(denoiser, noise) - goal).square().mean())
+        for table in (agent.tableau, agent.base)
+    )
+    assert found < given / 10
+    assert found == pytest.approx(agent.errors["returned"], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("default", "gas", "ddss"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gs", "ld3", "bns", "s4s", "dyweight")
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_preset_learns_and_resumes_bit_for_bit(name, tmp_path, monkeypatch):
+    changes = {**SMALL, "rounds": 4, "real_samples": 20, "batch_size": 6}
+    changes |= {"start": "given"} | ({} if name == "default" else {"check_interval": 2})
+    monkeypatch.setattr("fewstep.agents.solver_learning.joint.descent.ITERATIONS", 2)
+
+    def make():
+        return SolverLearning.for_environment(short_world(), known()[0], preset=name, **changes)
+
+    whole = make().learn()
+    part = learn_rounds(make(), 3)
+    part.save(tmp_path / "agent.safetensors")
+    body = copy.deepcopy(known()[0].body)
+    again = SolverLearning.load(tmp_path / "agent.safetensors", short_world(), body=body)
+    again.learn(reset_num_timesteps=False)
+    assert whole.finished and again.finished
+    assert again.tableau.to_json() == whole.tableau.to_json()
+    assert (again.errors, again.losses, again.returned) == (
+        whole.errors,
+        whole.losses,
+        whole.returned,
+    )
+    assert whole.losses["returned"] <= whole.losses["given"]
+
+
+def test_a_start_that_errs_more_than_what_was_given_is_not_taken(monkeypatch):
+    """Nor does a descent that finds nothing return it."""
+    module = "fewstep.agents.solver_learning.solver_learning.distilled_table"
+    monkeypatch.setattr(module, lambda base, *_: base.replace(scale=2 * base.scale))
+    agent = SolverLearning(world(), known()[0], **SMALL, rounds=1)
+    slope = agent.family.zeros()
+    monkeypatch.setattr(
+        agent._descent, "update", lambda *_: ({"loss": 1.0}, None) if _done(agent) else None
+    )
+    with pytest.warns(
+        UserWarning, match=r"made dpm-solver..-3m no better beyond chance: it is kept"
+    ):
+        agent.learn()
+    assert agent.returned == "given" and agent.tableau is agent.base
+    assert agent.schedule is agent.mdp.schedule
+    assert all(torch.equal(agent._kept[name], value) for name, value in slope.items())
+
+
+def _done(agent):
+    agent._descent.updates += 1
+    return True
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_table_with_other_times_for_the_network_is_exported(monkeypatch):
+    monkeypatch.setattr("fewstep.agents.solver_learning.joint.descent.ITERATIONS", 2)
+    agent = SolverLearning(short_world(), network(), **LBFGS).learn()
+    table = agent.tableau
+    assert table.asked_times is not None and table.asked_times[0] == table.times[0]
+    text = table.to_json()
+    assert json.loads(text)["version"] == 6
+    again = Tableau.from_json(text)
+    assert again.to_json() == text
+    noise = 80 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        samples = table.sample(agent.denoiser, noise)
+        assert torch.equal(again.sample(agent.denoiser, noise), samples)
+    # In an environment whose clock is that of the states.
+    mdp = agent.mdp.with_schedule(agent.schedule)
+    policy, state, sample = SolverPolicy(table, agent.denoiser, shape=(2,)), None, noise
+    for time in mdp.schedule.times[:-1].tolist():
+        observation = {"sample": sample.numpy(), "timestep": np.full((5, 1), time)}
+        action, state = policy.predict(observation, state)
+        sample = torch.from_numpy(action)
+    torch.testing.assert_close(sample, samples)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_pipeline_s_scheduler_asks_at_the_learned_times():
+    from fewstep.agents.pretrained.scheduler import TableauScheduler
+
+    process = DiscreteVP.linear(1000)
+    table = make_solver("ddim", Schedule.trailing(process, 4))
+    table = table.replace(asked_times=table.times[:-1] * np.array([1.0, 0.9123, 0.951, 1.1]))
+    scheduler = TableauScheduler(json.loads(table.to_json()))
+    expected = torch.tensor(table.asked_times - 1).float()
+    torch.testing.assert_close(scheduler.timesteps, expected)
+    denoiser = Denoiser(Smooth(), process)
+    sample = noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            answer = denoiser.body(sample, time.double().expand(3))
+            sample = scheduler.step(answer, time, sample).prev_sample
+        torch.testing.assert_close(sample, table.sample(denoiser, noise), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [
+        ([1000.0, 700.0], r"shape \(2,\), expected \(4,\)"),
+        ([1000.0, 700.0, 400.0, 0.0], r"lie in \(0, 1000"),
+        ([1001.0, 700.0, 400.0, 10.0], r"lie in \(0, 1000"),
+        ([1000.0, math.nan, 400.0, 10.0], r"lie in \(0, 1000"),
+    ],
+)
+def test_times_that_no_denoiser_can_be_told(told, complaint):
+    table = make_solver("ddim", Schedule.trailing(DiscreteVP.linear(1000), 4))
+    with pytest.raises(ValueError, match=complaint):
+        table.replace(asked_times=np.array(told))
+    same = table.replace(asked_times=table.times[:-1])
+    assert same.asked_times is None and json.loads(same.to_json())["version"] == 4
+
+
+def test_a_ball_holds_its_noises():
+    """They stay within the radius, and only better ones are kept."""
+    settings = {**ADAM, "ball": 0.1, "ball_rate": 30.0, "rounds": 4}
+    agent = SolverLearning(short_world(), known()[0], **settings)
+    fitted = [batch.noise.clone() for batch in agent.make_batches()[:2]]
+    agent.learn()
+    radius = 0.1 * 80 * math.sqrt(2)
+    moved = 0
+    for noise, found in zip(fitted, agent._ball.noises, strict=True):
+        away = (found - noise).norm(dim=1)
+        assert float(away.max()) <= radius * (1 + 1e-5)
+        moved += int((away > 0).sum())
+    assert moved > 0
+
+
+# ----------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (
+            {f"learn_{name}": False for name in ("times", "factors", "weights", "shifts")}
+            | {"start": "given"},
+            "Nothing is left to learn",
+        ),
+        ({"solver": "ancestral"}, "learned from a deterministic one"),
+        (
+            {"learn_weights": False, "start": "distilled"},
+            "start='distilled' is a change of the weights",
+        ),
+        ({"learn_times": False, "start": "search"}, "moves the times"),
+        ({"learn_weights": False, "start": "given", "coefficients": "free"}, "needs learn.weights"),
+        ({"ball": 0.1}, "loss.ball needs 'adam'"),
+        ({"adversarial": 0.1}, "loss.adversarial needs 'adam'"),
+        ({"ema": 0.9}, "descent.ema averages"),
+        ({"ball": 0.1, "distance": "kid", "optimizer": "adam"}, "has no use for it"),
+        (
+            {"alternate": 3, "learn_weights": False, "learn_factors": False, "start": "given"},
+            "takes turns",
+        ),
+        ({"compared": "features"}, r"none of our own for samples of shape \(2,\)"),
+        ({"distance": "l1"}, "distance"),
+    ],
+)
+def test_settings_that_cannot_be(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        SolverLearning(world(), known()[0], **{**SMALL, **settings})
+
+
+def test_too_few_calls_are_refused():
+    two = world(Schedule(EDM, [80.0, 0.002]))
+    with pytest.raises(ValueError, match="needs at least 3 network calls"):
+        SolverLearning(two, known()[0], **SMALL)
+    with pytest.raises(ValueError, match=r"no times are left to learn; take more steps"):
+        SolverLearning(two, known()[0], solver="ddim", **SMALL)
+    SolverLearning(two, known()[0], solver="ddim", learn_times=False, **SMALL)
+
+
+def test_data_are_needed_for_a_distance_to_them():
+    denoiser = network()
+    with pytest.raises(ValueError, match=r"distance=.kid. needs real samples"):
+        SolverLearning.without_data(denoiser, Schedule.karras(EDM, 5), (2,), distance="kid")
+    SolverLearning.without_data(denoiser, Schedule.karras(EDM, 5), (2,))
+
+
+def test_features_that_do_not_fit_are_refused():
+    classifier = ClassifierFeatures("digits", (1, 8, 8), 10)
+    classifier.freeze()
+    with pytest.raises(ValueError, match=r"'digits' are of samples of shape \(1, 8, 8\)"):
+        SampleFeatures(classifier, (1, 28, 28), "cpu")
+    with pytest.raises(ValueError, match="do not take samples of shape"):
+        SampleFeatures(nn.Linear(3, 4), (2,), "cpu")
+    with pytest.raises(ValueError, match=r"must be \(N, d\)"):
+        SampleFeatures(lambda x: x, (1, 8, 8), "cpu")
+    with pytest.raises(ValueError, match="no gradient"):
+        SampleFeatures(lambda x: x.detach().flatten(1), (2,), "cpu")
+    features = SampleFeatures(classifier, (1, 8, 8), "cpu")
+    images = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(features(images), classifier(images))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_samples_are_compared_in_features(monkeypatch):
+    """The loss is the features' distance, and what is returned is chosen by it."""
+    weights = torch.tensor([[3.0, 0.0]]).double()
+    monkeypatch.setattr("fewstep.agents.solver_learning.joint.descent.ITERATIONS", 2)
+    agent = SolverLearning(
+        short_world(),
+        known()[0],
+        compared="features",
+        features=lambda x: x.double() @ weights.T,
+        **{**LBFGS, "start": "given"},
+    ).learn()
+    batches = agent.make_batches()[2:4]
+    with torch.no_grad():
+        missed = [agent.tableau.sample(agent.denoiser, b.noise) - b.finished for b in batches]
+    expected = float((3 * torch.cat(missed)[:, 0].double()).square().mean())
+    assert agent.losses["returned"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_whole_times_only_are_enough_where_no_time_is_learned():
+    """A network that looks its time up in a table cannot be asked in between."""
+    process = DiscreteVP.linear(10)
+    target = Target.from_samples(torch.randn(50, 2))
+    mdp = DiffusionMDP(target, process, Schedule.uniform(process, 5), no_reward)
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Embedding(10, 2)
+
+        def forward(self, sample, time):
+            return 0.1 * sample + self.rows(time)
+
+    denoiser = Denoiser(Table(), process)
+    settings = {**LBFGS, "learn_times": False, "learn_shifts": False, "teacher": "ddim"}
+    with pytest.raises(ValueError, match="differentiable in its noise level"):
+        SolverLearning(mdp, denoiser, **SMALL)
+    agent = SolverLearning(mdp, denoiser, solver="ddim", **{**settings, "scale": 1})
+    assert not agent.family.moves_levels
+    agent.slope(agent.make_batches()[:1])
