@@ -47,6 +47,9 @@ class CriticAndBaselineSettings(CriticSettings):
     """Of V."""
     residual_baseline: bool = True
     """V(x_t, t) = f(x_t) + a learned residual; False learns V alone, as published."""
+    scaled_baseline: bool = False
+    """What V's network says counts in standard deviations of f: a V that theta follows must not be
+    noise where f is nearly 0. See `IPMCritic`."""
     baseline_states: int = bounded(3, least=1)
     """Of the K states of a trajectory, how many V is trained on in a critic step."""
     baseline_network: BaselineKind = "mlp"
