@@ -107,6 +107,10 @@ class ShortcutSettings(AgentSettings):
     critic_rounds: int = bounded(0, least=0)
     """Rounds at the start in which the critic learns alone. What a raw critic prefers is chance,
     and with normalised advantages the policy would follow it."""
+    even: bool = False
+    """Leave less to chance: spread the noise of each batch of trajectories evenly (`even_normal`),
+    and take real samples in passes without replacement. Where samples are nearly right, what f sees
+    of them is mostly the chance of a batch."""
 
 
 @dataclass(frozen=True)
