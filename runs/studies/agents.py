@@ -106,7 +106,8 @@ STUDIES = {
         _tuned(
             "SFT-V, neither, beta_2 .999", SHARED, "sft-v", **PLAIN_V, critic_betas=(0.5, 0.999)
         ),
-        _tuned("SFT-V, neither, 300 rounds", SHARED, "sft-v", **PLAIN_V, rounds=300),
+        _tuned("SFT-V, batches of 512", SHARED, "sft-v", batch_size=512, rounds=240),
+        _tuned("SFT-V, neither, of 512", SHARED, "sft-v", **PLAIN_V, batch_size=512, rounds=240),
         seeds=(0, 1, 2),
     ),
     "seeing": _study(
