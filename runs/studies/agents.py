@@ -106,6 +106,7 @@ STUDIES = {
         _tuned(
             "SFT-V, neither, beta_2 .999", SHARED, "sft-v", **PLAIN_V, critic_betas=(0.5, 0.999)
         ),
+        _tuned("SFT-V, falling rates of f, V", SHARED, "sft-v", critic_lr_schedule="linear"),
         _tuned("SFT-V, batches of 512", SHARED, "sft-v", batch_size=512, rounds=240),
         _tuned("SFT-V, neither, of 512", SHARED, "sft-v", **PLAIN_V, batch_size=512, rounds=240),
         seeds=(0, 1, 2),
