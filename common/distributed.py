@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .even import even_normal
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -59,11 +61,25 @@ class Processes:
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1).contiguous()
 
     def noise(
-        self, like: Tensor, generator: torch.Generator | None = None, groups: int = 1
+        self,
+        like: Tensor,
+        generator: torch.Generator | None = None,
+        groups: int = 1,
+        even: bool = False,
     ) -> Tensor:
-        """Draw normal noise shaped like a tensor: this process's share of what all of them draw."""
+        """Draw normal noise shaped like a tensor: this process's share of what all of them draw.
+
+        Args:
+            like: the tensor.
+            generator: source of randomness.
+            groups: see `share`.
+            even: spread each of these batches evenly, see `even_normal`.
+        """
         everyone = like.new_empty(self.count * len(like), *like.shape[1:])
-        return self.share(everyone.normal_(generator=generator), groups=groups)
+        everyone = everyone.normal_(generator=generator)
+        if even:
+            everyone = even_normal(everyone, generator, groups)
+        return self.share(everyone, groups=groups)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradients by their means over the processes, in one message a type."""

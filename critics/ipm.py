@@ -43,6 +43,8 @@ REGULARIZERS: dict[str, float | None] = {
 }
 Objective = Literal["ipm", "logistic"]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+# Weight of a step's own variance of f in the average that scales V.
+_RENEWAL = 0.1
 
 
 class IPMCritic(nn.Module):
@@ -67,6 +69,11 @@ class IPMCritic(nn.Module):
             "baseline"; with another regulariser it is regressed on f(x_0) and leaves f alone.
         residual_baseline: V(x_t, t) = f(x_t) + baseline(x_t, t). V then follows every change of f
             at once, and R_B also keeps f from varying along the last, small steps (our extension).
+        scaled_baseline: what the baseline network says counts in standard deviations of f over the
+            fakes (averaged over some ten steps). Adam moves the network's output by about as much
+            in every step, however small f has become: where samples are nearly right, V without
+            this is noise, or leaps. PopArt's idea (van Hasselt et al. 2016), without its
+            correction of the last layer: V is to shrink with f.
         objective: "ipm" maximises E_real f - E_fake f; "logistic" E_real log s(f) +
             E_fake log s(-f), s the logistic function (Goodfellow et al. 2014), best with "r1".
         coefficient: weight of the regulariser. Defaults: "baseline" 0.1 (the official toys' 1 / K),
@@ -91,6 +98,7 @@ class IPMCritic(nn.Module):
     """
 
     offset: Tensor
+    variance: Tensor
 
     @checked
     def __init__(
@@ -100,6 +108,7 @@ class IPMCritic(nn.Module):
         *,
         baseline: nn.Module | None = None,
         residual_baseline: bool = False,
+        scaled_baseline: bool = False,
         objective: Objective = "ipm",
         coefficient: float | None = None,
         learning_rate: float = 1e-3,
@@ -126,6 +135,9 @@ class IPMCritic(nn.Module):
         self.conditional = is_conditional(network)
         self.baseline = baseline
         self.residual_baseline = residual_baseline
+        if scaled_baseline:  # 0 before the first step; critics without this have no such state
+            self.register_buffer("variance", torch.zeros(()))
+        self.scaled_baseline = scaled_baseline
         # Where on its segment the next xhat lies, in [0, 1).
         self.register_buffer("offset", torch.zeros(()))
         groups: list[dict[str, Any]] = [{"params": network.parameters(), "lr": learning_rate}]
@@ -195,6 +207,8 @@ class IPMCritic(nn.Module):
                 f"The baseline must return shape {tuple(states.shape[:2])}, "
                 f"got {tuple(values.shape)}."
             )
+        if self.scaled_baseline:
+            values = values * self.variance.sqrt()
         if self.residual_baseline:
             under = (
                 each.repeat(len(states), *[1] * (each.ndim - 1)) for each in self._under(condition)
@@ -257,6 +271,8 @@ class IPMCritic(nn.Module):
         regularization = baseline_loss = torch.zeros_like(gap)
 
         if states is not None and self.baseline is not None:
+            if self.scaled_baseline:
+                self._rescale(f_fake.detach())
             # Only the baseline regulariser lets V's error reach f.
             joint = self.regularizer == "baseline"
             f = self if joint else torch.no_grad()(self)
@@ -295,6 +311,16 @@ class IPMCritic(nn.Module):
             "critic_grad_norm": grad_norm,
         }
         return {name: metric.detach() for name, metric in metrics.items()}
+
+    def _rescale(self, f_fake: Tensor) -> None:
+        """Let the variance that scales V follow that of f over the fakes."""
+        if len(f_fake) * self.processes.count < 2:
+            return
+        variance = self.processes.std(f_fake).square()
+        # A critic that says the same of everything would silence V for good.
+        variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)
+        renewal = torch.where(self.variance == 0, 1.0, _RENEWAL)
+        self.variance.lerp_(variance, renewal)
 
     def _gradient_penalty(self, real: Tensor, fake: Tensor, of_fake: Tensor | None) -> Tensor:
         """Return E (||grad f(xhat)|| - 1)^2 over as many pairs as the smaller batch allows.

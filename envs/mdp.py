@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..common.conditions import Classes, Conditional, Conditions, Kind, kind_of
 from ..common.distributed import ALONE, Processes
+from ..common.even import even_normal
 from ..critics.checks import needs_condition, rewards_of
 from ..critics.mmd import MMDCritic
 from .processes import NoiseProcess
@@ -232,12 +233,21 @@ class DiffusionMDP:
         """The decision process of some of the episodes that `episodes` began, by their indices."""
         return self if self.condition is None else replace(self, condition=self.condition[rows])
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(
+        self, n: int, generator: torch.Generator | None = None, even_groups: int = 0
+    ) -> Tensor:
         """Draw the first state, `(n, *shape)` float32: noise as at the schedule's first time.
 
         Warns of a start or an end that makes the samples wrong (`envs.schedules.ends`).
+
+        Args:
+            n: How many.
+            generator: Source of randomness; the global one if None.
+            even_groups: Spread each of so many batches evenly, see `even_normal`; 0 does not.
         """
         noise = torch.randn((n, *self.shape), generator=generator, device=self.device)
+        if even_groups:
+            noise = even_normal(noise, generator, even_groups)
         return noise if self._prior_std == 1.0 else noise.mul_(self._prior_std)
 
     @cached_property
@@ -304,6 +314,7 @@ class DiffusionMDP:
         recorder: Recorder | None = None,
         processes: Processes = ALONE,
         groups: int = 1,
+        even: bool = False,
     ) -> Tensor:
         """Play `n` whole episodes; gradients flow through them unless the caller forbids it.
 
@@ -317,16 +328,19 @@ class DiffusionMDP:
             processes: Those that play together: all draw the same numbers, and each takes its share
                 of the episodes.
             groups: The episodes are so many batches, each of which is shared out in equal parts.
+            even: Spread the noise of every state evenly over each of these batches, see
+                `even_normal`.
 
         Returns:
             The finished samples `(n, *shape)`.
         """
-        everyone = n * processes.count
-        episodes, sample = self.episodes(everyone, generator), self.initial(everyone, generator)
+        everyone, spread = n * processes.count, {"even_groups": groups} if even else {}
+        episodes = self.episodes(everyone, generator)
+        sample = self.initial(everyone, generator, **spread)
         if processes.count > 1:
             mine = processes.share(torch.arange(everyone, device=sample.device), groups=groups)
             episodes, sample = episodes.at(mine), sample[mine]
-        draw = functools.partial(processes.noise, generator=generator, groups=groups)
+        draw = functools.partial(processes.noise, generator=generator, groups=groups, even=even)
         if recorder is not None:
             recorder.begin(episodes)
             sample = recorder.keep(0, sample)

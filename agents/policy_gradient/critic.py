@@ -109,6 +109,7 @@ def _learned(
         of_baseline = {
             "baseline": _baseline(mdp, settings),
             "residual_baseline": settings.residual_baseline,
+            "scaled_baseline": settings.scaled_baseline,
             "baseline_learning_rate": settings.baseline_learning_rate,
         }
     critic = IPMCritic(

@@ -47,6 +47,9 @@ class CriticAndBaselineSettings(CriticSettings):
     """Of V."""
     residual_baseline: bool = True
     """V(x_t, t) = f(x_t) + a learned residual; False learns V alone, as published."""
+    scaled_baseline: bool = False
+    """What V's network says counts in standard deviations of f: a V that theta follows must not be
+    noise where f is nearly 0. See `IPMCritic`."""
     baseline_states: int = bounded(3, least=1)
     """Of the K states of a trajectory, how many V is trained on in a critic step."""
     baseline_network: BaselineKind = "mlp"
@@ -104,6 +107,10 @@ class ShortcutSettings(AgentSettings):
     critic_rounds: int = bounded(0, least=0)
     """Rounds at the start in which the critic learns alone. What a raw critic prefers is chance,
     and with normalised advantages the policy would follow it."""
+    even: bool = False
+    """Leave less to chance: spread the noise of each batch of trajectories evenly (`even_normal`),
+    and take real samples in passes without replacement. Where samples are nearly right, what f sees
+    of them is mostly the chance of a batch."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class SFT(ShortcutAgent):
                 self.generator,
                 recorder=begun,
                 processes=self.processes,
+                even=self.settings.even,
             )
             loss = -self.differentiable_reward(begun.episodes, samples).mean()
             self.optimizer.zero_grad()

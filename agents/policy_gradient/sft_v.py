@@ -80,7 +80,7 @@ class SFTV(ShortcutAgent):
         return self.differentiable_reward(episodes, moved)
 
     def _draw(self, like: Tensor) -> Tensor:
-        return self.processes.noise(like, self.generator)
+        return self.processes.noise(like, self.generator, even=self.settings.even)
 
     @property
     def _critic_network(self) -> nn.Module | None:

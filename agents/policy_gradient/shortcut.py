@@ -128,6 +128,7 @@ class ShortcutAgent(Agent):
             recorder=trajectories,
             processes=self.processes,
             groups=settings.n_critic,
+            even=settings.even,
         )
         self.num_timesteps += self.timesteps_per_round
         return trajectories
@@ -138,9 +139,8 @@ class ShortcutAgent(Agent):
         # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
         if self.device.type == "cpu" and not trajectories.states[-1].isfinite().all():
             raise TrainingDivergedError("rollout/sample", self.num_timesteps)
-        for episodes, batch in trajectories.batches():
-            everyone = settings.batch_size * self.processes.count
-            real, given = self.mdp.target.draw(everyone, self.generator, self.mdp.kind)
+        for number, (episodes, batch) in enumerate(trajectories.batches()):
+            real, given = self._draw_real(number)
             real = self.processes.share(real)
             under: dict[str, Any] = {}
             if episodes.condition is not None and given is not None:
@@ -157,6 +157,15 @@ class ShortcutAgent(Agent):
         # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
         # gives it.
         return {"rollout/ep_rew_mean": metrics["critic_fake"], **tagged}
+
+    def _draw_real(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Draw real samples, and their conditions, of all processes for a critic step of this round."""
+        settings, target = self.settings, self.mdp.target
+        everyone = settings.batch_size * self.processes.count
+        if not settings.even:
+            return target.draw(everyone, self.generator, self.mdp.kind)
+        first = (self.rounds * settings.n_critic + number) * everyone
+        return target.draw_in_passes(everyone, first, self.seed, self.generator, self.mdp.kind)
 
     def value(self, episodes: DiffusionMDP, states: Tensor, step: int) -> Tensor:
         """Return V (n,) of the states (n, *shape) of episodes before a step, 0 to K - 1."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -345,19 +346,55 @@ class Target:
         """
         if not self.has_samples:
             raise ValueError("there are no samples to draw: this target only has a shape")
-        device = self._training.device
-        source = device if generator is None else generator.device
+        source = self.device if generator is None else generator.device
         rows = torch.randint(len(self._training), (n,), generator=generator, device=source)
-        drawn = self._training[rows.to(device)]
+        return self._drawn(rows.to(self.device), generator, kind)
+
+    def draw_in_passes(
+        self,
+        n: int,
+        first: int,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        kind: Kind | None = "classes",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw training samples without replacement, pass after pass, each in another order.
+
+        Args:
+            n: How many.
+            first: Number of the first of them, counted from the beginning of the first pass.
+            seed: Of the orders.
+            generator: For `flip`.
+            kind: As in `draw`.
+
+        Returns:
+            Samples and conditions, as `draw` does.
+        """
+        if not self.has_samples:
+            raise ValueError("there are no samples to draw: this target only has a shape")
+        size, rows = len(self._training), []
+        for number in range(first // size, (first + n - 1) // size + 1):
+            order = np.random.default_rng((seed, number)).permutation(size)
+            rows.append(order[max(first - number * size, 0) : first + n - number * size])
+        drawn = torch.from_numpy(np.concatenate(rows)).to(self.device)
+        return self._drawn(drawn, generator, kind)
+
+    def _drawn(
+        self, rows: Tensor, generator: torch.Generator | None, kind: Kind | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return these training samples, mirrored by chance if `flip`, and their conditions."""
+        drawn = self._training[rows]
         if self.flip:
-            mirrored = torch.randint(2, (n, 1, 1, 1), generator=generator, device=source).bool()
-            drawn = torch.where(mirrored.to(device), drawn.flip(-1), drawn)
+            source = self.device if generator is None else generator.device
+            size = (len(rows), 1, 1, 1)
+            mirrored = torch.randint(2, size, generator=generator, device=source).bool()
+            drawn = torch.where(mirrored.to(self.device), drawn.flip(-1), drawn)
         if kind is None or (kind == "classes" and self.labels is None):
             return to_float(drawn), None
         # Whoever wants samples alone may have negative labels.
         known = self.labels if kind == "classes" else self.known(kind).training
         assert known is not None
-        return to_float(drawn), known[rows.to(device)]
+        return to_float(drawn), known[rows]
 
     def sample_fresh(self, n: int, seed: int = 0) -> Tensor:
         """Draw `(n, *shape)` real samples that are not among the training samples.

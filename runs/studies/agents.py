@@ -26,6 +26,8 @@ ANALYTIC = (Learn("variance", {"kind": "gamma"}), Sample("analytic-dpm"))
 FINE: dict[str, Any] = {"bandwidths": (6.0, 25.0)}
 SHARP: dict[str, Any] = {"solver_options": {"last_std": 0.0025}}
 
+PLAIN_V: dict[str, Any] = {"scaled_baseline": False, "even": False}
+
 
 def _study(title: str, *contenders: Contender, env: str = "SwissRoll", **more: Any) -> Study:
     """Return a study of agents in one environment."""
@@ -90,12 +92,24 @@ STUDIES = {
         calls=(3, 5, 8, 10),
     ),
     "ingredients": _study(
-        "What our additions to SFT-PG (B) earn",
+        "What our additions to SFT-PG (B) and SFT-V earn",
         SFT_PG_B,
         _tuned("V alone", SHARED, residual_baseline=False),
         _tuned("GAE lambda = 1", SHARED, gae_lambda=1.0),
         _tuned("all states for V", SHARED, baseline_states=10),
         _tuned("PPO ratio clip 0.2", SHARED, clip_range=0.2),
+        _tuned("even batches", SHARED, even=True),
+        _tuned("SFT-V", SHARED, "sft-v"),
+        _tuned("SFT-V, V unscaled", SHARED, "sft-v", scaled_baseline=False),
+        _tuned("SFT-V, uneven batches", SHARED, "sft-v", even=False),
+        _tuned("SFT-V, neither", SHARED, "sft-v", **PLAIN_V),
+        _tuned(
+            "SFT-V, neither, beta_2 .999", SHARED, "sft-v", **PLAIN_V, critic_betas=(0.5, 0.999)
+        ),
+        _tuned("SFT-V, falling rates of f, V", SHARED, "sft-v", critic_lr_schedule="linear"),
+        _tuned("SFT-V, batches of 512", SHARED, "sft-v", batch_size=512, rounds=240),
+        _tuned("SFT-V, neither, of 512", SHARED, "sft-v", **PLAIN_V, batch_size=512, rounds=240),
+        seeds=(0, 1, 2),
     ),
     "seeing": _study(
         "From SFT-PG (B) to samples that a classifier cannot tell from data, step by step",

@@ -43,7 +43,7 @@ KINDS = {
     ),
     "sft": (SFT, {**SHORTCUT, "critic_lr_schedule": "cosine"}),
     "sft, spectral": (SFT, {**SHORTCUT, "regularizer": "spectral-norm", "learn_std": True}),
-    "sft-v": (SFTV, {**SHORTCUT, "learn_std": True}),
+    "sft-v": (SFTV, {**SHORTCUT, "learn_std": True, "even": True, "scaled_baseline": True}),
     "sft-pg": (SFTPG, {**SHORTCUT, "learn_std": True, "clip_range": 0.2}),
     "sft-pg, penalty": (
         SFTPG,

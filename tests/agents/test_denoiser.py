@@ -16,6 +16,7 @@ from fewstep.agents.denoisers.networks import (
     body_from_config,
     make_body,
 )
+from fewstep.agents.denoisers.networks.mlp import softplus
 from fewstep.agents.denoisers.parameterisations import time_range_of
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.envs import VE, DiscreteVP, RectifiedFlow, make_process
@@ -151,6 +152,20 @@ def test_fractional_times_interpolate_the_embeddings(generator):
         (-0.5, table[0]),  # and before the first
     ):
         torch.testing.assert_close(body(sample, torch.full((5,), time)), at(expected))
+
+
+def test_softplus_and_its_gradient_are_those_of_pytorch():
+    x = torch.cat([torch.linspace(-30, 30, 2001), torch.tensor([-1e4, 0.0, 1e4])]).double()
+    exact = nn.functional.softplus(x, threshold=1e3)
+    for dtype, rounding in ((torch.float32, 6e-8), (torch.float64, 2e-16)):
+        here = x.to(dtype).requires_grad_()
+        values = softplus(here)
+        # Of the logarithm's argument, between 1 and 2, and of the sum.
+        torch.testing.assert_close(values.double(), exact, rtol=4 * rounding, atol=2 * rounding)
+        (slope,) = torch.autograd.grad(values.sum(), here)
+        torch.testing.assert_close(slope.double(), x.sigmoid(), rtol=1e-5, atol=4 * rounding)
+    half = x.bfloat16()
+    assert torch.equal(softplus(half), nn.functional.softplus(half))
 
 
 class Probe(nn.Module):

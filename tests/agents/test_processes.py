@@ -35,9 +35,16 @@ CASES = {
         "settings": {**PG, "learning_rate": 1.0},
         "inpaint": "random",
     },
-    "SFT-V, a batch for each step, known pixels": {
+    "SFT-V, a batch for each step, known pixels, even, scaled": {
         "agent": "sft-v",
-        "settings": {"batch_size": 32, "n_critic": 2, "n_generator": 3, "learning_rate": 1.0},
+        "settings": {
+            "batch_size": 32,
+            "n_critic": 2,
+            "n_generator": 3,
+            "learning_rate": 1.0,
+            "even": True,
+            "scaled_baseline": True,
+        },
         "inpaint": "random",
     },
     "behaviour cloning of classes": {

@@ -109,6 +109,39 @@ def test_the_value_has_a_gradient_with_respect_to_the_states(residual):
     torch.testing.assert_close(ours, torch.autograd.grad(whole, states)[0])
 
 
+def test_a_scaled_value_learns_as_well_however_small_f_is():
+    """A tenth of f leaves a tenth of V after the same steps; an unscaled V knows no such thing."""
+    torch.manual_seed(0)
+    batches = [batch(fake=64) for _ in range(20)]
+
+    def learned(factor, scaled):
+        torch.manual_seed(1)
+        critic = build("none", residual_baseline=True, scaled_baseline=scaled, learning_rate=0.0)
+        with torch.no_grad():
+            for parameter in critic.network.out.parameters():
+                parameter.mul_(factor)
+        for each in batches:
+            critic.update(*each)
+        return critic
+
+    whole, tenth = learned(1.0, True), learned(0.1, True)
+    states = batches[0][2]
+    value, f = whole.value(states), whole(states.flatten(0, 1)).view(K, -1)
+    # Adam's epsilon, 1e-8, is all that tells them apart.
+    torch.testing.assert_close(10 * tenth.value(states), value, rtol=1e-3, atol=1e-4)
+    plain = 10 * learned(0.1, False).value(states)
+    assert (plain - learned(1.0, False).value(states)).abs().max() > 0.01
+    variance = None
+    for _, fake, _ in batches:
+        each = whole(fake).var()
+        variance = each if variance is None else 0.9 * variance + 0.1 * each
+    torch.testing.assert_close(whole.variance, variance.detach())
+    expected = f + variance.sqrt() * whole.baseline(states)
+    torch.testing.assert_close(value, expected)
+    assert "variance" in whole.state_dict()
+    assert "variance" not in learned(1.0, False).state_dict()
+
+
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 def test_baseline_error_reaches_f_for_the_baseline_regularizer_only(regularizer):
     # The same seed, two different sets of states: only R_B depends on them.

@@ -181,6 +181,27 @@ def test_a_rollout_is_the_loop_of_the_decision_process(mdp):
     assert policy.seen == [(j, [times[j]] * 6) for j in range(5)]
 
 
+def test_all_noise_of_an_even_rollout_is_spread_over_each_batch(mdp):
+    """Each state is a sum over the noise before it, whose mean over 50 episodes is nearly 0."""
+    recorder = Keeping()
+    mdp.rollout(Jumping(), 150, rng(), recorder=recorder, groups=3, even=True)
+    means = torch.stack(recorder.kept).unflatten(1, (3, 50)).mean(2)
+    assert means.abs().max() < 0.03  # by chance the standard deviation is 0.14 and more
+    start = torch.distributions.Normal(0, 1).cdf(recorder.kept[0].unflatten(0, (3, 50)))
+    assert torch.equal((50 * start).floor().sort(1)[0][0, :, 0], torch.arange(50.0))
+
+
+class Keeping:
+    """Keeps the states of a rollout."""
+
+    def begin(self, episodes):
+        self.kept = []
+
+    def keep(self, step, sample, action=None):
+        self.kept.append(sample)
+        return sample
+
+
 def test_a_rollout_goes_on_from_what_its_recorder_returns(mdp):
     recorder = Rounding()
     found = mdp.rollout(Jumping(), 3, recorder=recorder)
@@ -208,13 +229,15 @@ def rng():
     return torch.Generator().manual_seed(8)
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("inpaint", [None, "half"])
-def test_processes_share_the_episodes_that_one_would_play(inpaint):
+def test_processes_share_the_episodes_that_one_would_play(inpaint, even):
     """Each group of episodes in equal parts, known pixels and all noise included."""
     mdp = make_mdp("Digits", steps=3, inpaint=inpaint, reward=no_reward)
-    alone = mdp.rollout(Jumping(), 12, rng())
+    alone = mdp.rollout(Jumping(), 12, rng(), groups=3, even=even)
     shares = [
-        mdp.rollout(Jumping(), 6, rng(), processes=Processes(rank, 2), groups=3) for rank in (0, 1)
+        mdp.rollout(Jumping(), 6, rng(), processes=Processes(rank, 2), groups=3, even=even)
+        for rank in (0, 1)
     ]
     together = torch.cat([share.unflatten(0, (3, 2)) for share in shares], dim=1).flatten(0, 1)
     assert torch.equal(together, alone)

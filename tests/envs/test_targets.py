@@ -82,6 +82,20 @@ def test_fresh_digits_run_out(digits):
         digits.sample_fresh(501)
 
 
+def test_a_pass_draws_every_training_sample_once():
+    points = np.arange(10, dtype=np.float32).reshape(5, 2)
+    target = Target("t", points, labels=range(5))
+    samples, labels = target.draw_in_passes(15, 0, seed=3)
+    for one in samples.split(5):
+        assert torch.equal(one.sort(dim=0)[0], target.samples)
+    assert torch.equal(samples, target.samples[labels])
+    assert not torch.equal(samples[:5], samples[5:10])
+    # Piece by piece they are the same, so a run that was stopped goes on as if it had not been.
+    pieces = [target.draw_in_passes(3, first, seed=3)[0] for first in range(0, 15, 3)]
+    assert torch.equal(torch.cat(pieces), samples)
+    assert not torch.equal(target.draw_in_passes(15, 0, seed=4)[0], samples)
+
+
 def test_sample_draws_training_points_with_replacement(toy):
     generator = torch.Generator().manual_seed(0)
     draw = toy.sample(20_000, generator)
