@@ -159,7 +159,7 @@ class ShortcutAgent(Agent):
         return {"rollout/ep_rew_mean": metrics["critic_fake"], **tagged}
 
     def _draw_real(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Draw real samples, and their conditions, of all processes for a critic step of this round."""
+        """Draw the real samples of all processes, and their conditions, for a critic step."""
         settings, target = self.settings, self.mdp.target
         everyone = settings.batch_size * self.processes.count
         if not settings.even:
