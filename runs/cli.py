@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("analyze", "show what a solver and its distilled version do on the way"),
     "sample": ("sample", "draw samples to a file"),
     "export": ("export", "write a denoiser and its sampler as a pipeline of diffusers"),
+    "distil": ("distil", "learn a scheduler of few steps for a pipeline of diffusers"),
     "benchmark": ("benchmark", "run a declared study: a table and a plot"),
     "envs": ("list", "list the environments"),
     "agents": ("list", "list the agents and solvers"),

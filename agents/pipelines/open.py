@@ -134,6 +134,12 @@ class OpenedPipeline:
             drops=family.splits,
         )
 
+    def park_encoders(self) -> None:
+        """Move text encoders to the CPU: once prompts are encoded nobody asks them."""
+        for part in self.family.components:
+            if part.startswith("text_encoder"):
+                getattr(self.pipeline, part).to("cpu")
+
     def own_schedule(self, steps: int) -> Schedule:
         """Return the times that the pipeline's own scheduler visits in so many steps."""
         scheduler = own_scheduler(PipelineBody(self.family, None), steps)
