@@ -164,9 +164,7 @@ def sdxl(folder: Path) -> Any:
         projection_class_embeddings_input_dim=WIDTH + 6 * 4,
     )
     # States of two encoders stand beside each other.
-    network = UNet2DConditionModel.from_config(
-        {**network.config, "cross_attention_dim": 2 * WIDTH}
-    )
+    network = UNet2DConditionModel.from_config({**network.config, "cross_attention_dim": 2 * WIDTH})
     return StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip_encoder(tokenizer),

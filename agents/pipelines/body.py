@@ -15,8 +15,8 @@ class PipelineBody(nn.Module):
     """A pipeline's network, `body(sample, time)` or `body(sample, time, prompts)`.
 
     Samples and answers are float32, the network runs in the pipeline's type. Where they are more
-    than `micro_batch` it is asked about some after the others. Under a gradient each of these calls
-    is repeated when its own gradient is due, so that one call's graph is alive at a time.
+    than `micro_batch` it is asked about some after the others. Under a gradient each of several
+    calls is repeated when its own gradient is due, so that one call's graph is alive at a time.
 
     The network's weights are the pipeline's. They are no parameters of this module: nothing trains
     them, moves them, or saves them with what was learned.
@@ -55,7 +55,7 @@ class PipelineBody(nn.Module):
         for first in range(0, len(sample), self.micro_batch):
             part = slice(first, first + self.micro_batch)
             asked = sample[part], time[part], None if prompts is None else prompts[part]
-            if graph:
+            if graph and len(sample) > self.micro_batch:
                 answers.append(checkpoint(self._ask, *asked, use_reentrant=False))
             else:
                 answers.append(self._ask(*asked))
@@ -63,7 +63,7 @@ class PipelineBody(nn.Module):
         return torch.cat(answers)
 
     def _ask(self, sample: Tensor, time: Tensor, prompts: Tensor | None) -> Tensor:
-        network: Any = self._family.network
+        network = self._family.network
         rows = {}
         if prompts is not None and self.rows is not None:
             index = prompts.cpu()

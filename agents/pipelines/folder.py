@@ -1,4 +1,4 @@
-"""A pipeline's folder, looked at before anything is loaded: whole, of a known family, no pickles."""
+"""A pipeline's folder, looked at before it is loaded: whole, of a known family, no pickles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def family_of(folder: Path) -> type[Family]:
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:
             raise CheckpointError(
-                f"{folder} is a {kind} without its {part}, and needs {', '.join(family.components)}."
+                f"{folder} is a {kind} without its {part}; it needs {', '.join(family.components)}."
             )
         if not (folder / part).is_dir():
             raise FileNotFoundError(

@@ -87,14 +87,16 @@ def judge(
     base = next(iter(tables.values()))
     teacher = make_teacher(base, given, settings.teacher, scale=settings.scale)
     start = noise * given.process.prior_std(float(given.times[0]))
-    _note(found, TEACHER, _last(teacher.tableau, denoiser, start), 0)
-    found.calls[TEACHER] = evaluations_of(teacher.tableau, denoiser)
+    calls = evaluations_of(teacher.tableau, denoiser)
+    _note(found, TEACHER, teacher.tableau.sample(denoiser, start), calls)
     for name, table in tables.items():
         fine = make_teacher(table, _schedule(table), settings.teacher, scale=settings.scale)
         begin = noise * table.process.prior_std(float(table.times[0]))
-        goals = fine.states(denoiser, begin).cpu()
-        states = list(_states(table, denoiser, begin))
-        ways = [float(coordinate_errors(s, g).mean()) for s, g in zip(states[1:], goals, strict=True)]
+        goals = fine.states(denoiser, begin, "cpu")
+        states = [state.cpu() for state in table.states(denoiser, begin)]
+        ways = [
+            float(coordinate_errors(s, g).mean()) for s, g in zip(states[1:], goals, strict=True)
+        ]
         found.by_step[name] = table.times[1:].tolist(), ways
         _note(found, name, states[-1], evaluations_of(table, denoiser))
     samples, calls = own_samples(denoiser, noise, settings.steps, generator)
@@ -107,17 +109,6 @@ def _note(found: Judgement, name: str, samples: Tensor, calls: int) -> None:
     found.samples[name], found.calls[name] = samples.cpu(), calls
     if name != TEACHER:
         found.errors[name] = coordinate_errors(found.samples[name], found.samples[TEACHER])
-
-
-def _states(table: Tableau, denoiser: Denoiser, start: Tensor) -> Any:
-    return (state.cpu() for state in table.states(denoiser, start))
-
-
-def _last(table: Tableau, denoiser: Denoiser, start: Tensor) -> Tensor:
-    last = start
-    for last in table.states(denoiser, start):
-        pass
-    return last
 
 
 def _schedule(table: Tableau) -> Schedule:

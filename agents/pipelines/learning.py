@@ -53,7 +53,9 @@ class Distillation:
     ) -> None:
         self.settings, self.prompts, self.given = settings, prompts, given
         self.denoiser = denoiser
-        self.base = build_solver(settings.solver, given, denoiser, **(settings.solver_options or {}))
+        self.base = build_solver(
+            settings.solver, given, denoiser, **(settings.solver_options or {})
+        )
         if not self.base.linear:
             raise ValueError(
                 f"The solver '{self.base.name}' adds noise or clamps its predictions; what is "
@@ -71,7 +73,7 @@ class Distillation:
         return kinds.get(self.settings.learn, [ScheduleLearning.name, DODE.name])
 
     def agents(self) -> Iterator[SolverAgent]:
-        """Yield the agents one after the other; each has to have learned before the next is made."""
+        """Yield the agents in their order; each has to have learned before the next is made."""
         given = self.given
         for name in self.stages:
             agent = self._agent(name, given)

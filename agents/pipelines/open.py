@@ -74,8 +74,7 @@ class OpenedPipeline:
         if lacking:
             raise ValueError(f"This {kind} lacks its {', '.join(lacking)}.")
         family = FAMILIES[kind](pipeline, size, guidance)
-        network: Any = family.network
-        network.requires_grad_(False).eval()
+        family.network.requires_grad_(False).eval()
         return cls(family, terms_of(pipeline.scheduler, family.tokens))
 
     @property
@@ -86,8 +85,7 @@ class OpenedPipeline:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        network: Any = self.family.network
-        return network.device
+        return self.family.network.device
 
     def denoiser(
         self,

@@ -79,7 +79,7 @@ def counted(denoiser: Denoiser, work: Callable[[Denoiser], object]) -> Plan:
 
 
 def timed(denoiser: Denoiser, with_graph: bool) -> tuple[float, float]:
-    """Measure one evaluation of the network, of a full call; with a gradient if that will be due.
+    """Measure one evaluation of the network, of full calls; with a gradient if that will be due.
 
     Args:
         denoiser: one under its prompts.
@@ -92,7 +92,8 @@ def timed(denoiser: Denoiser, with_graph: bool) -> tuple[float, float]:
     assert isinstance(body, PipelineBody)
     device = body.place.device
     time_of = denoiser.process.t_max / 2
-    sample = torch.randn(body.micro_batch, *body.family.shape, device=device)
+    # Two calls, so that what is repeated under a gradient is measured as well.
+    sample = torch.randn(2 * body.micro_batch, *body.family.shape, device=device)
     before = list(body.calls)
 
     def seconds(ask: Callable[[], object], kind: int) -> float:

@@ -95,10 +95,9 @@ def own_schedule(scheduler: Any, process: NoiseProcess) -> Schedule:
     """
     if getattr(scheduler, "sigmas", None) is not None:
         levels = scheduler.sigmas.double().cpu()
-        if process.discrete or process.time_is_level:
-            ratio = levels
-        else:  # a flow's level u is sigma beside alpha = 1 - u
-            ratio = levels / (1 - levels)
+        of_flow = not (process.discrete or process.time_is_level)
+        # A flow's level u is sigma beside alpha = 1 - u.
+        ratio = levels / (1 - levels) if of_flow else levels
         least = float(process.log_snr(process.t_max))
         positive = ratio[ratio > 0]
         times = process.time_of_log_snr((-positive.log()).clamp(min=least))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Sequence
 
@@ -80,7 +79,9 @@ def _prompts(opened: OpenedPipeline, texts: dict[str, list[str]], seed: int) -> 
     kind = opened.family.prompts
     if kind is None:
         if texts:
-            raise ValueError(f"A {type(opened.pipeline).__name__} takes no prompts: leave them out.")
+            raise ValueError(
+                f"A {type(opened.pipeline).__name__} takes no prompts: leave them out."
+            )
         return None
     empty = [""] if kind == "texts" else ["0"]
     return split_prompts(texts.get("prompts", empty), texts.get("held_out"), seed)
@@ -89,14 +90,14 @@ def _prompts(opened: OpenedPipeline, texts: dict[str, list[str]], seed: int) -> 
 def _print_plan(run: DistilRun, plan: Plan) -> None:
     """Say how many evaluations there will be and, from a timed call, how long they take."""
     console.print(
-        f"{plan.total:,} evaluations of the network for single samples, {plan.graph:,} of them with "
-        "a gradient; a guided answer counts as two."
+        f"{plan.total:,} evaluations of the network for single samples, {plan.graph:,} of them "
+        "with a gradient; a guided answer counts as two."
     )
     denoiser = run.denoiser.given(0) if run.denoiser.is_open else run.denoiser
     plain, graph = timed(denoiser, with_graph=plan.graph > 0)
     also = f", {graph:.3g} s with a gradient" if graph else ""
     console.print(
-        f"One takes {plain:.3g} s{also}, in calls of {dataclasses.asdict(run.flags.learning)['micro_batch']}: "
+        f"One takes {plain:.3g} s{also}, in calls of {run.flags.learning.micro_batch}: "
         f"{_duration(plan.seconds(plain, graph))} in all."
     )
 

@@ -1,11 +1,11 @@
 """DistilRun: the stages of `fewstep distil`, each of which leaves a file in the output folder.
 
-    distilled/
-        config.json          what was asked for; another run there has to ask for the same
-        times.safetensors    the training of schedule learning
-        weights.json         D-ODE's, a table
-        scheduler/           what the pipeline loads
-        pictures.png errors.png results.json
+distilled/
+    config.json          what was asked for; another run there has to ask for the same
+    times.safetensors    the training of schedule learning
+    weights.json         D-ODE's, a table
+    scheduler/           what the pipeline loads
+    pictures.png errors.png results.json
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from ...agents.samplers.tableau import Tableau
 from ...agents.solver_learning.agent import SolverAgent
 from ...common.files import remove_leftovers
 from ...envs import Schedule
-from ..reports.console import console
 from ..reports.distilled import errors_by_step, print_summary, side_by_side
 from ..reports.plots import save_figure
 from ..settings.distil import DistilFlags
@@ -93,7 +92,9 @@ class DistilRun:
         """Do whatever is not done yet; return the results."""
         self._take_folder()
         body: Any = self.denoiser.body
-        bar = tqdm(total=plan.total, desc="distil", unit="call", unit_scale=True, dynamic_ncols=True)
+        bar = tqdm(
+            total=plan.total, desc="distil", unit="call", unit_scale=True, dynamic_ncols=True
+        )
         body.on_call = lambda samples, _: bar.update(samples)
         tables = {BEFORE: self.distillation.base}
         try:
@@ -171,9 +172,7 @@ class DistilRun:
     def _judge(self, denoiser: Denoiser, tables: dict[str, Tableau]) -> Judgement:
         return judge(denoiser, self.given, tables, self.prompts, self.flags.learning)
 
-    def _report(
-        self, agent: SolverAgent, table: Tableau, judgement: Judgement
-    ) -> dict[str, Any]:
+    def _report(self, agent: SolverAgent, table: Tableau, judgement: Judgement) -> dict[str, Any]:
         """Write the scheduler, the pictures and results.json; print what there is to know."""
         save_scheduler(table, self.denoiser, self.folder / "scheduler")
         order = [OWN, BEFORE, AFTER, TEACHER]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # By name what the network is told of each prompt, (N, ...) each.
 Rows = dict[str, Tensor]
@@ -54,7 +54,7 @@ class Family(ABC):
     components: ClassVar[tuple[str, ...]]
     unused: ClassVar[tuple[str, ...]] = ()
     network_name: ClassVar[str] = "transformer"
-    prompts: ClassVar[Literal["texts", "classes"] | None] = "texts"
+    prompts: Literal["texts", "classes"] | None = "texts"
 
     shape: tuple[int, ...]
     tokens: int | None = None
@@ -63,7 +63,7 @@ class Family(ABC):
         self, pipeline: Any, size: tuple[int, int] | None = None, guidance: float = 1.0
     ) -> None:
         self.pipeline = pipeline
-        self.network: nn.Module = getattr(pipeline, self.network_name)
+        self.network: Any = getattr(pipeline, self.network_name)
         self.guidance = guidance
         self.size = size
 

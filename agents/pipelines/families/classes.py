@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ class DiT(LatentFamily):
 
     def ask(self, sample: Tensor, time: Tensor, rows: Rows) -> Tensor:
         """See `Family.ask`: what it says of its variance is left out."""
-        answer: Any = self.network(
-            sample, timestep=time, class_labels=rows["class"], return_dict=False
-        )
+        answer = self.network(sample, timestep=time, class_labels=rows["class"], return_dict=False)
         return answer[0][:, : self.channels]
 
 
@@ -53,7 +51,7 @@ class Pixels(Family):
         sides = (side, side) if isinstance(side, int) else tuple(side)
         self.shape = (self.config.in_channels, *(size or sides))
         if self.config.num_class_embeds is not None:
-            self.prompts: Literal["classes"] | None = "classes"  # type: ignore[misc]
+            self.prompts = "classes"
 
     @property
     def splits(self) -> bool:
@@ -70,13 +68,11 @@ class Pixels(Family):
 
     def ask(self, sample: Tensor, time: Tensor, rows: Rows) -> Tensor:
         """See `Family.ask`."""
-        answer: Any = self.network(
-            sample, time, class_labels=rows.get("class"), return_dict=False
-        )
+        answer = self.network(sample, time, class_labels=rows.get("class"), return_dict=False)
         return answer[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See `Family.decode`: the samples are pictures in [-1, 1], of one grey channel or three."""
+        """See `Family.decode`: the samples are pictures in [-1, 1], grey ones or not."""
         pictures = (latents / 2 + 0.5).clamp(0, 1)
         return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
 

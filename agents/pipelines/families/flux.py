@@ -40,7 +40,7 @@ class Flux(LatentFamily):
         height, width = (side // 2 for side in self.sides)
         self.tokens = height * width
         self.shape = (self.tokens, self.config.in_channels)
-        device, dtype = self.network.device, self.network.dtype  # type: ignore[attr-defined]
+        device, dtype = self.network.device, self.network.dtype
         self._places = pipeline._prepare_latent_image_ids(1, height, width, device, dtype)
 
     @property
@@ -76,7 +76,7 @@ class Flux(LatentFamily):
         """See `Family.ask`: the network is asked at noise levels, 0 to 1."""
         states = rows["states"]
         told = torch.full((len(sample),), self.guidance, device=sample.device)
-        answer: Any = self.network(
+        answer = self.network(
             hidden_states=sample,
             timestep=time / self.pipeline.scheduler.config.num_train_timesteps,
             guidance=told if self.embeds_guidance else None,
@@ -95,6 +95,4 @@ class Flux(LatentFamily):
     def decode(self, latents: Tensor) -> Tensor:
         """See `Family.decode`."""
         height, width = (side * self.halvings for side in self.sides)
-        return super().decode(
-            self.pipeline._unpack_latents(latents, height, width, self.halvings)
-        )
+        return super().decode(self.pipeline._unpack_latents(latents, height, width, self.halvings))

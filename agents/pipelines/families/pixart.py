@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,14 +26,20 @@ class PixArt(LatentFamily):
 
     def encode_some(self, prompts: list[str]) -> Rows:
         """See `Family.encode_some`."""
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
         states, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.network.device
+            prompts,
+            do_classifier_free_guidance=False,
+            device=self.network.device,
+            # As the pipeline itself does where these are installed.
+            clean_caption=is_bs4_available() and is_ftfy_available(),
         )
         return {"states": states, "mask": mask}
 
     def ask(self, sample: Tensor, time: Tensor, rows: Rows) -> Tensor:
         """See `Family.ask`: what it says of its variance is left out."""
-        answer: Any = self.network(
+        answer = self.network(
             sample,
             encoder_hidden_states=rows["states"],
             encoder_attention_mask=rows["mask"],

@@ -38,7 +38,10 @@ class StableDiffusion3(LatentFamily):
     def readers(self) -> list[Reader]:
         """See `Family.readers`; T5 may be left out of a pipeline."""
         pipeline = self.pipeline
-        clip = [Reader(each, each.model_max_length) for each in (pipeline.tokenizer, pipeline.tokenizer_2)]
+        clip = [
+            Reader(each, each.model_max_length)
+            for each in (pipeline.tokenizer, pipeline.tokenizer_2)
+        ]
         t5 = pipeline.tokenizer_3
         return clip if t5 is None else [*clip, Reader(t5, _T5_TOKENS)]
 
@@ -51,7 +54,7 @@ class StableDiffusion3(LatentFamily):
 
     def ask(self, sample: Tensor, time: Tensor, rows: Rows) -> Tensor:
         """See `Family.ask`."""
-        answer: Any = self.network(
+        answer = self.network(
             hidden_states=sample,
             timestep=time,
             encoder_hidden_states=rows["states"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ class SDXL(LatentFamily):
 
     def ask(self, sample: Tensor, time: Tensor, rows: Rows) -> Tensor:
         """See `Family.ask`."""
-        answer: Any = self.network(
+        answer = self.network(
             sample,
             time,
             encoder_hidden_states=rows["states"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .base import LatentFamily, Reader, Rows
@@ -30,7 +28,5 @@ class StableDiffusion(LatentFamily):
 
     def ask(self, sample: Tensor, time: Tensor, rows: Rows) -> Tensor:
         """See `Family.ask`."""
-        answer: Any = self.network(
-            sample, time, encoder_hidden_states=rows["states"], return_dict=False
-        )
+        answer = self.network(sample, time, encoder_hidden_states=rows["states"], return_dict=False)
         return answer[0]

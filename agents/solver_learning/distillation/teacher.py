@@ -41,12 +41,17 @@ class Teacher:
     targets: tuple[int, ...]
 
     @torch.no_grad()
-    def states(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
-        """Return the states (K, N, *shape) that the student's rows should lead to from `noise`."""
+    def states(
+        self, denoiser: Denoiser, noise: Tensor, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Return the states (K, N, *shape) that the student's rows should lead to from `noise`.
+
+        They are kept on another device than the noise's where one is named.
+        """
         wanted: dict[int, Tensor] = {}
         for index, state in enumerate(self.tableau.states(denoiser, noise)):
             if index in self.targets:
-                wanted[index] = state
+                wanted[index] = state.to(device)
         return torch.stack([wanted[index] for index in self.targets])
 
 
