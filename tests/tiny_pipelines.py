@@ -312,5 +312,8 @@ def make(name: str, folder: Path) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = MAKERS[name](folder)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

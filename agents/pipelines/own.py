@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -15,9 +14,10 @@ from .terms import own_options
 
 
 def own_scheduler(body: PipelineBody, steps: int, device: torch.device | str = "cpu") -> Any:
-    """Return a copy of the pipeline's scheduler, set to so many steps as the pipeline sets it."""
+    """Return a scheduler like the pipeline's, set to so many steps as the pipeline sets it."""
     family = body.family
-    scheduler = copy.deepcopy(family.pipeline.scheduler)
+    own = family.pipeline.scheduler
+    scheduler = type(own).from_config(own.config)
     options = {**family.scheduler_options(steps), **own_options(scheduler, family.tokens)}
     if "sigmas" in options:
         scheduler.set_timesteps(device=device, **options)
