@@ -112,7 +112,9 @@ def starting_schedule(opened: OpenedPipeline, settings: DistilSettings) -> Sched
         return opened.own_schedule(settings.steps)
     process = opened.terms.process
     if settings.schedule is None:
-        return default_schedule(settings.solver, process, settings.steps)
+        # Where times are learned the first and the last noise level stay.
+        grid = None if settings.learn == "weights" else ScheduleLearning.grid
+        return default_schedule(settings.solver, process, settings.steps, grid)
     return make_schedule(settings.schedule, process, settings.steps)
 
 

@@ -28,8 +28,8 @@ class DistilSettings(Settings):
     solver_options: Options | None = None
     """Options of the solver, as KEY VALUE pairs."""
     schedule: str | None = None
-    """Times to start from: a schedule's name, a list, or own, those of the pipeline's scheduler;
-    the solver's default if omitted."""
+    """Times to start from: a schedule's name, a list, or own, those of the pipeline's scheduler. If
+    omitted the solver's default, or where times are learned karras, whose ends stay."""
     form: Form = "difference"
     """What a step may mix in, see D-ODE."""
     teacher: str = "dpm-solver++-3m"
