@@ -90,7 +90,9 @@ def judge(
     calls = evaluations_of(teacher.tableau, denoiser)
     _note(found, TEACHER, teacher.tableau.sample(denoiser, start), calls)
     for name, table in tables.items():
-        fine = make_teacher(table, _schedule(table), settings.teacher, scale=settings.scale)
+        fine = make_teacher(
+            table, _schedule(table), settings.teacher, times=teacher.tableau.times.tolist()
+        )
         begin = noise * table.process.prior_std(float(table.times[0]))
         goals = fine.states(denoiser, begin, "cpu")
         states = [state.cpu() for state in table.states(denoiser, begin)]

@@ -18,6 +18,7 @@ from ...envs.schedules import make_schedule
 from ..denoisers.denoiser import Denoiser
 from ..samplers.tableau import Tableau
 from ..solver_learning.agent import SolverAgent
+from ..solver_learning.distillation.teacher import make_teacher
 from ..solver_learning.dode import DODE
 from ..solver_learning.schedule_learning import ScheduleLearning
 from ..solver_learning.settings import DODESettings, ScheduleSettings, TuningSettings
@@ -41,7 +42,8 @@ class Distillation:
 
     Attributes:
         base: the solver on the times to start from.
-        teacher: what every stage is told of its teacher.
+        fine_times: the teacher's, which refine those to start from: learned ones may lie so far
+            apart that a refinement of them would be crude.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Distillation:
                 f"The solver '{self.base.name}' adds noise or clamps its predictions; what is "
                 "learned is a deterministic one, such as dpm-solver++-2m, ddim or unipc-2."
             )
+        teacher = make_teacher(self.base, given, settings.teacher, scale=settings.scale)
+        self.fine_times = tuple(dict.fromkeys(teacher.tableau.times.tolist()))
         shape = denoiser.shape
         assert shape is not None  # a PipelineBody says it
         device = next(denoiser.parameters()).device
@@ -94,7 +98,7 @@ class Distillation:
             "batches": 1,
         }
         if name == DODE.name:
-            its: Any = DODESettings(form=settings.form, **shared)
+            its: Any = DODESettings(form=settings.form, teacher_times=self.fine_times, **shared)
             return DODE(mdp, self.denoiser, its, seed=settings.seed + 1)
         its = ScheduleSettings(
             schedule_rounds=settings.rounds, tuning=TuningSettings(rounds=0), **shared
