@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("sample", "draw samples to a file"),
     "export": ("export", "write a denoiser and its sampler as a pipeline of diffusers"),
     "levels": ("levels", "print a table's noise levels for diffusers, ComfyUI and A1111"),
+    "distil": ("distil", "learn a scheduler of few steps for a pipeline of diffusers"),
     "benchmark": ("benchmark", "run a declared study: a table and a plot"),
     "envs": ("list", "list the environments"),
     "agents": ("list", "list the agents and solvers"),

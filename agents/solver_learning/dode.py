@@ -91,6 +91,7 @@ class DODE(SolverAgent):
             settings.scale,
             settings.align,
             settings.integer_times,
+            settings.teacher_times,
         )
         self.pool = Pool(self.mdp, self.teacher, self.denoiser, settings, self.seed)
         self.fits: list[StepFit] = []

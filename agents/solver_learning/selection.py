@@ -23,7 +23,7 @@ def coordinate_errors(samples: Tensor, goal: Tensor) -> Tensor:
         samples: (N, *shape).
         goal: (N, *shape) what they should be.
     """
-    return (samples.double() - goal.double()).square().flatten(1).mean(1).cpu()
+    return (samples.double() - goal.to(samples.device).double()).square().flatten(1).mean(1).cpu()
 
 
 def is_better(errors: Tensor, than: Tensor) -> bool:

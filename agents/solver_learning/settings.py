@@ -39,6 +39,9 @@ class DODESettings(AgentSettings):
     """Options of the teacher's solver."""
     scale: int = bounded(10, least=1)
     """The teacher's steps for each call of the student; 5 to 30."""
+    teacher_times: tuple[float, ...] | None = None
+    """Times that the teacher visits, in place of scale, the nearest moved onto the student's; for
+    students whose times are very uneven."""
     align: Align = "time"
     """time compares states at the same noise level; index compares them as the official code does,
     for reproduction."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ _NEGLIGIBLE = 1e-6
 class Batch:
     """Initial noise (N, *shape) and the states (K, N, *shape) that the steps should lead to.
 
-    In a conditional environment the conditions (N, ...) as well.
+    The states may be on the CPU where the noise is not. In a conditional environment the conditions
+    (N, ...) as well.
     """
 
     noise: Tensor
@@ -91,7 +93,8 @@ def fit(
             1 / (2 sqrt(ridge)) and hardly touches a direction as long as the error it repairs.
         constant: take this for every lambda instead of fitting.
     """
-    students = [_Student(tableau, denoiser, batch) for batch in batches]
+    unread = _unread(tableau, rows)
+    students = [_Student(tableau, denoiser, batch, unread) for batch in batches]
     count = sum(batch.noise.numel() for batch in batches)
     fits = []
     for j, row in enumerate(rows):
@@ -137,14 +140,25 @@ def final_error(tableau: Tableau, denoiser: Denoiser, batches: Sequence[Batch]) 
     return float(noise_errors(tableau, denoiser, batches).mean())
 
 
-class _Student:
-    """One batch on its way through the student's steps."""
+def _unread(tableau: Tableau, rows: Sequence[np.ndarray]) -> list[list[int]]:
+    """Return for each step the outputs that neither the table nor a direction reads after it."""
+    last = {k: j for j, outputs in enumerate(tableau.unread[1]) for k in outputs}
+    for j, row in enumerate(rows):
+        for k in np.flatnonzero(np.any(row[:, :-1] != 0, axis=0)).tolist():
+            last[k] = max(last[k], j)
+    return [[k for k, step in last.items() if step == j] for j in range(tableau.steps)]
 
-    def __init__(self, tableau: Tableau, denoiser: Denoiser, batch: Batch) -> None:
-        self.tableau, self.batch = tableau, batch
+
+class _Student:
+    """One batch on its way through the student's steps; what no later step reads is dropped."""
+
+    def __init__(
+        self, tableau: Tableau, denoiser: Denoiser, batch: Batch, unread: list[list[int]]
+    ) -> None:
+        self.tableau, self.batch, self._unread = tableau, batch, unread
         self.denoiser = denoiser.under(batch.condition)
-        self.states: list[Tensor] = [batch.noise]
-        self.outputs: list[Tensor] = []
+        self.states: list[Any] = [batch.noise]
+        self.outputs: list[Any] = []
         self._base = batch.noise
         self._columns: list[Tensor] = []
 
@@ -159,7 +173,7 @@ class _Student:
         self.outputs.append(self.tableau.evaluate(self.denoiser, self.states[j], j))
         self._base = self.tableau.advance(j, self.states, self.outputs)
         self._columns = [self._along(direction) for direction in row]
-        residual = self.batch.targets[j] - self._base
+        residual = self.batch.targets[j].to(self._base.device) - self._base
         vectors = torch.stack([part.flatten() for part in (*self._columns, residual, self._base)])
         return torch.linalg.qr(vectors.double().T, mode="r").R.cpu().numpy()
 
@@ -168,7 +182,12 @@ class _Student:
         state = self._base
         for value, column in zip(lambdas.tolist(), self._columns, strict=True):
             state = torch.add(state, column, alpha=value)
+        j = len(self.states) - 1
         self.states.append(state)
+        for i in self.tableau.unread[0][j]:
+            self.states[i] = None
+        for k in self._unread[j]:
+            self.outputs[k] = None
 
     def _along(self, direction: np.ndarray) -> Tensor:
         motion = float(direction[-1]) * self.batch.noise

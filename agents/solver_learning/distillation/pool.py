@@ -59,7 +59,8 @@ class Pool:
         for i, size in enumerate(self._sizes):
             condition = self._mdp.episodes(size, generator).condition
             noise = self._mdp.initial(size, generator)
-            states = self.teacher.states(self._denoiser.under(condition), noise)
+            # On the CPU: they are as many as the student's steps.
+            states = self.teacher.states(self._denoiser.under(condition), noise, "cpu")
             # Of noise that is not fitted only the finished samples count.
             kept = states if i < self._count else states[-1:].clone()
             made.append(Batch(noise, kept, condition))

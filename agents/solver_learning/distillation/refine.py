@@ -94,7 +94,7 @@ class Refiner:
             total = 0.0
             for batch in batches:
                 ends = self.module(denoiser.under(batch.condition), batch.noise)
-                missed = ends - batch.targets[-1]
+                missed = ends - batch.targets[-1].to(ends.device)
                 loss = missed.square().mean() / len(batches)
                 loss.backward()
                 total += float(loss.detach())

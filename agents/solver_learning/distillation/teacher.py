@@ -8,6 +8,7 @@ different noise levels (MATH.md 2.6): `align="index"`, for reproduction.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -41,12 +42,17 @@ class Teacher:
     targets: tuple[int, ...]
 
     @torch.no_grad()
-    def states(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
-        """Return the states (K, N, *shape) that the student's rows should lead to from `noise`."""
+    def states(
+        self, denoiser: Denoiser, noise: Tensor, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Return the states (K, N, *shape) that the student's rows should lead to from `noise`.
+
+        They are kept on another device than the noise's where one is named.
+        """
         wanted: dict[int, Tensor] = {}
         for index, state in enumerate(self.tableau.states(denoiser, noise)):
             if index in self.targets:
-                wanted[index] = state
+                wanted[index] = state.to(device)
         return torch.stack([wanted[index] for index in self.targets])
 
 
@@ -58,6 +64,7 @@ def make_teacher(
     scale: int = 10,
     align: Align = "time",
     integer: bool = False,
+    times: Sequence[float] | None = None,
 ) -> Teacher:
     """Build a teacher for a student's tableau.
 
@@ -71,6 +78,9 @@ def make_teacher(
             teacher's C j-th, on a schedule of the same recipe with C times the student's calls, or
             as many as there are noisings.
         integer: round the teacher's times to whole noisings, for networks that know no others.
+        times: of the teacher, with "time", in place of those that refine the student's: where the
+            student's are very uneven, a refinement is crude between two that lie far apart. The
+            nearest of them are moved onto the student's.
 
     Raises:
         ValueError: an unknown name, a scale below 1, a stochastic teacher, or index alignment on a
@@ -83,10 +93,13 @@ def make_teacher(
     if align == "time":
         nodes = np.unique(student.times)[::-1].copy()
         rho = schedule.recipe[1].get("rho", 7.0) if schedule.recipe else 7.0
-        times = refine_times(
-            schedule.process, nodes.tolist(), scale, schedule.spacing, integer, rho=rho
-        )
-        tableau = _on_every_time(solver, Schedule(schedule.process, times), options or {})
+        if times is None:
+            fine: Any = refine_times(
+                schedule.process, nodes.tolist(), scale, schedule.spacing, integer, rho=rho
+            )
+        else:
+            fine = _moved_onto(nodes, np.asarray(times))
+        tableau = _on_every_time(solver, Schedule(schedule.process, fine), options or {})
         targets = [_landing(tableau, time) for time in student.times[1:]]
     else:
         if schedule.recipe is not None and schedule.recipe[0] in SUBSETS:
@@ -185,6 +198,14 @@ def _on_every_time(solver: str, schedule: Schedule, options: dict[str, Any]) -> 
             orders[-1] = 1
         options = {**options, "orders": orders}
     return make_solver(solver, schedule, **options)
+
+
+def _moved_onto(nodes: np.ndarray, times: np.ndarray) -> list[float]:
+    """Return the nodes, and descending times between them but for those nearest to a node."""
+    inner = times[(times < nodes[0]) & (times > nodes[-1])]
+    nearest = {int(np.abs(inner - node).argmin()) for node in nodes[1:-1]} if len(inner) else set()
+    kept = [time for i, time in enumerate(inner.tolist()) if i not in nearest]
+    return sorted({*kept, *nodes.tolist()}, reverse=True)
 
 
 def _landing(tableau: Tableau, time: float) -> int:
