@@ -30,7 +30,7 @@ from .families import FAMILIES, Family
 from .families.base import too_long
 from .folder import INDEX, check_weights, family_of
 from .own import own_scheduler
-from .terms import OURS, own_schedule, terms_of
+from .terms import own_schedule, terms_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
@@ -221,7 +221,9 @@ def _load(
         _require_transformers()
     from diffusers import DiffusionPipeline
 
-    if OURS in (folder / "scheduler" / "scheduler_config.json").read_text(errors="replace"):
+    if "TableauScheduler" in (folder / "scheduler" / "scheduler_config.json").read_text(
+        errors="replace"
+    ):
         from ..pretrained import scheduler  # noqa: F401  diffusers looks the class up by its name
     options: dict[str, Any] = dict.fromkeys(family.unused)
     if "safety_checker" in options:

@@ -268,12 +268,15 @@ def test_the_process_comes_from_the_scheduler(scheduler, process, prediction):
     [
         (
             VQDiffusionScheduler(4),
-            "describes no Gaussian process that fewstep knows; it reads DDPM",
+            "does not know the noise levels of a VQDiffusionScheduler, but those of DDPM",
         ),
         (DDIMScheduler(thresholding=True), "thresholding=True, which fewstep does not honour"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "shifts by the picture's"),
-        (EDMEulerScheduler(prediction_type="v_prediction"), "unknown prediction_type of an EDM"),
+        (
+            EDMEulerScheduler(prediction_type="v_prediction"),
+            "EDM's levels with prediction_type='v_prediction'",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
