@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -165,3 +166,21 @@ def _described(hint: Any) -> str:
             return f"a sequence of which each is {_described(parts[0])}"
         return f"({', '.join(map(_described, parts))})"
     return _NAMES.get(get_origin(hint) or hint, str(hint))
+
+
+# -- numbers: each sentence names the setting, what it was and what is accepted --------------------
+
+
+def at_least(least: int, **values: float | None) -> None:
+    """Raise ValueError for a value that is NaN, infinite or below `least`; None passes."""
+    for name, value in values.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def fraction(*, with_one: bool, **values: float | None) -> None:
+    """Raise ValueError for a value outside [0, 1], or [0, 1) without one; None passes."""
+    for name, value in values.items():
+        if value is not None and not (0 <= value < 1 or (with_one and value == 1)):
+            upper = "1]" if with_one else "1)"
+            raise ValueError(f"{name} must lie in [0, {upper}, got {value}.")

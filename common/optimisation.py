@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..common.names import unknown_name
-from .checks import fraction
+from .arguments import fraction
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ...common.names import unknown_name
 from ...common.settings import Settings, bounded
-from ...critics.ipm import Objective
+from ...critics.ipm import REGULARIZERS, Objective
 from ...critics.networks import BANDWIDTHS, BaselineKind
 from ..samplers.gaussian import Reduction
 from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings, RateSchedule
@@ -37,6 +38,11 @@ class CriticSettings(Settings):
     """Adam's decays of the first and second moments, for f and V."""
     lr_schedule: RateSchedule = "constant"
     """Of f and V."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.regularizer not in REGULARIZERS:
+            raise unknown_name("regularizer", self.regularizer, REGULARIZERS)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ...common.checks import at_least
+from ...common.arguments import at_least
 from ...common.files import write_atomically
 from ...common.names import unknown_name
 from ..reports.console import console, print_report

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from ...agents.samplers.sampling import evaluations_of
-from ...common.checks import at_least
+from ...common.arguments import at_least
 from ...critics.metrics.report import evaluate
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
