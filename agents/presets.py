@@ -79,10 +79,10 @@ CLONING: dict[str, Values] = {
 
 # Fine-tuning: rounds and hyper-parameters by environment, agent and preset name.
 _TOY_SFT_PG: Values = {"coefficient": 1.0, "learning_rate": 2e-4, "ema": 0.97}
-# The last standard deviation is that of the data's own noise: the process's would blur the curve.
 _TOY_SFT_V: Values = {"learning_rate": 4e-4, "critic_rounds": 20}
-# Steady, where Moons without these three is a little ahead. Batches of 512 take longer in three
-# quarters of the rounds, and end farther away.
+# The last standard deviation is that of the data's own noise: the process's would blur the curve.
+# V scaled and even batches keep it steady (Moons is a little better without); batches of 512 take
+# longer for three quarters of the rounds, and end farther away.
 _ROLL_SFT_V: Values = {
     **_TOY_SFT_V,
     "batch_size": 256,
