@@ -238,16 +238,19 @@ SCHEDULES: dict[tuple[str, str], str] = {
 BODIES: dict[str, str] = {"CIFAR10": "unet-cifar10", "CelebA64": "unet-celeba64"}
 
 
-def recommended_agent(env: str, steps: int | None = None) -> str:
+def recommended_agent(env: str, steps: int | None = None, process: str | None = None) -> str:
     """Return the name of the agent that `fewstep train` takes in an environment.
 
     Args:
         env: name of the environment.
         steps: number of steps; None: as many as the environment has by default, which is ten.
+        process: name of the noise process; None: the environment's own.
     """
     agent = RECOMMENDED.get(env, "sft-pg")
-    fewer = steps is not None and steps < RECOMMENDED_FROM
-    return "sft-pg" if fewer and agent == "sft-v" else agent
+    # SFT-V collapses onto a part of the roll where the first samples are far from it, as they are
+    # after a few even times of a long chain or a flow (docs/results.md).
+    untuned = process is not None or (steps is not None and steps < RECOMMENDED_FROM)
+    return "sft-pg" if untuned and agent == "sft-v" else agent
 
 
 def preset(env: str, agent: str, name: str = "default") -> Preset:

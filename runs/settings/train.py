@@ -220,7 +220,16 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
     """Read the flags that decide what the defaults of all the others are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--env", "--agent", "--preset", "--config", "--solver", "--body", "--steps"):
+    for name in (
+        "--env",
+        "--agent",
+        "--preset",
+        "--config",
+        "--solver",
+        "--body",
+        "--steps",
+        "--process",
+    ):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
     if chosen.config is not None:
@@ -241,7 +250,7 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
     steps = int(chosen.steps) if (chosen.steps or "").isdecimal() else None
     base = defaults(
         env,
-        agent or chosen.agent or recommended_agent(env, steps),
+        agent or chosen.agent or recommended_agent(env, steps, chosen.process),
         chosen.preset or TrainSettings.preset,
     )
     if chosen.solver not in (None, base.agent.solver):

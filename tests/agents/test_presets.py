@@ -84,6 +84,7 @@ def test_an_id_names_an_environment_too():
         ([], "sft-v"),
         (["--env=fewstep/Moons-v0"], "sft-v"),
         (["--steps=10"], "sft-v"),
+        (["--process=flow"], "sft-pg"),
         (["--steps", "3"], "sft-pg"),
         (["--env=Digits"], "sft-pg"),
         (["--agent=sft-pg"], "sft-pg"),
