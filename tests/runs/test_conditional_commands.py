@@ -11,7 +11,7 @@ from PIL import Image
 
 from fewstep.agents import Denoiser
 from fewstep.agents.denoisers.bodies import named_body
-from fewstep.envs import DiscreteVP
+from fewstep.envs import Classes, DiscreteVP
 
 TINY = [
     "--env=Digits",
@@ -75,7 +75,7 @@ def test_samples_are_drawn_of_the_data_s_classes_or_of_one(flags, tuned, fewstep
 @pytest.mark.slow
 def test_a_conditional_unet_goes_to_diffusers_and_comes_back(fewstep, tmp_path, capsys):
     file, folder = tmp_path / "file.safetensors", tmp_path / "pipeline"
-    body = named_body("unet-tiny", (1, 8, 8), 1000, None, classes=10)
+    body = named_body("unet-tiny", (1, 8, 8), 1000, None, conditions=Classes(10))
     Denoiser(body, DiscreteVP.linear(1000), drops=True).save(file)
     assert fewstep("export", file, folder, "--solver=ddim", "--steps=3", "--guidance=2") == 0
     assert "pipeline.unet and pipeline.scheduler sample classes" in capsys.readouterr().out
