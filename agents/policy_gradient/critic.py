@@ -80,7 +80,7 @@ def critic_of(
         return reward
     with seeded(seed):
         if reward is None:
-            return _learned(mdp, settings, execution)
+            return learned_critic(mdp, settings, execution)
         baseline = _baseline(mdp, settings)
     rate = getattr(settings, "baseline_learning_rate", settings.learning_rate)
     return RewardCritic(reward, baseline, rate).to(mdp.device)
@@ -98,9 +98,17 @@ def _own_reward(mdp: DiffusionMDP) -> Reward | None:
     return functools.partial(reward) if hasattr(reward, "update") else reward
 
 
-def _learned(
-    mdp: DiffusionMDP, settings: CriticSettings, execution: ExecutionSettings
+def learned_critic(
+    mdp: DiffusionMDP, settings: CriticSettings, execution: ExecutionSettings | None = None
 ) -> IPMCritic:
+    """Return a new critic of an environment's samples, under their conditions if there are any.
+
+    Args:
+        mdp: the environment.
+        settings: a value baseline goes with it if they have one.
+        execution: how its networks are run.
+    """
+    execution = execution or ExecutionSettings()
     of_baseline: dict[str, Any] = {}
     network = make_critic(
         tuple(mdp.shape), settings.width, settings.bandwidths, conditions=mdp.conditions

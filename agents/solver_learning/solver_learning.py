@@ -20,10 +20,11 @@ from torch import Tensor
 from ...common.checkpoint import counter
 from ...common.optimisation import frozen, seeded
 from ...common.shapes import is_image
-from ...critics import IPMCritic, make_critic
+from ...critics import IPMCritic
 from ...envs import Schedule
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
+from ..policy_gradient.critic import learned_critic
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
 from ..solvers import build_solver
@@ -122,7 +123,7 @@ class SolverLearning(SolverAgent):
             )
         self.family = TableFamily(self._build, self.mdp.schedule, learn)
         if self.family.moves_levels:
-            probed = self.denoiser.given(0) if self.denoiser.is_open else self.denoiser
+            probed = self.denoiser.under_some()
             check_differentiable(probed, self.base.times[:-1].tolist(), self.mdp.shape)
         self.teacher = self._teacher_of(self.base, self.mdp.schedule)
         last = dataclasses.replace(self.teacher, targets=self.teacher.targets[-1:])
@@ -170,20 +171,8 @@ class SolverLearning(SolverAgent):
         return None
 
     def _new_critic(self) -> IPMCritic:
-        settings = self.settings.critic
         with seeded(self.seed):
-            network = make_critic(
-                tuple(self.mdp.shape), settings.width, settings.bandwidths, self.mdp.classes
-            )
-            critic = IPMCritic(
-                network,
-                settings.regularizer,
-                objective=settings.objective,
-                coefficient=settings.coefficient,
-                learning_rate=settings.learning_rate,
-                betas=settings.betas,
-            )
-        return critic.to(self.device)
+            return learned_critic(self.mdp, self.settings.critic)
 
     @cached_property
     def _objective(self) -> EndObjective:

@@ -17,6 +17,7 @@ from fewstep.agents import (
     CheckpointError,
     Denoiser,
     ScheduleLearning,
+    SolverLearning,
     VarianceLearning,
 )
 from fewstep.agents.denoisers.bodies import new_denoiser
@@ -239,7 +240,7 @@ SMALL = {
 @pytest.mark.parametrize(
     ("kind", "conditional"),
     [
-        *((kind, "captions") for kind in (SFTPG, SFT, SFTV, VarianceLearning)),
+        *((kind, "captions") for kind in (SFTPG, SFT, SFTV, SolverLearning, VarianceLearning)),
         (SFTPG, "embeddings"),
         *(
             pytest.param(kind, conditional, marks=pytest.mark.slow)
@@ -263,6 +264,16 @@ def test_every_learner_acts_under_the_conditions_that_the_environment_shows(
             "start": "environment",
             "tuning_rounds": 1,
         },
+        SolverLearning: {
+            "solver": "ddim",
+            "batch_size": 16,
+            "batches": 2,
+            "rounds": 1,
+            "optimizer": "adam",
+            "adversarial": 0.1,
+            "check_teacher": False,
+            "start": "given",
+        },
         VarianceLearning: {"kind": "npr", "rounds": 1},
     }.get(kind, SMALL)
     seen = []
@@ -274,6 +285,8 @@ def test_every_learner_acts_under_the_conditions_that_the_environment_shows(
     hook = agent.denoiser.body.register_forward_pre_hook(note)
     agent.learn(agent.timesteps_per_round)
     hook.remove()
+    if kind is SolverLearning:
+        assert agent._critic.network.conditions == KINDS[conditional][0]
     # Each of them, and none for the other half.
     assert any(places == [0, 1, 2, 3] for places in seen)
     assert all(3 in places for places in seen)
