@@ -49,7 +49,8 @@ class PlainGrid(NamedTuple):
 def plain_grid(table: Tableau) -> PlainGrid:
     """Return the noise levels that a table visits, for the solvers of other programs.
 
-    They are the levels alone: the weights of a learned table stay in its file.
+    They are the levels alone: the weights of a learned table stay in its file, and so do the times
+    that the network is told, where they are others.
 
     Raises:
         ValueError: a table that asks the network more than once, or not at all, between two levels.

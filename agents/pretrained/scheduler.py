@@ -300,15 +300,21 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         """
         process, parameterisation = self.tableau.process, self._denoiser.parameterisation
         config: Any = self.config
-        times = torch.as_tensor(timesteps, dtype=torch.float64).cpu().flatten()
-        times = parameterisation.time_of_network(network_time_of_unet(times, config.time_range))
+        asked = torch.as_tensor(timesteps, dtype=torch.float64).cpu().flatten()
+        times = parameterisation.time_of_network(network_time_of_unet(asked, config.time_range))
         # In float32 the last time may come out a rounding beyond t_max.
         last = (times - process.t_max).abs() < 1e-5 * process.t_max
         times = times.masked_fill(last, process.t_max)
-        times = times.to(original_samples.device).expand(len(original_samples))
+        everyone, device = len(original_samples), original_samples.device
+        scale = parameterisation.input_scale(times.to(device).expand(everyone))
+        if self.tableau.asked_times is not None:
+            # The network is told another time than the one that the state is at.
+            found = asked[:, None] == self._times.double()
+            own = torch.from_numpy(self.tableau.times[:-1].copy())[found.int().argmax(1)]
+            times = torch.where(found.any(1), own, times)
+        times = times.to(device).expand(everyone)
         wide = torch.promote_types(original_samples.dtype, torch.float32)
         noisy = process.add_noise(original_samples.to(wide), times, noise.to(wide))
-        scale = parameterisation.input_scale(times)
         if isinstance(scale, Tensor):
             noisy = noisy * shaped(scale, noisy)
         return noisy.to(original_samples.dtype)

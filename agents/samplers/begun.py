@@ -47,7 +47,7 @@ def begun_at(table: Tableau, begin: int) -> Tableau:
 def _first_order(table: Tableau, j: int) -> Row:
     """Return DDIM's step from times[j] to the next, with the noise of row j (MATH.md 1.1)."""
     row, process = table.row(j), table.process
-    alpha, sigma = process.levels(row.time)
+    alpha, sigma = process.levels(float(table.times[j]))
     next_alpha, next_sigma = process.levels(float(table.times[j + 1]))
     noise = min(row.noise, next_sigma)
     kept = math.sqrt(next_sigma**2 - noise**2)

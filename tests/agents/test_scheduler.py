@@ -166,11 +166,17 @@ def test_steps_timesteps_and_sigmas_of_its_own_are_taken():
     assert (ours.order, len(ours), len(flow)) == (1, 1000, 1000)
 
 
+def multistep_told_other_times():
+    table = dpm_solver_pp(Schedule.uniform(DiscreteVP.linear(1000), 5), order=2)
+    return table.replace(asked_times=0.9 * table.times[:-1])
+
+
 BEGUN = {
     "one-step": lambda: ddim(Schedule.uniform(DiscreteVP.linear(1000), 5)),
     "clipped": lambda: ddim(Schedule.uniform(DiscreteVP.linear(1000), 5), clip=True),
     "stochastic": lambda: ancestral(Schedule.uniform(DiscreteVP.linear(1000), 5)),
     "multistep": lambda: dpm_solver_pp(Schedule.uniform(DiscreteVP.linear(1000), 5), order=2),
+    "told other times": multistep_told_other_times,
     "anchored": lambda: heun(Schedule.uniform(DiscreteVP.linear(1000), 3)),
     "flow": lambda: make_solver("unipc-2", Schedule.uniform(RectifiedFlow(), 5)),
 }

@@ -453,6 +453,10 @@ def test_a_pipeline_s_scheduler_asks_at_the_learned_times():
     scheduler = TableauScheduler(json.loads(table.to_json()))
     expected = torch.tensor(table.asked_times - 1).float()
     torch.testing.assert_close(scheduler.timesteps, expected)
+    # Image-to-image begins at the state's level, whatever the network is told.
+    clean, level = torch.randn(3, 2).double(), process.levels(float(table.times[1]))
+    noisy = scheduler.add_noise(clean, torch.ones(3, 2).double(), scheduler.timesteps[1:2])
+    torch.testing.assert_close(noisy, level[0] * clean + level[1], rtol=0, atol=1e-9)
     denoiser = Denoiser(Smooth(), process)
     sample = noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
