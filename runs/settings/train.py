@@ -229,6 +229,7 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
         "--body",
         "--steps",
         "--process",
+        "--denoiser",
     ):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
@@ -250,13 +251,28 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
     steps = int(chosen.steps) if (chosen.steps or "").isdecimal() else None
     base = defaults(
         env,
-        agent or chosen.agent or recommended_agent(env, steps, chosen.process),
+        agent
+        or chosen.agent
+        or recommended_agent(env, steps, chosen.process or _process_of(chosen.denoiser)),
         chosen.preset or TrainSettings.preset,
     )
     if chosen.solver not in (None, base.agent.solver):
         # The preset's options are for its own solver.
         base = dataclasses.replace(base, agent=base.agent.replace(solver_options=None))
     return base
+
+
+def _process_of(denoiser: str | None) -> str | None:
+    """Return the name of the process that the run of a denoiser was given; None where none was."""
+    if denoiser is None:
+        return None
+    path = Path(denoiser)
+    try:
+        return Settings.from_json(
+            (path if path.is_dir() else path.parent) / "config.json"
+        ).run.process
+    except (FileNotFoundError, ValueError):
+        return None  # whoever opens the denoiser says what is wrong with it
 
 
 def defaults(env: str, agent: str, preset_name: str = "default") -> Settings:

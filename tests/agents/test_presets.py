@@ -92,3 +92,10 @@ def test_an_id_names_an_environment_too():
 )
 def test_the_command_takes_the_agent_that_serves_the_environment(flags, agent):
     assert parse(flags).run.agent == agent
+
+
+@pytest.mark.parametrize(("flags", "agent"), [([], "sft-v"), (["--process=flow"], "sft-pg")])
+def test_the_process_of_a_cloned_denoiser_counts_too(flags, agent, tmp_path):
+    (tmp_path / "config.json").write_text(parse(flags, agent="behavior-cloning").to_json())
+    for place in (tmp_path, tmp_path / "denoiser.safetensors"):
+        assert parse([f"--denoiser={place}"]).run.agent == agent

@@ -96,8 +96,12 @@ class Family(ABC):
         """Return pictures (N, 3, height, width) in [0, 1] of finished samples (N, *shape)."""
 
     def encode_some(self, prompts: list[str]) -> Rows:
-        """Return what the network is told of these prompts."""
-        raise NotImplementedError
+        """Return what the network is told of these prompts.
+
+        Raises:
+            ValueError: a family without prompts.
+        """
+        raise ValueError(f"A {type(self.pipeline).__name__} reads no prompts.")
 
     def none(self, negative: str) -> Rows:
         """Return what the network is told without a prompt, one row."""
