@@ -1,8 +1,8 @@
-"""ConsistencyDistillation: from anywhere on the fine solver's path the network jumps to its end.
+"""ConsistencyDistillation: from anywhere on a fine solver's trajectory to its end.
 
 Song et al. (2023), "Consistency Models" (MATH.md 6.3). The consistency function f(x, t) is the
 denoiser's predicted clean sample, and the identity at the last time of the grid: its boundary
-condition. From pairs of states on one path of the teacher's, at times t > r,
+condition. From pairs of states on one trajectory of the teacher's, at times t > r,
 
     loss = sqrt(d^2 + c^2) - c,    d^2 = mean || f_theta(y_t, t) - sg f_theta(y_r, r) ||^2
 
@@ -31,10 +31,10 @@ from .settings import CDSettings
 class ConsistencyDistillation(PairDistillation):
     """Teach the network to jump to where its fine solver ends (Song et al. 2023).
 
-    The pairs are on the fine solver's own paths from noise, so that no data is needed, unless
+    The pairs are on the fine solver's own trajectories from noise, so that no data is needed, unless
     states="data". The sampler adds noise, so that its samples are not those of the fine solver from
     the same noise: `errors` are those of the consistency function, at the states of the fine
-    solver's paths at the sampler's times, from where the paths end.
+    solver's trajectories at the sampler's times, from where those end.
 
     Args:
         env: the environment; its schedule is the sampler's.
@@ -88,7 +88,7 @@ class ConsistencyDistillation(PairDistillation):
         stage = min(self._updates * stages // self.settings.rounds, stages - 1)
         return 2 ** (stages - 1 - stage)
 
-    def _paths(self) -> Trajectories:
+    def _trajectories_on_grid(self) -> Trajectories:
         return self._trajectories(self._every, self.settings.batch_size, self.generator)
 
     def _move(
@@ -122,7 +122,7 @@ class ConsistencyDistillation(PairDistillation):
         return (gaps.reciprocal() / mean).to(pair.start)
 
     def _errors_of(self, denoiser: Denoiser, held_out: Trajectories) -> Tensor:
-        """Return the function's errors (N,) at the sampler's times, on the fine solver's paths."""
+        """Return the function's errors (N,) at the sampler's times, on the fine solver's trajectories."""
         student = denoiser.under(held_out.condition)
         times = self._tableau.times[:-1].tolist()
         errors = [

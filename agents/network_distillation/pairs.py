@@ -1,4 +1,4 @@
-"""Pairs of states on one path of the teacher's, at two times: what PD and CD learn from."""
+"""Pairs of states on one trajectory of the teacher's, at two times: what PD and CD learn from."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class PairSource(Protocol):
         """Return the pairs of some rows (n,) of the batch at these indices of times (n,)."""
 
 
-class OnPaths:
+class OnTrajectories:
     """Pairs on the teacher's own trajectories: both states are there already.
 
     Args:
-        paths: the states at all times of the grid.
+        trajectories: the states at all times of the grid.
     """
 
-    def __init__(self, paths: Trajectories) -> None:
-        self._states, self.condition = paths
+    def __init__(self, trajectories: Trajectories) -> None:
+        self._states, self.condition = trajectories
 
     def pair(self, first: Tensor, last: Tensor, rows: slice) -> Pair:
         """See `PairSource`."""
@@ -104,8 +104,8 @@ def ddim_step(denoiser: Denoiser, states: Tensor, t: Tensor, s: Tensor) -> Tenso
 class PairDistillation(NetworkDistillation):
     """Base of the agents that learn from pairs of states at two times of a grid.
 
-    A round draws a batch of paths, and takes as many gradient steps as the grid has first times:
-    each step sees every path of the batch at a time of its own, and in a round each pair once. On
+    A round draws a batch of trajectories, and takes as many gradient steps as the grid has first times:
+    each step sees every one of the batch at a time of its own, and in a round each pair once. On
     data, each step draws its own.
     """
 
@@ -120,7 +120,7 @@ class PairDistillation(NetworkDistillation):
         return 1
 
     @abstractmethod
-    def _paths(self) -> Trajectories:
+    def _trajectories_on_grid(self) -> Trajectories:
         """Draw a batch of the teacher's trajectories, with the states at all times of the grid."""
 
     @abstractmethod
@@ -137,8 +137,10 @@ class PairDistillation(NetworkDistillation):
         """Take one gradient step for each first time of the grid."""
         size, count, times = self.settings.batch_size, self.processes.count, len(self._times) - 1
         of_data = getattr(self.settings, "states", "teacher") == "data"
-        source: PairSource | None = None if of_data else OnPaths(self._paths())
-        # Each path's first times in an order of its own.
+        source: PairSource | None = (
+            None if of_data else OnTrajectories(self._trajectories_on_grid())
+        )
+        # Each trajectory's first times in an order of its own.
         drawn = torch.rand(times, size * count, generator=self.generator, device=self.device)
         losses, norms = [], []
         for first in self.processes.share(drawn.argsort(0), dim=1):

@@ -127,7 +127,7 @@ class ProgressiveDistillation(PairDistillation):
             self.optimizer.state.clear()
         return {**super()._train(), "halving": torch.tensor(float(self.halving))}
 
-    def _paths(self) -> Trajectories:
+    def _trajectories_on_grid(self) -> Trajectories:
         return self._trajectories(self._solvers[1], self.settings.batch_size, self.generator)
 
     def _move(

@@ -15,7 +15,7 @@ from fewstep.agents import (
     Denoiser,
     ProgressiveDistillation,
 )
-from fewstep.agents.network_distillation.pairs import OnPaths
+from fewstep.agents.network_distillation.pairs import OnTrajectories
 from fewstep.agents.solver_learning.distillation.teacher import make_teacher
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, RectifiedFlow, Schedule, Target
@@ -197,7 +197,7 @@ def flow_step(denoiser, state, t, s):
 
 
 def levels_seen(agent, steps, count):
-    """Which first time each path has in each step of the first round, as the agent draws it."""
+    """Which first time each trajectory has in each step of the first round, as the agent draws it."""
     source = torch.Generator().manual_seed(0)
     noise = agent.mdp.initial(count, source)
     return noise, torch.rand(steps, count, generator=source).argsort(0)
@@ -291,19 +291,19 @@ def test_cd_s_fixed_point_on_a_gaussian_is_its_consistency_function(monkeypatch)
     in_float64(monkeypatch)
     mdp, _ = world()
     mean, jump = (Denoiser(GaussianBody(jumps), mdp.process, "sample") for jumps in (False, True))
-    # From t = 1 the paths keep (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2).
+    # From t = 1 trajectories keep (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2).
     agent = ConsistencyDistillation(mdp, mean, **{**FEW, "scale": 40, "solver": "consistency"})
-    paths = agent._paths()
+    found = agent._trajectories_on_grid()
     first = torch.arange(16) * 10 % 160
     for gap in (1, 4):
         last = (first + gap).clamp(max=160)
-        pair = OnPaths(paths).pair(first, last, slice(None))
+        pair = OnTrajectories(found).pair(first, last, slice(None))
         of_mean, of_jump = (agent.losses(each, pair) for each in (mean, jump))
         assert of_jump.max() < of_mean.mean() / 10_000
     # Up to the fine solver's own error, whose first and last steps are of first order.
     with torch.no_grad():
-        ends = jump.denoised(paths.states[0], 1.0)
-    torch.testing.assert_close(ends, paths.states[-1], rtol=0, atol=2e-3)
+        ends = jump.denoised(found.states[0], 1.0)
+    torch.testing.assert_close(ends, found.states[-1], rtol=0, atol=2e-3)
 
 
 @numeric
@@ -369,7 +369,7 @@ def test_a_consistency_model_s_samples_have_the_data_s_moments(generator):
     torch.testing.assert_close(first, by_hand)
 
 
-def test_cd_comes_closer_to_the_paths_ends():
+def test_cd_comes_closer_to_the_trajectories_ends():
     mdp, denoiser = world()
     settings = {**FEW, "rounds": 20, "learning_rate": 5e-3, "ema": 0.8, "scale": 4}
     agent = ConsistencyDistillation(mdp, denoiser, **settings)

@@ -31,7 +31,7 @@ def consistency(schedule: Schedule) -> Tableau:
         schedule.process,
         schedule.times.numpy(),
         scale=np.zeros_like(noise),
-        weight=np.where(noise > 0, alpha[1:], 1.0),
+        weight=alpha[1:],
         noise=noise,
         output="sample",
     )
