@@ -31,10 +31,10 @@ from .settings import CDSettings
 class ConsistencyDistillation(PairDistillation):
     """Teach the network to jump to where its fine solver ends (Song et al. 2023).
 
-    The pairs are on the fine solver's own trajectories from noise, so that no data is needed, unless
-    states="data". The sampler adds noise, so that its samples are not those of the fine solver from
-    the same noise: `errors` are those of the consistency function, at the states of the fine
-    solver's trajectories at the sampler's times, from where those end.
+    The pairs are on the fine solver's own trajectories from noise, so that no data is needed,
+    unless states="data". The sampler adds noise, so that its samples are not those of the fine
+    solver from the same noise: `errors` are those of the consistency function, at the states that
+    the fine solver's trajectories have at the sampler's times, from where those end.
 
     Args:
         env: the environment; its schedule is the sampler's.
@@ -122,7 +122,7 @@ class ConsistencyDistillation(PairDistillation):
         return (gaps.reciprocal() / mean).to(pair.start)
 
     def _errors_of(self, denoiser: Denoiser, held_out: Trajectories) -> Tensor:
-        """Return the function's errors (N,) at the sampler's times, on the fine solver's trajectories."""
+        """Return the function's errors (N,) on the fine solver's way, at the sampler's times."""
         student = denoiser.under(held_out.condition)
         times = self._tableau.times[:-1].tolist()
         errors = [

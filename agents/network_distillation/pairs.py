@@ -104,9 +104,9 @@ def ddim_step(denoiser: Denoiser, states: Tensor, t: Tensor, s: Tensor) -> Tenso
 class PairDistillation(NetworkDistillation):
     """Base of the agents that learn from pairs of states at two times of a grid.
 
-    A round draws a batch of trajectories, and takes as many gradient steps as the grid has first times:
-    each step sees every one of the batch at a time of its own, and in a round each pair once. On
-    data, each step draws its own.
+    A round draws a batch of trajectories, and takes as many gradient steps as the grid has first
+    times: each step sees every one of the batch at a time of its own, and in a round each pair
+    once. On data, each step draws its own.
     """
 
     @property
@@ -121,7 +121,7 @@ class PairDistillation(NetworkDistillation):
 
     @abstractmethod
     def _trajectories_on_grid(self) -> Trajectories:
-        """Draw a batch of the teacher's trajectories, with the states at all times of the grid."""
+        """Draw a batch of the teacher's trajectories, with all states of the grid."""
 
     @abstractmethod
     def _move(

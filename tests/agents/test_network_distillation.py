@@ -197,7 +197,7 @@ def flow_step(denoiser, state, t, s):
 
 
 def levels_seen(agent, steps, count):
-    """Which first time each trajectory has in each step of the first round, as the agent draws it."""
+    """Which first time each trajectory has in each step, as the agent draws it."""
     source = torch.Generator().manual_seed(0)
     noise = agent.mdp.initial(count, source)
     return noise, torch.rand(steps, count, generator=source).argsort(0)
