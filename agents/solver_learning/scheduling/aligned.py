@@ -45,7 +45,7 @@ def aligned_programme(
 def denoised_changes(
     denoiser: Denoiser, times: Tensor, levels: Tensor, clean: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return E ||D(x_j, l_j) - D(x_i, l_i)||^2 of all pairs of levels on one path of noising, (M, M).
+    """Return E ||D(x_j, l_j) - D(x_i, l_i)||^2 of all pairs of levels of one noising, (M, M).
 
     Args:
         denoiser: the network.
