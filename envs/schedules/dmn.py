@@ -86,7 +86,7 @@ def error_bound(log_snrs: Tensor, width: float = 0.0) -> Tensor:
     """
     steps = len(log_snrs) - 1
     # In units of e^l at the end, which may be large.
-    scaled = log_snrs - log_snrs[-1].detach()
+    scaled = log_snrs - log_snrs[-1]
     weights = multistep_weights(scaled)
     square = torch.exp(-2 * log_snrs[:-1])
     errors = square / torch.sqrt(1 + square)
