@@ -118,7 +118,7 @@ def test_each_episode_acts_by_its_own_table(solver):
         for size in (0.1, 0.05):
             tables = [space.table(mean + size * row) for row in away]
             rows = [table.sample(denoiser, noise[i : i + 1]) for i, table in enumerate(tables)]
-                    misses.append(float((ends(size * away) - torch.cat(rows)).abs().max()))
+            misses.append(float((ends(size * away) - torch.cat(rows)).abs().max()))
             moved = float((torch.cat(rows) - exact).abs().max())
             assert misses[-1] < 0.1 * moved
         assert misses[1] < 0.5 * misses[0]
