@@ -2,7 +2,7 @@
 
 Xue et al. (2024), "Accelerating Diffusion Sampling with Optimized Time Steps". With
 `l_0 < ... < l_N` the log-SNRs, the multistep solver of order 3 on predicted clean samples ends at
-(MATH.md 3.8)
+(MATH.md 3.10)
 
     x_N / sigma_N = x_0 / sigma_0 + sum_s sum_k J_sk D_k,   J_sk = int_{l_s}^{l_{s+1}} e^l L_k dl,
 

@@ -72,6 +72,15 @@ def left_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(0)) * (len(rewards) / (len(rewards) - 1))
 
 
+def limited(advantages: Tensor, limit: float) -> Tensor:
+    """Return advantages (...) in units of their mean size, none larger than the limit.
+
+    A table whose samples run away earns so little that all others would look alike beside it.
+    """
+    size = advantages.abs().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return (advantages / size).clamp(-limit, limit)
+
+
 class PolicyGradient:
     """PPO on a distribution: the score function with leave-one-out advantages, clipped.
 
@@ -83,7 +92,7 @@ class PolicyGradient:
     def __init__(self, distribution: TableDistribution, settings: PolicyGradientSettings) -> None:
         self.distribution, self.settings = distribution, settings
         groups = [{"params": [distribution.mean]}, {"params": [distribution.log_std]}]
-        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self._adam = torch.optim.Adam(groups, betas=settings.betas)
 
     def loss(self, vectors: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
         """Return the clipped surrogate, and what the divergence from the start adds, 0-d.
@@ -109,8 +118,7 @@ class PolicyGradient:
             rewards: (k, n) float64.
             done: share of the training that is done, 0 to 1.
         """
-        advantages = left_out(rewards)
-        advantages = advantages / advantages.std().clamp_min(torch.finfo(torch.float64).tiny)
+        advantages = limited(left_out(rewards), self.settings.limit)
         with torch.no_grad():
             old = self.distribution.log_density(vectors)
         rates = (self.settings.learning_rate, self.settings.std_rate)

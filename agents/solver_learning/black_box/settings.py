@@ -16,12 +16,12 @@ Method = Literal["policy-gradient", "cross-entropy"]
 class SpreadSettings(Settings):
     """How far from the mean tables are drawn at first, one standard deviation each."""
 
-    times: float = bounded(0.1, above=0)
+    times: float = bounded(0.3, above=0)
     """Of the levels' parameters, whose softmax shares out the scale: a step's share changes by this
     part of itself."""
-    coefficients: float = bounded(0.01, above=0)
+    coefficients: float = bounded(0.03, above=0)
     """Of p and W, in units of the base solver's largest one in the row."""
-    shifts: float = bounded(0.02, above=0)
+    shifts: float = bounded(0.05, above=0)
     """Of xi, the logarithm of the level that the network is told over the state's."""
 
 
@@ -29,17 +29,22 @@ class SpreadSettings(Settings):
 class PolicyGradientSettings(Settings):
     """The step that follows the rewards of a round, of method policy-gradient."""
 
-    learning_rate: float = bounded(0.2, above=0)
+    learning_rate: float = bounded(0.5, above=0)
     """Of Adam on the mean, in standard deviations of the start; it falls on a cosine."""
-    std_rate: float = bounded(0.03, least=0)
+    std_rate: float = bounded(0.1, least=0)
     """Of Adam on the logarithms of the standard deviations; 0 leaves them as they are."""
+    betas: tuple[float, float] = (0.8, 0.95)
+    """Adam's decays of the first and second moments."""
+    limit: float = bounded(4.0, above=0)
+    """Advantages are cut at so many times their mean size: samples of a table that runs away would
+    drown all others."""
     epochs: int = bounded(1, least=1)
     """Steps on each round's tables; with more than 1, clip_range bounds how far they go."""
     clip_range: float = bounded(0.2, above=0)
     """PPO's clip of the ratio of densities at 1 +- clip_range."""
     kl: float = bounded(0.0, least=0)
     """Weight of the divergence from the distribution of the start, in units of the advantages'
-    standard deviation."""
+    mean size."""
 
 
 @dataclass(frozen=True)

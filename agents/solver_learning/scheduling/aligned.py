@@ -1,4 +1,4 @@
-"""Levels of the least bound of a Kullback-Leibler divergence (Sabour et al. 2024; MATH.md 3.9).
+"""Levels of the least bound of a Kullback-Leibler divergence (Sabour et al. 2024; MATH.md 3.11).
 
 "Align Your Steps" bounds the divergence of a sampler that keeps the denoised sample of the last
 level, D(x_i, l_i), until the next one, by that of their paths,
