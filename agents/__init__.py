@@ -2,9 +2,10 @@
 
 Behaviour cloning trains a denoiser on data; SFT-PG, SFT-V and SFT fine-tune the sampler it makes
 against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits;
-solver learning learns weights and times together; variance learning measures how much noise its
-steps want; SFD, progressive and consistency distillation train the network by its own fine solver.
-A `Tableau` is a sampler as a table of numbers, which `solvers` build.
+solver learning learns weights and times together, RDPO from rewards alone; variance learning
+measures how much noise its steps want; SFD, progressive and consistency distillation train the
+network by its own fine solver. A `Tableau` is a sampler as a table of numbers, which `solvers`
+build.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from .policy_gradient.sft_v import SFTV
 from .samplers.solver_policy import SolverPolicy
 from .samplers.tableau import Tableau
 from .solver_learning.dode import DODE
+from .solver_learning.rdpo import RDPO
 from .solver_learning.schedule_learning import ScheduleLearning
 from .solver_learning.solver_learning import SolverLearning
 from .variance.learning import VarianceLearning
@@ -51,6 +53,7 @@ AGENTS: dict[str, type[Agent]] = {
         DODE,
         ScheduleLearning,
         SolverLearning,
+        RDPO,
         VarianceLearning,
         SFD,
         ProgressiveDistillation,
@@ -61,6 +64,7 @@ AGENTS: dict[str, type[Agent]] = {
 __all__ = [
     "AGENTS",
     "DODE",
+    "RDPO",
     "SFD",
     "SFT",
     "SFTPG",

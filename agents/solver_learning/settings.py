@@ -13,13 +13,13 @@ from .distillation.forms import Form
 from .distillation.teacher import Align
 from .scheduling.levels import EVEN, Space
 from .scheduling.paper.surrogate import Input, Reading, Residual
-from .scheduling.starts import ENVIRONMENT, Programme
+from .scheduling.starts import DMN, ENVIRONMENT, Programme
 
 Refine = Literal["none", "end-to-end"]
 LevelTarget = Literal["teacher", "data"]
 Gradient = Literal["exact", "eq14", "none"]
 TuningWeights = Literal["rollout", "lambda", "original"]
-STARTS: tuple[str, ...] = (*get_args(Programme), *EVEN, ENVIRONMENT)
+STARTS: tuple[str, ...] = (*get_args(Programme), *EVEN, DMN, ENVIRONMENT)
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,11 @@ class ScheduleSettings(AgentSettings):
     start: str = "trajectory-dp"
     """Where the levels start: what a dynamic programme finds, unless the environment's own schedule
     errs less, trajectory-dp for the least errors of jumps between a teacher's states, which spares
-    the gradient many a poor local optimum, or diffusion-dp for the least L_diff of the paper;
-    karras, the paper's, or another name of a schedule, between the environment's ends; or
-    environment, its own."""
+    the gradient many a poor local optimum, diffusion-dp for the least L_diff of the paper, gits for
+    the least deviation of jumps from the trajectories' chords, or ays for the least bound of Align
+    Your Steps; dmn, the times at which a multistep solver magnifies errors least; karras, the
+    paper's, or another name of a schedule, between the environment's ends; or environment, its
+    own."""
     space: Space = "rho"
     """The scale on which levels are parameters: rho (level^(1/7), Karras's), log or sigma (the
     paper's, badly scaled)."""
@@ -168,7 +170,7 @@ class ScheduleSettings(AgentSettings):
             raise ValueError("There is nothing to do: schedule_rounds and tuning.rounds are 0.")
         if self.tuning_weights == "rollout" and self.target != "teacher":
             raise ValueError("tuning.weights='rollout' needs target='teacher'.")
-        if self.integer_times and (self.gradient != "none" or self.start in EVEN):
+        if self.integer_times and (self.gradient != "none" or self.start in (*EVEN, DMN)):
             raise ValueError(
                 "integer_times leaves nothing to differentiate: take gradient='none', and start "
                 "from a dynamic programme or the environment's schedule."

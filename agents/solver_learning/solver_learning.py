@@ -37,7 +37,7 @@ from .joint.features import Extractor, SampleFeatures
 from .joint.losses import EndLoss
 from .joint.settings import MOVING, OF_DATA, SolverLearningSettings
 from .joint.slopes import EndObjective, Slope
-from .joint.starts import distilled_table, even_schedules, programme_schedules
+from .joint.starts import distilled_table, moved_schedules
 from .scheduling.levels import level_of_time, noise_levels, with_signal
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
@@ -331,9 +331,7 @@ class SolverLearning(SolverAgent):
             return []
         schedules = [self.mdp.schedule]
         if kind in MOVING:
-            schedules += programme_schedules(self._pool, self.denoiser, self.base)
-        if kind == "search":
-            schedules += even_schedules(self.mdp.schedule)
+            schedules += moved_schedules(kind, self._pool, self.denoiser, self.base)
         if len(schedules) > FINALISTS:
             few = [next(fitted[0].split(TRIED))]
 

@@ -1,7 +1,7 @@
 """The usual grids of times, by name (MATH.md 0.5): a new one is a function here, and one line.
 
 A grid is a function `(process, steps, **options)` that returns `steps + 1` decreasing times.
-`uniform` spaces its times evenly down to 0; `quadratic`, `karras` and `log_snr` down to
+`uniform` spaces its times evenly down to 0; `quadratic`, `karras`, `log_snr` and `dmn` go down to
 `process.t_min`, for the log-SNR is infinite at 0; the subsets (`leading`, `quad`, ...) pick whole
 noisings of a `DiscreteVP`. With `append_zero` they reach 0 by one last step.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...common.arguments import checked
 from ..processes import NoiseProcess
+from .dmn import optimal_log_snrs
 from .fast_dpm import fast_times
 from .spacings import Spacing, finite_start, subset_times, variable
 
@@ -98,6 +99,37 @@ def log_snr(
 
 
 @checked
+def dmn(
+    process: NoiseProcess,
+    steps: int,
+    *,
+    initial: str = "log_snr",
+    append_zero: bool = True,
+    start: float | None = None,
+) -> Tensor:
+    """Times at which a multistep solver magnifies the network's errors least, then 0 (see `dmn`).
+
+    Xue et al. (2024): they follow from the log-SNRs of both ends alone.
+
+    Args:
+        process: Any process.
+        steps: Number of transitions, at least 1.
+        initial: What the search for a local minimum starts from, even in `log_snr` (which the
+            paper takes for pixels), `time` (for latents), `sqrt_time` or `karras`.
+        append_zero: End with a step from `t_min` to 0.
+        start: The first time; `t_max` if None.
+    """
+    times = _even(process, steps, initial, append_zero, start)
+    inner = times[:-1] if append_zero else times
+    ends = inner[[0, -1]].clone()
+    values = process.log_snr(inner)
+    values[0] = finite_start(process, values, process.log_snr)
+    inner[1:-1] = process.time_of_log_snr(optimal_log_snrs(values)[1:-1])
+    inner[[0, -1]] = ends
+    return times
+
+
+@checked
 def leading(
     process: NoiseProcess,
     steps: int,
@@ -174,6 +206,7 @@ SCHEDULES: dict[str, Grid] = {
     "quadratic": quadratic,
     "karras": karras,
     "log_snr": log_snr,
+    "dmn": dmn,
     "leading": leading,
     "ddim-uniform": leading,
     "uniform_torch": uniform_torch,
@@ -188,13 +221,14 @@ SPACINGS: dict[str, Spacing] = {
     "quadratic": "sqrt_time",
     "karras": "karras",
     "log_snr": "log_snr",
+    "dmn": "log_snr",
 }
 
 
 def _even(
     process: NoiseProcess,
     steps: int,
-    spacing: Spacing,
+    spacing: str,
     append_zero: bool,
     start: float | None,
     rho: float = 7.0,

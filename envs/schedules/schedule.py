@@ -210,6 +210,7 @@ class Schedule:
     quadratic = _constructor(grids.quadratic)
     karras = _constructor(grids.karras)
     log_snr = _constructor(grids.log_snr)
+    dmn = _constructor(grids.dmn)
     leading = _constructor(grids.leading)
     uniform_torch = _constructor(grids.uniform_torch)
     quad = _constructor(grids.quad)

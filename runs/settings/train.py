@@ -53,7 +53,7 @@ class TrainSettings(AnySettings):
     steps: int | None = bounded(None, least=1)
     """Sampling steps K; the environment's default if omitted."""
     schedule: str | None = None
-    """Times visited: uniform, quadratic, karras, log_snr, leading, trailing, linspace, quad,
+    """Times visited: uniform, quadratic, karras, log_snr, dmn, leading, trailing, linspace, quad,
     uniform_torch, ddim-uniform, fast_dpm, a list such as 1000,400,90,0, or the schedule.json of a
     run of schedule learning; if omitted the environment's default."""
     schedule_options: Options | None = None

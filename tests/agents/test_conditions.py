@@ -12,6 +12,7 @@ from torch import nn
 
 from fewstep.agents import (
     DODE,
+    RDPO,
     SFT,
     SFTPG,
     SFTV,
@@ -443,7 +444,7 @@ def test_variances_of_a_guided_view_are_those_of_the_network_made_by_hand(kind, 
 
 
 @pytest.mark.parametrize(
-    "kind", [SFTPG, SFT, SFTV, DODE, ScheduleLearning, SolverLearning, VarianceLearning]
+    "kind", [SFTPG, SFT, SFTV, DODE, ScheduleLearning, SolverLearning, RDPO, VarianceLearning]
 )
 def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
     settings = {
@@ -465,6 +466,14 @@ def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
             "adversarial": 0.1,
             "check_teacher": False,
             "start": "distilled",
+        },
+        RDPO: {
+            "solver": "ddim",
+            "batch_size": 16,
+            "held_out": 16,
+            "rounds": 1,
+            "learn_times": False,
+            "learn_shifts": False,
         },
         VarianceLearning: {"samples_per_time": 1},
     }.get(kind, {**SMALL, **CHAIN})

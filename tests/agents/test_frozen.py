@@ -10,6 +10,7 @@ from torch import nn
 
 from fewstep.agents import (
     DODE,
+    RDPO,
     SFT,
     SFTPG,
     SFTV,
@@ -127,6 +128,7 @@ BUILDERS = {
     "solver": lambda *where: SolverLearning(
         *where, batches=1, batch_size=4, rounds=1, optimizer="adam", start="given"
     ),
+    "rdpo": lambda *where: RDPO(*where),
     "gamma": lambda *where: VarianceLearning(*where, kind="gamma"),
     "sn": lambda *where: VarianceLearning(*where, kind="sn", batch_size=4),
 }

@@ -156,9 +156,14 @@ class TableFamily:
             return self.given
         return schedule_at(self.levels(parameters), self.given)
 
-    def numbers(self, parameters: Mapping[str, Tensor]) -> Numbers:
-        """Return the table's numbers, differentiable in the parameters."""
-        asked, scale, weights, current = self._base(parameters)
+    def numbers(self, parameters: Mapping[str, Tensor], base: Numbers | None = None) -> Numbers:
+        """Return the table's numbers, differentiable in the parameters.
+
+        Args:
+            parameters: of the table.
+            base: the base solver's numbers at the same times, if they are known already.
+        """
+        asked, scale, weights, current = base or self.base_numbers(parameters)
         coefficients = self.learn.coefficients
         if coefficients == "free":
             _, scale, weights, current = numbers_of(self.reference)
@@ -207,7 +212,8 @@ class TableFamily:
         ends = [float(-process.log_snr(t)) for t in (process.t_min, process.t_max)]
         return logs.clamp(*ends)
 
-    def _base(self, parameters: Mapping[str, Tensor]) -> Numbers:
+    def base_numbers(self, parameters: Mapping[str, Tensor]) -> Numbers:
+        """Return the base solver's numbers at the times of parameters, differentiable in them."""
         if self._map is None:
             return numbers_of(self.reference)
         logs = self._map.levels(parameters[TIMES]).log()
@@ -216,7 +222,7 @@ class TableFamily:
 
     def _sums(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the base solver's sums of weights (K, 1)."""
-        return self._base(parameters).weights.sum(1, keepdim=True)
+        return self.base_numbers(parameters).weights.sum(1, keepdim=True)
 
     def _check_sums(self, base: Numbers) -> None:
         if not bool(base.weights.sum(1).all()):

@@ -16,10 +16,10 @@ Coefficients = Literal["added", "free", "shares"]
 Distance = Literal["l2", "huber", "mmd", "kid"]
 Compared = Literal["samples", "features"]
 Optimizer = Literal["lbfgs", "adam"]
-Start = Literal["given", "distilled", "programme", "search"]
+Start = Literal["given", "distilled", "programme", "gits", "ays", "dmn", "search"]
 
 # Starts that have times of their own.
-MOVING = ("programme", "search")
+MOVING = ("programme", "gits", "ays", "dmn", "search")
 
 # Distances between distributions, which compare with data instead of the teacher.
 OF_DATA = ("mmd", "kid")
@@ -127,9 +127,10 @@ class SolverLearningSettings(AgentSettings):
     start: Start | None = None
     """given: the base solver on the environment's schedule; distilled: with the weights of D-ODE's
     closed form, all outputs free; programme: also the times of a dynamic programme (trajectory-dp
-    of schedule learning); search: also a dozen grids, even on several scales. The latter two have
-    distilled weights, too, where weights are learned. None takes the last that what is learned
-    allows. Whatever it is, the descent starts from the best of them, or the given solver."""
+    of schedule learning), or instead those of gits, ays or dmn; search: those of programme, and a
+    dozen grids, even on several scales. All that move the times have distilled weights, too, where
+    weights are learned. None takes the last that what is learned allows. Whatever it is, the
+    descent starts from the best of them, or the given solver."""
     teacher: str = "heun"
     """The teacher's solver."""
     teacher_options: Options | None = None

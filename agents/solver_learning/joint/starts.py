@@ -19,7 +19,8 @@ from ..distillation.forms import directions, distilled
 from ..distillation.teacher import Teacher
 from ..scheduling.levels import noise_levels, schedule_at
 from ..scheduling.pool import Batch, Pool
-from ..scheduling.starts import LevelProgramme
+from ..scheduling.starts import PROGRAMMES, optimal_schedule
+from .settings import Start
 
 # The grids that are tried.
 EXPONENTS, WARPS = (3.0, 7.0, 20.0), (0.5, 0.7, 1.0, 1.4)
@@ -28,16 +29,24 @@ EXPONENTS, WARPS = (3.0, 7.0, 20.0), (0.5, 0.7, 1.0, 1.4)
 RIDGE = 1e-4
 
 
-def programme_schedules(pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Schedule]:
-    """Return what the dynamic programme finds; of several answers the best has to be tried out.
+def moved_schedules(
+    kind: Start, pool: Pool, denoiser: Denoiser, student: Tableau
+) -> list[Schedule]:
+    """Return the schedules of a start that moves the times; the best has to be tried out.
 
     Args:
+        kind: one of `MOVING`.
         pool: the source of noise; its schedule gives the number of levels and the ends.
         denoiser: the network.
         student: the base solver on that schedule.
     """
-    programme = LevelProgramme(pool.like, integer_times=False)
-    return [schedule_at(found, pool.like) for found in programme.levels(pool, denoiser, student)]
+    like = pool.like
+    if kind == "dmn":
+        return [optimal_schedule(like)]
+    name = kind if kind in PROGRAMMES else "trajectory-dp"
+    programme = PROGRAMMES[name](like, integer_times=False)
+    found = [schedule_at(levels, like) for levels in programme.levels(pool, denoiser, student)]
+    return found + (even_schedules(like) if kind == "search" else [])
 
 
 def even_schedules(given: Schedule) -> list[Schedule]:

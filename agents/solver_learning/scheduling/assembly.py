@@ -20,7 +20,7 @@ from .paper.parts import (
     PaperObjective,
 )
 from .pool import Pool
-from .starts import LevelProgramme, Programme
+from .starts import PROGRAMMES, LevelProgramme, Programme
 from .tuning import Tuning
 
 
@@ -59,8 +59,8 @@ def make_programme(settings: ScheduleSettings, like: Schedule) -> LevelProgramme
     """Return the dynamic programme that finds the start, or None for the other starts."""
     if settings.start not in get_args(Programme):
         return None
-    kind = DiffusionProgramme if settings.start == "diffusion-dp" else LevelProgramme
-    return kind(like, settings.integer_times)
+    kinds = {**PROGRAMMES, "diffusion-dp": DiffusionProgramme}
+    return kinds[settings.start](like, settings.integer_times)
 
 
 def make_descent(

@@ -15,13 +15,17 @@ from ...samplers.tableau import Tableau
 from .levels import check_levels
 from .rollout import Path, chunk_size, path_of
 
+# GITS's factor on the cost of each step after another.
+CHORD_GROWTH = 1.15
 
-def cheapest_path(cost: np.ndarray, nodes: int) -> list[int]:
+
+def cheapest_path(cost: np.ndarray, nodes: int, growth: float = 1.0) -> list[int]:
     """Choose `nodes` of M indices, 0 and M - 1 among them, whose steps cost least in sum.
 
     Args:
         cost: (M, M), cost[i, j] of a step from i to j > i; the rest is not read.
         nodes: how many, 2 to M.
+        growth: factor by which the cost of each step counts more than that of the step before.
 
     Returns:
         The indices, ascending.
@@ -34,8 +38,8 @@ def cheapest_path(cost: np.ndarray, nodes: int) -> list[int]:
         raise ValueError(f"A path needs 2 to {size} nodes, the grid's; got {nodes}.")
     steps = np.where(np.triu(np.ones_like(cost, dtype=bool), 1), cost, np.inf)
     best, origins = steps[0], []
-    for _ in range(nodes - 2):
-        through = best[:, None] + steps
+    for step in range(1, nodes - 1):
+        through = best[:, None] + growth**step * steps
         origins.append(through.argmin(0))
         best = through.min(0)
     path = [size - 1]
@@ -70,6 +74,55 @@ def trajectory_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, co
     return cheapest_levels(run.levels, cost.cpu().numpy(), count)
 
 
+def chord_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, count: int) -> Tensor:
+    """Find nodes as GITS does (Chen et al. 2024): by how jumps leave the trajectories' chords.
+
+    A trajectory's chord is the line through its first and its last state, and nearly all of its
+    shape lies in its distance from that. A jump from node i to node j starts on the trajectory and
+    costs the distance of its end from the chord less that of the trajectory's node j, the mean over
+    samples, in EDM's units. Each step counts `CHORD_GROWTH` times as much as the one before.
+
+    Args:
+        teacher: see `trajectory_programme`, as for the other arguments and what is returned.
+        denoiser: the network.
+        noise: (N, *shape) initial states.
+        count: T, how many nodes to keep, at least 3.
+    """
+    cost: Tensor | float = 0.0
+    size = chunk_size(4 * (teacher.steps + 1), noise)
+    for first in range(0, len(noise), size):
+        rows = slice(first, first + size)
+        run = path_of(teacher, denoiser.at(rows), noise[rows])
+        cost = cost + chord_deviations(run) / len(noise)
+    assert isinstance(cost, Tensor)
+    return cheapest_levels(run.levels, cost.cpu().numpy(), count, CHORD_GROWTH)
+
+
+def chord_deviations(run: Path) -> Tensor:
+    """Return how much farther from the chord Euler's jumps from i end than nodes j > i lie, (T, T).
+
+    Summed over samples.
+    """
+    levels = run.levels
+    states = torch.stack([state.flatten(1).double() for state in run.states])  # (T, N, D)
+    slopes = (states[:-1] - torch.stack([out.flatten(1).double() for out in run.outputs])) / (
+        levels[:-1, None, None].to(states)
+    )
+    chord = states[0] - states[-1]
+    along = chord / chord.norm(dim=1, keepdim=True)
+    # Both without what lies along the chord.
+    states = states - states[-1]
+    states = states - (states * along).sum(2, keepdim=True) * along
+    slopes = slopes - (slopes * along).sum(2, keepdim=True) * along
+    cost = torch.zeros(len(levels), len(levels), dtype=states.dtype, device=states.device)
+    own = states.norm(dim=2).sum(1)
+    for i, slope in enumerate(slopes):
+        gaps = (levels[i + 1 :] - levels[i]).to(states)
+        ends = states[i] + gaps[:, None, None] * slope
+        cost[i, i + 1 :] = ends.norm(dim=2).sum(1) - own[i + 1 :]
+    return cost
+
+
 def _jump_errors(run: Path) -> Tensor:
     """Return the squared errors (T, T), summed over samples, of Euler's jumps from i to j > i."""
     levels = run.levels
@@ -87,8 +140,8 @@ def _jump_errors(run: Path) -> Tensor:
     return apart + 2 * gap * along + gap.square() * slope.square().sum(1)[:, None]
 
 
-def cheapest_levels(grid: Tensor, cost: np.ndarray, count: int) -> Tensor:
+def cheapest_levels(grid: Tensor, cost: np.ndarray, count: int, growth: float = 1.0) -> Tensor:
     """Return the `count` levels (T,) of a descending grid (M,) whose steps cost least in sum."""
-    levels = grid[cheapest_path(cost, count)]
+    levels = grid[cheapest_path(cost, count, growth)]
     check_levels(levels)
     return levels

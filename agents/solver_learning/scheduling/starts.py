@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from ....envs import Schedule
+from ....envs.schedules.dmn import optimal_log_snrs
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
 from ...solvers import make_solver
+from .aligned import aligned_programme
 from .amplification import amplified_programmes
 from .levels import LevelMap, check_levels, even_schedule, noise_levels, schedule_at
 from .pool import Pool
-from .programmes import trajectory_programme
+from .programmes import chord_programme, trajectory_programme
 
-Programme = Literal["diffusion-dp", "trajectory-dp"]
-ENVIRONMENT = "environment"
+Programme = Literal["diffusion-dp", "trajectory-dp", "gits", "ays"]
+ENVIRONMENT, DMN = "environment", "dmn"
 
 # The dynamic programmes choose from a grid of so many levels, those that see the end from a coarser
 # one: there may be a cost for each triple of them.
@@ -31,7 +33,7 @@ def starting_schedule(here: Schedule, start: str, integer_times: bool) -> Schedu
 
     Args:
         here: the environment's.
-        start: a programme, a grid's name, or "environment".
+        start: a programme, a grid's name, "dmn", or "environment".
         integer_times: keep the environment's, whose times are whole.
 
     Raises:
@@ -47,7 +49,17 @@ def starting_schedule(here: Schedule, start: str, integer_times: bool) -> Schedu
         return here
     if start == ENVIRONMENT:
         return here
+    if start == DMN:
+        return optimal_schedule(here)
     return even_schedule(here, "karras" if start in get_args(Programme) else start)
+
+
+def optimal_schedule(like: Schedule) -> Schedule:
+    """Return DMN's times (Xue et al. 2024) between the ends of another schedule, as many."""
+    levels = noise_levels(like)
+    even = torch.linspace(0, 1, len(levels), dtype=levels.dtype)
+    start = torch.lerp(-levels[0].log(), -levels[-1].log(), even)
+    return schedule_at((-optimal_log_snrs(start)).exp(), like)
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,37 @@ class LevelProgramme:
             plain,
             *amplified_programmes(teacher, student.output, network, noise, orders, generator),
         ]
+
+
+class ChordProgramme(LevelProgramme):
+    """The levels that GITS chooses, see `chord_programme`."""
+
+    def levels(self, pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Tensor]:
+        """See `LevelProgramme.levels`."""
+        generator = pool.fresh_generator()
+        condition = pool.mdp.episodes(pool.batch_size, generator).condition
+        noise = pool.mdp.initial(pool.batch_size, generator)
+        teacher = make_solver("dpm-solver-2m", self.grid())
+        network = pool.denoiser.under(condition)
+        return [chord_programme(teacher, network, noise, self.count)]
+
+
+class AlignedProgramme(LevelProgramme):
+    """The levels of the least bound of Align Your Steps, on the teacher's finished samples."""
+
+    def levels(self, pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Tensor]:
+        """See `LevelProgramme.levels`."""
+        times, batch = self.grid().times, pool.fitted[0]
+        network = denoiser.under(batch.condition)
+        clean, generator = batch.finished, pool.fresh_generator()
+        return [aligned_programme(network, times[times > 0], clean, self.count, generator)]
+
+
+PROGRAMMES: dict[str, type[LevelProgramme]] = {
+    "trajectory-dp": LevelProgramme,
+    "gits": ChordProgramme,
+    "ays": AlignedProgramme,
+}
 
 
 def _outputs_read(student: Tableau, jump: int) -> int:

@@ -1,0 +1,94 @@
+"""What tables earn: finished samples of the environment's own episodes, judged by its reward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....common.optimisation import TrainingDivergedError
+from ....critics.checks import check_rewards
+from ....envs import DiffusionMDP, Schedule
+from ....envs.mdp import Reward, no_reward
+from ...policy_gradient.buffer import Begun
+from ...samplers.tableau import Tableau
+from .acting import TablePolicy
+
+
+def judged_by(mdp: DiffusionMDP, reward: Reward | None) -> DiffusionMDP:
+    """Return the decision process with the reward to maximise, of its own where that learns.
+
+    Args:
+        mdp: the environment.
+        reward: another one than the environment's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen: Any = mdp.reward if reward is None else reward
+    if chosen is no_reward:
+        raise ValueError(
+            "RDPO maximises a reward of finished samples, and there is none here: give the "
+            "environment a reward, or the agent a critic=, a function (N, *shape) -> (N,)."
+        )
+    # One that remembers what it judged is not to change behind its owner's back.
+    own = copy.deepcopy(chosen) if hasattr(chosen, "judge") else chosen
+    return mdp.with_reward(own)
+
+
+def on_table(mdp: DiffusionMDP, table: Tableau) -> DiffusionMDP:
+    """Return the decision process whose clock is a table's.
+
+    Raises:
+        ValueError: the table asks twice at one time.
+    """
+    times = torch.tensor(table.times)
+    if not bool((times.diff() < 0).all()):
+        raise ValueError(
+            f"'{table.name}' asks the network twice at one time, and episodes go on in time: take "
+            "a multistep solver such as dpm-solver++-3m, unipc-2 or ipndm."
+        )
+    if torch.equal(times, mdp.schedule.times):
+        return mdp
+    return mdp.with_schedule(Schedule(mdp.process, times))
+
+
+@torch.no_grad()
+def earned(mdp: DiffusionMDP, policy: TablePolicy, n: int, generator: torch.Generator) -> Tensor:
+    """Play episodes; return their rewards (n,), float64 on the CPU.
+
+    A sample that is not finite earns the least that a finite one did. A reward that remembers
+    what it judged, as the default does, begins anew.
+
+    Args:
+        mdp: on the policy's times.
+        policy: acts.
+        n: how many episodes.
+        generator: source of their noise and conditions.
+
+    Raises:
+        ValueError: the reward is not finite for a finite sample.
+        TrainingDivergedError: no sample is finite.
+    """
+    begun = Begun()
+    samples = mdp.rollout(policy, n, generator, recorder=begun)
+    sound = samples.flatten(1).isfinite().all(1)
+    if not bool(sound.any()):
+        raise TrainingDivergedError(
+            "every sample",
+            0,
+            "The samples of a table are all NaN or infinite: draw closer ones, by smaller "
+            "spread.times and spread.coefficients.",
+        )
+    if hasattr(mdp.reward, "forget"):
+        mdp.reward.forget()  # type: ignore[union-attr]
+    # One such sample would spoil what a distance of distributions says of all.
+    bad = ~sound
+    judged = torch.where(sound.view(-1, *[1] * (samples.ndim - 1)), samples, 0.0)
+    rewards = begun.episodes.terminal_reward(judged)
+    check_rewards(mdp.reward, rewards, judged)
+    rewards = rewards.double()
+    rewards[bad] = rewards[sound].min()
+    return rewards.cpu()

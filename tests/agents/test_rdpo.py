@@ -1,0 +1,308 @@
+"""What RDPO promises: exact scores of what it draws, black boxes, and a plain table in the end."""
+
+import copy
+import math
+
+import pytest
+import torch
+from rounds import learn_rounds
+from schedule_worlds import EDM, known
+
+from fewstep.agents import DODE, RDPO, Denoiser, SolverLearning, Tableau
+from fewstep.agents.solver_learning.black_box.acting import ManyTables
+from fewstep.agents.solver_learning.black_box.distribution import (
+    CrossEntropy,
+    PolicyGradient,
+    TableDistribution,
+    left_out,
+)
+from fewstep.agents.solver_learning.black_box.settings import (
+    CrossEntropySettings,
+    PolicyGradientSettings,
+)
+from fewstep.envs import DiffusionMDP, Schedule
+from fewstep.envs.mdp import no_reward
+
+numeric = pytest.mark.numeric
+QUICK = {"batch_size": 16, "held_out": 24, "rounds": 4, "check_interval": 2}
+METHODS = ["policy-gradient", "cross-entropy"]
+
+
+def short(reward=None, steps=4):
+    denoiser, target = known()
+    return DiffusionMDP(target, EDM, Schedule.karras(EDM, steps), reward), denoiser
+
+
+def nearest(sample):
+    """A reward without a gradient: minus the distance from the nearest mode, by NumPy."""
+    means = known()[0].body.means.numpy()
+    return -abs(sample.numpy()[:, None] - means).sum(2).min(1)
+
+
+# ------------------------------------------------------------------------- the distribution
+
+
+@numeric
+def test_densities_divergence_and_scores_are_those_of_a_normal_distribution():
+    source = torch.Generator().manual_seed(0)
+    ours = TableDistribution(5)
+    with torch.no_grad():
+        ours.mean.normal_(generator=source)
+        ours.log_std.normal_(0, 0.3, generator=source)
+    vectors = ours.draw(4, 3, generator=source, mirrored=True)
+    torch.testing.assert_close(vectors[2:] + vectors[:2], (2 * ours.mean).expand(2, 3, 5))
+    normal = torch.distributions.Normal(ours.mean, ours.log_std.exp())
+    unit = torch.distributions.Normal(torch.zeros(5).double(), torch.ones(5).double())
+    torch.testing.assert_close(ours.log_density(vectors), normal.log_prob(vectors).sum(-1))
+    wanted = torch.distributions.kl_divergence(normal, unit).sum()
+    torch.testing.assert_close(ours.divergence(), wanted)
+
+    rewards = torch.randn(4, 3, generator=source, dtype=torch.float64)
+    advantages = torch.stack([rewards[i] - (rewards.sum(0) - rewards[i]) / 3 for i in range(4)])
+    torch.testing.assert_close(left_out(rewards), advantages)
+    # Before any step the clipped surrogate's gradient is the policy gradient, by its closed form.
+    learner = PolicyGradient(ours, PolicyGradientSettings(kl=0.1))
+    old = ours.log_density(vectors).detach()
+    loss = learner.loss(vectors, advantages, old)
+    found = torch.autograd.grad(loss, [ours.mean, ours.log_std])
+    mean, std = ours.mean.detach(), ours.log_std.detach().exp()
+    z = (vectors - mean) / std
+    weighted = advantages.unsqueeze(-1)
+    by_mean = -(weighted * z / std).mean((0, 1)) + 0.1 * mean
+    by_std = -(weighted * (z.square() - 1)).mean((0, 1)) + 0.1 * (std.square() - 1)
+    torch.testing.assert_close(found, (by_mean, by_std), rtol=1e-9, atol=1e-12)
+    # Beyond the clip of what it gains, a ratio has no gradient.
+    far = learner.loss(vectors, advantages.abs(), old - 1)
+    torch.testing.assert_close(
+        torch.autograd.grad(far, ours.mean)[0], 0.1 * mean, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_the_cross_entropy_method_takes_over_the_elites():
+    ours = TableDistribution(2)
+    learner = CrossEntropy(ours, CrossEntropySettings(elite=0.5, step=0.5))
+    vectors = torch.tensor([[1.0, 2], [5, 5], [3, 4], [9, 9]], dtype=torch.float64)
+    learner.update(vectors, torch.tensor([2.0, 0.0, 3.0, 1.0]), 0.0)
+    torch.testing.assert_close(ours.mean.detach().tolist(), [1.0, 1.5])
+    std = (1 + math.sqrt(2)) / 2
+    torch.testing.assert_close(ours.log_std.detach().exp().tolist(), [std, std])
+
+
+# ----------------------------------------------------------------------------- the tables
+
+
+@numeric
+@pytest.mark.parametrize("solver", ["dpm-solver++-3m", "ddim", "dpm-solver-2"])
+def test_each_episode_acts_by_its_own_table(solver):
+    """Along the tangent, whose tables are the family's but for the bend in the times."""
+    mdp, denoiser = short(no_reward)
+    agent = RDPO(mdp, denoiser, critic=nearest, solver=solver, **QUICK)
+    space, source = agent.space, torch.Generator().manual_seed(0)
+    mean = 0.3 * torch.randn(space.size, generator=source, dtype=torch.float64)
+    tangent, shared = space.tangent(mean), space.table(mean)
+    away = torch.randn(6, space.size, generator=source, dtype=torch.float64)
+    noise = 80 * torch.randn(6, 2, generator=source)
+    clock = mdp.with_schedule(Schedule(EDM, shared.times.tolist()))
+
+    def ends(offsets):
+        policy, sample = ManyTables(shared, denoiser, tangent.at(offsets), moves=True), noise
+        for step in range(clock.steps):
+            action = policy.act(clock.observe(sample, step), step, torch.randn_like)
+            sample = clock.transition(sample, action, step)
+        return sample
+
+    with torch.no_grad():
+        exact = shared.sample(denoiser, noise)
+        torch.testing.assert_close(ends(0 * away), exact, rtol=1e-4, atol=1e-4)
+        misses = []
+        for size in (0.1, 0.05):
+            tables = [space.table(mean + size * row) for row in away]
+            rows = [table.sample(denoiser, noise[i : i + 1]) for i, table in enumerate(tables)]
+            misses.append(float((ends(size * away) - torch.cat(rows)).abs().max()))
+            moved = float((torch.cat(rows) - exact).abs().max())
+            assert misses[-1] < 0.1 * moved
+        assert misses[1] < 0.5 * misses[0]
+
+
+@numeric
+def test_the_gradient_of_the_mean_reward_is_that_of_finite_differences():
+    """E[A score] over many episodes against the slope of their mean reward, entry by entry."""
+    mdp, denoiser = short(no_reward)
+    settings = {"batch_size": 2000, "spread_coefficients": 0.0005, "learn_times": False}
+    agent = RDPO(mdp, denoiser, critic=worth, learn_shifts=False, **settings)
+    drawn = torch.Generator().manual_seed(0)
+    vectors, rewards = agent._play_episodes()
+    scores = left_out(rewards).unsqueeze(-1) * vectors
+    # Under one noise the k tables' scores hang together: the noises are what is independent.
+    by_noise = scores.mean(0)
+    found, error = by_noise.mean(0), by_noise.std(0) / math.sqrt(2000)
+    agent.distribution.draw(4, 2000, generator=drawn, mirrored=True)
+    noise = mdp.initial(2000, drawn)
+    for index in range(0, agent.space.size, 3):
+        step = torch.zeros(agent.space.size, dtype=torch.float64)
+        step[index] = 1.0
+        with torch.no_grad():
+            ends = [agent.space.table(sign * step).sample(denoiser, noise) for sign in (1, -1)]
+        ahead, behind = (float(worth(end).mean()) for end in ends)
+        wanted = (ahead - behind) / 2
+        # Over a standard deviation the reward bends a little.
+        assert abs(float(found[index]) - wanted) <= 4 * float(error[index]) + 0.02 * abs(wanted)
+
+
+# ----------------------------------------------------------------------------- the agent
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("reward", [None, nearest])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_resumes_bit_for_bit_and_is_never_worse_than_its_start(method, reward, tmp_path):
+    def make():
+        mdp, denoiser = short(reward)
+        return RDPO(mdp, denoiser, method=method, **QUICK)
+
+    whole = make().learn()
+    part = learn_rounds(make(), 3)
+    part.save(tmp_path / "agent")
+    again = RDPO.load(tmp_path / "agent", short(reward)[0], body=copy.deepcopy(known()[0].body))
+    again.learn(reset_num_timesteps=False)
+    assert whole.finished and again.finished
+    assert again.tableau.to_json() == whole.tableau.to_json()
+    assert (again.rewards, again.returned) == (whole.rewards, whole.returned)
+    torch.testing.assert_close(
+        again.distribution.state(), whole.distribution.state(), rtol=0, atol=0
+    )
+    assert whole.num_timesteps == again.num_timesteps
+    held_out = whole.judge(whole.tableau, 1_000_003).mean()
+    assert held_out >= whole.judge(whole.given, 1_000_003).mean()
+    # The caller's own reward has judged nothing.
+    assert Tableau.from_json(whole.tableau.to_json()).to_json() == whole.tableau.to_json()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_round_costs_the_same_calls_whatever_the_method(method):
+    mdp, denoiser = short(nearest)
+    calls = []
+    denoiser = Denoiser(denoiser.body, EDM, "sample")
+    hook = denoiser.body.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    agent = RDPO(mdp, denoiser, method=method, batch_size=16, check_interval=100, held_out=8)
+    agent._most = 0.0
+    agent._updates = 1
+    agent.train_round()
+    hook.remove()
+    assert sum(calls) == 4 * 16 * 4
+    # No call sees more than a round's noises: memory is that of one table.
+    assert max(calls) == agent.settings.noises
+
+
+def test_it_learns_more_than_the_cross_entropy_method_from_as_many_calls():
+    """On the exact mixture, for its default reward, by noise that neither has seen."""
+    gained = {}
+    for method in METHODS:
+        mdp, denoiser = short(None, 5)
+        settings = {"batch_size": 64, "rounds": 40, "held_out": 512, "check_interval": 20}
+        agent = RDPO(mdp, denoiser, method=method, **settings).learn()
+        gained[method] = agent.rewards["returned"] - agent.rewards["given"]
+    assert gained["policy-gradient"] > max(gained["cross-entropy"], 0.0)
+
+
+def test_it_acts_in_the_environment(monkeypatch):
+    """Its own first states, transitions and rewards are the environment's."""
+    seen = []
+
+    class Spy(DiffusionMDP):
+        def initial(self, n, generator=None, even_groups=0):
+            seen.append("initial")
+            return super().initial(n, generator, even_groups)
+
+        def transition(self, sample, action, step, draw=torch.randn_like):
+            seen.append("transition")
+            return super().transition(sample, action, step, draw).clamp(-5, 5)
+
+        def terminal_reward(self, sample):
+            assert sample.abs().max() <= 5
+            seen.append("reward")
+            return super().terminal_reward(sample)
+
+    denoiser, target = known()
+    mdp = Spy(target, EDM, Schedule.karras(EDM, 4), nearest)
+    agent = RDPO(mdp, denoiser, **QUICK)
+    agent._play_episodes()
+    assert seen == (["initial"] + ["transition"] * 4 + ["reward"]) * 4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_starts_from_any_fitted_table(tmp_path):
+    mdp, denoiser = short(nearest)
+    few = {"batch_size": 10, "batches": 1, "check_teacher": False, "rounds": 1, "scale": 2}
+    learned = SolverLearning(mdp, denoiser, start="given", optimizer="adam", **few)
+    learned.train_round()
+    learned._keep("learned", learned._descent.copy())
+    there = mdp.with_schedule(learned.schedule)
+    agent = RDPO(there, denoiser, table=learned.tableau, **QUICK)
+    drawn = agent.space.table(torch.zeros(agent.space.size, dtype=torch.float64))
+    for name in ("scale", "weights", "evaluation_times"):
+        there_is, here = (torch.from_numpy(getattr(t, name)) for t in (learned.tableau, drawn))
+        torch.testing.assert_close(here, there_is, rtol=1e-9, atol=1e-9)
+    assert agent.tableau is learned.tableau
+    agent.learn()
+    agent.save(tmp_path / "agent")
+    again = RDPO.load(tmp_path / "agent", there, body=denoiser.body)
+    assert again.given.to_json() == learned.tableau.to_json()
+    assert again.tableau.to_json() == agent.tableau.to_json()
+    with pytest.raises(ValueError, match=r"other times than .* build the environment on that"):
+        RDPO(mdp, denoiser, table=learned.tableau)
+    with pytest.raises(ValueError, match=r"none of those that are drawn around .*its scale differ"):
+        RDPO(there, denoiser, table=learned.tableau, learn_factors=False, learn_weights=False)
+    fitted = DODE(mdp, denoiser, solver="dpm-solver++-3m", batch_size=20, batches=1).learn().tableau
+    assert RDPO(mdp, denoiser, table=fitted).given is fitted
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("there is none here: give the environment a reward", {"critic": no_reward}),
+        ("tables must be even for method='policy-gradient'", {"tables": 3}),
+        ("asks the network twice at one time", {"solver": "heun"}),
+        ("switch on one of learn.times", {f"learn_{name}": False for name in (
+            "times", "factors", "weights", "shifts")}),
+        ("unknown solver 'dpm'", {"solver": "dpm"}),
+        ("reward must be callable", {"critic": 3}),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_a_sentence(message, settings):
+    mdp, denoiser = short(nearest)
+    with pytest.raises((ValueError, TypeError), match=message):
+        RDPO(mdp, denoiser, **settings)
+
+
+def test_a_reward_that_is_not_finite_is_named():
+    def broken(sample):
+        return sample.sum(1) / 0
+
+    mdp, denoiser = short(broken)
+    with pytest.raises(ValueError, match=r"the reward 'broken' returned NaN or infinity for"):
+        RDPO(mdp, denoiser, **QUICK).learn()
+
+
+def test_a_sample_that_is_not_finite_earns_the_least(monkeypatch):
+    mdp, denoiser = short(nearest)
+    agent = RDPO(mdp, denoiser, **QUICK)
+    rollout = DiffusionMDP.rollout
+
+    def torn(self, *arguments, **options):
+        samples = rollout(self, *arguments, **options)
+        samples[3] = math.inf
+        return samples
+
+    monkeypatch.setattr(DiffusionMDP, "rollout", torn)
+    rewards = agent.judge(agent.given)
+    assert rewards.isfinite().all() and rewards[3] == rewards[:17].min()
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "unipc-2", "dpm-solver-2"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_solvers_with_noise_and_stages_are_learned_too(solver):
+    mdp, denoiser = short(nearest)
+    agent = RDPO(mdp, denoiser, solver=solver, **QUICK).learn()
+    assert agent.tableau.steps == agent.base.steps
+    assert agent.sample(3).isfinite().all()
