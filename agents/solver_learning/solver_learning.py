@@ -27,10 +27,10 @@ from ..environments import Environment
 from ..policy_gradient.critic import learned_critic
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
-from ..solvers import build_solver
 from .agent import SolverAgent, comparison
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .joint.ball import Ball
+from .joint.builder import Builder
 from .joint.descent import TableDescent
 from .joint.family import Parameters, TableFamily
 from .joint.features import Extractor, SampleFeatures
@@ -109,6 +109,7 @@ class SolverLearning(SolverAgent):
         learn = settings.learn
         if learn.times or learn.shifts:
             self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
+        self._build = Builder(self.solver, self.denoiser, self.solver_options)
         self.base = self._build(self.mdp.schedule)
         if not self.base.linear:
             raise ValueError(
@@ -147,9 +148,6 @@ class SolverLearning(SolverAgent):
         self._least = math.inf
         self._ball_noises: list[Tensor] | None = None
         self._table = self.base
-
-    def _build(self, schedule: Schedule) -> Tableau:
-        return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
 
     def _teacher_of(self, base: Tableau, schedule: Schedule) -> Teacher:
         """Return the teacher of a table on a schedule."""
