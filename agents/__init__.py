@@ -3,7 +3,8 @@
 Behaviour cloning trains a denoiser on data; SFT-PG, SFT-V and SFT fine-tune the sampler it makes
 against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits;
 solver learning learns weights and times together; variance learning measures how much noise its
-steps want. A `Tableau` is a sampler as a table of numbers, which `solvers` build.
+steps want; SFD, progressive and consistency distillation train the network by its own fine solver.
+A `Tableau` is a sampler as a table of numbers, which `solvers` build.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from .base import Agent
 from .cloning import BehaviorCloning
 from .denoisers.denoiser import Denoiser
 from .denoisers.networks import UNet2D
+from .network_distillation.sfd import SFD
 from .policy_gradient.sft import SFT
 from .policy_gradient.sft_pg import SFTPG
 from .policy_gradient.sft_v import SFTV
@@ -48,12 +50,14 @@ AGENTS: dict[str, type[Agent]] = {
         ScheduleLearning,
         SolverLearning,
         VarianceLearning,
+        SFD,
     )
 }
 
 __all__ = [
     "AGENTS",
     "DODE",
+    "SFD",
     "SFT",
     "SFTPG",
     "SFTV",

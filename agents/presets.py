@@ -172,6 +172,10 @@ _IMAGES_SFT_PG: Values = {
     "solver": "fast-dpm",
     "solver_options": {"last_std": 0.001},
 }
+# The network distilled into its own fine solver's few steps: minutes on a CPU.
+_TOY_SFD: Values = {"rounds": 400, "batch_size": 256, "learning_rate": 1e-3}
+_DIGITS_SFD: Values = {"rounds": 300, "batch_size": 128, "learning_rate": 3e-4}
+_SMALL_IMAGES_SFD: Values = {"rounds": 300, "batch_size": 64, "learning_rate": 1e-4}
 FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
     ("SwissRoll", "sft-pg", "long"): {**_TOY_SFT_PG, "rounds": 2000, "ema": 0.99},
@@ -193,6 +197,12 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("FashionMNIST", "sft", "default"): _SMALL_IMAGES_SFT,
     ("MNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
     ("FashionMNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
+    ("SwissRoll", "sfd", "default"): _TOY_SFD,
+    ("Moons", "sfd", "default"): _TOY_SFD,
+    ("GaussianCluster", "sfd", "default"): {**_TOY_SFD, "rounds": 200},
+    ("Digits", "sfd", "default"): _DIGITS_SFD,
+    ("MNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
+    ("FashionMNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
 } | {
     (env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000}
     for env in ("CIFAR10", "CelebA64", "ImageFolder")
@@ -220,7 +230,7 @@ NAMED: dict[str, dict[str, Values]] = {"solver": SOLVER_PRESETS}
 PROCESSES: dict[tuple[str, str], str] = {
     (env, agent): "sigmoid-1000"
     for env in ("SwissRoll", "Moons", "GaussianCluster")
-    for agent in ("dode", "solver")
+    for agent in ("dode", "solver", "sfd")
 } | {
     # Noise levels are EDM's idea, and its network is smooth in them.
     (env, "schedule"): "ve"

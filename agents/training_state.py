@@ -96,9 +96,8 @@ class Trainee(Actor, ABC):
         env = made_environment(env, solver)
         values = look_up_preset(mdp_of(env).target.name, cls.name, preset).agent
         shared = ("seed", "verbose", "tensorboard_log")
-        given = {
-            key: settings.pop(key) for key in (*shared, "critic", "features") if key in settings
-        }
+        own = ("critic", "features", "tableau")
+        given = {key: settings.pop(key) for key in (*shared, *own) if key in settings}
         return cls(env, denoiser, preset_settings(cls.Settings, values, settings), **given)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""SolverAgent: what the agents share that learn a solver, whose teacher is a finer one."""
+"""SolverAgent: what the agents share whose teacher is a fine solver of the same network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AnySolverAgent = TypeVar("AnySolverAgent", bound="SolverAgent")
 
 
 class SolverAgent(Agent):
-    """Base of the agents that learn a solver.
+    """Base of the agents that learn from a fine solver: a solver of few steps, or the network.
 
     Attributes:
         returned: what is returned: what was "given", or a name for what was learned.

@@ -219,12 +219,15 @@ class Learn:
         return replace(learned, schedule=agent.schedule, tableau=agent.tableau, before=before)
 
     def _build(self, sampler: Sampler, world: World) -> Agent:
-        settings, kind = dict(self.settings), AGENTS[self.agent]
+        settings: dict[str, Any] = dict(self.settings)
+        kind = AGENTS[self.agent]
         if world.settings.rounds and hasattr(kind.Settings(), "rounds"):
             settings["rounds"] = world.settings.rounds
         if sampler.schedule is not None:
             settings["solver"], options = sampler.solver
             settings |= {"solver_options": dict(options)} if options else {}
+        if kind.takes_tableau and sampler.tableau is not None:
+            settings["tableau"] = sampler.tableau  # a learned one, perhaps
         return kind.for_environment(
             world.mdp(
                 sampler.denoiser.process, sampler.schedule, conditional=sampler.denoiser.waits_for

@@ -12,6 +12,7 @@ from fewstep.envs import DiffusionVectorEnv, Schedule
 
 FALLING = {"batch_size": 8, "lr_schedule": "cosine", "rounds": 5, "ema": 0.5}
 FEW = {"batch_size": 10, "batches": 1, "scale": 2}
+DISTILLED = {"batch_size": 8, "size": 8, "scale": 2}
 BUDGETS = {
     "behavior-cloning": (FALLING, 5),
     "sft": ({**FALLING, "n_critic": 1}, 5),
@@ -21,6 +22,7 @@ BUDGETS = {
     "schedule": ({**FEW, "schedule_rounds": 2, "tuning_rounds": 3, "tuning_batch_size": 8}, 5),
     "solver": ({**FEW, "batch_size": 4, "rounds": 3, "optimizer": "adam", "start": "given"}, 3),
     "variance": ({"batch_size": 10, "samples_per_time": 5}, 2),
+    "sfd": ({**DISTILLED, "rounds": 4}, 4),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....common.optimisation import Averaged, adam, learning_rate, set_learning_rate
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
-from ..selection import is_better
+from ..best import BestNetwork
 from ..settings import TuningSettings
 from .adjoint import backpropagate
 from .pool import Pool
@@ -50,10 +50,7 @@ class Tuning:
         self.optimizer = adam(denoiser.parameters()) if settings.rounds else None
         self.updates = 0
         self.tuned = False
-        # The best network of the stage and its errors; None where it is not judged.
-        self._best: dict[str, Tensor] | None = None
-        self._errors: Tensor | None = None
-        self._improved = False
+        self._best = BestNetwork(self.averaged)
 
     @property
     def done(self) -> bool:
@@ -90,7 +87,7 @@ class Tuning:
 
     def begin(self, errors: Tensor) -> None:
         """Begin a stage that is judged, with the sampler's errors on held-out noise before it."""
-        self._best, self._errors, self._improved = self._weights(), errors, False
+        self._best.begin(errors)
 
     def judge(self, errors: Callable[[], Tensor]) -> float | None:
         """Now and then, and at the end, compare the averaged network with the stage's best one.
@@ -103,33 +100,24 @@ class Tuning:
         """
         if not self.done and self.updates % CHECK_INTERVAL:
             return None
-        assert self._errors is not None
         now = errors()
-        if is_better(now, self._errors):
-            self._best, self._errors, self._improved = self._weights(), now, True
+        self._best.judge(now)
         return float(now.mean())
 
     def finish(self) -> None:
         """Take the best network of the stage, if it was judged."""
-        if self._best is None:
+        if not self._best.begun:
             self.tuned = True
             return
-        self.tuned = self.tuned or self._improved
-        if any(not torch.equal(w, self._best[name]) for name, w in self._weights().items()):
-            assert self.optimizer is not None
-            self.averaged.module.body.load_state_dict(self._best)
-            self.denoiser.body.load_state_dict(self._best)
-            # What it remembers belongs to other weights, and may not be finite.
-            self.optimizer.state.clear()
-        self._best = self._errors = None
+        self.tuned = self.tuned or self._best.improved
+        assert self.optimizer is not None
+        self._best.finish(self.optimizer)
 
     def state(self) -> dict[str, Any]:
         """Return what the stage remembers beside the networks and how many updates are done."""
         return {
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "best": self._best,
-            "best_errors": self._errors,
-            "improved": self._improved,
+            **self._best.state(),
             "tuned": self.tuned,
         }
 
@@ -138,12 +126,8 @@ class Tuning:
         # None: saved by an agent without stage two.
         if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-        self._best, self._errors = state["best"], state["best_errors"]
-        self._improved, self.tuned = state["improved"], state["tuned"]
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Return a copy of the averaged network's weights."""
-        return {name: w.clone() for name, w in self.averaged.module.body.state_dict().items()}
+        self._best.load_state(state)
+        self.tuned = state["tuned"]
 
     def _loss(self, tableau: Tableau, levels: Tensor, generator: torch.Generator) -> Tensor:
         """Return what is minimised, for one coordinate; add its gradient to the weights'."""

@@ -1,0 +1,72 @@
+"""Settings of the agents that distil a fine solver into the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...common.settings import Settings, bounded
+from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings
+from ..solvers import Options
+
+Distance = Literal["l1", "l2"]
+
+
+@dataclass(frozen=True)
+class FineSolverSettings(Settings):
+    """The fine solver of the network as it was given, by which all are judged."""
+
+    solver: str = "dpm-solver++-3m"
+    """A deterministic solver."""
+    options: Options | None = None
+    """Options of that solver."""
+    scale: int = bounded(4, least=1)
+    """Its steps for each step of the student, one more than the times M between two of its; 2 to
+    10."""
+    integer_times: bool = False
+    """Round its times to whole noisings, for networks that know no others."""
+    check: bool = True
+    """Warn if it is no better than the student at the start."""
+
+
+@dataclass(frozen=True)
+class HeldOutSettings(Settings):
+    """The noise that the network is judged by, and is not trained on."""
+
+    size: int = bounded(256, least=2)
+    """How many noises choose; as many more report."""
+    looks: int = bounded(10, least=1)
+    """How often the network in training is compared with the best one so far."""
+
+
+@dataclass(frozen=True)
+class DistillationSettings(AgentSettings):
+    """What the agents that distil a network share."""
+
+    solver: str = "ddim"
+    """The student's solver, any deterministic one."""
+    rounds: int = bounded(400, least=1)
+    """Rounds of training."""
+    batch_size: int = bounded(128, least=1)
+    """Trajectories a round, and samples a gradient step."""
+    absorb_guidance: bool = False
+    """Of a guided network: the student is asked with the condition alone, at half the network
+    evaluations, and learns what the guided teacher does."""
+    fine: FineSolverSettings = field(default_factory=FineSolverSettings)
+    held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(5e-5, lr_schedule="cosine", ema=0.95)
+    )
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+
+
+@dataclass(frozen=True)
+class SFDSettings(DistillationSettings):
+    """Settings of `SFD`."""
+
+    table: str | None = None
+    """File of a finished table, such as the tableau.json of a run of solver learning, which the
+    student samples with instead of the solver; its times are the student's."""
+    distance: Distance = "l1"
+    """What a step minimises between its state and the teacher's: l1 is the paper's, whose gradient
+    is as large at every noise level; l2 is the squared distance."""
