@@ -51,14 +51,20 @@ def chain(*names: str, clone: Clone = VP) -> Contender:
 
 # How good a solver of the network is that nobody trained, with more and more calls.
 YARDSTICK = "DDIM"
-METHODS = (("dode",), ("solver",), ("gs",), ("sft-pg",), ("sft-v",), ("sft",))
-CHAINS = (("schedule", "dode"), ("solver", "sft-v"), ("solver", "sft-pg"), ("solver", "sft"))
+METHODS = ("dode", "solver", "gs", "sfd", "sft-pg", "sft-v", "sft")
+CHAINS = (
+    ("schedule", "dode"),
+    ("solver", "sfd"),
+    ("solver", "sft"),
+    ("solver", "sfd", "sft-v"),
+    ("solver", "sfd", "sft"),
+)
 
 
 def _against_time(env: str, column: str, scoring: dict[str, Any], clone: Clone = VP) -> Study:
     """Return the study of an environment, judged by a column and by the error to the ODE."""
     yard = Contender(YARDSTICK, (clone, Sample("ddim")), calls=(5, 10, 20, 50))
-    learners = [chain(*names, clone=clone) for names in (*METHODS, *CHAINS)]
+    learners = [chain(*names, clone=clone) for names in (*zip(METHODS), *CHAINS)]
     return Study(
         f"Quality against time on {env}, five calls",
         Grid((env,), (yard, *learners), (5,), (0,), Scoring(**scoring, timeline=True)),
