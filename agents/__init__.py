@@ -15,6 +15,8 @@ from .base import Agent
 from .cloning import BehaviorCloning
 from .denoisers.denoiser import Denoiser
 from .denoisers.networks import UNet2D
+from .network_distillation.consistency import ConsistencyDistillation
+from .network_distillation.progressive import ProgressiveDistillation
 from .network_distillation.sfd import SFD
 from .policy_gradient.sft import SFT
 from .policy_gradient.sft_pg import SFTPG
@@ -51,6 +53,8 @@ AGENTS: dict[str, type[Agent]] = {
         SolverLearning,
         VarianceLearning,
         SFD,
+        ProgressiveDistillation,
+        ConsistencyDistillation,
     )
 }
 
@@ -64,8 +68,10 @@ __all__ = [
     "Agent",
     "BehaviorCloning",
     "CheckpointError",
+    "ConsistencyDistillation",
     "Denoiser",
     "DenoiserPolicy",
+    "ProgressiveDistillation",
     "ScheduleLearning",
     "SolverLearning",
     "SolverPolicy",

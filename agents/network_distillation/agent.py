@@ -85,6 +85,7 @@ class NetworkDistillation(SolverAgent):
         **arguments: Any,
     ) -> None:
         self._given_table = tableau
+        self._given_terms = denoiser.conditioning
         super().__init__(env, denoiser, settings, **arguments)
         self._check_sampler()
         self.mdp = on_times_of(self.mdp, self._tableau)
@@ -115,6 +116,20 @@ class NetworkDistillation(SolverAgent):
                 f"The solver '{self._tableau.name}' adds noise or clamps its predictions; a "
                 "network is distilled for a deterministic one, such as ddim, euler or ipndm."
             )
+
+    def _check_states(self) -> None:
+        """Raise ValueError where the student is to be taught on data, and there is none."""
+        if getattr(self.settings, "states", "teacher") == "data" and not (
+            self.mdp.target.has_samples
+        ):
+            raise ValueError(
+                "states='data' needs real samples, and there are none here: take states='teacher'."
+            )
+
+    @property
+    def _rival(self) -> Tableau:
+        """The deterministic table that the fine solver has to be better than."""
+        return self._tableau
 
     @property
     def _judging(self) -> bool:
@@ -238,7 +253,7 @@ class NetworkDistillation(SolverAgent):
         assert held_out is not None
         return judge_teacher(
             self.fine,
-            self._tableau,
+            self._rival,
             self.mdp.schedule,
             fine.scale,
             self.teacher,
@@ -293,8 +308,12 @@ class NetworkDistillation(SolverAgent):
     def _rate(self) -> float:
         """The learning rate now."""
         optimizer = self.settings.optimizer
-        done = self._updates / self.budget
-        return learning_rate(optimizer.learning_rate, optimizer.lr_schedule, done)
+        return learning_rate(optimizer.learning_rate, optimizer.lr_schedule, self._share_done)
+
+    @property
+    def _share_done(self) -> float:
+        """The share of the training that the learning rate falls over."""
+        return self._updates / self.budget
 
     def _descend(self) -> Tensor:
         """Take a clipped step along the gradient; return the norm before."""
@@ -331,6 +350,7 @@ class NetworkDistillation(SolverAgent):
             "held_out": self._held_out.state(),
             "teacher": self.teacher.body.state_dict(),
             "teacher_given": None if terms is None else terms.to_config(),
+            "given": None if self._given_terms is None else self._given_terms.to_config(),
             "tableau": None if self._given_table is None else self._given_table.to_json(),
         }
 
@@ -365,12 +385,12 @@ class NetworkDistillation(SolverAgent):
         device: str | torch.device | None,
         overrides: dict[str, Any],
     ) -> AnyAgent:
-        """Build the agent with the table that its file holds, and with its teacher's guidance."""
+        """Build the agent with the table that its file holds, and the guidance that was given."""
         state = header["state"]
         if state["tableau"] is not None:
             overrides.setdefault("tableau", Tableau.from_json(state["tableau"]))
-        if state["teacher_given"] is not None:
-            denoiser.conditioning = Conditioning.from_config(state["teacher_given"])
+        if state["given"] is not None:
+            denoiser.conditioning = Conditioning.from_config(state["given"])
         return super()._rebuilt(header, path, env, denoiser, device, overrides)
 
 

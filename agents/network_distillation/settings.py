@@ -10,6 +10,9 @@ from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings
 from ..solvers import Options
 
 Distance = Literal["l1", "l2"]
+States = Literal["teacher", "data"]
+StepWeights = Literal["truncated-snr", "snr"]
+JumpWeights = Literal["even", "gap"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,40 @@ class SFDSettings(DistillationSettings):
     distance: Distance = "l1"
     """What a step minimises between its state and the teacher's: l1 is the paper's, whose gradient
     is as large at every noise level; l2 is the squared distance."""
+
+
+@dataclass(frozen=True)
+class PDSettings(DistillationSettings):
+    """Settings of `ProgressiveDistillation`."""
+
+    rounds: int = bounded(150, least=1)
+    """Rounds of each halving."""
+    teacher_steps: int | None = bounded(None, least=2)
+    """N, the steps of the first teacher: the student's times a power of two. None takes 16 times as
+    many, four halvings."""
+    states: States = "teacher"
+    """Where the student is taught: teacher, on the teacher's way from noise, which needs no data;
+    data, on noised data, as in the paper."""
+    weights: StepWeights = "truncated-snr"
+    """Of the squared error of the clean sample: truncated-snr, max(alpha^2 / sigma^2, 1), is the
+    paper's; snr, alpha^2 / sigma^2, is the error of the predicted noise, milder for networks that
+    predict it."""
+
+
+@dataclass(frozen=True)
+class CDSettings(DistillationSettings):
+    """Settings of `ConsistencyDistillation`."""
+
+    solver: str = "consistency"
+    """The sampler of a consistency model."""
+    states: States = "teacher"
+    """Where the network is taught: teacher, on the fine solver's way from noise, which needs no
+    data; data, on noised data, with one DDIM step of the teacher."""
+    stages: int = bounded(3, least=1)
+    """The jumps between the two times of a pair begin with 2^(stages - 1) steps of the fine solver,
+    and are halved in each stage, to one."""
+    huber: float = bounded(5.4e-4, above=0)
+    """c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, d the root of the mean square."""
+    weights: JumpWeights = "even"
+    """Of the levels: even; or gap, the inverse of the difference of their noise levels."""
+    fine: FineSolverSettings = field(default_factory=lambda: FineSolverSettings(scale=8))

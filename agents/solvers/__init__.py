@@ -18,6 +18,7 @@ from .singlestep import singlestep_orders
 from .stochastic import (
     analytic_dpm,
     ancestral,
+    consistency,
     euler_ancestral,
     fast_dpm,
     flow_sde,
@@ -140,6 +141,7 @@ __all__ = [
     "analytic_dpm",
     "ancestral",
     "build_solver",
+    "consistency",
     "ddim",
     "default_schedule",
     "default_solver_options",

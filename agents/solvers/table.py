@@ -25,6 +25,7 @@ from .rows import Rows, nodes_of_many
 from .stochastic import (
     analytic_dpm,
     ancestral,
+    consistency,
     euler_ancestral,
     fast_dpm,
     flow_sde,
@@ -168,6 +169,9 @@ SOLVERS: dict[str, Solver] = {
     "euler-ancestral": Solver(euler_ancestral, "Euler with noise: DDIM with eta 1"),
     "heun": Solver(heun, "EDM's sampler, second order, two calls a step", by_signal=True),
     "flow-heun": Solver(flow_heun, "Heun's method on x itself, flow matching's, two calls a step"),
+    "consistency": Solver(
+        consistency, "jumps to the clean sample, and noises it again: for consistency models"
+    ),
     "flow-sde": Solver(
         flow_sde, "stochastic steps with a flow's marginals: Flow-GRPO's, DanceGRPO's"
     ),

@@ -37,6 +37,7 @@ VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
 PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
 STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
+STOCHASTIC |= {"consistency"}
 ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
 
 

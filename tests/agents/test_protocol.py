@@ -23,6 +23,8 @@ BUDGETS = {
     "solver": ({**FEW, "batch_size": 4, "rounds": 3, "optimizer": "adam", "start": "given"}, 3),
     "variance": ({"batch_size": 10, "samples_per_time": 5}, 2),
     "sfd": ({**DISTILLED, "rounds": 4}, 4),
+    "pd": ({**DISTILLED, "rounds": 2, "teacher_steps": 16}, 4),
+    "cd": ({**DISTILLED, "rounds": 3}, 3),
 }
 
 

@@ -48,6 +48,7 @@ NAMES = pytest.mark.parametrize(
 # flow-sde needs a straight path.
 FLOW = RectifiedFlow()
 STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
+STOCHASTIC |= {"consistency"}
 ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
 TWICE = ("heun", "flow-heun")
 ALONE = [name for name, solver in SOLVERS.items() if solver.needs is None]

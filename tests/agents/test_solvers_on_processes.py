@@ -62,7 +62,7 @@ PROCESSES = {
         0.99,
     ),
 }
-STOCHASTIC = ("fast-dpm", "ancestral", "euler-ancestral", "flow-sde")
+STOCHASTIC = ("fast-dpm", "ancestral", "euler-ancestral", "flow-sde", "consistency")
 STOCHASTIC += tuple(name for name in SOLVERS if name.endswith("-sde"))
 NAMES = [
     name for name, solver in SOLVERS.items() if solver.needs is None and name not in STOCHASTIC

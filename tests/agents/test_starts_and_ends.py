@@ -31,7 +31,7 @@ pytestmark = pytest.mark.numeric
 
 MEAN, STD = 0.3, 0.5
 PROCESSES = ["linear-1000", "linear-1000/10", "cosine-1000", "ve", "ve-1-80", "sigmoid-10"]
-STOCHASTIC = ("ancestral", "euler-ancestral", "fast-dpm")
+STOCHASTIC = ("ancestral", "euler-ancestral", "fast-dpm", "consistency")
 DETERMINISTIC = [
     name
     for name, solver in SOLVERS.items()

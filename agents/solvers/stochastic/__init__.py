@@ -2,12 +2,14 @@
 
 from .analytic import analytic_dpm, per_pixel_dpm
 from .ancestral import ancestral, euler_ancestral
+from .consistency import consistency
 from .fastdpm import fast_dpm
 from .flow_sde import flow_sde
 
 __all__ = [
     "analytic_dpm",
     "ancestral",
+    "consistency",
     "euler_ancestral",
     "fast_dpm",
     "flow_sde",
