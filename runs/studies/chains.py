@@ -18,6 +18,7 @@ SOLVERS = {
     "dode": "dpm-solver++-2m",
     "schedule": "dpm-solver++-2m",
     "solver": "dpm-solver++-3m",
+    "cd": "consistency",
     "sft-pg": "ancestral",
     "sft-v": "ancestral",
     "sft": "ancestral",
@@ -51,7 +52,7 @@ def chain(*names: str, clone: Clone = VP) -> Contender:
 
 # How good a solver of the network is that nobody trained, with more and more calls.
 YARDSTICK = "DDIM"
-METHODS = ("dode", "solver", "gs", "sfd", "sft-pg", "sft-v", "sft")
+METHODS = ("dode", "sfd", "pd", "cd", "sft-pg", "sft-v", "sft", "gs", "solver")
 CHAINS = (
     ("schedule", "dode"),
     ("solver", "sfd"),
