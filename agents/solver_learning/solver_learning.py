@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,33 +18,31 @@ from torch import Tensor
 
 from ...common.checkpoint import counter
 from ...common.optimisation import frozen, seeded
-from ...common.shapes import is_image
 from ...critics import IPMCritic
 from ...envs import Schedule
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..policy_gradient.critic import learned_critic
-from ..report import Panel, Report
+from ..report import Report
 from ..samplers.tableau import Tableau
-from ..solvers import build_solver
 from .agent import SolverAgent, comparison
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .joint.ball import Ball
+from .joint.builder import Builder
 from .joint.descent import TableDescent
 from .joint.family import Parameters, TableFamily
-from .joint.features import Extractor, SampleFeatures
-from .joint.losses import EndLoss
-from .joint.settings import MOVING, OF_DATA, SolverLearningSettings
+from .joint.features import Extractor, features_of
+from .joint.losses import end_loss
+from .joint.report import report_of
+from .joint.settings import SolverLearningSettings
 from .joint.slopes import EndObjective, Slope
-from .joint.starts import distilled_table, moved_schedules
-from .scheduling.levels import level_of_time, noise_levels, with_signal
+from .joint.starts import Starts
+from .scheduling.levels import noise_levels, with_signal
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
 from .selection import best_of, coordinate_errors
 
 GIVEN, START, LEARNED = "given", "start", "learned"
-# On so many noises the starts are tried, and so many of the best ones on all.
-TRIED, FINALISTS = 100, 3
 _TABLES = {
     GIVEN: "the base solver's table",
     START: "the table to start from",
@@ -109,6 +106,7 @@ class SolverLearning(SolverAgent):
         learn = settings.learn
         if learn.times or learn.shifts:
             self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
+        self._build = Builder(self.solver, self.denoiser, self.solver_options)
         self.base = self._build(self.mdp.schedule)
         if not self.base.linear:
             raise ValueError(
@@ -136,7 +134,9 @@ class SolverLearning(SolverAgent):
             settings.batches,
             self.seed,
         )
-        self._features = self._checked(features)
+        self._features = None
+        if settings.loss.compared == "features":
+            self._features = features_of(features, self.mdp.shape, self.device)
         self._critic = self._new_critic() if settings.loss.adversarial else None
         self._descent = TableDescent(self.family, settings.descent)
         self.errors = {}
@@ -148,27 +148,11 @@ class SolverLearning(SolverAgent):
         self._ball_noises: list[Tensor] | None = None
         self._table = self.base
 
-    def _build(self, schedule: Schedule) -> Tableau:
-        return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
-
     def _teacher_of(self, base: Tableau, schedule: Schedule) -> Teacher:
         """Return the teacher of a table on a schedule."""
         settings = self.settings
         options = settings.teacher_options or {}
         return make_teacher(base, schedule, settings.teacher, options, settings.scale)
-
-    def _checked(self, features: Extractor | None) -> SampleFeatures | None:
-        """Return the features that the loss compares, if it does and there are any yet."""
-        if self.settings.loss.compared == "samples":
-            return None
-        if features is not None:
-            return SampleFeatures(features, self.mdp.shape, self.device)
-        if not is_image(self.mdp.shape):
-            raise ValueError(
-                f"loss.compared='features' needs features=, since there are none of our own for "
-                f"samples of shape {tuple(self.mdp.shape)}: only for images."
-            )
-        return None
 
     def _new_critic(self) -> IPMCritic:
         with seeded(self.seed):
@@ -186,18 +170,8 @@ class SolverLearning(SolverAgent):
 
     def _objective_on(self, draw: int) -> EndObjective:
         settings = self.settings.loss
-        if settings.compared == "features" and self._features is None:
-            raise ValueError(
-                "loss.compared='features' needs features=, an extractor such as "
-                "`ClassifierFeatures`."
-            )
-        real = None
-        if settings.distance in OF_DATA:
-            # Fixed ones, by the seed alone: a resumed run draws them again.
-            generator = torch.Generator(self.device).manual_seed(self.seed)
-            for _ in range(draw + 1):
-                real = self.mdp.target.sample(settings.real_samples, generator)
-        loss = EndLoss(settings, self._features, real)
+        # Fixed real samples, by the seed alone: a resumed run draws them again.
+        loss = end_loss(settings, self._features, self.mdp.target, self.seed, draw)
         return EndObjective(self.family, loss, settings.adversarial)
 
     @cached_property
@@ -316,40 +290,14 @@ class SolverLearning(SolverAgent):
             )
         given = float(self._held_out(self.base).mean())
         self._start, self._least = self.family.zeros(), given
-        for parameters in self._starts():
+        starts = Starts(self.family, self._build, self._teacher_of, self._pool, self.denoiser)
+        for parameters in starts.best(self.settings.starting, self._objective):
             loss = float(self._held_out(self.family.table(parameters)).mean())
             if loss < self._least:
                 self._start, self._least = parameters, loss
         self._best = self._start
         self._descent.begin(self._start)
         self._keep(GIVEN if self._least == given else START, self._start)
-
-    def _starts(self) -> list[Parameters]:
-        """Return where the descent may start: the best of what there is to try."""
-        kind, fitted = self.settings.starting, self._pool.fitted
-        if kind == "given":
-            return []
-        schedules = [self.mdp.schedule]
-        if kind in MOVING:
-            schedules += moved_schedules(kind, self._pool, self.denoiser, self.base)
-        if len(schedules) > FINALISTS:
-            few = [next(fitted[0].split(TRIED))]
-
-            def loss(schedule: Schedule) -> float:
-                table = self.family.table(self._start_on(schedule, few))
-                found = float(self._objective.contributions(self.denoiser, table, few).mean())
-                return found if math.isfinite(found) else math.inf
-
-            schedules = sorted(schedules, key=loss)[:FINALISTS]
-        return [self._start_on(schedule, fitted) for schedule in schedules]
-
-    def _start_on(self, schedule: Schedule, batches: Sequence[Batch]) -> Parameters:
-        """Return the parameters of the base solver on a schedule, with distilled weights."""
-        base, learn = self._build(schedule), self.settings.learn
-        if learn.weights:
-            teacher = self._teacher_of(base, schedule)
-            base = distilled_table(base, teacher, batches, self.denoiser, learn.factors)
-        return self.family.parameters_of(schedule, base)
 
     def _compare(self) -> float:
         """Return the loss on held-out noise; remember the best table, or with a critic the last."""
@@ -412,40 +360,8 @@ class SolverLearning(SolverAgent):
 
     def report(self) -> Report:
         """Return the learned times, factors and weights beside the base solver's."""
-        before, after = self.base, self._table
-        process = self.mdp.process
-        told, given = (
-            level_of_time(process, torch.tensor(table.evaluation_times)).tolist()
-            for table in (after, before)
-        )
-        calls = [str(j + 1) for j in range(after.steps)]
-        rows = [[f"{weight:.3g}" for weight in row[: j + 1]] for j, row in enumerate(after.weights)]
-        table = {
-            "call": calls,
-            "level before": given,
-            "level": level_of_time(process, torch.tensor(after.times[:-1])).tolist(),
-            "level told": told,
-            "factor": after.scale.tolist(),
-            "weights": [", ".join(row) for row in rows],
-        }
-        index = list(range(after.steps))
-        levels = {"learned": (index, told), self.base.name: (index, given)}
-        sums = {
-            "learned": (index, after.weights.sum(1).tolist()),
-            self.base.name: (index, before.weights.sum(1).tolist()),
-        }
-        history = {
-            "loss": "train/loss",
-            "loss on held-out noise": "train/held_out_loss",
-        }
-        panels = [
-            Panel("noise level told in each call", "network call", levels, scale="log"),
-            Panel("sum of weights", "network call", sums, scale="symlog"),
-            Panel("loss", "round", logged=history, scale="log"),
-        ]
         results = {"errors": self.errors, "losses": self.losses, "returned": self.returned}
-        tables = {f"What was learned of {self.base.name}": table}
-        return Report(self.verdict, results, tables, {"solver.png": panels})
+        return report_of(self.mdp.process, self.base, self._table, self.verdict, results)
 
     def files(self) -> dict[str, Any]:
         """Return what a run writes beside each checkpoint: the table, and its schedule."""

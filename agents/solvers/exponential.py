@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 
 from ..samplers.tableau import Output
+from .many import Many
 from .rows import Node
 
 # Below this the closed forms from E_2 on lose digits and the series has them all.
@@ -29,6 +30,8 @@ _SMALL = 1.0
 
 def exponential(k: int, a: float) -> float:
     """Return E_k(a): E_1 = e^a - 1, E_k = E_{k-1} / a - 1 / (k - 1)! (MATH.md 1.4)."""
+    if isinstance(a, Many):
+        return a.each(lambda one: exponential(k, one))
     if k == 1:
         return math.expm1(a)
     if abs(a) < _SMALL:
@@ -60,7 +63,7 @@ def coefficient(k: int, s: Node, t: Node, output: Output, eta: float = 0.0) -> f
     if s.alpha == 0 and output == "epsilon":
         return 0.0
     h = (1 + eta) * (t.log_snr - s.log_snr)
-    if math.isinf(h):
+    if abs(h) == math.inf:
         assert k == 1, "an infinite step is of first order"
         return -s.sigma * t.alpha / s.alpha if output == "epsilon" else t.alpha
     return -t.sigma * exponential(k, h) if output == "epsilon" else -t.alpha * exponential(k, -h)

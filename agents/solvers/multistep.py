@@ -6,6 +6,8 @@ log-SNR), data prediction DPM-Solver++ 2M and 3M, and with noise their SDE versi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Output, Tableau
 from .exponential import coefficient, noise, scale
@@ -28,13 +30,31 @@ def multistep(
     eta: float = 0.0,
 ) -> Tableau:
     """Build the tableau; see `dpm_solver_multistep` and `dpm_solver_sde` for the arguments."""
+    nodes = nodes_of(schedule)
+    rows = multistep_rows(
+        nodes, order, solver_type, compat, lower_order_final, output=output, eta=eta, name=name
+    )
+    return rows.tableau(name, schedule.process, nodes[-1].time, output)
+
+
+def multistep_rows(
+    nodes: Sequence[Node],
+    order: int,
+    solver_type: SolverType = "dpmsolver",
+    compat: bool = False,
+    lower_order_final: bool | None = None,
+    *,
+    output: Output,
+    eta: float = 0.0,
+    name: str = "multistep",
+) -> Rows:
+    """Return the rows between nodes, which may be those of many schedules; see `multistep`."""
     check_solver_type(solver_type)
     if not isinstance(compat, bool) or not isinstance(lower_order_final, bool | None):
         raise ValueError("compat and lower_order_final are True or False.")
+    steps = len(nodes) - 1
     check_order(order, (1, 2, 3), name)
-    check_budget(schedule.steps, order, name)
-    nodes = nodes_of(schedule)
-    steps = schedule.steps
+    check_budget(steps, order, name)
     lowered = steps < LOWERED_BELOW[order] if lower_order_final is None else lower_order_final
     rows = Rows()
     for i in range(steps):
@@ -44,11 +64,11 @@ def multistep(
             used = 1
         weights = _weights(nodes, i, used, solver_type, compat, output, eta)
         rows.add(start.time, scale(start, end, output, eta), weights, noise=noise(start, end, eta))
-    return rows.tableau(name, schedule.process, nodes[-1].time, output)
+    return rows
 
 
 def _weights(
-    nodes: list[Node],
+    nodes: Sequence[Node],
     i: int,
     order: int,
     solver_type: SolverType,

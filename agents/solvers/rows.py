@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
 from ..samplers.sparse import SparseRows
 from ..samplers.tableau import Output, Tableau
+from .many import Many, Stack
 
 
 class Node(NamedTuple):
-    """A time of a noise process with its coefficients.
+    """A time of a noise process with its coefficients; each may be a `Many`.
 
     The log-SNR is infinite at time 0, and minus infinite where no signal is left.
     """
@@ -58,6 +60,12 @@ def nodes_of(schedule: Schedule) -> list[Node]:
         raise ValueError(f"The times {pair} are too close together to make a step.")
     columns = (schedule.times.numpy(), *schedule.levels(), log_snr)
     return [Node(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def nodes_of_many(process: NoiseProcess, times: Tensor) -> list[Node]:
+    """Return the K + 1 nodes of M schedules, times (M, K + 1), whose fields are `Many`."""
+    columns = (times, process.alpha(times), process.sigma(times), process.log_snr(times))
+    return [Node(*map(Many.of, row)) for row in zip(*(c.numpy().T for c in columns), strict=True)]
 
 
 class Rows:
@@ -117,6 +125,25 @@ class Rows:
             output,
             np.array(self._current),
         )
+
+    def stack(self, levels: np.ndarray) -> Stack:
+        """Return the numbers of the tables that rows of `Many` make, in one call a step.
+
+        Args:
+            levels: (M, K) logarithms of the noise levels of the steps.
+        """
+        count, steps = levels.shape
+        found = Stack(
+            levels,
+            np.empty((count, steps)),
+            np.zeros((count, steps, steps)),
+            np.zeros((count, steps)),
+        )
+        for j in range(steps):
+            found.scale[:, j] = self._scale[j]
+            for k, weight in self._weights[j]:
+                found.weights[:, j, k] = weight
+        return found
 
 
 def without_signal(

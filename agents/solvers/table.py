@@ -5,15 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from torch import Tensor
+
+from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
-from ..samplers.tableau import Tableau
+from ..samplers.tableau import Output, Tableau
 from .afs import afs as without_first_call
 from .ddim import ddim
 from .deis import deis, ipndm, lms
 from .dpm_solver import dpm_solver, dpm_solver_multistep, dpm_solver_pp, dpm_solver_sde
 from .heun import euler, flow_heun, heun
+from .many import Stack
+from .multistep import multistep_rows
+from .rows import Rows, nodes_of_many
 from .stochastic import (
     analytic_dpm,
     ancestral,
@@ -23,7 +31,7 @@ from .stochastic import (
     flow_sde,
     per_pixel_dpm,
 )
-from .unipc import unipc
+from .unipc import unipc, unipc_rows
 
 if TYPE_CHECKING:
     from ..denoisers.denoiser import Denoiser
@@ -50,6 +58,8 @@ class Solver:
             starts where some signal is left.
         singlestep: whether it groups the schedule's times into blocks of several calls.
         needs: what `VarianceLearning` must have given the denoiser first, if anything.
+        rows: nodes -> rows, of a builder of one call a step that is no more than that: it makes the
+            tables of many schedules at once (`stack`).
     """
 
     build: Callable[..., Tableau]
@@ -59,6 +69,7 @@ class Solver:
     by_signal: bool = False
     singlestep: bool = False
     needs: Need | None = None
+    rows: Callable[..., Rows] | None = None
 
     @property
     def options(self) -> list[str]:
@@ -88,6 +99,18 @@ class Solver:
         table = self.build(schedule, **self.fixed, **options)
         return without_first_call(table) if afs else table
 
+    def stack(self, process: NoiseProcess, times: Tensor, **options: Any) -> Stack | None:
+        """Return the numbers of the tables on M schedules, times (M, K + 1).
+
+        None where the builder makes one at a time: also with `afs`, and where no signal is left at
+        the first time, which is the same for all.
+        """
+        if self.rows is None or "afs" in options or process.levels(float(times[0, 0]))[0] == 0:
+            return None
+        nodes = nodes_of_many(process, times)
+        levels = np.stack([-node.log_snr for node in nodes[:-1]], axis=1)
+        return self.rows(nodes, **options).stack(levels)
+
     def _needed(self, denoiser: Denoiser | None) -> dict[str, Any]:
         """Return the builder's arguments that come from the denoiser."""
         if self.needs == "gamma" and denoiser is not None and denoiser.gamma is not None:
@@ -106,8 +129,17 @@ def _singlestep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> So
     return Solver(build, summary, fixed, to_t_min=True, by_signal=True, singlestep=True)
 
 
-def _multistep(build: Callable[..., Tableau], summary: str, **fixed: Any) -> Solver:
-    return Solver(build, summary, fixed, to_t_min=True, by_signal=True)
+def _multistep(
+    build: Callable[..., Tableau],
+    summary: str,
+    rows: Callable[..., Rows] | None = None,
+    **fixed: Any,
+) -> Solver:
+    return Solver(build, summary, fixed, to_t_min=True, by_signal=True, rows=rows)
+
+
+def _rows(order: int, output: Output) -> Callable[..., Rows]:
+    return partial(multistep_rows, order=order, output=output)
 
 
 # What the other method's options must be: they are not left to choose.
@@ -156,10 +188,16 @@ SOLVERS: dict[str, Solver] = {
     "dpm-solver-2": _singlestep(dpm_solver, "DPM-Solver singlestep, second order", order=2),
     "dpm-solver-3": _singlestep(dpm_solver, "DPM-Solver singlestep, third order", order=3),
     "dpm-solver-2m": _multistep(
-        dpm_solver_multistep, "DPM-Solver multistep, second order", order=2
+        dpm_solver_multistep,
+        "DPM-Solver multistep, second order",
+        _rows(2, "epsilon"),
+        order=2,
     ),
     "dpm-solver-3m": _multistep(
-        dpm_solver_multistep, "DPM-Solver multistep, third order (compat: as published)", order=3
+        dpm_solver_multistep,
+        "DPM-Solver multistep, third order (compat: as published)",
+        _rows(3, "epsilon"),
+        order=3,
     ),
     "dpm-solver++-2s": _singlestep(
         dpm_solver_pp, "DPM-Solver++ singlestep, second order", order=2, **_PP_SINGLESTEP
@@ -168,11 +206,16 @@ SOLVERS: dict[str, Solver] = {
         dpm_solver_pp, "DPM-Solver++ singlestep, third order", order=3, **_PP_SINGLESTEP
     ),
     "dpm-solver++-2m": _multistep(
-        dpm_solver_pp, "DPM-Solver++ multistep, second order", order=2, **_PP_MULTISTEP
+        dpm_solver_pp,
+        "DPM-Solver++ multistep, second order",
+        _rows(2, "sample"),
+        order=2,
+        **_PP_MULTISTEP,
     ),
     "dpm-solver++-3m": _multistep(
         dpm_solver_pp,
         "DPM-Solver++ multistep, third order (compat: as published)",
+        _rows(3, "sample"),
         order=3,
         **_PP_MULTISTEP,
     ),
@@ -188,6 +231,10 @@ SOLVERS: dict[str, Solver] = {
         order=3,
         **_PP_MULTISTEP,
     ),
-    "unipc-2": _multistep(unipc, "UniPC, second order, corrected to the third", order=2),
-    "unipc-3": _multistep(unipc, "UniPC, third order, corrected to the fourth", order=3),
+    "unipc-2": _multistep(
+        unipc, "UniPC, second order, corrected to the third", partial(unipc_rows, order=2), order=2
+    ),
+    "unipc-3": _multistep(
+        unipc, "UniPC, third order, corrected to the fourth", partial(unipc_rows, order=3), order=3
+    ),
 }

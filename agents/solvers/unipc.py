@@ -15,6 +15,7 @@ is what the next row starts from: an ordinary row, and no network call more than
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,8 @@ import numpy as np
 from ...common.arguments import checked
 from ...envs.schedules import Schedule
 from ..samplers.tableau import Output, Tableau
-from .exponential import coefficient, scale
+from .exponential import coefficient, exponential, scale
+from .many import Many
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
 
 Bh = Literal["bh1", "bh2"]
@@ -57,10 +59,23 @@ def unipc(
         ValueError: no such order, type or output, or fewer steps than the order.
     """
     name = f"unipc-{order}" if corrector else f"unip-{order}"
-    check_order(order, (1, 2, 3), "UniPC")
-    check_budget(schedule.steps, order, name)
     nodes = nodes_of(schedule)
-    steps = schedule.steps
+    rows = unipc_rows(nodes, order, solver_type, corrector, lower_order_final, output)
+    return rows.tableau(name, schedule.process, nodes[-1].time, output)
+
+
+def unipc_rows(
+    nodes: Sequence[Node],
+    order: int = 2,
+    solver_type: Bh = "bh2",
+    corrector: bool = True,
+    lower_order_final: bool = True,
+    output: Output = "sample",
+) -> Rows:
+    """Return the rows between nodes, which may be those of many schedules; see `unipc`."""
+    steps = len(nodes) - 1
+    check_order(order, (1, 2, 3), "UniPC")
+    check_budget(steps, order, f"unipc-{order}" if corrector else f"unip-{order}")
     rows = Rows()
     correction: dict[int, float] = {}  # of z_i to c_i
     for i in range(steps):
@@ -76,11 +91,11 @@ def unipc(
             known = [*range(i - 1, i - used, -1), i + 1]
             corrected = _weights(nodes, i, known, solver_type, output)
             correction = combine((1.0, corrected), (-1.0, predicted))
-    return rows.tableau(name, schedule.process, nodes[-1].time, output)
+    return rows
 
 
 def _weights(
-    nodes: list[Node], i: int, others: list[int], solver_type: Bh, output: Output
+    nodes: Sequence[Node], i: int, others: list[int], solver_type: Bh, output: Output
 ) -> dict[int, float]:
     """Return the weights of step i on its own output and those at the nodes `others`.
 
@@ -98,11 +113,17 @@ def _weights(
     if len(others) == 1:
         signed = h if output == "epsilon" else -h
         # c_1 = -g (e^h - 1), and -g h in its place.
-        half = terms[0][0] / 2 * (signed / math.expm1(signed) if solver_type == "bh1" else 1.0)
+        half = terms[0][0] / 2 * (signed / exponential(1, signed) if solver_type == "bh1" else 1.0)
         weights = half / places
     else:
-        powers = np.arange(len(others))
-        moments = [math.factorial(k) * coefficient(k + 1, start, end, output) for k in powers + 1]
-        weights = np.linalg.solve(places ** powers[:, None], moments) / places
-    terms += [(float(w), difference(k, i)) for w, k in zip(weights, others, strict=True)]
+        moments = [
+            math.factorial(k) * coefficient(k + 1, start, end, output)
+            for k in range(1, len(others) + 1)
+        ]
+        # Of many schedules each has its own system: its axis goes first.
+        powers = np.stack([places**k for k in range(len(others))])
+        systems, sides = np.moveaxis(powers, (0, 1), (-2, -1)), np.moveaxis(moments, 0, -1)
+        weights = np.moveaxis(np.linalg.solve(systems, sides[..., None])[..., 0], -1, 0) / places
+    for weight, k in zip(weights, others, strict=True):
+        terms.append((Many.of(weight) if weight.ndim else float(weight), difference(k, i)))
     return combine(*terms)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from ...agents import AGENTS, Denoiser
 from ...agents.denoisers.bodies import new_denoiser
 from ...common.distributed import Processes
@@ -18,6 +21,7 @@ from ..settings.train import (
     TrainSettings,
     defaults,
 )
+from .starting import on_its_times, starting_table
 
 # Settings of a denoiser that the run clones itself.
 CLONED = ("body", "body_options", "prediction")
@@ -39,11 +43,11 @@ def check(settings: Settings) -> DiffusionMDP:
         denoiser = denoiser_of(mdp, run)
     elif not AGENTS[run.agent].needs_denoiser:
         raise ValueError(
-            "Behaviour cloning starts from nothing: --denoiser and --pretrained are for the other "
-            "agents."
+            "Behaviour cloning starts from nothing: --denoiser, --pretrained and --start-from are "
+            "for the other agents."
         )
     else:
-        check_fits(denoiser, mdp, run.denoiser or run.pretrained)
+        check_fits(denoiser, mdp, run.denoiser or run.pretrained or run.start_from)
         of_preset = defaults(run.env, run.agent, run.preset).run
         check_body(denoiser, mdp.shape, run.body)
         for flag in ("prediction",) if is_foreign(run.body) else CLONED:
@@ -70,7 +74,7 @@ def check(settings: Settings) -> DiffusionMDP:
         )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
-    if run.denoiser is None and run.pretrained is None:
+    if not adopts(run):
         cloned = AGENTS[CLONER](mdp, denoiser, settings.cloning).sampling_denoiser
         # As it will be when it is cloned: dropped labels allow guidance.
         denoiser.conditioning = cloned.conditioning
@@ -79,19 +83,33 @@ def check(settings: Settings) -> DiffusionMDP:
         kind = denoiser.waits_for
         flag = "--conditional" if kind == "classes" else f"--conditional {kind}"
         raise ValueError(
-            f"{run.denoiser} is conditional: give {flag} for an environment of {kind}, or one "
-            f"condition, --condition {'3' if kind == 'classes' else '...'}."
+            f"{run.denoiser or run.start_from} is conditional: give {flag} for an environment of "
+            f"{kind}, or one condition, --condition {'3' if kind == 'classes' else '...'}."
         )
-    AGENTS[run.agent](mdp, denoiser, settings.agent)
+    AGENTS[run.agent](mdp, denoiser, settings.agent, **taken_up(run))
     return mdp
 
 
-def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> DiffusionMDP:
+def adopts(run: TrainSettings) -> bool:
+    """Tell whether a run starts from a denoiser that the user names."""
+    return any(source is not None for source in (run.denoiser, run.pretrained, run.start_from))
+
+
+def taken_up(run: TrainSettings, kept: Path | None = None) -> dict[str, Any]:
+    """Return the agent's argument for the table that it starts from, if it takes one."""
+    table = starting_table(run, kept)
+    return {"tableau": table} if table is not None and AGENTS[run.agent].takes_tableau else {}
+
+
+def build_mdp(
+    settings: Settings, denoiser: Denoiser | None = None, kept: Path | None = None
+) -> DiffusionMDP:
     """Build the environment that the settings name.
 
     Args:
         settings: of the run.
         denoiser: the one that the run starts from, if it is loaded already.
+        kept: the run's own copy of the table that it starts from.
     """
     run, processes = settings.run, Processes.current()
     denoiser = denoiser or starting_denoiser(run)
@@ -120,7 +138,8 @@ def build_mdp(settings: Settings, denoiser: Denoiser | None = None) -> Diffusion
     )
     if run.download and processes.first:
         processes.wait()
-    return mdp
+    table = starting_table(run, kept)
+    return mdp if table is None else on_its_times(mdp, table)
 
 
 def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:

@@ -4,6 +4,7 @@ logs/SwissRoll__sft-pg__seed0__learning_rate=0.001__20260101-120000/
     config.json              resolved settings; `--config` reads them back
     denoiser.safetensors     the cloned denoiser's training, where every agent starts
     checkpoint.safetensors   the agent's training; `--resume` goes on from it (D-ODE: tableau.json)
+    start.json               the table of the earlier run that it started from, if it did
     tableau.json             the sampler that the agent trains: times, weights, noise
     schedule.json            the times that schedule learning found
     progress.csv tensorboard/ results.json samples.png trajectories.png curve.png
@@ -29,7 +30,7 @@ from ...common.reading import CONSTANTS, read_json
 from ..settings.train import Settings, defaults
 
 CLONING, CHECKPOINT = "denoiser.safetensors", Agent.checkpoint_name
-TABLEAU, SCHEDULE = "tableau.json", "schedule.json"
+TABLEAU, SCHEDULE, START = "tableau.json", "schedule.json", "start.json"
 
 
 class RunFolder:
@@ -99,6 +100,11 @@ class RunFolder:
     def cloning(self) -> Path:
         """Checkpoint of behaviour cloning."""
         return self.path / CLONING
+
+    @property
+    def start(self) -> Path:
+        """The table that the run started from."""
+        return self.path / START
 
     def checkpoint(self, agent: Agent) -> Path:
         """Checkpoint of an agent."""

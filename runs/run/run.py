@@ -41,11 +41,12 @@ from ..settings.train import (
     Settings,
     defaults,
 )
-from .building import CLONED, build_mdp, denoiser_of
+from .building import CLONED, adopts, build_mdp, denoiser_of, taken_up
 from .folder import RunFolder, flat
 from .interrupts import Interrupts
 from .logs import make_logger, read_live_metric
 from .monitor import Monitor, finite
+from .starting import starting_table
 from .threads import threads
 
 
@@ -71,7 +72,7 @@ class Run:
         if mdp is None:
             # What the run started from may be gone by now.
             own = self._cloned("cpu") if self._adopts and folder.cloning.is_file() else None
-            mdp = build_mdp(settings, own)
+            mdp = build_mdp(settings, own, folder.start)
         self.mdp = mdp
         self._began = time.monotonic()
         self._seconds_before = float(folder.results().get("seconds", 0.0))
@@ -79,7 +80,7 @@ class Run:
     @property
     def _adopts(self) -> bool:
         """Whether the run starts from a denoiser that the user names."""
-        return self.settings.run.denoiser is not None or self.settings.run.pretrained is not None
+        return adopts(self.settings.run)
 
     @property
     def seconds(self) -> float:
@@ -149,7 +150,10 @@ class Run:
         run = self.settings.run
         denoiser = starting_denoiser(run)
         assert denoiser is not None
-        check_fits(denoiser, self.mdp, run.denoiser or run.pretrained)
+        check_fits(denoiser, self.mdp, run.denoiser or run.pretrained or run.start_from)
+        table = starting_table(run)
+        if table is not None:
+            table.save(self.folder.start)
         denoiser.save(self.folder.cloning)
 
     def finetune(self) -> Agent:
@@ -158,7 +162,9 @@ class Run:
         denoiser = self._cloned(self.mdp.device)
         check_body(denoiser, self.mdp.shape, run.body)
         kind = AGENTS[run.agent]
-        seen: dict[str, Any] = {"features": self.features} if kind.takes_features else {}
+        seen = taken_up(run, self.folder.start)
+        if kind.takes_features:
+            seen["features"] = self.features
         agent = kind(self.mdp, denoiser, self.settings.agent, seed=run.seed + 1, **seen)
         return self._learn(agent, self.folder.checkpoint(agent))
 

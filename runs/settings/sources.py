@@ -65,15 +65,17 @@ def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") ->
     """Load the denoiser that a run starts from; None if it is to clone one.
 
     Raises:
-        ValueError: both --denoiser and --pretrained; or what `find_denoiser` raises.
+        ValueError: more than one of --denoiser, --pretrained and --start-from; or what
+            `find_denoiser` raises.
     """
-    if run.denoiser is not None and run.pretrained is not None:
-        raise ValueError("Give --denoiser or --pretrained, not both.")
+    if sum(source is not None for source in (run.denoiser, run.pretrained, run.start_from)) > 1:
+        raise ValueError("Give one of --denoiser, --pretrained and --start-from.")
     if run.pretrained is not None:
         return from_pretrained(
             run.pretrained, device=device, download=run.download, classes=run.classes
         )
-    if run.denoiser is None:
+    source = run.denoiser or run.start_from
+    if source is None:
         if run.classes is not None:
             raise ValueError(
                 "--classes is for a denoiser of diffusers: give --pretrained, too; a network that "
@@ -81,7 +83,7 @@ def starting_denoiser(run: TrainSettings, device: torch.device | str = "cpu") ->
             )
         return None
     body = foreign_body(run.body, run.body_options)
-    return find_denoiser(run.denoiser, device, run.download, body, classes=run.classes)
+    return find_denoiser(source, device, run.download, body, classes=run.classes)
 
 
 def _text(path: Path) -> str:

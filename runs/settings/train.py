@@ -34,6 +34,11 @@ from .foreign import Recorded, is_foreign, needs_flag
 
 # The agent that trains a denoiser from nothing, before the others.
 CLONER = "behavior-cloning"
+# What a run has of the one that it starts from, unless it says otherwise.
+INHERITED = (
+    *("env", "image_size", "inpaint", "conditional", "data_dir", "inception_weights"),
+    *("guidance", "guidance_interval", "guidance_rescale", "condition"),
+)
 # Generators take twice as many; runs add a little to theirs.
 LAST_SEED = 2**63 - 1
 
@@ -79,6 +84,10 @@ class TrainSettings(AnySettings):
     denoiser: Path | None = None
     """Pretrained denoiser or run folder to start from, instead of cloning one; it brings its noise
     process."""
+    start_from: Path | None = None
+    """Earlier run to go on from with another agent: its network and, where the agent takes one, its
+    finished table; other agents build their solver on the table's times. Its environment is the
+    default; with --steps or --schedule it gives the network alone."""
     pretrained: str | None = None
     """Start from a diffusers DDPM instead: a folder, or a name on the hub such as
     google/ddpm-cifar10-32 (with --download it is fetched if it is not in the local cache)."""
@@ -169,7 +178,7 @@ class Settings:
                 raise unknown_name("agent", agent, AGENTS)
             # What an older version did not know takes its default.
             run = parts[0]
-            for key in ("denoiser", "log_dir", "data_dir", "inception_weights"):
+            for key in ("denoiser", "start_from", "log_dir", "data_dir", "inception_weights"):
                 if run.get(key) == "":
                     raise ValueError(f"{key} is empty")
                 if isinstance(run.get(key), str):
@@ -230,6 +239,7 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
         "--steps",
         "--process",
         "--denoiser",
+        "--start-from",
     ):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
@@ -246,20 +256,35 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
         return dataclasses.replace(
             base, run=dataclasses.replace(base.run, config=Path(chosen.config))
         )
-    env = resolve_environment(chosen.env or TrainSettings.env)
+    earlier = None if chosen.start_from is None else _earlier(Path(chosen.start_from))
+    env = resolve_environment(chosen.env or (earlier.env if earlier else TrainSettings.env))
     # What is no number is refused where all flags are read.
     steps = int(chosen.steps) if (chosen.steps or "").isdecimal() else None
     base = defaults(
         env,
         agent
         or chosen.agent
-        or recommended_agent(env, steps, chosen.process or _process_of(chosen.denoiser)),
+        or recommended_agent(
+            env, steps, chosen.process or _process_of(chosen.start_from or chosen.denoiser)
+        ),
         chosen.preset or TrainSettings.preset,
     )
+    if earlier is not None:
+        same = {name: getattr(earlier, name) for name in INHERITED}
+        base = dataclasses.replace(base, run=dataclasses.replace(base.run, **same))
     if chosen.solver not in (None, base.agent.solver):
         # The preset's options are for its own solver.
         base = dataclasses.replace(base, agent=base.agent.replace(solver_options=None))
     return base
+
+
+def _earlier(folder: Path) -> TrainSettings:
+    """Return the settings of the run that another goes on from."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"No run at {folder} to start from: give the folder of one, which has a config.json."
+        )
+    return Settings.from_json(folder / "config.json").run
 
 
 def _process_of(denoiser: str | None) -> str | None:

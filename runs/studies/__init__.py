@@ -1,6 +1,6 @@
 """The studies that `fewstep benchmark` runs: one engine, and declarations by kind of question."""
 
-from . import agents, flows, guidance, rl_tools, schedules, solvers
+from . import agents, chains, flows, guidance, rl_tools, schedules, solvers
 from .engine import Study
 
 STUDIES: dict[str, Study] = {
@@ -10,4 +10,5 @@ STUDIES: dict[str, Study] = {
     **guidance.STUDIES,
     **flows.STUDIES,
     **rl_tools.STUDIES,
+    **chains.STUDIES,
 }

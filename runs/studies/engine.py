@@ -25,9 +25,11 @@ from ..reports.plots import save_figure
 from ..run.folder import read_record, unwritable_folder, write_json
 from ..run.threads import threads
 from ..settings.benchmark import BenchmarkSettings
-from .tables import figure, report
+from .tables import present
 
 Record = dict[str, Any]
+# Of a study's title, records, columns and yardstick: its text in Markdown, and its picture.
+Presenter = Callable[[str, list[Record], Sequence[str], str | None], tuple[str, Any]]
 # What the record of a cell that failed has instead of scores.
 FAILED = "failed"
 
@@ -61,12 +63,14 @@ class Study:
         cells: returns the cells under a command's flags.
         columns: of the table, see `tables.summary`; all metrics and the seconds if empty.
         yardstick: label of the contender that the others are to beat, if there is one.
+        present: what makes a text and a picture of the records.
     """
 
     title: str
     cells: Callable[[BenchmarkSettings], Sequence[Cell]]
     columns: tuple[str, ...] = ()
     yardstick: str | None = None
+    present: Presenter = present
 
 
 def run_study(study: Study, settings: BenchmarkSettings) -> str:
@@ -81,9 +85,9 @@ def run_study(study: Study, settings: BenchmarkSettings) -> str:
     finished = [record for record in records if FAILED not in record]
     if finished:
         write_json(folder / "results.json", finished)
-        text = report(study.title, finished, study.columns, study.yardstick)
+        text, picture = study.present(study.title, finished, study.columns, study.yardstick)
         write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
-        save_figure(figure(finished, study.columns), folder / "plot.png")
+        save_figure(picture, folder / "plot.png")
     for cell, record in zip(cells, records, strict=True):
         if FAILED in record:
             count = f"{len(cells) - len(finished)} of {len(cells)} cells failed"

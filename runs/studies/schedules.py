@@ -6,9 +6,9 @@ from typing import Any
 
 from .contenders import Contender, Grid
 from .engine import Study
-from .solvers import EDM, SCORING, VP
-from .stages import Learn, Sample, Stage, fine_tune
-from .world import MIXTURE, Scoring
+from .solvers import EDM, SCORING
+from .stages import Learn, Sample, Stage
+from .world import MIXTURE
 
 STAGE_ONE: dict[str, Any] = {"tuning_rounds": 0}
 FROM_KARRAS: dict[str, Any] = {**STAGE_ONE, "start": "karras"}
@@ -24,8 +24,6 @@ W2 = "sliced_wasserstein_fresh"
 COLUMNS = ("error", "factor error", W2, f"factor {W2}", "mmd", "seconds")
 NETWORKS = ("SwissRoll", "Digits")
 TIMES, D_ODE = Learn("schedule", STAGE_ONE), Learn("dode", {"form": "all"})
-SFT_PG = fine_tune("sft-pg", evaluations=0)
-DDIM, DDPM = Sample("ddim"), Sample("ancestral")
 
 
 def _study(title: str, envs: tuple[str, ...], calls: tuple[int, ...], *who: Contender) -> Study:
@@ -86,24 +84,5 @@ STUDIES = {
                 _on(solver, "stage 1, then D-ODE", TIMES, D_ODE),
             )
         ),
-    ),
-    "composition": Study(
-        "What learning the times, distillation and SFT-PG add to one another, in five calls",
-        Grid(
-            ("SwissRoll",),
-            (
-                Contender("DDIM", (VP, DDIM)),
-                Contender("times", (VP, DDIM, TIMES)),
-                Contender("D-ODE", (VP, DDIM, D_ODE)),
-                Contender("times, D-ODE", (VP, DDIM, TIMES, D_ODE)),
-                Contender("DDPM", (VP, DDPM)),
-                Contender("SFT-PG", (VP, DDPM, SFT_PG)),
-                Contender("times, SFT-PG", (VP, DDIM, TIMES, DDPM, SFT_PG)),
-                Contender("SFT-PG, then D-ODE of its DDIM", (VP, DDPM, SFT_PG, DDIM, D_ODE)),
-            ),
-            calls=(5,),
-            scoring=Scoring(20_000),
-        ),
-        ("sliced_wasserstein", W2, "mmd", "training calls", "seconds"),
     ),
 }

@@ -149,7 +149,9 @@ LEARNED = {
             ("s4s", "dpm-solver++-3m"),
             ("bns", "euler"),
             ("dyweight", "ipndm"),
+            ("ddss", "ddim"),
             ("gs", "dpm-solver++-3m"),
+            ("gas", "dpm-solver++-3m"),
         )
     },
     "solver learning": ("dpm-solver++-3m", Learn("solver")),

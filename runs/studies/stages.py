@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..run.logs import make_logger, read_live_metric
 from ..run.monitor import Monitor
 from ..settings.train import CLONER
 from .engine import Record, locked
+from .timeline import Timeline, joined
 from .world import LONG, MIXTURE, World
 
 # Written when a stage is finished: what the record says of it.
@@ -203,7 +205,12 @@ class Learn:
         """Train in a folder, or find it trained there."""
         agent = self._build(sampler, world)
         before = sampler.before or (agent.starting_tableau(sampler.denoiser), sampler.denoiser)
-        facts = _train(agent, folder, world, self.evaluations)
+        timeline = None
+        if world.scoring.timeline:
+            timeline = Timeline(folder / "timeline.json", partial(_score, sampler, world))
+        facts = _train(agent, folder, world, self.evaluations, timeline)
+        if timeline is not None:
+            facts["timeline"] = joined(sampler.facts.get("timeline", []), timeline.points)
         for name in ("seconds", "training calls"):
             facts[name] += sampler.facts.get(name, 0)
         learned = replace(sampler, denoiser=agent.sampling_denoiser, facts=sampler.facts | facts)
@@ -259,7 +266,18 @@ def run_chain(stages: Sequence[Stage], world: World, calls: int) -> Sampler:
     return sampler
 
 
-def _train(agent: Agent, folder: Path, world: World | None = None, evaluations: int = 0) -> Record:
+def _score(sampler: Sampler, world: World, agent: Agent) -> dict[str, float]:
+    """Score an agent that learns on top of a sampler."""
+    return world.score(sampler.origin, sampler.pretrained, *agent.sampler)
+
+
+def _train(
+    agent: Agent,
+    folder: Path,
+    world: World | None = None,
+    evaluations: int = 0,
+    timeline: Timeline | None = None,
+) -> Record:
     """Train an agent, from its checkpoint if there is one; Ctrl-C leaves one.
 
     Returns:
@@ -277,15 +295,25 @@ def _train(agent: Agent, folder: Path, world: World | None = None, evaluations: 
         agent.set_logger(logger)
         with (
             warnings.catch_warnings(),
-            Monitor(checkpoint, 20, agent.budget, live, evaluations) as watch,
+            Monitor(
+                checkpoint,
+                20,
+                agent.budget,
+                live,
+                evaluations,
+                on_save=(lambda: None) if timeline is None else timeline.save,
+            ) as watch,
         ):
             # The record says what a warning would: what was returned, and how good it is.
             warnings.simplefilter("ignore", UserWarning)
-            agent.learn(callback=watch, reset_num_timesteps=False)
+            # The timeline's clock stops before the monitor's begins.
+            callbacks = [watch] if timeline is None else [timeline, watch]
+            agent.learn(callback=callbacks, reset_num_timesteps=False)
         logger.close()
         if watch.interrupted:
             raise KeyboardInterrupt
-        facts: Record = {"seconds": time.monotonic() - began, "training calls": agent.num_timesteps}
+        seconds = time.monotonic() - began if timeline is None else timeline.seconds
+        facts: Record = {"seconds": seconds, "training calls": agent.num_timesteps}
         told = agent.report().results.items()
         facts |= {name: value for name, value in told if isinstance(value, str | int | float)}
         if curve := read_live_metric(folder / "progress.csv"):

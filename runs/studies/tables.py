@@ -20,6 +20,16 @@ COORDINATES = ["env", "solver", "contender", "calls"]
 FORMATS = {"seconds": "{:.0f}", "training calls": "{:.2e}"}
 
 
+def present(
+    title: str,
+    records: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] = (),
+    yardstick: str | None = None,
+) -> tuple[str, Figure]:
+    """Return a study's table with notes, and its picture."""
+    return report(title, records, columns, yardstick), figure(records, columns)
+
+
 def report(
     title: str,
     records: Sequence[Mapping[str, Any]],

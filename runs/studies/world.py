@@ -41,6 +41,7 @@ class Scoring:
         own_noise: whether each seed scores samples of noise of its own.
         features: whether images are compared in a classifier's features, too.
         conditional: whether samplers are asked for the classes of the data, or which conditions.
+        timeline: whether learners are scored on the way, too: quality against time.
     """
 
     samples: int = 200_000
@@ -50,6 +51,7 @@ class Scoring:
     own_noise: bool = True
     features: bool = True
     conditional: Conditional = False
+    timeline: bool = False
 
 
 @dataclass(frozen=True)

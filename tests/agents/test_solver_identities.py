@@ -516,3 +516,33 @@ def test_a_budget_is_spent_exactly(name, nfe):
                 solver_within(name, nfe, schedule_of)
         else:
             assert solver_within(name, nfe, schedule_of).nfe == nfe
+
+
+@PROCESSES
+@pytest.mark.parametrize("to_zero", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name, solver in SOLVERS.items() if solver.rows is not None),
+        ("dpm-solver++-3m", {"compat": True, "lower_order_final": False}),
+        ("unipc-3", {"solver_type": "bh1", "output": "epsilon", "lower_order_final": False}),
+        ("unipc-2", {"solver_type": "bh1"}),
+    ],
+)
+def test_tables_built_together_are_those_built_one_by_one(name, options, to_zero, process):
+    first, last = (1000.0, 1.0) if process is VP else (80.0, 0.002)
+    ramp = torch.linspace(0, 1, 6, dtype=torch.float64) ** torch.tensor([[1.0], [0.7], [1.6]])
+    times = first ** (1 - ramp) * last**ramp
+    if to_zero:
+        times = torch.cat([times, torch.zeros(3, 1)], 1)
+    stack = SOLVERS[name].stack(process, times, **options)
+    for number, row in enumerate(times):
+        table = make_solver(name, Schedule(process, row), **options)
+        rounding = 1e-11  # of divided differences of log-SNRs that are up to 1e3 times larger
+        largest = np.abs(table.weights).max()
+        np.testing.assert_allclose(stack.scale[number], table.scale, rtol=rounding)
+        np.testing.assert_allclose(stack.weights[number], table.weights, atol=rounding * largest)
+        np.testing.assert_array_equal(stack.current[number], table.current)
+        np.testing.assert_allclose(
+            stack.levels[number], -process.log_snr(row[:-1]).numpy(), atol=rounding
+        )

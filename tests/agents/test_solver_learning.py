@@ -398,7 +398,7 @@ def test_every_preset_learns_and_resumes_bit_for_bit(name, tmp_path, monkeypatch
 
 def test_a_start_that_errs_more_than_what_was_given_is_not_taken(monkeypatch):
     """Nor does a descent that finds nothing return it."""
-    module = "fewstep.agents.solver_learning.solver_learning.distilled_table"
+    module = "fewstep.agents.solver_learning.joint.starts.distilled_table"
     monkeypatch.setattr(module, lambda base, *_: base.replace(scale=2 * base.scale))
     agent = SolverLearning(world(), known()[0], **SMALL, rounds=1)
     slope = agent.family.zeros()

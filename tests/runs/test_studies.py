@@ -16,7 +16,7 @@ from stable_baselines3 import PPO
 from fewstep.agents import DODE, SFTPG, ScheduleLearning
 from fewstep.agents.base import Agent
 from fewstep.runs.settings.benchmark import BenchmarkSettings
-from fewstep.runs.studies import STUDIES, agents
+from fewstep.runs.studies import STUDIES, agents, chains, timeline
 from fewstep.runs.studies.contenders import Contender
 from fewstep.runs.studies.stages import Clone, Learn, Sample, fine_tune, run_chain
 from fewstep.runs.studies.world import MIXTURE, Scoring, World
@@ -136,6 +136,57 @@ def test_a_stage_hands_on_what_it_learned(tmp_path):
     np.testing.assert_array_equal(sampler.tableau.weights, second.tableau.weights)
     np.testing.assert_array_equal(sampler.before[0].weights, given.tableau.weights)
     assert sampler.facts["returned"] == second.returned
+
+
+def test_a_chain_of_agents_is_scored_on_one_clock(tmp_path, learnt, monkeypatch):
+    """Each starts from the last one's table and network; a later chain finds them trained."""
+    small = {"batch_size": 8, "rounds": 3, "held_out_size": 8, "fine_check": False}
+    policy = {"batch_size": 8, "minibatch_size": 8, "rounds": 2}
+    monkeypatch.setitem(chains.STAGES, "dode", Learn("dode", {"batches": 1, "form": "all"}))
+    monkeypatch.setitem(chains.STAGES, "sfd", Learn("sfd", small))
+    monkeypatch.setitem(chains.STAGES, "sft-pg", fine_tune("sft-pg", 0, **policy))
+    monkeypatch.setattr(timeline, "FIRST", 0.0)
+    scoring = Scoring(**QUICK, timeline=True)
+    world = World("SwissRoll", 0, scoring, BenchmarkSettings("some", tmp_path))
+    stages = chains.chain("dode", "sfd", "sft-pg", clone=dataclasses.replace(DIFFUSION, rounds=2))
+    first, second, third = (run_chain(stages.stages[:n], world, 4) for n in (3, 4, 6))
+    assert learnt == ["behavior-cloning", "dode", "sfd", "sft-pg"]
+    assert second.tableau.to_json() == first.tableau.to_json()
+    assert first.denoiser.process == second.denoiser.process
+    # The policy needs a table of its own kind: the solver is built anew on the same times.
+    np.testing.assert_array_equal(third.tableau.times, first.tableau.times)
+    lines = [sampler.facts["timeline"] for sampler in (first, second, third)]
+    assert lines[1][: len(lines[0])] == lines[0] and lines[2][: len(lines[1])] == lines[1]
+    for name in ("seconds", "training calls"):
+        values = [point[name] for point in lines[2]]
+        assert values == sorted(values) and values[0] == 0
+        assert third.facts[name] == pytest.approx(values[-1])
+    given = run_chain(stages.stages[:2], world, 4)
+    scored = world.score(given.origin, given.pretrained, given.tableau, given.denoiser)
+    assert scored.items() <= lines[2][0].items()
+    scored = world.score(third.origin, third.pretrained, third.tableau, third.denoiser)
+    assert scored.items() <= lines[2][-1].items()
+
+
+def test_quality_against_time_is_when_a_level_was_reached():
+    """Of three contenders on a clock that was made up, in units of a training's first round."""
+
+    def record(who, calls, *scores, seed=0):
+        points = [
+            {"seconds": 2.0 * n, "training calls": 10 * n, "error": score}
+            for n, score in enumerate(scores)
+        ]
+        places = {"env": "SwissRoll", "solver": "", "contender": who, "calls": calls, "seed": seed}
+        last = {"error": scores[-1]}
+        return {**places, **last} | ({"timeline": points} if len(points) > 1 else {})
+
+    records = [record("DDIM", 5, 1.0), record("DDIM", 20, 0.25)]
+    records += [record("a", 5, 1.0, 0.5, 0.2), record("b", 5, 2.0, 0.9, 0.3)]
+    text, picture = timeline.present("Title", records, ("error",), "DDIM")
+    rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("|")}
+    assert rows["a"] == "| SwissRoll | a | 5 | 2.00e-01 | 0 | 4 s, 2.0e+01 | 4 s, 2.0e+01 |"
+    assert rows["b"] == "| SwissRoll | b | 5 | 3.00e-01 | 2 s, 1.0e+01 | - | 4 s, 2.0e+01 |"
+    assert len(picture.axes) == 1
 
 
 def test_sft_pg_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ....envs.schedules import Schedule
 from ...samplers.tableau import Tableau
-from ..scheduling.adjoint import Sensitivity, by_log_level, log_levels
+from ..scheduling.adjoint import Sensitivity, Stacks, by_log_level, log_levels
 from ..scheduling.levels import LevelMap, noise_levels, schedule_at
 from .noise_form import in_noise_form
 from .settings import LearnSettings
@@ -81,8 +81,11 @@ class TableFamily:
 
     def __init__(self, build: Builder, given: Schedule, learn: LearnSettings) -> None:
         self.learn, self.given = learn, given
-        self._build = (lambda s: in_noise_form(build(s))) if learn.form == "noise" else build
+        self._build, self._stack = build, getattr(build, "stack", None)
+        if learn.form == "noise":
+            self._build, self._stack = (lambda schedule: in_noise_form(build(schedule))), None
         self.reference = self._build(given)
+        self._latest = given, self.reference
         base = numbers_of(self.reference)
         lower = torch.ones_like(base.weights).tril()
         largest = base.weights.abs().amax(1, keepdim=True)
@@ -183,7 +186,7 @@ class TableFamily:
 
     def table(self, parameters: Mapping[str, Tensor], numbers: Numbers | None = None) -> Tableau:
         """Return the table of parameters, whose numbers may be known already."""
-        base = self._build(self.schedule(parameters))
+        base = self._base_table(parameters)
         with torch.no_grad():
             found = self.numbers(parameters) if numbers is None else numbers
         told = base.evaluation_times.copy()
@@ -217,8 +220,16 @@ class TableFamily:
         if self._map is None:
             return numbers_of(self.reference)
         logs = self._map.levels(parameters[TIMES]).log()
+        base, schedule = self._base_table(parameters), self.schedule(parameters)
         follow = self.learn.coefficients != "free"
-        return Numbers(*_BaseNumbers.apply(logs, self._build, self.given, follow))
+        return Numbers(*_BaseNumbers.apply(logs, base, schedule, self._build, self._stack, follow))
+
+    def _base_table(self, parameters: Mapping[str, Tensor]) -> Tableau:
+        """Return the base solver's table on the times of parameters; the last one is kept."""
+        schedule = self.schedule(parameters)
+        if self._latest[0] != schedule:
+            self._latest = schedule, self._build(schedule)
+        return self._latest[1]
 
     def _sums(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the base solver's sums of weights (K, 1)."""
@@ -244,10 +255,17 @@ class _BaseNumbers(torch.autograd.Function):
     """The numbers of a base solver's table as functions of the logarithms of its levels."""
 
     @staticmethod
-    def forward(ctx: Any, logs: Tensor, build: Builder, given: Schedule, follow: bool) -> Any:
-        schedule = schedule_at(logs.detach().exp(), given)
-        ctx.build, ctx.schedule, ctx.follow = build, schedule, follow
-        return tuple(numbers_of(build(schedule)))
+    def forward(
+        ctx: Any,
+        logs: Tensor,
+        base: Tableau,
+        schedule: Schedule,
+        build: Builder,
+        stack: Stacks | None,
+        follow: bool,
+    ) -> Any:
+        ctx.schedule, ctx.build, ctx.stack, ctx.follow = schedule, build, stack, follow
+        return tuple(numbers_of(base))
 
     @staticmethod
     def backward(ctx: Any, *pulls: Tensor) -> Any:
@@ -255,4 +273,5 @@ class _BaseNumbers(torch.autograd.Function):
         if not ctx.follow:
             others = [np.zeros_like(pull) for pull in others]
         sensitivity = Sensitivity(asked, *others)
-        return by_log_level(ctx.build, ctx.schedule, sensitivity), None, None, None
+        gradient = by_log_level(ctx.build, ctx.schedule, sensitivity, ctx.stack)
+        return gradient, None, None, None, None, None

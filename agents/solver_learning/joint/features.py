@@ -7,9 +7,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ....common.shapes import is_image
 from ....critics.metrics.features import NetworkFeatures
 
 Extractor = Callable[[Tensor], Tensor]
+
+
+def features_of(
+    extractor: Extractor | None, shape: Sequence[int], device: torch.device | str
+) -> SampleFeatures | None:
+    """Return the features that samples are compared in; None of images, which get some later.
+
+    Raises:
+        ValueError: there are none for samples of this shape, or what `SampleFeatures` raises.
+    """
+    if extractor is not None:
+        return SampleFeatures(extractor, shape, device)
+    if not is_image(shape):
+        raise ValueError(
+            f"loss.compared='features' needs features=, since there are none of our own for "
+            f"samples of shape {tuple(shape)}: only for images."
+        )
+    return None
 
 
 class SampleFeatures:

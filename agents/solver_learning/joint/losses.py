@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ....critics.mmd import distances
+from ....envs import Target
 from .features import SampleFeatures
-from .settings import LossSettings
+from .settings import OF_DATA, LossSettings
 
 
 class EndLoss:
@@ -71,6 +72,33 @@ class EndLoss:
             # The distance of a point to itself has no derivative.
             return -distances(x, y)
         return (x @ y.to(x).T / x.shape[1] + 1) ** 3
+
+
+def end_loss(
+    settings: LossSettings, features: SampleFeatures | None, target: Target, seed: int, draw: int
+) -> EndLoss:
+    """Return the loss that settings name.
+
+    Args:
+        settings: of the loss.
+        features: what compares samples, where it is not they themselves.
+        target: gives the real samples, where the distance is one of distributions.
+        seed: of these samples.
+        draw: which of the sets of real samples that follow from the seed, 0, 1, ...
+
+    Raises:
+        ValueError: features are to be compared, and there are none.
+    """
+    if settings.compared == "features" and features is None:
+        raise ValueError(
+            "loss.compared='features' needs features=, an extractor such as `ClassifierFeatures`."
+        )
+    real = None
+    if settings.distance in OF_DATA:
+        generator = torch.Generator(target.device).manual_seed(seed)
+        for _ in range(draw + 1):
+            real = target.sample(settings.real_samples, generator)
+    return EndLoss(settings, features, real)
 
 
 def _pairs(values: Tensor) -> Tensor:

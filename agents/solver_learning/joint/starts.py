@@ -6,7 +6,9 @@ weights in closed form a grid of times is judged in a second, so many of them ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,13 +22,64 @@ from ..distillation.teacher import Teacher
 from ..scheduling.levels import noise_levels, schedule_at
 from ..scheduling.pool import Batch, Pool
 from ..scheduling.starts import PROGRAMMES, optimal_schedule
-from .settings import Start
+from .family import Builder, Parameters, TableFamily
+from .settings import MOVING, Start
+from .slopes import EndObjective
 
 # The grids that are tried.
 EXPONENTS, WARPS = (3.0, 7.0, 20.0), (0.5, 0.7, 1.0, 1.4)
 
 # As D-ODE's own default.
 RIDGE = 1e-4
+
+# On so many noises the starts are tried, and so many of the best ones on all.
+TRIED, FINALISTS = 100, 3
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where the descent of a family of tables may start.
+
+    Attributes:
+        family: the tables.
+        build: the base solver's builder.
+        teacher_of: a table and its schedule -> their teacher.
+        pool: the noises.
+        denoiser: the network.
+    """
+
+    family: TableFamily
+    build: Builder
+    teacher_of: Callable[[Tableau, Schedule], Teacher]
+    pool: Pool
+    denoiser: Denoiser
+
+    def best(self, kind: Start, objective: EndObjective) -> list[Parameters]:
+        """Return the best of what there is to try, by an objective; none for "given"."""
+        given, fitted = self.family.given, self.pool.fitted
+        if kind == "given":
+            return []
+        schedules = [given]
+        if kind in MOVING:
+            schedules += moved_schedules(kind, self.pool, self.denoiser, self.build(given))
+        if len(schedules) > FINALISTS:
+            few = [next(fitted[0].split(TRIED))]
+
+            def loss(schedule: Schedule) -> float:
+                table = self.family.table(self._on(schedule, few))
+                found = float(objective.contributions(self.denoiser, table, few).mean())
+                return found if math.isfinite(found) else math.inf
+
+            schedules = sorted(schedules, key=loss)[:FINALISTS]
+        return [self._on(schedule, fitted) for schedule in schedules]
+
+    def _on(self, schedule: Schedule, batches: Sequence[Batch]) -> Parameters:
+        """Return the parameters of the base solver on a schedule, with distilled weights."""
+        base, learn = self.build(schedule), self.family.learn
+        if learn.weights:
+            teacher = self.teacher_of(base, schedule)
+            base = distilled_table(base, teacher, batches, self.denoiser, learn.factors)
+        return self.family.parameters_of(schedule, base)
 
 
 def moved_schedules(

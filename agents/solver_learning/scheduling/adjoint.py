@@ -26,7 +26,8 @@ from ....envs.processes import NoiseProcess
 from ....envs.schedules import Schedule
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
-from .levels import level_of_time, noise_levels, schedule_at, time_of_level
+from ...solvers.many import Stack
+from .levels import level_of_time, noise_levels, schedule_at, time_of_level, times_at
 from .rollout import chunk_size
 
 # A builder is differentiated by five-point differences in the log of a level, this far apart
@@ -35,6 +36,9 @@ from .rollout import chunk_size
 _DISTANCE = 1e-3
 _CENTRED = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
 _ONE_SIDED = ((1, 4.0), (2, -3.0), (3, 4 / 3), (4, -1 / 4))  # and -25 / 12 at the level itself
+
+# Of a process and the times (M, K + 1) of many schedules, all tables; None where that is not done.
+Stacks = Callable[[NoiseProcess, Tensor], Stack | None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,15 @@ class Sensitivity:
             float((getattr(self, name) * (getattr(other, name) - getattr(tableau, name))).sum())
             for name in ("scale", "weights", "current")
         )
+
+    def along_stack(self, tables: Stack) -> list[float]:
+        """Return the same from the last of M + 1 tables to each of the others, (M,)."""
+        changes = 0.0
+        for name in ("levels", "scale", "weights", "current"):
+            found = getattr(tables, name)
+            moved = (found[:-1] - found[-1]).reshape(len(found) - 1, -1)
+            changes = changes + moved @ getattr(self, name).ravel()
+        return np.asarray(changes).tolist()
 
 
 def log_levels(tableau: Tableau) -> np.ndarray:
@@ -244,7 +257,10 @@ def _add(sums: list[Tensor | None], index: int, value: Tensor) -> None:
 
 
 def by_log_level(
-    build: Callable[[Schedule], Tableau], schedule: Schedule, sensitivity: Sensitivity
+    build: Callable[[Schedule], Tableau],
+    schedule: Schedule,
+    sensitivity: Sensitivity,
+    stack: Stacks | None = None,
 ) -> Tensor:
     """Follow derivatives by a table's numbers back to the noise levels.
 
@@ -252,41 +268,60 @@ def by_log_level(
         build: the solver's builder.
         schedule: where it was built.
         sensitivity: the derivatives at `build(schedule)`.
+        stack: builds the same tables at once, where it can, for a tenth of the time.
 
     Returns:
         (T,) float64 derivatives by the logarithm of each level of the schedule, towards more noise
         where they jump; 0 for the first and the last one, which stay fixed.
     """
     logs = noise_levels(schedule).log()
-    gaps = -logs.diff()
-    here = build(schedule)
     gradient = torch.zeros_like(logs)
-    for i in range(1, len(logs) - 1):
+    points = _points(schedule, logs)
+    moved = logs.repeat(len(points) + 1, 1)
+    for row, (i, shift, _) in zip(moved, points, strict=False):
+        row[i] += shift
+    tables = None if stack is None else stack(schedule.process, times_at(moved.exp(), schedule))
+    if tables is not None:
+        changes = sensitivity.along_stack(tables)
+    else:
+        here = build(schedule)
+        changes = [
+            sensitivity.along(here, build(schedule_at(row.exp(), schedule))) for row in moved[:-1]
+        ]
+    for (i, _, weight), change in zip(points, changes, strict=True):
+        gradient[i] += weight * change
+    return gradient
+
+
+def _points(schedule: Schedule, logs: Tensor) -> list[tuple[int, float, float]]:
+    """Return the points of the differences: which level moves, by how much, and the weight."""
+    gaps = -logs.diff()
+    points = []
+    for i, (less, more) in enumerate(_smooth_rooms(schedule.process, logs), start=1):
         distance = _DISTANCE * min(1.0, float(gaps[i - 1 : i + 1].min()))
-        less, more = _smooth_room(schedule.process, logs[i - 1 : i + 2])
         stencil = _CENTRED
         if min(less, more) < 2 * distance:
             stencil = _ONE_SIDED
             distance = min(distance, max(less, more) / 4) * (1 if more >= less else -1)
-        for offset, weight in stencil:
-            moved = logs.clone()
-            moved[i] += offset * distance
-            there = build(schedule_at(moved.exp(), schedule))
-            gradient[i] += weight / distance * sensitivity.along(here, there)
-    return gradient
+        points += [(i, offset * distance, weight / distance) for offset, weight in stencil]
+    return points
 
 
-def _smooth_room(process: NoiseProcess, logs: Tensor) -> tuple[float, float]:
-    """Return how far the log level logs[1] can fall, and rise, before the process bends.
+def _smooth_rooms(process: NoiseProcess, logs: Tensor) -> list[tuple[float, float]]:
+    """Return how far each inner log level can fall, and rise, before the process bends.
 
-    It is looked at between its neighbours logs[2] and logs[0].
+    It is looked at between its neighbours.
     """
     times = time_of_level(process, logs.exp())
-    here = float(times[1])
-    kinks = process.kinks(float(times[2]), float(times[0]))
+    kinks = process.kinks(float(times[-1]), float(times[0]))
     bends = level_of_time(process, kinks).log()
-    less, more = bends[kinks <= here], bends[kinks > here]
-    return (
-        float(logs[1] - (less[-1] if len(less) else logs[2])),
-        float((more[0] if len(more) else logs[0]) - logs[1]),
-    )
+    after = torch.searchsorted(kinks, times, right=True).tolist()
+    rooms = []
+    for i in range(1, len(logs) - 1):
+        low, high = logs[i + 1], logs[i - 1]
+        if after[i] > after[i + 1]:
+            low = bends[after[i] - 1]
+        if after[i] < len(kinks) and kinks[after[i]] < times[i - 1]:
+            high = bends[after[i]]
+        rooms.append((float(logs[i] - low), float(high - logs[i])))
+    return rooms

@@ -142,10 +142,17 @@ def with_signal(schedule: Schedule) -> Schedule:
 
 def schedule_at(levels: Tensor, like: Schedule) -> Schedule:
     """Return a schedule at other inner levels (T,); its ends are those of `like`, exactly."""
-    inner = time_of_level(like.process, levels.detach().cpu().double()[1:-1])
+    return Schedule(like.process, times_at(levels, like))
+
+
+def times_at(levels: Tensor, like: Schedule) -> Tensor:
+    """Return the times (..., K + 1) of schedules at other inner levels (..., T)."""
+    inner = time_of_level(like.process, levels.detach().cpu().double()[..., 1:-1])
     positive = like.times[like.times > 0]
     ending = like.times[len(positive) :]
-    return Schedule(like.process, torch.cat([positive[:1], inner, positive[-1:], ending]))
+    parts = (positive[:1], positive[-1:], ending)
+    first, last, after = (part.expand(*inner.shape[:-1], -1) for part in parts)
+    return torch.cat([first, inner, last, after], -1)
 
 
 def even_schedule(like: Schedule, name: str) -> Schedule:
