@@ -305,9 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae-rounds", type=int, default=Recipe.vae_rounds)
     flags = parser.parse_args(argv)
     recipe = Recipe(rounds=flags.rounds, vae_rounds=flags.vae_rounds)
-    images = load_images(
-        "ImageFolder", flags.data_dir, image_size=recipe.image_size, captions=True
-    )
+    images = load_images("ImageFolder", flags.data_dir, image_size=recipe.image_size, captions=True)
     pipeline = train(images, flags.output / "training", recipe)
     pipeline.save_pretrained(flags.output)
     for name, texts in (("prompts", images.captions), ("held_out", images.held_out_captions)):
