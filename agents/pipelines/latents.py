@@ -154,5 +154,5 @@ def _key(family: Family, pictures: Tensor) -> str:
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     weights = {} if vae is None else vae.state_dict()
     for tensor in (pictures, *(weights[name] for name in sorted(weights))):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def save_pipeline(denoiser: Denoiser, folder: str | Path, tableau: Tableau | Non
     changed: dict[str, Any] = {family.network_name: family.network}
     if tableau is not None:
         changed["scheduler"] = scheduler_of(tableau, denoiser)
-    # Another object, so that the pipeline that is open stays as it is.
-    pipeline = type(family.pipeline)(**{**_arguments(family.pipeline), **changed})
+    pipeline = copy.copy(family.pipeline)  # the one that is open stays as it is
+    pipeline.register_modules(**changed)
 
     def write(temporary: Path) -> None:
         try:
@@ -80,11 +81,3 @@ def scheduler_of(tableau: Tableau, denoiser: Denoiser) -> Any:
         clip=denoiser.clip,
         variance=denoiser.variance,
     )
-
-
-def _arguments(pipeline: Any) -> dict[str, Any]:
-    """Return what a pipeline was made with: its parts, and its settings where it keeps them."""
-    names, optional = pipeline._get_signature_keys(pipeline)
-    kept = {name: pipeline.config[name] for name in optional if name in pipeline.config}
-    parts = {name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)}
-    return {**kept, **parts}
