@@ -1,4 +1,4 @@
-"""Learned schedulers beside diffusers' own and our untrained tables, at the same network calls.
+r"""Learned schedulers beside diffusers' own and our untrained tables, at the same network calls.
 
     python examples/compare_schedulers.py emoji-pipeline --prompts emoji-pipeline/held_out.txt \\
         --learned distilled-5/scheduler distilled-8/scheduler --guidance 2 --real emoji32/images

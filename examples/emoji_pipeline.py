@@ -1,4 +1,4 @@
-"""Train a small text-to-image pipeline of diffusers from nothing, to learn few-step schedulers for.
+r"""Train a small text-to-image pipeline of diffusers from nothing, to learn few-step schedulers for.
 
     python examples/emoji_pipeline.py --data-dir emoji32/images --output emoji-pipeline
     fewstep distil emoji-pipeline --prompts emoji-pipeline/prompts.txt \\

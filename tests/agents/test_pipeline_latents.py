@@ -201,7 +201,9 @@ def test_a_checkpoint_goes_on_and_other_agents_train_the_network_too(saved, tmp_
     went_on = agent_of(make())
     went_on.resume(tmp_path / "half.safetensors")
     went_on.learn(reset_num_timesteps=False)
-    for ours, theirs in zip(whole.tree()["live"].values(), went_on.tree()["live"].values()):
+    for ours, theirs in zip(
+        whole.tree()["live"].values(), went_on.tree()["live"].values(), strict=True
+    ):
         assert torch.equal(ours, theirs)
     tuned = SFT(
         mdp_for(opened, target, 2), opened.denoiser(prompts, trains=True), rounds=1, batch_size=2
@@ -231,7 +233,7 @@ def test_what_cannot_be_trained_or_encoded_is_one_sentence(saved, tmp_path):
     with pytest.raises(ValueError, match="the pictures have no captions"):
         latent_target(opened, images_for(opened, captions=None), tmp_path)
     half = OpenedPipeline.of(opened.pipeline.to(torch.float16))
-    with pytest.raises(ValueError, match="open the pipeline with dtype=torch.float32"):
+    with pytest.raises(ValueError, match=r"open the pipeline with dtype=torch\.float32"):
         half.denoiser(trains=True, prompts=PROMPTS)
     with pytest.raises(ValueError, match="and this one's body is a Identity"):
         save_pipeline(Denoiser(torch.nn.Identity(), opened.terms.process), tmp_path / "out")
