@@ -1,4 +1,4 @@
-"""Pictures as latents of a pipeline, its network trained on them, and the pipeline that is saved."""
+"""Pictures as a pipeline's latents, its network trained on them, and the pipeline saved."""
 
 import copy
 from functools import partial
