@@ -170,13 +170,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = images.held_out.float() / 127.5 - 1
     if flags.shown:
         drawn = [prompts.index(text) for text in flags.shown]
-        best = min(rows, key=lambda row: (row["calls"] != flags.steps[0], row["error"]))
+        few = [row for row in rows if row["calls"] == flags.steps[0]]
+        kinds = [
+            [r for r in few if r["sampler"].startswith("learned") is its] for its in (False, True)
+        ]
+        chosen = [(fine.nfe, "fine solver")]
+        for kind in kinds:
+            best = min(kind, key=lambda row: row["error"], default=None)
+            chosen += [] if best is None else [(best["calls"], best["sampler"])]
         shown = {"real": real[drawn]}
-        shown |= {
-            f"{name.partition(',')[0]},\n{calls} calls": pictures(opened, made[calls, name][drawn])
-            for calls, name in made
-            if name == "fine solver" or name.startswith("learned")
-        }
+        for calls, name in chosen:
+            title = f"{name.removeprefix('diffusers ').partition(',')[0]},\n{calls} calls"
+            shown[title] = pictures(opened, made[calls, name][drawn])
         show(shown, flags.shown, flags.output / "pictures.png")
     distances = FeatureDistances(real, EfficientNetLite0())
     for row in rows:
