@@ -18,8 +18,10 @@ import copy
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -58,9 +61,37 @@ class Recipe:
 
 
 def make_tokenizer(captions: Sequence[str], recipe: Recipe) -> CLIPTokenizer:
-    """Learn the pieces of words that captions are made of."""
-    empty = CLIPTokenizer(model_max_length=recipe.tokens)
-    return empty.train_new_from_iterator(captions, vocab_size=recipe.vocabulary)
+    """Learn the pieces of words that captions are made of, always the same ones.
+
+    Byte-pair encoding: the commonest pair of neighbours becomes one piece, again and again. The
+    trainer of the package `tokenizers` breaks ties by chance, and so gives other numbers each time.
+    """
+    read = CLIPTokenizer().backend_tokenizer
+    words = Counter(
+        piece
+        for caption in captions
+        for piece, _ in read.pre_tokenizer.pre_tokenize_str(read.normalizer.normalize_str(caption))
+    )
+    pieces = {word: [*word[:-1], f"{word[-1]}</w>"] for word in sorted(words)}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
+    merges = []
+    while len(vocabulary) < recipe.vocabulary:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in pieces.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        vocabulary.append("".join(best))
+        for parts in pieces.values():
+            for i in range(len(parts) - 1, 0, -1):
+                if (parts[i - 1], parts[i]) == best:
+                    parts[i - 1 : i + 1] = ["".join(best)]
+    numbers = {piece: i for i, piece in enumerate(dict.fromkeys(vocabulary))}
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=recipe.tokens)
 
 
 def make_networks(tokenizer: CLIPTokenizer, recipe: Recipe) -> nn.ModuleDict:
