@@ -184,10 +184,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown[title] = pictures(opened, made[calls, name][drawn])
         show(shown, flags.shown, flags.output / "pictures.png")
     distances = FeatureDistances(real, EfficientNetLite0())
+    known = flags.output / "frechet.json"
+    frechet = json.loads(known.read_text()) if known.is_file() else {}
     for row in rows:
-        samples = made[row["calls"], row["sampler"]]
-        row["frechet"] = distances(pictures(opened, samples))["fid"]
-        print(json.dumps(row), flush=True)
+        key = f"{row['calls']} {row['sampler']}"
+        if key not in frechet:
+            samples = made[row["calls"], row["sampler"]]
+            frechet[key] = distances(pictures(opened, samples))["fid"]
+            known.write_text(json.dumps(frechet, indent=1) + "\n")
+        row["frechet"] = frechet[key]
     floor = images.samples[:: len(images.samples) // len(real)][: len(real)].float() / 127.5 - 1
     rows.append({"sampler": "as many training pictures", "frechet": distances(floor)["fid"]})
     _write(rows, flags.output)
