@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _count = itertools.count()
 
@@ -37,6 +38,31 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         raise unwritable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object], last: str = "") -> None:
+    """Call `write(temporary_folder)`, and move each of its files into `folder` atomically.
+
+    Files that are there already are replaced one by one; others stay.
+
+    Args:
+        folder: where to; made if it is not there.
+        write: fills an empty folder.
+        last: name of the file that is moved last, which tells a reader that the others are there.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    with TemporaryDirectory(prefix=".", suffix=temporary_suffix(), dir=folder) as temporary:
+        write(Path(temporary))
+        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == last):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Some writers leave files that their owner alone may read.
+            write_atomically(target, path.replace)
 
 
 def unwritable(path: Path, error: Exception) -> OSError:

@@ -9,6 +9,7 @@ reports; those of images are taken in the space of a feature extractor. `evaluat
 from . import metrics
 from .ipm import IPMCritic
 from .metrics.classifier import ClassifierFeatures, train_classifier
+from .metrics.efficientnet import EfficientNetLite0
 from .metrics.evaluation import Evaluation
 from .metrics.features import Cifar10ResNet, FeatureExtractor, InceptionFeatures
 from .metrics.fidelity import FeatureDistances
@@ -21,6 +22,7 @@ __all__ = [
     "Cifar10ResNet",
     "ClassifierFeatures",
     "ConvCritic",
+    "EfficientNetLite0",
     "Evaluation",
     "FeatureDistances",
     "FeatureExtractor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class PipelineBody(nn.Module):
         calls: how many single samples the network was asked about without a gradient, and with one.
     """
 
+    trains = False
+
     def __init__(self, family: Family, rows: Rows | None, micro_batch: int = 8) -> None:
         super().__init__()
         self._family = family
@@ -50,7 +53,8 @@ class PipelineBody(nn.Module):
 
     def forward(self, sample: Tensor, time: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Return answers (N, *shape) float32 about samples, under the prompts' rows (N,)."""
-        graph = torch.is_grad_enabled() and (sample.requires_grad or time.requires_grad)
+        asks = self.trains or sample.requires_grad or time.requires_grad
+        graph = torch.is_grad_enabled() and asks
         answers = []
         for first in range(0, len(sample), self.micro_batch):
             part = slice(first, first + self.micro_batch)
@@ -75,3 +79,35 @@ class PipelineBody(nn.Module):
         self.calls[graph] += samples
         if self.on_call is not None:
             self.on_call(samples, graph)
+
+
+class TrainedBody(PipelineBody):
+    """A pipeline's network to be trained: its weights are parameters of this module, in place.
+
+    A copy, such as the average of an agent's, has a network of its own; the pipeline's other parts
+    are shared.
+
+    Raises:
+        ValueError: weights that are not float32, which Adam's small steps would leave as they are.
+    """
+
+    trains = True
+
+    def __init__(self, family: Family, rows: Rows | None, micro_batch: int = 8) -> None:
+        super().__init__(family, rows, micro_batch)
+        if family.network.dtype != torch.float32:
+            raise ValueError(
+                f"The weights to train are {family.network.dtype}: open the pipeline with "
+                "dtype=torch.float32."
+            )
+        self.network = family.network.requires_grad_(True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainedBody:
+        """Copy the network; share what nothing trains."""
+        family = copy.copy(self.family)
+        family.network = copy.deepcopy(self.network, memo)
+        twin = TrainedBody(family, self.rows, self.micro_batch)
+        for ours, theirs in zip(self.parameters(), twin.parameters(), strict=True):
+            theirs.requires_grad_(ours.requires_grad)
+        memo[id(self)] = twin
+        return twin

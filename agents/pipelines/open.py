@@ -25,7 +25,7 @@ from ...common.reading import DAMAGE, reason
 from ...envs import Schedule
 from ..denoisers.denoiser import Denoiser
 from ..denoisers.networks.unet import require_diffusers
-from .body import PipelineBody
+from .body import PipelineBody, TrainedBody
 from .families import FAMILIES, Family
 from .families.base import too_long
 from .folder import INDEX, check_weights, family_of
@@ -93,6 +93,7 @@ class OpenedPipeline:
         *,
         negative: str = "",
         micro_batch: int = 8,
+        trains: bool = False,
     ) -> Denoiser:
         """Encode prompts, and return the denoiser that is asked under them.
 
@@ -101,6 +102,8 @@ class OpenedPipeline:
                 the denoiser's classes. None for an unconditional network.
             negative: the prompt that guidance leads away from.
             micro_batch: most samples of one network call.
+            trains: whether the network's weights are to be trained, in place; `save_pipeline`
+                writes the pipeline with them.
 
         Returns:
             A denoiser of samples (N, *family.shape). It waits for a prompt's number:
@@ -108,7 +111,7 @@ class OpenedPipeline:
 
         Raises:
             ValueError: prompts for an unconditional network, or none for another; a class that does
-                not exist.
+                not exist; weights to train that are not float32.
         """
         family, terms = self.family, self.terms
         if (prompts is None) != (family.prompts is None):
@@ -122,7 +125,7 @@ class OpenedPipeline:
                 warnings.warn(sentence, stacklevel=2)
             rows = family.encode(prompts, negative)
         return Denoiser(
-            PipelineBody(family, rows, micro_batch),
+            (TrainedBody if trains else PipelineBody)(family, rows, micro_batch),
             terms.process,
             terms.prediction,
             terms.sigma_data,

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 
 from ...common.conditions import Classes
-from ...common.files import remove_leftovers, temporary_suffix, unwritable, write_atomically
+from ...common.files import unwritable, write_folder
 from ...common.reading import damage_named, read_json
 from ...envs.schedules import Schedule
 from ..denoisers.conditioning import Conditioning
@@ -170,27 +169,21 @@ def _write(folder: str | Path, denoiser: Denoiser, body: Body, scheduler: Any, v
     """Write a pipeline, each file atomically and model_index.json last."""
     from diffusers import DDPMPipeline, DiTPipeline
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
     pipeline: Any
     if isinstance(body, UNet2D):
         pipeline = DDPMPipeline(body.unet, scheduler)
     else:
         pipeline = DiTPipeline(body.transformer, vae, scheduler)
-    with TemporaryDirectory(prefix=".", suffix=temporary_suffix(), dir=folder) as temporary:
+
+    def write(temporary: Path) -> None:
         try:
             pipeline.save_pretrained(temporary, max_shard_size="100GB")
             if isinstance(body, UNet2D) and denoiser.conditioning is not None:
-                _note_classes(Path(temporary) / "unet" / "config.json", denoiser.conditioning)
+                _note_classes(temporary / "unet" / "config.json", denoiser.conditioning)
         except (OSError, SafetensorError) as error:
-            raise unwritable(folder, error) from None
-        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == "model_index.json"):
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            # diffusers leaves weights that their owner alone may read.
-            write_atomically(target, path.replace)
+            raise unwritable(Path(folder), error) from None
+
+    write_folder(Path(folder), write, last="model_index.json")
 
 
 def _note_classes(path: Path, terms: Conditioning) -> None:

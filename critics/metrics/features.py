@@ -111,7 +111,7 @@ class InceptionFeatures(NetworkFeatures):
                 INCEPTION, ["2048"], feature_extractor_weights_path=str(path)
             )
         except DAMAGE as error:
-            raise _foreign(path, "Inception v3 weights", error) from None
+            raise foreign_weights(path, "Inception v3 weights", error) from None
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Cifar10ResNet(NetworkFeatures):
             weights = {key.removeprefix("module."): value for key, value in weights.items()}
             self.network.load_state_dict(weights)
         except DAMAGE as error:
-            raise _foreign(file, "weights of the CIFAR-10 ResNet-20", error) from None
+            raise foreign_weights(file, "weights of the CIFAR-10 ResNet-20", error) from None
         # What these weights were trained with: the usual means and deviations of ImageNet.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -238,9 +238,10 @@ def load_weights(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, *DAMAGE) as error:
-        raise _foreign(path, "a torch file of tensors alone", error) from None
+        raise foreign_weights(path, "a torch file of tensors alone", error) from None
 
 
-def _foreign(path: Path, expected: str, error: Exception) -> ValueError:
+def foreign_weights(path: Path, expected: str, error: Exception) -> ValueError:
+    """Build the error that says of a file that it holds other things than expected, and why."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ValueError(f"{path} is not {expected}: {reason}")

@@ -58,6 +58,11 @@ def prepared(flags: DistilFlags) -> DistilRun:
     family = opened.family
     if settings.guidance is not None and not (family.splits or family.embeds_guidance):
         raise ValueError(f"A {type(opened.pipeline).__name__} knows no guidance: leave it out.")
+    if flags.negative and not family.splits:
+        raise ValueError(
+            f"A {type(opened.pipeline).__name__} is asked once, under its prompt alone, and has no "
+            "negative prompt: leave it out."
+        )
     family.guidance = guidance
     denoiser = opened.denoiser(
         None if prompts is None else prompts.all,

@@ -1,9 +1,15 @@
 """`fewstep distil` on tiny pipelines, from the flags to a scheduler that the pipeline loads."""
 
 import json
+import subprocess
+import sys
+import warnings
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers")
 
@@ -101,6 +107,81 @@ def test_the_pipeline_draws_with_it_what_was_learned(learned, saved):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
 
 
+FRESH = """
+import sys, torch
+from diffusers import DiffusionPipeline
+from fewstep.agents.pretrained.scheduler import TableauScheduler
+torch.set_num_threads(1)
+folder, scheduler, prompt, noise, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder)
+pipe.scheduler = TableauScheduler.from_pretrained(scheduler)
+noise = torch.load(noise, weights_only=True)
+options = dict(num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="pt")
+torch.save(pipe([prompt] * len(noise), **options).images, out)
+assert not {"fewstep.runs", "fewstep.agents.pipelines", "stable_baselines3"} & set(sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_in_a_fresh_process_the_pictures_are_the_same(learned, saved, tmp_path):
+    name, output, _, _ = learned
+    opened = open_pipeline(saved(name))
+    noise = torch.randn(2, *opened.family.shape, generator=torch.Generator().manual_seed(1))
+    torch.save(noise, tmp_path / "noise.pt")
+    files = [saved(name), output / "scheduler", PROMPTS[3], tmp_path / "noise.pt", tmp_path / "pt"]
+    subprocess.run([sys.executable, "-c", FRESH, *map(str, files)], check=True)
+    table = Tableau.load(output / "weights.json")
+    latents = table.sample(opened.denoiser(PROMPTS[3:]).given(0, 3.0), noise)
+    theirs = torch.load(tmp_path / "pt", weights_only=True)
+    # Half a level of a byte: no picture in 8 bits could tell.
+    torch.testing.assert_close(opened.family.decoded(latents), theirs, rtol=0, atol=0.5 / 255)
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive; `most` is their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return made
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key, size):
+        self._seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_steps(fewstep, saved, tmp_path):
+    peaks = {}
+    flags = ["--solver=ddim", "--teacher=ddim", "--scale=1", "--samples=4", "--rounds=1"]
+    flags += ["--held-out-samples=4", "--micro-batch=4"]
+    for steps in (8, 32):
+        told = [f"--output={tmp_path / str(steps)}", f"--steps={steps}", *flags]
+        with Living() as living, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a goal of no more steps taught nothing
+            assert fewstep("distil", saved("ddpm"), *told) == 0
+        peaks[steps] = living.most
+    # The goals of all steps and the states of samplers are compared wait on the CPU.
+    waiting = (32 - 8) * 4 * (3 * 8 * 8) * 4
+    assert peaks[32] < peaks[8] + 8 * waiting
+
+
 def test_a_dry_run_writes_nothing(fewstep, saved, tmp_path, capsys):
     output = tmp_path / "out"
     assert fewstep("distil", saved("ddpm"), f"--output={output}", "--dry-run", *WEIGHTS) == 0
@@ -162,6 +243,7 @@ BAD = {
     "missing": (["--prompts=nowhere.txt"], "no file of prompts"),
     "guidance": (["--guidance=4"], "knows no guidance"),
     "prompts": (["--prompts=GOOD"], "takes no prompts"),
+    "negative": (["--negative=ugly"], "has no negative prompt"),
     "solver": (["--solver=ancestral"], "adds noise"),
     "unknown solver": (["--solver=dimm"], "did you mean 'ddim'"),
     "schedule": (["--schedule=nonsense"], "unknown schedule 'nonsense'"),

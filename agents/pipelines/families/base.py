@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 # By name what the network is told of each prompt, (N, ...) each.
 Rows = dict[str, Tensor]
 
-# Prompts encoded, and latents decoded, at once.
+# Prompts encoded, and latents decoded or pictures compressed, at once.
 _ENCODED, _DECODED = 8, 4
 
 
@@ -44,6 +45,7 @@ class Family(ABC):
         network_name: which part is the network.
         prompts: whether a prompt is a text or a class; None for an unconditional network.
         shape: of one sample as the network reads it.
+        picture: (height, width) of the pictures in pixels.
         tokens: what a dynamic shift of the noise levels depends on; None where there is none.
 
     Raises:
@@ -57,6 +59,7 @@ class Family(ABC):
     prompts: Literal["texts", "classes"] | None = "texts"
 
     shape: tuple[int, ...]
+    picture: tuple[int, int]
     tokens: int | None = None
 
     def __init__(
@@ -95,6 +98,13 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures (N, 3, height, width) in [0, 1] of finished samples (N, *shape)."""
 
+    @abstractmethod
+    def compress(self, pictures: Tensor) -> Tensor:
+        """Return the samples (N, *shape) of pictures (N, 3, height, width) in [0, 1].
+
+        The inverse of `decode`, as far as the pipeline has one.
+        """
+
     def encode_some(self, prompts: list[str]) -> Rows:
         """Return what the network is told of these prompts.
 
@@ -132,6 +142,25 @@ class Family(ABC):
             parts = [self.decode(part).float().cpu() for part in latents.split(_DECODED)]
         return torch.cat(parts)
 
+    def compressed(self, pictures: Tensor) -> Tensor:
+        """Return samples (N, *shape) float32 on the CPU of pictures' bytes (N, 3, height, width).
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        if pictures.dtype != torch.uint8 or pictures.shape[1:] != (3, *self.picture):
+            raise ValueError(
+                f"This pipeline's pictures are bytes (N, 3, {self.picture[0]}, "
+                f"{self.picture[1]}), got {pictures.dtype} {tuple(pictures.shape)}."
+            )
+        device = self.network.device
+        with torch.no_grad():
+            parts = [
+                self.compress(part.to(device).float() / 255).float().cpu()
+                for part in pictures.split(_DECODED)
+            ]
+        return torch.cat(parts)
+
 
 class LatentFamily(Family):
     """A family whose samples are latents of a VAE, (channels, height, width).
@@ -160,6 +189,7 @@ class LatentFamily(Family):
                 )
             self.sides = (size[0] // self.halvings, size[1] // self.halvings)
         self.shape = (self.channels, *self.sides)
+        self.picture = (self.sides[0] * self.halvings, self.sides[1] * self.halvings)
 
     @property
     def own_side(self) -> int | Sequence[int]:
@@ -172,29 +202,50 @@ class LatentFamily(Family):
         return self.config.in_channels
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See `Family.decode`: as the pipelines do, in float32 where float16 would overflow."""
+        """See `Family.decode`: as the pipelines do."""
+        with self._vae_in_range() as vae:
+            latents = self._of_the_vae(latents.to(vae.device, vae.dtype))
+            pictures = vae.decode(latents, return_dict=False)[0]
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def compress(self, pictures: Tensor) -> Tensor:
+        """See `Family.compress`: the means that the VAE says, scaled as the pipelines do."""
+        with self._vae_in_range() as vae:
+            asked = (2 * pictures - 1).to(vae.device, vae.dtype)
+            return self._of_the_network(vae.encode(asked).latent_dist.mode())
+
+    @contextmanager
+    def _vae_in_range(self) -> Iterator[Any]:
+        """Give the VAE, in float32 where float16 would overflow."""
         vae = self.pipeline.vae
-        config, dtype = vae.config, vae.dtype
-        overflows = dtype == torch.float16 and config.get("force_upcast", False)
+        dtype = vae.dtype
+        overflows = dtype == torch.float16 and vae.config.get("force_upcast", False)
         if overflows:
             vae.to(torch.float32)
-        latents = self._of_the_vae(latents.to(vae.device, vae.dtype))
-        pictures = vae.decode(latents, return_dict=False)[0]
-        if overflows:
-            vae.to(dtype)
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        try:
+            yield vae
+        finally:
+            if overflows:
+                vae.to(dtype)
 
     def _of_the_vae(self, latents: Tensor) -> Tensor:
         """Undo the scaling of latents."""
+        scale, shift = self._scaling(latents)
+        return latents / scale + shift
+
+    def _of_the_network(self, latents: Tensor) -> Tensor:
+        """Scale what the VAE says."""
+        scale, shift = self._scaling(latents)
+        return (latents - shift) * scale
+
+    def _scaling(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return the factor and the shift between the VAE's latents and the network's."""
         config = self.pipeline.vae.config
-        latents = latents / config.scaling_factor
         mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            view = (1, -1, 1, 1)
-            return latents * latents.new_tensor(std).view(view) + latents.new_tensor(mean).view(
-                view
-            )
-        return latents + (config.get("shift_factor") or 0.0)
+        if mean is None or std is None:
+            return config.scaling_factor, config.get("shift_factor") or 0.0
+        means, stds = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (mean, std))
+        return config.scaling_factor / stds, means
 
 
 def too_long(readers: Sequence[Reader], prompts: Sequence[str]) -> Iterator[str]:

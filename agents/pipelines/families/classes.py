@@ -49,7 +49,8 @@ class Pixels(Family):
         super().__init__(pipeline, size, guidance)
         side = self.config.sample_size
         sides = (side, side) if isinstance(side, int) else tuple(side)
-        self.shape = (self.config.in_channels, *(size or sides))
+        self.picture = size or (sides[0], sides[1])
+        self.shape = (self.config.in_channels, *self.picture)
         if self.config.num_class_embeds is not None:
             self.prompts = "classes"
 
@@ -75,6 +76,11 @@ class Pixels(Family):
         """See `Family.decode`: the samples are pictures in [-1, 1], grey ones or not."""
         pictures = (latents / 2 + 0.5).clamp(0, 1)
         return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+
+    def compress(self, pictures: Tensor) -> Tensor:
+        """See `Family.compress`: grey is the mean of the colours."""
+        grey = self.shape[0] == 1
+        return 2 * (pictures.mean(dim=1, keepdim=True) if grey else pictures) - 1
 
 
 def numbers(prompts: list[str], named: dict[str, int], count: int) -> Tensor:

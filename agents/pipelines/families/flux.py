@@ -96,3 +96,8 @@ class Flux(LatentFamily):
         """See `Family.decode`."""
         height, width = (side * self.halvings for side in self.sides)
         return super().decode(self.pipeline._unpack_latents(latents, height, width, self.halvings))
+
+    def compress(self, pictures: Tensor) -> Tensor:
+        """See `Family.compress`."""
+        latents = super().compress(pictures)
+        return self.pipeline._pack_latents(latents, *latents.shape)
