@@ -102,9 +102,10 @@ class CDSettings(DistillationSettings):
     states: States = "teacher"
     """Where the network is taught: teacher, on the fine solver's way from noise, which needs no
     data; data, on noised data, with one DDIM step of the teacher."""
-    stages: int = bounded(3, least=1)
+    stages: int | None = bounded(None, least=1)
     """The jumps between the two times of a pair begin with 2^(stages - 1) steps of the fine solver,
-    and are halved in each stage, to one."""
+    and are halved in each stage, to one. None begins with jumps to the end from everywhere, from
+    which a network without a boundary condition of its own learns it."""
     huber: float = bounded(5.4e-4, above=0)
     """c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, d the root of the mean square."""
     weights: JumpWeights = "even"

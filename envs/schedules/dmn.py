@@ -66,7 +66,7 @@ def optimal_log_snrs(start: Tensor) -> Tensor:
                 bound.backward()
             return bound.detach()
 
-        lbfgs.step(closure)  # type: ignore[arg-type]
+        lbfgs.step(closure)
         found = place(free.detach())
         bound = float(error_bound(found)) / unit
         # The line search may have tried times that are none.

@@ -68,8 +68,14 @@ class TableDistribution:
 
 
 def left_out(rewards: Tensor) -> Tensor:
-    """Return the leave-one-out advantages of rewards (k, ...): each less the mean of the others."""
-    return (rewards - rewards.mean(0)) * (len(rewards) / (len(rewards) - 1))
+    """Return the leave-one-out advantages of rewards (k, ...): each less the mean of the others.
+
+    Left out is also the one that mirrors it, k / 2 places away: what a table earns says something
+    of its mirror, and a baseline that does would bias the gradient, by k / (k - 1).
+    """
+    pairs = rewards.unflatten(0, (2, -1)).sum(0)
+    others = (pairs.sum(0) - pairs) / (len(rewards) - 2)
+    return rewards - torch.cat([others, others])
 
 
 def limited(advantages: Tensor, limit: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ def judged_by(mdp: DiffusionMDP, reward: Reward | None) -> DiffusionMDP:
     """Return the decision process with the reward to maximise, of its own where that learns.
 
     Args:
-        mdp: the environment.
+        mdp: the environment; where it pays nothing and has data, the default reward is taken.
         reward: another one than the environment's.
 
     Raises:
         ValueError: there is none.
     """
     chosen: Any = mdp.reward if reward is None else reward
+    if chosen is no_reward and mdp.target.has_samples:
+        return dataclasses.replace(mdp, reward=None)
     if chosen is no_reward:
         raise ValueError(
             "RDPO maximises a reward of finished samples, and there is none here: give the "

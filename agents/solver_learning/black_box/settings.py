@@ -73,9 +73,9 @@ class RDPOSettings(AgentSettings):
     batch_size: int = bounded(256, least=2)
     """Noises a round, under each of which as many tables act as `tables` says."""
     tables: int | None = bounded(None, least=2)
-    """Tables under the same noise, compared with one another; an even number for policy-gradient,
-    half of which mirror the others. None takes 4, for cross-entropy 16 and a quarter of the
-    noises."""
+    """Tables under the same noise, compared with one another; for policy-gradient 4 or another even
+    number above, half of which mirror the others. None takes 4, for cross-entropy 16 and a quarter
+    of the noises."""
     held_out: int = bounded(1000, least=2)
     """Noises to choose by what is returned, and as many others to report its reward on."""
     check_interval: int = bounded(10, least=1)
@@ -87,10 +87,10 @@ class RDPOSettings(AgentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == "policy-gradient" and (self.tables or 2) % 2:
+        if self.method == "policy-gradient" and (self.compared % 2 or self.compared < 4):
             raise ValueError(
-                f"tables must be even for method='policy-gradient', half of which mirror the "
-                f"others, got {self.tables}."
+                "tables must be even and at least 4 for method='policy-gradient', where half of "
+                f"them mirror the others; got {self.tables}."
             )
 
     @property
