@@ -144,7 +144,7 @@ def _rows(order: int, output: Output) -> Callable[..., Rows]:
 
 # What the other method's options must be: they are not left to choose.
 _PP_SINGLESTEP = {"method": "singlestep", "compat": False, "lower_order_final": None}
-_PP_MULTISTEP = {"method": "multistep", "orders": None}
+_PP_MULTISTEP: dict[str, Any] = {"method": "multistep", "orders": None}
 
 
 SOLVERS: dict[str, Solver] = {

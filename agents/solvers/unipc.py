@@ -122,7 +122,10 @@ def _weights(
         ]
         # Of many schedules each has its own system: its axis goes first.
         powers = np.stack([places**k for k in range(len(others))])
-        systems, sides = np.moveaxis(powers, (0, 1), (-2, -1)), np.moveaxis(moments, 0, -1)
+        systems, sides = (
+            np.moveaxis(powers, (0, 1), (-2, -1)),
+            np.moveaxis(np.array(moments), 0, -1),
+        )
         weights = np.moveaxis(np.linalg.solve(systems, sides[..., None])[..., 0], -1, 0) / places
     for weight, k in zip(weights, others, strict=True):
         terms.append((Many.of(weight) if weight.ndim else float(weight), difference(k, i)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -126,6 +126,32 @@ def curve_figure(
     axis.set_ylabel(y)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
+    return figure
+
+
+# Title and meaning of y -> curves by label, and levels to reach by label.
+Panels = dict[tuple[str, str], tuple[dict[str, Any], dict[str, float]]]
+
+
+def timelines_figure(panels: Panels, x: str) -> Figure:
+    """Draw metrics against seconds, on logarithmic axes; seconds below 1 on a plain one."""
+    figure, axes = new_figure(1, len(panels), size=5.0)
+    for axis, ((title, y), (curves, levels)) in zip(axes[0], panels.items(), strict=True):
+        for number, (label, (seconds, values)) in enumerate(curves.items()):
+            style = ("-", "--", ":")[number // 10 % 3]
+            axis.plot(seconds, values, style, marker=".", markersize=4, linewidth=1.2, label=label)
+        for label, level in levels.items():
+            axis.axhline(level, color=REAL, linestyle="--", linewidth=0.8)
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            axis.annotate(label, (0.99, level), fontsize=7, color=REAL, **place)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_yscale("log")
+        axis.set_title(title)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.grid(alpha=0.3, which="both")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
     return figure
 
 

@@ -31,7 +31,7 @@ STAGES: dict[str, Learn] = {
 }
 
 
-def chain(*names: str, clone: Clone = VP) -> Contender:
+def chain(*names: str, clone: Clone = VP, **solvers: str) -> Contender:
     """Return the contender whose agents learn one after the other.
 
     Each takes over the network and the times. One that takes a finished table takes that of the
@@ -40,12 +40,13 @@ def chain(*names: str, clone: Clone = VP) -> Contender:
     Args:
         names: keys of `STAGES` or `AGENTS`.
         clone: the network.
+        solvers: by name of an agent, other than those of `SOLVERS`.
     """
     stages: list[Stage] = [clone]
     for name in names:
         learn = STAGES.get(name, Learn(name))
         if len(stages) == 1 or not AGENTS[learn.agent].takes_tableau:
-            stages.append(Sample(SOLVERS.get(learn.agent, "ddim")))
+            stages.append(Sample((SOLVERS | solvers).get(learn.agent, "ddim")))
         stages.append(learn)
     return Contender(" > ".join(names), tuple(stages))
 
@@ -75,8 +76,7 @@ def _against_time(env: str, column: str, scoring: dict[str, Any], clone: Clone =
     )
 
 
-_DDIM, _DDPM = Sample("ddim"), Sample("ancestral")
-_TIMES, _SFT_PG = STAGES["schedule"], STAGES["sft-pg"]
+COMPOSED = ("schedule",), ("dode",), ("schedule", "dode"), ("sft-pg",), ("schedule", "sft-pg")
 STUDIES = {
     "quality-time": _against_time(
         "SwissRoll",
@@ -99,16 +99,10 @@ STUDIES = {
         Grid(
             ("SwissRoll",),
             (
-                Contender("DDIM", (VP, _DDIM)),
-                Contender("times", (VP, _DDIM, _TIMES)),
-                Contender("D-ODE", (VP, _DDIM, STAGES["dode"])),
-                Contender("times, D-ODE", (VP, _DDIM, _TIMES, STAGES["dode"])),
-                Contender("DDPM", (VP, _DDPM)),
-                Contender("SFT-PG", (VP, _DDPM, _SFT_PG)),
-                Contender("times, SFT-PG", (VP, _DDIM, _TIMES, _DDPM, _SFT_PG)),
-                Contender(
-                    "SFT-PG, then D-ODE of its DDIM", (VP, _DDPM, _SFT_PG, _DDIM, STAGES["dode"])
-                ),
+                Contender("DDIM", (VP, Sample("ddim"))),
+                Contender("DDPM", (VP, Sample("ancestral"))),
+                *(chain(*names, schedule="ddim", dode="ddim") for names in COMPOSED),
+                chain("sft-pg", "dode", dode="ddim"),
             ),
             calls=(5,),
             scoring=Scoring(20_000),

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from ...agents import AGENTS, Denoiser, Tableau
@@ -213,7 +214,9 @@ class Learn:
             facts["timeline"] = joined(sampler.facts.get("timeline", []), timeline.points)
         for name in ("seconds", "training calls"):
             facts[name] += sampler.facts.get(name, 0)
-        learned = replace(sampler, denoiser=agent.sampling_denoiser, facts=sampler.facts | facts)
+        # An averaged network records no gradient, which the next agent's may need.
+        network = copy.deepcopy(agent.sampling_denoiser).requires_grad_(True)
+        learned = replace(sampler, denoiser=network, facts=sampler.facts | facts)
         if sampler.schedule is None:  # of variances, say: a solver that needs them comes next
             return learned
         return replace(learned, schedule=agent.schedule, tableau=agent.tableau, before=before)
@@ -307,7 +310,7 @@ def _train(
             # The record says what a warning would: what was returned, and how good it is.
             warnings.simplefilter("ignore", UserWarning)
             # The timeline's clock stops before the monitor's begins.
-            callbacks = [watch] if timeline is None else [timeline, watch]
+            callbacks: list[BaseCallback] = [watch] if timeline is None else [timeline, watch]
             agent.learn(callback=callbacks, reset_num_timesteps=False)
         logger.close()
         if watch.interrupted:

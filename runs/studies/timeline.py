@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ...agents.base import Agent
-from ..reports.plots import new_figure
+from ..reports.plots import Panels, timelines_figure
 from ..run.folder import read_record, write_json
 from .tables import COORDINATES, headline, markdown
 
@@ -123,7 +123,25 @@ def present(
         f"medians of {frame['seed'].nunique()} seed(s), - where one never is."
     )
     table = markdown(pd.DataFrame(rows).fillna("-"))
-    return "\n\n".join([f"**{title}**", table, note]), _curves(trained, yard, columns)
+    text = "\n\n".join([f"**{title}**", table, note])
+    return text, timelines_figure(_panels(trained, yard, columns), "seconds of training")
+
+
+def _panels(trained: pd.DataFrame, yard: pd.DataFrame, columns: Sequence[str]) -> Panels:
+    """Return curves and levels by environment and score; of each contender its first seed's."""
+    panels: Panels = {}
+    for env, group in trained.groupby("env", sort=False):
+        here = yard[yard["env"] == env]
+        for column in columns:
+            curves = {
+                row["contender"]: ([p["seconds"] for p in points], [p[column] for p in points])
+                for _, row in group.drop_duplicates("contender").iterrows()
+                if (points := row["timeline"])
+            }
+            medians = here.groupby(["contender", "calls"])[column].median()
+            levels = {f"{who}, {n} calls": float(level) for (who, n), level in medians.items()}
+            panels[f"{env}", column] = curves, levels
+    return panels
 
 
 def _first(timelines: Sequence[Sequence[Point]], metric: str, level: float) -> str:
@@ -137,35 +155,3 @@ def _cost(points: Sequence[Point]) -> str:
     frame = pd.DataFrame(points)
     calls = frame["training calls"].median()
     return f"{frame['seconds'].median():.3g} s, {calls:.1e}" if calls else "0"
-
-
-def _curves(trained: pd.DataFrame, yard: pd.DataFrame, columns: Sequence[str]) -> Figure:
-    """Draw each score against the seconds, one row a score and one column an environment."""
-    envs = list(dict.fromkeys(trained["env"]))
-    figure, axes = new_figure(len(columns), len(envs), size=4.2)
-    styles = {}
-    for place, env in enumerate(envs):
-        for axis, column in zip(axes[:, place], columns, strict=True):
-            for who, group in trained[trained["env"] == env].groupby("contender", sort=False):
-                points = pd.DataFrame(group["timeline"].iloc[0])
-                style = styles.setdefault(who, {"color": f"C{len(styles) % 10}"})
-                style.setdefault("linestyle", ["-", "--", ":"][(len(styles) - 1) // 10 % 3])
-                axis.plot(points["seconds"], points[column], label=who, marker=".", **style)
-            for _, level in yard[yard["env"] == env].groupby("calls"):
-                axis.axhline(level[column].median(), color="0.6", linewidth=0.8, linestyle="--")
-                text = f"{level['contender'].iloc[0]}, {level['calls'].iloc[0]} calls"
-                axis.annotate(text, (1, level[column].median()), xycoords=("axes fraction", "data"),
-                              ha="right", va="bottom", fontsize=7, color="0.4")  # fmt: skip
-            axis.set_xscale("symlog", linthresh=1)
-            axis.set_yscale("log")
-            axis.set_xlabel("seconds of training")
-            axis.set_ylabel(column)
-            axis.set_title(env)
-            axis.grid(alpha=0.3)
-    handles = {
-        label: line
-        for axis in axes.flat
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
-    return figure

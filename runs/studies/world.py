@@ -112,7 +112,9 @@ class World:
             start, end = float(tableau.times[0]), float(tableau.times[-1])
             with torch.no_grad():
                 view = denoiser.under(self._conditions(denoiser))
-                samples = tableau.sample(view, self._noise(pretrained, start))
+                fresh = torch.Generator(self.target.device).manual_seed(HELD_OUT_SEED + self.seed)
+                noise = self._noise(pretrained, start)
+                samples = tableau.sample(view, noise, generator=fresh)
                 goal = self._reference(origin, pretrained, start, end)
             scores["error"] = float(coordinate_errors(samples, goal).mean())
         if self.scoring.samples:
