@@ -174,8 +174,13 @@ _IMAGES_SFT_PG: Values = {
 }
 # The network distilled into its own fine solver's few steps: minutes on a CPU.
 _TOY_SFD: Values = {"rounds": 400, "batch_size": 256, "learning_rate": 1e-3}
-_DIGITS_SFD: Values = {"rounds": 300, "batch_size": 128, "learning_rate": 3e-4}
+_DIGITS_SFD: Values = {"rounds": 300, "batch_size": 128, "learning_rate": 3e-4, "scale": 20}
 _SMALL_IMAGES_SFD: Values = {"rounds": 300, "batch_size": 64, "learning_rate": 1e-4}
+# A network that predicts the noise errs much in the clean sample where little signal is left.
+_TOY_PD: Values = {"rounds": 100, "batch_size": 128, "learning_rate": 1e-3, "weights": "snr"}
+_DIGITS_PD: Values = {"rounds": 100, "batch_size": 128, "learning_rate": 3e-4, "scale": 20}
+_TOY_CD: Values = {"rounds": 150, "batch_size": 128, "learning_rate": 1e-3}
+_DIGITS_CD: Values = {"rounds": 60, "batch_size": 128, "learning_rate": 3e-4, "scale": 16}
 FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
     ("SwissRoll", "sft-pg", "long"): {**_TOY_SFT_PG, "rounds": 2000, "ema": 0.99},
@@ -203,6 +208,14 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("Digits", "sfd", "default"): _DIGITS_SFD,
     ("MNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
     ("FashionMNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
+    ("SwissRoll", "pd", "default"): _TOY_PD,
+    ("Moons", "pd", "default"): _TOY_PD,
+    ("GaussianCluster", "pd", "default"): _TOY_PD,
+    ("Digits", "pd", "default"): _DIGITS_PD,
+    ("SwissRoll", "cd", "default"): _TOY_CD,
+    ("Moons", "cd", "default"): _TOY_CD,
+    ("GaussianCluster", "cd", "default"): _TOY_CD,
+    ("Digits", "cd", "default"): _DIGITS_CD,
 } | {
     (env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000}
     for env in ("CIFAR10", "CelebA64", "ImageFolder")

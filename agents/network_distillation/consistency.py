@@ -84,7 +84,8 @@ class ConsistencyDistillation(PairDistillation):
 
     @property
     def _gap(self) -> int:
-        stages = self.settings.stages
+        # As many as halve the whole grid down to one step.
+        stages = self.settings.stages or (len(self._grid) - 2).bit_length() + 1
         stage = min(self._updates * stages // self.settings.rounds, stages - 1)
         return 2 ** (stages - 1 - stage)
 

@@ -87,9 +87,12 @@ class HeldOut:
         """Restore what `state` returned."""
         self.chosen = self.reported = None
         if state is not None:
-            self.chosen, self.reported = (
-                Trajectories(
-                    *(None if part is None else part.to(device) for part in found.values())
-                )
-                for found in (state["chosen"], state["reported"])
-            )
+            self.chosen = _restored(state["chosen"], device)
+            self.reported = _restored(state["reported"], device)
+
+
+def _restored(found: dict[str, Any], device: torch.device) -> Trajectories:
+    condition = found["condition"]
+    return Trajectories(
+        found["states"].to(device), None if condition is None else condition.to(device)
+    )

@@ -68,7 +68,7 @@ class ProgressiveDistillation(PairDistillation):
 
     def _check_sampler(self) -> None:
         super()._check_sampler()
-        if self.solver not in SOLVERS or not self._tableau.asked.all():
+        if self.solver not in SOLVERS or self._tableau.nfe < self._tableau.steps:
             raise ValueError(
                 f"Progressive distillation halves DDIM's steps: take solver='ddim' or 'euler' "
                 f"without afs, not '{self._tableau.name}'."

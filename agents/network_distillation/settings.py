@@ -23,9 +23,9 @@ class FineSolverSettings(Settings):
     """A deterministic solver."""
     options: Options | None = None
     """Options of that solver."""
-    scale: int = bounded(4, least=1)
-    """Its steps for each step of the student, one more than the times M between two of its; 2 to
-    10."""
+    scale: int = bounded(8, least=1)
+    """Its steps for each step of the student, 4 to 20; SFD's paper takes 4, on times that are dense
+    near the data. On times that are even, more are needed there."""
     integer_times: bool = False
     """Round its times to whole noisings, for networks that know no others."""
     check: bool = True
@@ -102,11 +102,11 @@ class CDSettings(DistillationSettings):
     states: States = "teacher"
     """Where the network is taught: teacher, on the fine solver's way from noise, which needs no
     data; data, on noised data, with one DDIM step of the teacher."""
-    stages: int = bounded(3, least=1)
+    stages: int | None = bounded(None, least=1)
     """The jumps between the two times of a pair begin with 2^(stages - 1) steps of the fine solver,
-    and are halved in each stage, to one."""
+    and are halved in each stage, to one. None begins with jumps to the end from everywhere, from
+    which a network without a boundary condition of its own learns it."""
     huber: float = bounded(5.4e-4, above=0)
     """c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, d the root of the mean square."""
     weights: JumpWeights = "even"
     """Of the levels: even; or gap, the inverse of the difference of their noise levels."""
-    fine: FineSolverSettings = field(default_factory=lambda: FineSolverSettings(scale=8))

@@ -68,20 +68,21 @@ class SFD(NetworkDistillation):
     def _train(self) -> dict[str, Tensor]:
         """Take the student's steps, with a gradient step after each."""
         size = self.settings.batch_size
-        path, condition = self._trajectories(self.fine, size, self.generator)
+        goals, condition = self._trajectories(self.fine, size, self.generator)
         student, table = self.denoiser.under(condition), self._tableau
-        states, outputs = {0: path[0]}, {}
+        states: dict[int, Tensor] = {0: goals[0]}
+        outputs: dict[int, Tensor] = {}
         losses, norms = [], []
         for j in range(table.steps):
             self.optimizer.zero_grad()
-            loss = path.new_zeros(())
+            loss = goals.new_zeros(())
             moved, answers = [], []
             for rows in pieces(size, self.settings.execution.micro_batch_size):
                 before = {i: state[rows] for i, state in states.items()}
                 answer = table.evaluate(student.at(rows), before[j], j)
                 asked = {k: output[rows] for k, output in outputs.items()} | {j: answer}
                 after = table.advance(j, before, asked)
-                part = self.distance(after, path[j + 1][rows]).sum() / size
+                part = self.distance(after, goals[j + 1][rows]).sum() / size
                 if part.requires_grad:
                     part.backward()
                 loss += part.detach()

@@ -64,6 +64,28 @@ CASES = {
         "conditional": "captions",
         "inpaint": "random",
     },
+    "SFD, classes, guidance absorbed, micro-batches": {
+        "agent": "sfd",
+        "settings": {
+            "batch_size": 32,
+            "size": 8,
+            "learning_rate": 1.0,
+            "distance": "l2",
+            "absorb_guidance": True,
+            "micro_batch_size": 7,
+        },
+        "conditional": True,
+        "guidance": 2.0,
+    },
+    "PD, on the teacher's trajectories": {
+        "agent": "pd",
+        "settings": {"batch_size": 32, "size": 8, "learning_rate": 1.0, "teacher_steps": 8},
+    },
+    "CD, on data": {
+        "agent": "cd",
+        "settings": {"batch_size": 32, "size": 8, "learning_rate": 1.0, "states": "data"},
+        "conditional": True,
+    },
     "SFT, gradient penalty": {
         "agent": "sft",
         "settings": {

@@ -13,13 +13,30 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from fewstep.agents import SFT, SFTPG, SFTV, BehaviorCloning, Denoiser
+from fewstep.agents import (
+    SFD,
+    SFT,
+    SFTPG,
+    SFTV,
+    BehaviorCloning,
+    ConsistencyDistillation,
+    Denoiser,
+    ProgressiveDistillation,
+)
 from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
 from fewstep.envs import Target, make_mdp, make_target
 
-AGENTS = {"cloning": BehaviorCloning, "sft": SFT, "sft-pg": SFTPG, "sft-v": SFTV}
+AGENTS = {
+    "cloning": BehaviorCloning,
+    "sft": SFT,
+    "sft-pg": SFTPG,
+    "sft-v": SFTV,
+    "sfd": SFD,
+    "pd": ProgressiveDistillation,
+    "cd": ConsistencyDistillation,
+}
 
 
 def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
@@ -32,6 +49,8 @@ def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     mdp = make_mdp("Digits", steps=4, target=target, **known)
     with seeded(0):
         body = ResidualMLP(mdp.shape, hidden=16, blocks=1, conditions=mdp.conditions)
+        if case["agent"] == "cd":  # a network that answers 0 is consistent
+            torch.nn.init.normal_(body.out.weight, std=0.1)
     denoiser = Denoiser(body, mdp.process, "sample", drops=bool(conditional))
     if conditional:
         denoiser = denoiser.given(guidance=case.get("guidance", 1.0))
@@ -47,7 +66,8 @@ def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     for optimizer in (agent.optimizer, getattr(getattr(agent, "critic", None), "optimizer", None)):
         for group in optimizer.param_groups if optimizer else ():
             group["eps"] = 1.0
-    agent.learn(rounds * agent.timesteps_per_round, log_interval=1)
+    if rounds:  # agents that count their calls are stopped before their own end
+        agent.learn(None, lambda _locals, _globals: agent.rounds < rounds, log_interval=1)
     weights = {f"denoiser.{k}": v for k, v in agent.denoiser.state_dict().items()}
     if hasattr(agent, "critic"):
         state = agent.critic.state_dict()

@@ -203,6 +203,8 @@ def test_studies_are_listed(fewstep, capsys):
         (["train", "--schedule=9,5,7,0"], "strictly decrease"),
         (["train", "--schedule=karras", "--schedule-options", "roh", "5"], "did you mean 'rho'"),
         (["train", "--agent=dode", "--solver=ancestral"], "distils deterministic solvers"),
+        (["train", "--agent=pd", "--teacher-steps=12"], "10 steps times a power of two"),
+        (["train", "--agent=sfd", "--table=nowhere.json"], "No tableau at nowhere.json"),
         (
             ["train", "--agent=dode", "--solver-options", "eta", "1"],
             "distils deterministic solvers",

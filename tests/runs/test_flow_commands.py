@@ -21,6 +21,9 @@ AGENTS = {
     "sft-pg": ["--rounds=4", "--batch-size=16", "--evaluations=2"],
     "dode": ["--batches=2", "--batch-size=16"],
     "schedule": ["--schedule-rounds=6", "--tuning.rounds=4", "--batch-size=60", "--batches=1"],
+    "sfd": ["--rounds=3", "--batch-size=16", "--held-out.size=20"],
+    "pd": ["--rounds=2", "--batch-size=16", "--held-out.size=20", "--teacher-steps=20"],
+    "cd": ["--rounds=3", "--batch-size=16", "--held-out.size=20", "--fine.scale=2"],
     "solver": ["--preset=gs", "--descent.rounds=3", "--batch-size=60", "--start=distilled"],
 }
 
@@ -42,7 +45,11 @@ def trained(tmp_path_factory, fewstep):
 
 
 @pytest.mark.parametrize(
-    "agent", [*sorted(set(AGENTS) - {"solver"}), pytest.param("solver", marks=pytest.mark.slow)]
+    "agent",
+    [
+        *sorted(set(AGENTS) - {"solver", "pd", "cd"}),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("solver", "pd", "cd")),
+    ],
 )
 def test_a_flow_is_cloned_and_trained(agent, trained):
     folder = trained(agent)
