@@ -105,7 +105,8 @@ class CDSettings(DistillationSettings):
     stages: int | None = bounded(None, least=1)
     """The jumps between the two times of a pair begin with 2^(stages - 1) steps of the fine solver,
     and are halved in each stage, to one. None begins with jumps to the end from everywhere, from
-    which a network without a boundary condition of its own learns it."""
+    which a network without a boundary condition of its own learns it; on data with half of that, as
+    one step of the teacher to the end teaches nothing."""
     huber: float = bounded(5.4e-4, above=0)
     """c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, d the root of the mean square."""
     weights: JumpWeights = "even"

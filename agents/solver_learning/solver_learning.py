@@ -290,14 +290,18 @@ class SolverLearning(SolverAgent):
             )
         given = float(self._held_out(self.base).mean())
         self._start, self._least = self.family.zeros(), given
-        starts = Starts(self.family, self._build, self._teacher_of, self._pool, self.denoiser)
-        for parameters in starts.best(self.settings.starting, self._objective):
+        for parameters in self._starts():
             loss = float(self._held_out(self.family.table(parameters)).mean())
             if loss < self._least:
                 self._start, self._least = parameters, loss
         self._best = self._start
         self._descent.begin(self._start)
         self._keep(GIVEN if self._least == given else START, self._start)
+
+    def _starts(self) -> list[Parameters]:
+        """Return where the descent may start, beside the base solver."""
+        starts = Starts(self.family, self._build, self._teacher_of, self._pool, self.denoiser)
+        return starts.best(self.settings.starting, self._objective)
 
     def _compare(self) -> float:
         """Return the loss on held-out noise; remember the best table, or with a critic the last."""

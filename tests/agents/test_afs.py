@@ -35,7 +35,7 @@ ODE = [
     for name, solver in SOLVERS.items()
     if solver.needs is None
     and not name.endswith("-sde")
-    and name not in ("ancestral", "euler-ancestral", "fast-dpm")
+    and name not in ("ancestral", "euler-ancestral", "fast-dpm", "consistency")
 ]
 
 

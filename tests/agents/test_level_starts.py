@@ -223,7 +223,7 @@ def test_schedule_and_solver_learning_start_there(start):
     if start == "dmn":
         torch.testing.assert_close(levels, noise_levels(Schedule.dmn(EDM, 5)), rtol=1e-6, atol=0)
     solver = SolverLearning(world(schedule), denoiser, start=start, rounds=1, **QUICK)
-    (parameters,) = solver._starts()[1:] if len(solver._starts()) > 1 else solver._starts()
+    *_, parameters = solver._starts()
     torch.testing.assert_close(solver.family.levels(parameters), levels, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match=r"moves the times: it needs learn\.times"):
         SolverLearning(world(schedule), denoiser, start=start, learn_times=False)

@@ -83,7 +83,7 @@ CASES = {
     },
     "CD, on data": {
         "agent": "cd",
-        "settings": {"batch_size": 32, "size": 8, "learning_rate": 1.0, "states": "data"},
+        "settings": {"batch_size": 32, "size": 8, "learning_rate": 0.3, "states": "data"},
         "conditional": True,
     },
     "SFT, gradient penalty": {

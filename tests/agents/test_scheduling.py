@@ -1191,9 +1191,9 @@ def test_the_trajectory_programme_jumps_best(solver, name, worlds, mixture, prio
         cost[i, j] = float(squared(share * bars[i] + (1 - share) * D - bars[j]))
     seen = []
 
-    def spy(table, nodes):
+    def spy(table, *arguments):
         seen.append(table)
-        return cheapest_path(table, nodes)
+        return cheapest_path(table, *arguments)
 
     monkeypatch.setattr("fewstep.agents.solver_learning.scheduling.programmes.cheapest_path", spy)
     for stored in (2**22, 1):

@@ -104,7 +104,7 @@ def test_mnist_is_cloned_in_ten_noisings(files, tmp_path, fewstep):
         (["--pretrained={files}/nothing"], "There is no folder"),
         (["--pretrained=nobody/nothing-of-this-name"], "download"),
         (["--env=MNIST", "--agent=sft-pg", "--pretrained={files}/ddpm"], "(3, 32, 32)"),
-        (["--pretrained={files}/ddpm", "--denoiser={files}/ddpm"], "not both"),
+        (["--pretrained={files}/ddpm", "--denoiser={files}/ddpm"], "Give one of"),
         (["--agent=behavior-cloning", "--pretrained={files}/ddpm"], "starts from nothing"),
         (["--pretrained={files}/ddpm", "--body=small-unet"], "--body is for a denoiser"),
         (["--pretrained={files}/ddpm", "--process=cosine-50"], "--process cosine-50 is not that"),
