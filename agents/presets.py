@@ -243,7 +243,7 @@ NAMED: dict[str, dict[str, Values]] = {"solver": SOLVER_PRESETS}
 PROCESSES: dict[tuple[str, str], str] = {
     (env, agent): "sigmoid-1000"
     for env in ("SwissRoll", "Moons", "GaussianCluster")
-    for agent in ("dode", "solver", "sfd", "pd", "cd")
+    for agent in ("dode", "solver", "sfd", "pd", "cd", "dmd")
 } | {
     # Noise levels are EDM's idea, and its network is smooth in them.
     (env, "schedule"): "ve"
