@@ -35,7 +35,7 @@ def energy_errors(samples: Tensor, goal: Tensor, condition: Tensor | None = None
     x, y = (each.detach().double().cpu().flatten(1) for each in (samples, goal))
     count, apart = len(x), 0.0
     if condition is not None:
-        condition = condition.detach().cpu().flatten(1)
+        condition = condition.detach().cpu().reshape(count, -1)
         apart = 2 * float(y.var(0).sum())
 
     def between(a: Tensor, b: Tensor, rows: slice) -> Tensor:
