@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...common.checkpoint import CheckpointError, counter
+from ...common.checkpoint import CheckpointError, counter, load_checkpoint
 from ...common.distributed import ALONE
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
+from ...common.reading import damage_named
 from ...envs import DiffusionMDP, Schedule
 from ..base import AnyAgent
 from ..denoisers.conditioning import Conditioning
@@ -389,6 +390,17 @@ class NetworkDistillation(SolverAgent):
         self.teacher.body.load_state_dict(state["teacher"])
         if state["teacher_given"] is not None:
             self.teacher.conditioning = Conditioning.from_config(state["teacher_given"])
+
+    @classmethod
+    def given_tableau(cls, path: str | Path) -> Tableau | None:
+        """See `Agent.given_tableau`.
+
+        Raises:
+            CheckpointError: a damaged file.
+        """
+        with damage_named(path, CheckpointError):
+            table = load_checkpoint(path)["state"]["tableau"]
+            return None if table is None else Tableau.from_json(table)
 
     @classmethod
     def _rebuilt(

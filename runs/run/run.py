@@ -159,6 +159,9 @@ class Run:
         check_body(denoiser, self.mdp.shape, run.body)
         kind = AGENTS[run.agent]
         seen: dict[str, Any] = {"features": self.features} if kind.takes_features else {}
+        if kind.takes_tableau and (checkpoint := self.folder.path / kind.checkpoint_name).is_file():
+            # The file that it came from may be gone.
+            seen["tableau"] = kind.given_tableau(checkpoint)
         agent = kind(self.mdp, denoiser, self.settings.agent, seed=run.seed + 1, **seen)
         return self._learn(agent, self.folder.checkpoint(agent))
 
