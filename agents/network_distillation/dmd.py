@@ -130,7 +130,8 @@ class DMD(NetworkDistillation):
     def _check_sampler(self) -> None:
         table = self._tableau
         table.check_process(self.denoiser)
-        if not table.one_step or table.nfe < table.steps or table.covariance.any():
+        rows = [table.row(j) for j in range(table.steps)]
+        if not table.one_step or any(not row.asked or row.covariance for row in rows):
             raise ValueError(
                 f"Distribution matching needs a sampler whose steps ask the network and read their "
                 f"own state only, such as consistency, ddim or ancestral; not '{table.name}'."
