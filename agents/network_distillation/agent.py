@@ -231,8 +231,10 @@ class NetworkDistillation(SolverAgent):
         before = self.num_timesteps
         metrics |= self._train()
         self.averaged.update()
-        # Those of the other processes, which do as much.
-        self.num_timesteps += (self.processes.count - 1) * (self.num_timesteps - before)
+        # With those of the other processes, which may have done more or less.
+        done = torch.tensor(self.num_timesteps - before, device=self.device).double()
+        everyone = self.processes.mean({"calls": done})["calls"] * self.processes.count
+        self.num_timesteps = before + round(float(everyone))
         self._updates += 1
         interval = max(self.settings.rounds // self.settings.held_out.looks, 1)
         if self._judging and (self.finished or self._updates % interval == 0):
