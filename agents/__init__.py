@@ -4,8 +4,8 @@ Behaviour cloning trains a denoiser on data; SFT-PG, SFT-V and SFT fine-tune the
 against a critic; D-ODE distils a solver's weights; schedule learning moves the times it visits;
 solver learning learns weights and times together, RDPO from rewards alone; variance learning
 measures how much noise its steps want; SFD, progressive and consistency distillation train the
-network by its own fine solver. A `Tableau` is a sampler as a table of numbers, which `solvers`
-build.
+network by its own fine solver, and DMD matches the distribution of its samples. A `Tableau` is a
+sampler as a table of numbers, which `solvers` build.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from .cloning import BehaviorCloning
 from .denoisers.denoiser import Denoiser
 from .denoisers.networks import UNet2D
 from .network_distillation.consistency import ConsistencyDistillation
+from .network_distillation.dmd import DMD
 from .network_distillation.progressive import ProgressiveDistillation
 from .network_distillation.sfd import SFD
 from .policy_gradient.sft import SFT
@@ -58,11 +59,13 @@ AGENTS: dict[str, type[Agent]] = {
         SFD,
         ProgressiveDistillation,
         ConsistencyDistillation,
+        DMD,
     )
 }
 
 __all__ = [
     "AGENTS",
+    "DMD",
     "DODE",
     "RDPO",
     "SFD",

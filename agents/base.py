@@ -17,6 +17,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_ou
 from .denoisers.denoiser import Denoiser
 from .environments import Environment
 from .report import Report
+from .samplers.tableau import Tableau
 from .training_state import Trainee
 
 if TYPE_CHECKING:
@@ -136,6 +138,11 @@ class Agent(Trainee):
     def learns_tableau(self) -> bool:
         """Whether training changes the table: then a run writes it at every checkpoint."""
         return self.tableau is not self._tableau
+
+    @classmethod
+    def given_tableau(cls, path: str | Path) -> Tableau | None:
+        """Return the finished table that the agent was given which wrote a file, if it was any."""
+        return None
 
     def networks(self) -> list[nn.Module]:
         """Return the networks whose calls are counted, where they are."""

@@ -8,14 +8,15 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...common.checkpoint import CheckpointError, counter
+from ...common.checkpoint import CheckpointError, counter, load_checkpoint
 from ...common.distributed import ALONE
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
+from ...common.reading import damage_named
 from ...envs import DiffusionMDP, Schedule
 from ..base import AnyAgent
 from ..denoisers.conditioning import Conditioning
@@ -55,6 +56,8 @@ class NetworkDistillation(SolverAgent):
         arguments: single settings by name, and `Agent`'s remaining arguments.
 
     Attributes:
+        follows_paths: whether each finished sample has a goal of its own; else only their
+            distribution has.
         teacher: the network that the student learns from.
         fine: the fine solver that judges, with the states at the student's times.
         averaged: the average of the weights in training.
@@ -72,6 +75,7 @@ class NetworkDistillation(SolverAgent):
 
     data_parallel = True
     obeys_transitions = False
+    follows_paths: ClassVar[bool] = True
 
     settings: DistillationSettings
 
@@ -91,7 +95,7 @@ class NetworkDistillation(SolverAgent):
         self.mdp = on_times_of(self.mdp, self._tableau)
         optimizer = self.settings.optimizer
         self.teacher = copy.deepcopy(self.denoiser).requires_grad_(False)
-        if self.settings.absorb_guidance:
+        if self._absorbs:
             self.denoiser = without_guidance(self.denoiser)
         self.fine = self._new_fine_solver()
         self.optimizer = adam(self.denoiser.parameters(), optimizer.betas)
@@ -99,7 +103,7 @@ class NetworkDistillation(SolverAgent):
         self.execution = Execution(self.denoiser, self.settings.execution)
         self.errors = {}
         self._updates = 0
-        self._best = BestNetwork(self.averaged)
+        self._best = BestNetwork(self.averaged, by_lead=self.follows_paths)
         self._held_out = HeldOut()
 
     # -- what a subclass says --------------------------------------------------------------------
@@ -141,6 +145,15 @@ class NetworkDistillation(SolverAgent):
         noise, goal = held_out.states[0], held_out.states[-1]
         ends = self._tableau.sample(denoiser.under(held_out.condition), noise)
         return coordinate_errors(ends, goal)
+
+    def _hold_out(self, size: int, generator: torch.Generator) -> Trajectories:
+        """Draw noise to judge by, and what should become of it: the last states."""
+        return self._trajectories(self.fine, size, generator, alone=True)
+
+    @property
+    def _absorbs(self) -> bool:
+        """Whether the student is asked with the condition alone."""
+        return self.settings.absorb_guidance
 
     # -- what there is ---------------------------------------------------------------------------
 
@@ -202,7 +215,10 @@ class NetworkDistillation(SolverAgent):
         if "returned" not in self.errors:
             return "Training is not over; nothing was chosen yet."
         what = _NETWORKS[self.returned]
-        return f"Returned, as the best on held-out noise: {what}. {comparison(self.errors)}"
+        return f"Returned, as the best on held-out noise: {what}. {self._comparison()}"
+
+    def _comparison(self) -> str:
+        return comparison(self.errors)
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -215,8 +231,10 @@ class NetworkDistillation(SolverAgent):
         before = self.num_timesteps
         metrics |= self._train()
         self.averaged.update()
-        # Those of the other processes, which do as much.
-        self.num_timesteps += (self.processes.count - 1) * (self.num_timesteps - before)
+        # With those of the other processes, which may have done more or less.
+        done = torch.tensor(self.num_timesteps - before, device=self.device).double()
+        everyone = self.processes.mean({"calls": done})["calls"] * self.processes.count
+        self.num_timesteps = before + round(float(everyone))
         self._updates += 1
         interval = max(self.settings.rounds // self.settings.held_out.looks, 1)
         if self._judging and (self.finished or self._updates % interval == 0):
@@ -234,7 +252,7 @@ class NetworkDistillation(SolverAgent):
         generator = torch.Generator(self.device).manual_seed(self.seed)
         size = self.settings.held_out.size
         self._held_out.chosen, self._held_out.reported = (
-            self._trajectories(self.fine, size, generator, alone=True) for _ in range(2)
+            self._hold_out(size, generator) for _ in range(2)
         )
         if self.settings.fine.check:
             self.errors["teacher"] = self._judge_teacher()
@@ -315,14 +333,14 @@ class NetworkDistillation(SolverAgent):
         """The share of the training that the learning rate falls over."""
         return self._updates / self.budget
 
-    def _descend(self) -> Tensor:
+    def _descend(self, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
         """Take a clipped step along the gradient; return the norm before."""
-        parameters = self.optimizer.param_groups[0]["params"]
+        parameters = optimizer.param_groups[0]["params"]
         self.processes.average_gradients(parameters)
         clip = self.settings.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-        set_learning_rate(self.optimizer, self._rate)
-        self.optimizer.step()
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
         return norm
 
     # -- what a run shows ------------------------------------------------------------------------
@@ -374,6 +392,17 @@ class NetworkDistillation(SolverAgent):
         self.teacher.body.load_state_dict(state["teacher"])
         if state["teacher_given"] is not None:
             self.teacher.conditioning = Conditioning.from_config(state["teacher_given"])
+
+    @classmethod
+    def given_tableau(cls, path: str | Path) -> Tableau | None:
+        """See `Agent.given_tableau`.
+
+        Raises:
+            CheckpointError: a damaged file.
+        """
+        with damage_named(path, CheckpointError):
+            table = load_checkpoint(path)["state"]["tableau"]
+            return None if table is None else Tableau.from_json(table)
 
     @classmethod
     def _rebuilt(

@@ -154,7 +154,7 @@ class PairDistillation(NetworkDistillation):
                 part = self.losses(student.at(rows), pair).sum() / size
                 part.backward()
                 loss += part.detach()
-            norms.append(self._descend())
+            norms.append(self._descend(self.optimizer, self._rate))
             losses.append(loss)
         return {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
 

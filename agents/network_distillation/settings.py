@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...common.settings import Settings, bounded
+from ..policy_gradient.settings import CriticSettings
 from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings
 from ..solvers import Options
 
@@ -111,3 +112,29 @@ class CDSettings(DistillationSettings):
     """c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, d the root of the mean square."""
     weights: JumpWeights = "even"
     """Of the levels: even; or gap, the inverse of the difference of their noise levels."""
+
+
+def _critic() -> CriticSettings:
+    return CriticSettings(
+        objective="logistic", regularizer="r1", learning_rate=1e-4, betas=(0.5, 0.99)
+    )
+
+
+@dataclass(frozen=True)
+class DMDSettings(DistillationSettings):
+    """Settings of `DMD`."""
+
+    solver: str = "consistency"
+    """The student's solver; its steps read their own state only."""
+    absorb_guidance: bool = True
+    """Of a guided network: only the teacher is guided, and the student is asked with the condition
+    alone; False guides the student, too, at twice the network evaluations."""
+    n_fake: int = bounded(5, least=1)
+    """Steps a round of the network that denoises the student's samples, and of the critic."""
+    fake_learning_rate: float | None = bounded(None, above=0)
+    """Of that network; by default the student's."""
+    adversarial: float = bounded(0.0, least=0)
+    """Weight of a learned critic's softplus(-f(x)), which tells the student's samples from data; 0
+    has none, and needs no data. 1e-3 to 1e-2."""
+    held_out: HeldOutSettings = field(default_factory=lambda: HeldOutSettings(size=1000))
+    critic: CriticSettings = field(default_factory=_critic)

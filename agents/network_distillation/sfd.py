@@ -89,7 +89,7 @@ class SFD(NetworkDistillation):
                 moved.append(after.detach())
                 answers.append(answer.detach())
             if table.row(j).asked:
-                norms.append(self._descend())
+                norms.append(self._descend(self.optimizer, self._rate))
             losses.append(loss)
             states[j + 1], outputs[j] = torch.cat(moved), torch.cat(answers)
             for kept, unread in zip((states, outputs), table.unread, strict=True):

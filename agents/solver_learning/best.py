@@ -17,13 +17,14 @@ class BestNetwork:
 
     Args:
         averaged: the network in training, and the average of its weights, which is judged.
+        by_lead: see `is_better`.
 
     Attributes:
         improved: whether the best one is not the one that there was before.
     """
 
-    def __init__(self, averaged: Averaged[Denoiser]) -> None:
-        self._averaged = averaged
+    def __init__(self, averaged: Averaged[Denoiser], by_lead: bool = True) -> None:
+        self._averaged, self._by_lead = averaged, by_lead
         self._weights: dict[str, Tensor] | None = None
         self._errors: Tensor | None = None
         self.improved = False
@@ -40,7 +41,7 @@ class BestNetwork:
     def judge(self, errors: Tensor) -> None:
         """Compare the averaged network, which has these errors (N,), with the best one."""
         assert self._errors is not None
-        if is_better(errors, self._errors):
+        if is_better(errors, self._errors, self._by_lead):
             self._weights, self._errors, self.improved = self._copy(), errors, True
 
     def finish(self, optimizer: torch.optim.Optimizer) -> None:

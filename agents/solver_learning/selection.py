@@ -26,7 +26,7 @@ def coordinate_errors(samples: Tensor, goal: Tensor) -> Tensor:
     return (samples.double() - goal.to(samples.device).double()).square().flatten(1).mean(1).cpu()
 
 
-def is_better(errors: Tensor, than: Tensor) -> bool:
+def is_better(errors: Tensor, than: Tensor, by_lead: bool = True) -> bool:
     """Tell whether errors are smaller in the mean, and not by chance.
 
     By more than one standard error of their mean difference, or for so many more than half of the
@@ -36,6 +36,8 @@ def is_better(errors: Tensor, than: Tensor) -> bool:
     Args:
         errors: (N,) of the new sampler, one for each noise.
         than: (N,) of the old one, from the same noises.
+        by_lead: whether the second counts; not for shares of a distance of distributions, of which
+            single ones say nothing.
 
     Returns:
         False also where the new errors are not finite; True where only the old ones are not.
@@ -48,7 +50,7 @@ def is_better(errors: Tensor, than: Tensor) -> bool:
     mean, count = float(gain.mean()), len(gain)
     if count < 2 or mean <= 0:
         return mean > 0
-    lead = int((gain > 0).sum()) - int((gain < 0).sum())
+    lead = int((gain > 0).sum()) - int((gain < 0).sum()) if by_lead else 0
     return mean > float(gain.std()) / math.sqrt(count) or lead > 2 * math.sqrt(count)
 
 

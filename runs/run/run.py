@@ -163,6 +163,10 @@ class Run:
         check_body(denoiser, self.mdp.shape, run.body)
         kind = AGENTS[run.agent]
         seen = taken_up(run, self.folder.start)
+        checkpoint = self.folder.path / kind.checkpoint_name
+        if kind.takes_tableau and "tableau" not in seen and checkpoint.is_file():
+            # The file that it came from may be gone.
+            seen["tableau"] = kind.given_tableau(checkpoint)
         if kind.takes_features:
             seen["features"] = self.features
         agent = kind(self.mdp, denoiser, self.settings.agent, seed=run.seed + 1, **seen)

@@ -86,6 +86,20 @@ CASES = {
         "settings": {"batch_size": 32, "size": 8, "learning_rate": 0.3, "states": "data"},
         "conditional": True,
     },
+    "DMD, critic": {
+        "agent": "dmd",
+        "settings": {
+            "batch_size": 32,
+            "size": 8,
+            "learning_rate": 1.0,
+            "fake_learning_rate": 1.0,
+            "n_fake": 2,
+            "adversarial": 0.1,
+            "micro_batch_size": 7,
+        },
+        "conditional": True,
+        "guidance": 2.0,
+    },
     "SFT, gradient penalty": {
         "agent": "sft",
         "settings": {

@@ -25,6 +25,7 @@ BUDGETS = {
     "sfd": ({**DISTILLED, "rounds": 4}, 4),
     "pd": ({**DISTILLED, "rounds": 2, "teacher_steps": 16}, 4),
     "cd": ({**DISTILLED, "rounds": 3}, 3),
+    "dmd": ({**DISTILLED, "rounds": 3, "n_fake": 1}, 3),
 }
 
 

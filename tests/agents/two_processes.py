@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from fewstep.agents import (
+    DMD,
     SFD,
     SFT,
     SFTPG,
@@ -36,6 +37,7 @@ AGENTS = {
     "sfd": SFD,
     "pd": ProgressiveDistillation,
     "cd": ConsistencyDistillation,
+    "dmd": DMD,
 }
 
 
@@ -63,7 +65,8 @@ def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
     agent = AGENTS[case["agent"]](mdp, denoiser, **settings)
     # Adam divides by the size of the gradient: where that is rounding alone, so is its step. With a
     # large epsilon the steps are smooth in the gradients.
-    for optimizer in (agent.optimizer, getattr(getattr(agent, "critic", None), "optimizer", None)):
+    critic = getattr(getattr(agent, "critic", None), "optimizer", None)
+    for optimizer in (agent.optimizer, getattr(agent, "fake_optimizer", None), critic):
         for group in optimizer.param_groups if optimizer else ():
             group["eps"] = 1.0
     if rounds:  # agents that count their calls are stopped before their own end

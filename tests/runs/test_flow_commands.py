@@ -24,6 +24,7 @@ AGENTS = {
     "sfd": ["--rounds=3", "--batch-size=16", "--held-out.size=20"],
     "pd": ["--rounds=2", "--batch-size=16", "--held-out.size=20", "--teacher-steps=20"],
     "cd": ["--rounds=3", "--batch-size=16", "--held-out.size=20", "--fine.scale=2"],
+    "dmd": ["--rounds=2", "--batch-size=16", "--held-out.size=20", "--n-fake=1"],
     "solver": ["--preset=gs", "--descent.rounds=3", "--batch-size=60", "--start=distilled"],
 }
 
@@ -47,8 +48,8 @@ def trained(tmp_path_factory, fewstep):
 @pytest.mark.parametrize(
     "agent",
     [
-        *sorted(set(AGENTS) - {"solver", "pd", "cd"}),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("solver", "pd", "cd")),
+        *sorted(set(AGENTS) - {"solver", "pd", "cd", "dmd"}),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("solver", "pd", "cd", "dmd")),
     ],
 )
 def test_a_flow_is_cloned_and_trained(agent, trained):
@@ -88,3 +89,16 @@ def test_a_last_noising_without_signal_is_cloned_and_trained(tmp_path, fewstep):
     (folder,) = tmp_path.iterdir()
     denoiser = Denoiser.load(folder / "denoiser.safetensors")
     assert denoiser.prediction == "v" and denoiser.process.levels(1000.0)[0] == 0
+
+
+def test_a_run_goes_on_without_the_table_s_file(trained, tmp_path, fewstep):
+    """The checkpoint holds it."""
+    before, table = trained("dode"), tmp_path / "table.json"
+    table.write_bytes((before / "tableau.json").read_bytes())
+    where = [f"--denoiser={before}", f"--table={table}", f"--log-dir={tmp_path / 'logs'}"]
+    assert fewstep("train", "--agent=sfd", *AGENTS["sfd"], *TINY[-4:-3], *where) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    table.unlink()
+    (folder / "results.json").unlink()
+    assert fewstep("train", "--resume", folder) == 0
+    assert json.loads((folder / "results.json").read_text())["metrics"]
