@@ -84,8 +84,8 @@ class ConsistencyDistillation(PairDistillation):
 
     @property
     def _gap(self) -> int:
-        # As many as halve the whole grid down to one step; half of it on data, where one step of the
-        # teacher to the end is what the network says already.
+        # As many as halve the whole grid down to one step; half of it on data, where one step of
+        # the teacher to the end is what the network says already.
         whole = (len(self._grid) - 2).bit_length()
         stages = self.settings.stages or max(whole + (self.settings.states == "teacher"), 1)
         stage = min(self._updates * stages // self.settings.rounds, stages - 1)
