@@ -135,6 +135,6 @@ class DMDSettings(DistillationSettings):
     """Of that network; by default the student's."""
     adversarial: float = bounded(0.0, least=0)
     """Weight of a learned critic's softplus(-f(x)), which tells the student's samples from data; 0
-    has none, and needs no data. 1e-3 to 1e-2."""
+    has none, and needs no data. DMD2 has 1e-3; the toys want more."""
     held_out: HeldOutSettings = field(default_factory=lambda: HeldOutSettings(size=1000))
     critic: CriticSettings = field(default_factory=_critic)
