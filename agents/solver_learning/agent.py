@@ -13,6 +13,10 @@ from ..denoisers.denoiser import Denoiser
 AnySolverAgent = TypeVar("AnySolverAgent", bound="SolverAgent")
 
 
+# A teacher whose own error is more than this share of what is left of the student's misleads it.
+_MISLEADS = 0.25
+
+
 class SolverAgent(Agent):
     """Base of the agents that learn from a fine solver: a solver of few steps, or the network.
 
@@ -46,8 +50,15 @@ class SolverAgent(Agent):
 
 
 def comparison(errors: Mapping[str, float]) -> str:
-    """Say how the error of what is returned compares with that of what was given."""
-    return (
+    """Say how the error of what is returned compares with what was given, and the teacher's own."""
+    found = (
         f"Mean squared error per coordinate: {errors['returned']:.2e}, of what was given "
         f"{errors['given']:.2e}."
+    )
+    teacher = errors.get("teacher", 0.0)
+    if teacher <= _MISLEADS * errors["returned"]:
+        return found
+    return (
+        f"{found} The teacher itself errs by {teacher:.2e}, so much of this is its error: take a "
+        "larger scale."
     )

@@ -447,3 +447,16 @@ def test_the_command_ends_with_one_sentence_and_2(tmp_path, capsys):
     assert said.count("fewstep: ") - said.count("fewstep: warning: ") == 1
     assert "fewstep: Schedule learning diverged: after update 1" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("scale", "misleads"), [(2, True), (60, False)])
+def test_a_teacher_that_errs_as_much_as_what_it_taught_is_named(scale, misleads):
+    process = DiscreteVP.linear(1000)
+    denoiser, _ = mixture(process, dimension=2)
+    schedule = Schedule.uniform(process, 5)
+    agent = DODE.without_data(
+        denoiser, schedule, (2,), solver="ddim", form="all", scale=scale, batch_size=200, seed=1
+    )
+    agent.learn()
+    assert (agent.errors["teacher"] > agent.errors["returned"] / 4) == misleads
+    assert ("take a larger scale" in agent.verdict) == misleads

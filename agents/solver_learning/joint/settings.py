@@ -135,8 +135,9 @@ class SolverLearningSettings(AgentSettings):
     """The teacher's solver."""
     teacher_options: Options | None = None
     """Options of the teacher's solver."""
-    scale: int = bounded(10, least=1)
-    """The teacher's steps for each call of the student; 5 to 30."""
+    scale: int = bounded(20, least=1)
+    """The teacher's steps for each call of the student; 10 to 50. With 10 on even times the teacher
+    erred as much as the learned solver on the digits."""
     check_teacher: bool = True
     """Warn if the teacher is no better than the base solver."""
     batch_size: int = bounded(250, least=2)
