@@ -42,7 +42,8 @@ def energy_errors(samples: Tensor, goal: Tensor, condition: Tensor | None = None
         found = distances(a[rows], b)
         if condition is None:
             return found
-        other = (condition[rows, None] != condition[None]).any(2)
+        # In float64: a number times a truth value would be rounded to float32.
+        other = (condition[rows, None] != condition[None]).any(2).to(found)
         return (found.square() + apart * other).sqrt()
 
     shares = []

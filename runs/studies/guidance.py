@@ -32,10 +32,14 @@ REFINED = Learn(
     "dode",
     {"form": "all", "refine": "end-to-end", "refine_steps": 5, "batches": 4, "batch_size": 64},
 )
+SOLVER = Learn("solver", {"batch_size": 50, "batches": 4, "rounds": 4})
+SFD = Learn("sfd", {"rounds": 100, "batch_size": 64, "size": 64})
 LEARNED = {
     "D-ODE on DDIM": (DDIM, Learn("dode", {"batches": 2, "batch_size": 64})),
     "learned schedule, DPM-Solver++ 2M": (SOLVERS["DPM-Solver++ 2M"], TIMES_LEARNED),
     "the same, its weights distilled": (SOLVERS["DPM-Solver++ 2M"], TIMES_LEARNED, REFINED),
+    "solver learning on DPM-Solver++ 3M": (Sample("dpm-solver++-3m", **TIMES), SOLVER),
+    "the same, then SFD": (Sample("dpm-solver++-3m", **TIMES), SOLVER, SFD),
 }
 SCORING = Scoring(2_000, held_out=256, reference_steps=100, before=False, conditional=True)
 

@@ -171,8 +171,10 @@ def test_an_exact_denoiser_changes_by_how_much_its_error_grows():
     found = denoised_changes(denoiser, levels, levels, clean, generator)
     errors = dimension * own_error(levels)
     wanted = (errors[:, None] - errors[None, :]).abs()
-    # A sum of count * dimension squares of normal numbers: five standard deviations.
-    assert bool(((found - wanted).abs() <= 5 * wanted * math.sqrt(2 / (count * dimension))).all())
+    # A sum of count * dimension squares of normal numbers: five standard deviations, and rounding
+    # where a level is compared with itself.
+    chance = 5 * wanted * math.sqrt(2 / (count * dimension)) + 1e-12 * errors.max()
+    assert bool(((found - wanted).abs() <= chance).all())
 
 
 @numeric
