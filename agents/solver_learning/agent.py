@@ -9,6 +9,7 @@ from ...envs import DiffusionMDP, Schedule, Target
 from ...envs.mdp import no_reward
 from ..base import Agent
 from ..denoisers.denoiser import Denoiser
+from ..samplers.tableau import Tableau
 
 AnySolverAgent = TypeVar("AnySolverAgent", bound="SolverAgent")
 
@@ -47,6 +48,40 @@ class SolverAgent(Agent):
         target = Target.without_samples(shape, next(denoiser.parameters()).device)
         mdp = DiffusionMDP(target, denoiser.process, schedule, no_reward)
         return cls(mdp, denoiser, **settings)
+
+
+class TableAgent(SolverAgent):
+    """Base of the agents that learn a table with times of its own.
+
+    Attributes:
+        base: the solver on the environment's schedule.
+    """
+
+    base: Tableau
+    _table: Tableau
+
+    @property
+    def tableau(self) -> Tableau:
+        """The sampler: the best table so far, or the one that was chosen in the end."""
+        return self._table
+
+    @property
+    def learns_tableau(self) -> bool:
+        """Training changes the table."""
+        return True
+
+    def tableau_on(self, schedule: Schedule) -> Tableau:
+        """Return the base solver on another schedule, where it is what is returned.
+
+        Raises:
+            ValueError: a learned table belongs to its own times.
+        """
+        if self._table is self.base:
+            return super().tableau_on(schedule)
+        raise ValueError(
+            f"This table was learned for {self._table.nfe} network calls at its own times; it "
+            "carries over to no others."
+        )
 
 
 def comparison(errors: Mapping[str, float]) -> str:

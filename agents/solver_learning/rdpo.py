@@ -25,7 +25,7 @@ from ..environments import Environment
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
 from ..solvers import build_solver
-from .agent import SolverAgent
+from .agent import TableAgent
 from .black_box.acting import ManyTables, TablePolicy
 from .black_box.distribution import CrossEntropy, PolicyGradient, TableDistribution
 from .black_box.rewards import earned, judged_by, on_table
@@ -41,7 +41,7 @@ GIVEN, LEARNED = "given", "learned"
 _CHOOSING, _REPORTING = 1_000_003, 2_000_003
 
 
-class RDPO(SolverAgent):
+class RDPO(TableAgent):
     """Learn a few-step solver's numbers from the rewards of its finished samples alone.
 
     A round draws noises and plays each several times, under the same noise and with as many tables;
@@ -127,34 +127,11 @@ class RDPO(SolverAgent):
     # -- what there is -------------------------------------------------------------------------
 
     @property
-    def tableau(self) -> Tableau:
-        """The sampler: the best table so far, or the one that was chosen in the end."""
-        return self._table
-
-    @property
     def schedule(self) -> Schedule:
         """The times of its states."""
         if self.returned == GIVEN:
             return self.mdp.schedule
         return self.family.schedule(self.space.parameters(self._kept))
-
-    @property
-    def learns_tableau(self) -> bool:
-        """Training changes the table."""
-        return True
-
-    def tableau_on(self, schedule: Schedule) -> Tableau:
-        """Return the base solver on another schedule, where it is what is returned.
-
-        Raises:
-            ValueError: a learned table belongs to its own times.
-        """
-        if self._table is self.base:
-            return super().tableau_on(schedule)
-        raise ValueError(
-            f"This table was learned for {self._table.nfe} network calls at its own times; it "
-            "carries over to no others."
-        )
 
     @property
     def verdict(self) -> str:

@@ -25,7 +25,7 @@ from ..environments import Environment
 from ..policy_gradient.critic import learned_critic
 from ..report import Report
 from ..samplers.tableau import Tableau
-from .agent import SolverAgent, comparison
+from .agent import TableAgent, comparison
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .joint.ball import Ball
 from .joint.builder import Builder
@@ -50,7 +50,7 @@ _TABLES = {
 }
 
 
-class SolverLearning(SolverAgent):
+class SolverLearning(TableAgent):
     """Learn a few-step solver's times, weights and the times the network is told, all at once.
 
     A round is one update of what is learned. The agent keeps the base solver's table unless the
@@ -189,34 +189,11 @@ class SolverLearning(SolverAgent):
     # -- what there is -------------------------------------------------------------------------
 
     @property
-    def tableau(self) -> Tableau:
-        """The sampler: the best table so far, or the one that was chosen in the end."""
-        return self._table
-
-    @property
     def schedule(self) -> Schedule:
         """The times of its states."""
         if self.returned == GIVEN:
             return self.mdp.schedule
         return self.family.schedule(self._kept)
-
-    @property
-    def learns_tableau(self) -> bool:
-        """Training changes the table."""
-        return True
-
-    def tableau_on(self, schedule: Schedule) -> Tableau:
-        """Return the base solver on another schedule, where it is what is returned.
-
-        Raises:
-            ValueError: a learned table belongs to its own times.
-        """
-        if self.returned == GIVEN:
-            return super().tableau_on(schedule)
-        raise ValueError(
-            f"This table was learned for {self._table.nfe} network calls at its own times; it "
-            "carries over to no others."
-        )
 
     @property
     def verdict(self) -> str:
