@@ -7,6 +7,7 @@ have the size of noise and tell prompts and times apart.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,19 @@ MAKERS = {
     "dit": dit,
     "ddpm": ddpm,
 }
+
+
+def kept_in(root: Path) -> Callable[[str], Path]:
+    """Return a function from a name to the folder of a tiny pipeline, which is made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = root / name / "pipeline"
+            make(name, root / name).save_pretrained(made[name])
+        return made[name]
+
+    return get
 
 
 def make(name: str, folder: Path) -> Any:

@@ -27,15 +27,7 @@ COUNT = 6
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """`saved(name)`: the folder of a tiny pipeline."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def get(name):
-        if name not in made:
-            made[name] = root / name / "pipeline"
-            tiny_pipelines.make(name, root / name).save_pretrained(made[name])
-        return made[name]
-
-    return get
+    return tiny_pipelines.kept_in(tmp_path_factory.mktemp("pipelines"))
 
 
 def opened_at(path, name):

@@ -31,15 +31,7 @@ WEIGHTS = [*SHORT, "--learn=weights"]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """`saved(name)`: the folder of a tiny pipeline, and its prompts' file."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def get(name):
-        if name not in made:
-            made[name] = root / name / "pipeline"
-            tiny_pipelines.make(name, root / name).save_pretrained(made[name])
-        return made[name]
-
-    return get
+    return tiny_pipelines.kept_in(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="module")

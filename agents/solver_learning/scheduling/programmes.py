@@ -6,6 +6,8 @@ each pair of neighbours, is least.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -64,14 +66,8 @@ def trajectory_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, co
     Returns:
         (T,) descending levels: those of the nodes kept, without a last step to 0.
     """
-    cost: Tensor | float = 0.0
-    size = chunk_size(2 * (teacher.steps + 1), noise)
-    for first in range(0, len(noise), size):
-        rows = slice(first, first + size)
-        run = path_of(teacher, denoiser.at(rows), noise[rows])
-        cost = cost + _jump_errors(run) / len(noise)
-    assert isinstance(cost, Tensor)
-    return cheapest_levels(run.levels, cost.cpu().numpy(), count)
+    levels, cost = _mean_cost(_jump_errors, 2, teacher, denoiser, noise)
+    return cheapest_levels(levels, cost, count)
 
 
 def chord_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, count: int) -> Tensor:
@@ -88,14 +84,34 @@ def chord_programme(teacher: Tableau, denoiser: Denoiser, noise: Tensor, count: 
         noise: (N, *shape) initial states.
         count: T, how many nodes to keep, at least 3.
     """
+    levels, cost = _mean_cost(chord_deviations, 4, teacher, denoiser, noise)
+    return cheapest_levels(levels, cost, count, CHORD_GROWTH)
+
+
+def _mean_cost(
+    cost_of: Callable[[Path], Tensor],
+    copies: int,
+    teacher: Tableau,
+    denoiser: Denoiser,
+    noise: Tensor,
+) -> tuple[Tensor, np.ndarray]:
+    """Return a teacher's levels, and the mean over noises of what jumps between them cost.
+
+    Args:
+        cost_of: the sum over a path's samples, (M, M).
+        copies: how many arrays of a path's size that takes at once.
+        teacher: see `trajectory_programme`, as for the other arguments.
+        denoiser: the network.
+        noise: (N, *shape) initial states.
+    """
     cost: Tensor | float = 0.0
-    size = chunk_size(4 * (teacher.steps + 1), noise)
+    size = chunk_size(copies * (teacher.steps + 1), noise)
     for first in range(0, len(noise), size):
         rows = slice(first, first + size)
         run = path_of(teacher, denoiser.at(rows), noise[rows])
-        cost = cost + chord_deviations(run) / len(noise)
+        cost = cost + cost_of(run) / len(noise)
     assert isinstance(cost, Tensor)
-    return cheapest_levels(run.levels, cost.cpu().numpy(), count, CHORD_GROWTH)
+    return run.levels, cost.cpu().numpy()
 
 
 def chord_deviations(run: Path) -> Tensor:
