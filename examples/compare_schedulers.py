@@ -101,8 +101,10 @@ def show(rows: dict[str, Tensor], texts: Sequence[str], file: Path) -> None:
     """Draw pictures (N, 3, H, W) in [-1, 1] in rows, their prompts above."""
     import matplotlib.pyplot as plt
 
+    names = 1.5  # inches, whatever the number of pictures
+    width = names + 0.8 * len(texts)
     figure, axes = plt.subplots(
-        len(rows), len(texts), figsize=(0.8 * len(texts), 0.85 * len(rows)), squeeze=False
+        len(rows), len(texts), figsize=(width, 0.85 * len(rows)), squeeze=False
     )
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for cell, image in zip(row, images, strict=True):
@@ -113,7 +115,9 @@ def show(rows: dict[str, Tensor], texts: Sequence[str], file: Path) -> None:
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for cell, text in zip(axes[0], texts, strict=True):
         cell.set_title(text.replace(" ", "\n"), fontsize=6)
-    figure.subplots_adjust(left=0.13, right=0.995, top=0.86, bottom=0.01, wspace=0.06, hspace=0.06)
+    figure.subplots_adjust(
+        left=names / width, right=0.995, top=0.86, bottom=0.01, wspace=0.06, hspace=0.06
+    )
     figure.savefig(file, dpi=72)
 
 
