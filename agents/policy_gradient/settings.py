@@ -172,6 +172,9 @@ class PathwisePolicySettings(StdSettings):
     gradient_checkpointing: bool = False
     """Recompute each step's activations in the backward pass: memory for one network evaluation
     instead of K, for the price of one more forward pass."""
+    gradient_steps: int | None = bounded(None, least=1)
+    """Of the K steps, how many last ones the gradient goes through; None is all. Fewer cost less
+    time and memory, and teach the early steps nothing (DRaFT-K, Clark et al. 2024)."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,15 @@ with K.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ...envs.mdp import Reward
+from ..denoisers.denoiser import Denoiser
+from ..environments import Environment
 from .buffer import Begun
+from .critic import Critic
 from .execution import as_executed
 from .settings import SFTSettings
 from .shortcut import ShortcutAgent
@@ -23,6 +29,10 @@ class SFT(ShortcutAgent):
     rollouts of `batch_size`. The gradient goes through the environment's transitions, too.
 
     Its arguments are `ShortcutAgent`'s, its settings `SFTSettings`.
+
+    Raises:
+        ValueError: a chain without noise, settings out of their bounds, or a gradient through more
+            steps than there are.
     """
 
     name = "sft"
@@ -30,6 +40,22 @@ class SFT(ShortcutAgent):
 
     settings: SFTSettings
     Settings = SFTSettings
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        settings: SFTSettings | None = None,
+        *,
+        critic: Critic | Reward | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(env, denoiser, settings, critic=critic, **arguments)
+        last, steps = self.settings.policy.gradient_steps, self.policy.steps
+        if last is not None and last > steps:
+            raise ValueError(f"gradient_steps must be at most the sampler's {steps}, got {last}.")
+        # The number of the state from which the gradient flows.
+        self._cut = None if last is None else steps - last
 
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
@@ -43,7 +69,7 @@ class SFT(ShortcutAgent):
         if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
             return metrics
         for _ in range(self.settings.n_generator):
-            begun = Begun()
+            begun = Begun(self._cut)
             samples = self.mdp.rollout(
                 self.policy,
                 self.settings.batch_size,

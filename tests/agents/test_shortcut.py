@@ -201,6 +201,31 @@ def test_gradient_checkpointing_changes_memory_only(learn_std, make_sft, count_c
     assert len(calls[1]) == 12  # and 4 recomputed
 
 
+@pytest.mark.parametrize("last", [1, 3, 4])
+def test_the_gradient_goes_through_the_last_steps_only(last, make_sft):
+    """Against a chain by hand whose first steps record no gradient."""
+    agent = make_sft(gradient_steps=last, n_generator=1, max_grad_norm=None)
+    agent.train_critic = lambda _: {}
+    trajectories, state = agent.collect(), agent.generator.get_state()
+    agent.collect = lambda: trajectories
+    agent.train_round()
+    found = [weight.grad for weight in agent.denoiser.parameters()]
+    chain = make_sft()
+    chain.critic.load_state_dict(agent.critic.state_dict())
+    chain.generator.set_state(state)
+    sample = chain.mdp.initial(SMALL["batch_size"], chain.generator)
+    for step in range(4):
+        with torch.set_grad_enabled(step >= 4 - last):
+            mean, std = chain.policy.distribution(sample, step)
+            noise = torch.empty_like(sample).normal_(generator=chain.generator)
+            sample = mean + std * noise
+    (-chain.critic(sample).mean()).backward()
+    expected = [weight.grad for weight in chain.denoiser.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="gradient_steps must be at most the sampler's 4, got 5"):
+        make_sft(gradient_steps=5)
+
+
 @pytest.mark.parametrize("learn_std", [False, True])
 def test_deviations_are_trained_only_if_asked(learn_std, make_pg):
     agent = make_pg(learn_std=learn_std)
