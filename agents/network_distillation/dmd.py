@@ -123,7 +123,7 @@ class DMD(NetworkDistillation):
         self.critic: IPMCritic | None = None
         if self.settings.adversarial:
             with seeded(self.seed):
-                self.critic = learned_critic(self.mdp, self.settings.critic)
+                self.critic = learned_critic(self.mdp, self.settings.critic, self.denoiser)
         # Processes that train together draw the noise of the steps together.
         self._quiet = self._tableau.replace(noise=np.zeros(self._tableau.steps))
 

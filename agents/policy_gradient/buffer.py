@@ -175,22 +175,15 @@ class Trajectories:
             )
 
 
-@dataclass
 class Begun:
-    """What a rollout keeps if only its episodes are wanted, their conditions for instance.
+    """What a rollout keeps if only its episodes are wanted, their conditions for instance."""
 
-    Args:
-        cut: number of the state at which the gradient through the rollout ends; None has no end.
-    """
-
-    cut: int | None = None
-
-    episodes: DiffusionMDP = field(init=False)
+    episodes: DiffusionMDP
 
     def begin(self, episodes: DiffusionMDP) -> None:
         """Keep the decision process of the episodes."""
         self.episodes = episodes
 
     def keep(self, step: int, sample: Tensor, action: Tensor | None = None) -> Tensor:
-        """Keep nothing; the state is a constant for all that follows the cut."""
-        return sample.detach() if step == self.cut else sample
+        """Keep nothing."""
+        return sample

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ...common.optimisation import seeded
 from ...critics import IPMCritic, RewardCritic, make_baseline, make_critic
 from ...envs.mdp import DiffusionMDP, Reward
+from ..denoisers.denoiser import Denoiser
 from ..settings import ExecutionSettings
+from .noised_critic import NoisedCritic
 from .settings import CriticAndBaselineSettings, CriticSettings
 
 # How a critic's metrics are called in the logs.
@@ -65,6 +67,7 @@ def critic_of(
     settings: CriticSettings,
     execution: ExecutionSettings,
     seed: int,
+    denoiser: Denoiser,
 ) -> Critic:
     """Return the critic that an agent trains against.
 
@@ -74,13 +77,14 @@ def critic_of(
         settings: of a learned critic; a value baseline goes with every critic if they have one.
         execution: how its networks are run.
         seed: of the networks' weights.
+        denoiser: one of which a critic may begin as a copy.
     """
     reward = _own_reward(mdp) if given is None else given
     if isinstance(reward, Critic):
         return reward
     with seeded(seed):
         if reward is None:
-            return learned_critic(mdp, settings, execution)
+            return learned_critic(mdp, settings, denoiser, execution)
         baseline = _baseline(mdp, settings)
     rate = getattr(settings, "baseline_learning_rate", settings.learning_rate)
     return RewardCritic(reward, baseline, rate).to(mdp.device)
@@ -99,20 +103,27 @@ def _own_reward(mdp: DiffusionMDP) -> Reward | None:
 
 
 def learned_critic(
-    mdp: DiffusionMDP, settings: CriticSettings, execution: ExecutionSettings | None = None
+    mdp: DiffusionMDP,
+    settings: CriticSettings,
+    denoiser: Denoiser,
+    execution: ExecutionSettings | None = None,
 ) -> IPMCritic:
     """Return a new critic of an environment's samples, under their conditions if there are any.
 
     Args:
         mdp: the environment.
         settings: a value baseline goes with it if they have one.
+        denoiser: what the critic begins as a copy of, if the settings say so.
         execution: how its networks are run.
     """
     execution = execution or ExecutionSettings()
     of_baseline: dict[str, Any] = {}
-    network = make_critic(
-        tuple(mdp.shape), settings.width, settings.bandwidths, conditions=mdp.conditions
-    )
+    shape = tuple(mdp.shape)
+    network: nn.Module
+    if settings.network == "denoiser":
+        network = NoisedCritic(denoiser, shape, settings.levels)
+    else:
+        network = make_critic(shape, settings.width, settings.bandwidths, conditions=mdp.conditions)
     if isinstance(settings, CriticAndBaselineSettings):
         of_baseline = {
             "baseline": _baseline(mdp, settings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,6 +14,7 @@ from ..samplers.gaussian import Reduction
 from ..settings import AgentSettings, ExecutionSettings, OptimizerSettings, RateSchedule
 
 Buffer = Literal["float32", "float16", "cpu", "cpu-float16"]
+CriticNetwork = Literal["own", "denoiser"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class CriticSettings(Settings):
     none."""
     coefficient: float | None = None
     """Weight of the regulariser; by default the critic's own."""
+    network: CriticNetwork = "own"
+    """f's network: own is a small one of its own (see `make_critic`); denoiser looks at noised
+    samples with a copy of the denoiser, see `NoisedCritic`."""
+    levels: tuple[float, float] = (0.05, 1.5)
+    """Least and greatest noise, sigma / alpha, at which a denoiser as critic looks at samples."""
     width: int | None = bounded(None, least=1)
     """Hidden width of f, or the channels of its first stage; see `make_critic`."""
     bandwidths: tuple[float, ...] = BANDWIDTHS
@@ -43,6 +50,12 @@ class CriticSettings(Settings):
         super().__post_init__()
         if self.regularizer not in REGULARIZERS:
             raise unknown_name("regularizer", self.regularizer, REGULARIZERS)
+        low, high = self.levels
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                f"critic levels must be two noise levels sigma / alpha, 0 < low < high, got "
+                f"{low:g} and {high:g}."
+            )
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,9 @@ class ShortcutSettings(AgentSettings):
     batch_size: int = bounded(256, least=1)
     """Trajectories a critic step."""
     n_critic: int = bounded(5, least=1)
-    """Critic steps a round."""
+    """Batches of trajectories a round, on each of which the critic takes a step."""
+    critic_passes: int = bounded(1, least=1)
+    """Critic steps on each of these batches, against other real samples each time."""
     n_generator: int = bounded(2, least=1)
     """Policy steps a round."""
     critic_rounds: int = bounded(0, least=0)
@@ -173,8 +188,9 @@ class PathwisePolicySettings(StdSettings):
     """Recompute each step's activations in the backward pass: memory for one network evaluation
     instead of K, for the price of one more forward pass."""
     gradient_steps: int | None = bounded(None, least=1)
-    """Of the K steps, how many last ones the gradient goes through; None is all. Fewer cost less
-    time and memory, and teach the early steps nothing (DRaFT-K, Clark et al. 2024)."""
+    """Of the K steps, how many last ones the gradient goes through, each time from states of the
+    round's trajectories; None is all K, from new ones. Fewer cost less time and memory, and teach
+    the early steps nothing (DRaFT-K, Clark et al. 2024)."""
 
 
 @dataclass(frozen=True)

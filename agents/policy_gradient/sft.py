@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...envs.mdp import Reward
+from ...common.optimisation import frozen
+from ...envs.mdp import DiffusionMDP, Reward
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from .buffer import Begun
@@ -26,7 +27,9 @@ class SFT(ShortcutAgent):
     """Fine-tune a sampler by back-propagating a critic through it (Fan & Lee 2023, Eq. 14).
 
     A round: n_critic rollouts and critic steps, then n_generator steps of theta, each through fresh
-    rollouts of `batch_size`. The gradient goes through the environment's transitions, too.
+    rollouts of `batch_size`; with `gradient_steps` through that many last steps from states of the
+    critic's rollouts, with fresh noise. The gradient goes through the environment's transitions,
+    too.
 
     Its arguments are `ShortcutAgent`'s, its settings `SFTSettings`.
 
@@ -55,7 +58,15 @@ class SFT(ShortcutAgent):
         if last is not None and last > steps:
             raise ValueError(f"gradient_steps must be at most the sampler's {steps}, got {last}.")
         # The number of the state from which the gradient flows.
-        self._cut = None if last is None else steps - last
+        self._cut = 0 if last is None else steps - last
+
+    @property
+    def timesteps_per_round(self) -> int:
+        """The calls of acting, those of all processes; theta's steps may act in a part of K."""
+        settings, last = self.settings, self.settings.policy.gradient_steps
+        calls = settings.n_critic * self.policy.steps
+        calls += settings.n_generator * (self.policy.steps if last is None else last)
+        return calls * settings.batch_size * self.processes.count
 
     @as_executed
     def train_round(self) -> dict[str, Tensor]:
@@ -65,25 +76,44 @@ class SFT(ShortcutAgent):
             ValueError: the reward has no gradient with respect to the sample.
         """
         self.anneal()
-        metrics = self.train_critic(self.collect())
+        trajectories = self.collect()
+        metrics = self.train_critic(trajectories)
         if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
             return metrics
-        for _ in range(self.settings.n_generator):
-            begun = Begun(self._cut)
-            samples = self.mdp.rollout(
-                self.policy,
-                self.settings.batch_size,
-                self.generator,
-                recorder=begun,
-                processes=self.processes,
-                even=self.settings.even,
-            )
-            loss = -self.differentiable_reward(begun.episodes, samples).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
+        batches = list(trajectories.batches())
+        for number in range(self.settings.n_generator):
+            with frozen(self.critic_network):
+                if self.settings.policy.gradient_steps is None:
+                    episodes, samples = self._play()
+                else:
+                    episodes, states = batches[number % len(batches)]
+                    samples = self._finish(episodes, trajectories.fetch(states[self._cut]))
+                loss = -self.differentiable_reward(episodes, samples).mean()
+                self.optimizer.zero_grad()
+                loss.backward()
             grad_norm = self.descend()
         self.averaged.update()
         return {**metrics, "train/policy_loss": loss.detach(), "train/grad_norm": grad_norm}
+
+    def _play(self) -> tuple[DiffusionMDP, Tensor]:
+        """Play new episodes from their start; return them and their finished samples."""
+        begun = Begun()
+        samples = self.mdp.rollout(
+            self.policy,
+            self.settings.batch_size,
+            self.generator,
+            recorder=begun,
+            processes=self.processes,
+            even=self.settings.even,
+        )
+        return begun.episodes, samples
+
+    def _finish(self, episodes: DiffusionMDP, states: Tensor) -> Tensor:
+        """Play the last steps of episodes anew, from states (n, *shape) before them."""
+        for step in range(self._cut, self.policy.steps):
+            action = self.policy.act(episodes.observe(states, step), step, self.draw)
+            states = episodes.transition(states, action, step, self.draw)
+        return states
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""

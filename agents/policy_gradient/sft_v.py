@@ -11,7 +11,7 @@ gradient flows through the chain, so memory does not grow with K.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...common.optimisation import frozen
 from ...envs.mdp import DiffusionMDP
@@ -56,7 +56,7 @@ class SFTV(ShortcutAgent):
         for number in range(self.settings.n_generator):
             self.optimizer.zero_grad()
             loss = torch.zeros((), device=self.device)
-            with frozen(self._critic_network):
+            with frozen(self.critic_network):
                 for step, episodes, states in trajectories.starts(number):
                     part = -share * self.value_after(episodes, states, step).sum()
                     part.backward()
@@ -73,19 +73,11 @@ class SFTV(ShortcutAgent):
             states: (n, *shape), before the step.
             step: 0 to K - 1.
         """
-        action = self.policy.act(episodes.observe(states, step), step, self._draw)
-        moved = episodes.transition(states, action, step, self._draw)
+        action = self.policy.act(episodes.observe(states, step), step, self.draw)
+        moved = episodes.transition(states, action, step, self.draw)
         if step + 1 < self.policy.steps:
             return self.value(episodes, moved, step + 1)
         return self.differentiable_reward(episodes, moved)
-
-    def _draw(self, like: Tensor) -> Tensor:
-        return self.processes.noise(like, self.generator, even=self.settings.even)
-
-    @property
-    def _critic_network(self) -> nn.Module | None:
-        """The critic, unless it is one of the caller's that is no network."""
-        return self.critic if isinstance(self.critic, nn.Module) else None
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""

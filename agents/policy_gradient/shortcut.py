@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...common.optimisation import (
     Averaged,
@@ -83,7 +83,9 @@ class ShortcutAgent(Agent):
         self.averaged = Averaged(self.policy, optimizer.ema)
         # Only what trains: the averaged network samples as any user of its file will.
         self.execution = Execution(self.denoiser, execution)
-        self.critic = critic_of(self.mdp, critic, self.settings.critic, execution, self.seed)
+        self.critic = critic_of(
+            self.mdp, critic, self.settings.critic, execution, self.seed, self.denoiser
+        )
         # A critic of one's own comes with rates of its own.
         self._critic_optimizer: torch.optim.Optimizer | None
         self._critic_optimizer = getattr(self.critic, "optimizer", None)
@@ -134,12 +136,13 @@ class ShortcutAgent(Agent):
         return trajectories
 
     def train_critic(self, trajectories: Trajectories) -> dict[str, Tensor]:
-        """Take n_critic steps of critic and baseline, each on its own batch of trajectories."""
+        """Take `critic_passes` steps of critic and baseline on each batch of trajectories."""
         settings, states, steps = self.settings, None, None
         # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
         if self.device.type == "cpu" and not trajectories.states[-1].isfinite().all():
             raise TrainingDivergedError("rollout/sample", self.num_timesteps)
-        for number, (episodes, batch) in enumerate(trajectories.batches()):
+        batches = list(trajectories.batches()) * settings.critic_passes
+        for number, (episodes, batch) in enumerate(batches):
             real, given = self._draw_real(number)
             real = self.processes.share(real)
             under: dict[str, Any] = {}
@@ -164,8 +167,18 @@ class ShortcutAgent(Agent):
         everyone = settings.batch_size * self.processes.count
         if not settings.even:
             return target.draw(everyone, self.generator, self.mdp.kind)
-        first = (self.rounds * settings.n_critic + number) * everyone
+        steps = settings.n_critic * settings.critic_passes
+        first = (self.rounds * steps + number) * everyone
         return target.draw_in_passes(everyone, first, self.seed, self.generator, self.mdp.kind)
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Draw a step's noise for states (n, *shape)."""
+        return self.processes.noise(like, self.generator, even=self.settings.even)
+
+    @property
+    def critic_network(self) -> nn.Module | None:
+        """The critic, unless it is one of the caller's that is no network."""
+        return self.critic if isinstance(self.critic, nn.Module) else None
 
     def value(self, episodes: DiffusionMDP, states: Tensor, step: int) -> Tensor:
         """Return V (n,) of the states (n, *shape) of episodes before a step, 0 to K - 1."""

@@ -156,7 +156,7 @@ class SolverLearning(TableAgent):
 
     def _new_critic(self) -> IPMCritic:
         with seeded(self.seed):
-            return learned_critic(self.mdp, self.settings.critic)
+            return learned_critic(self.mdp, self.settings.critic, self.denoiser)
 
     @cached_property
     def _objective(self) -> EndObjective:

@@ -203,25 +203,26 @@ def test_gradient_checkpointing_changes_memory_only(learn_std, make_sft, count_c
 
 @pytest.mark.parametrize("last", [1, 3, 4])
 def test_the_gradient_goes_through_the_last_steps_only(last, make_sft):
-    """Against a chain by hand whose first steps record no gradient."""
-    agent = make_sft(gradient_steps=last, n_generator=1, max_grad_norm=None)
-    agent.train_critic = lambda _: {}
-    trajectories, state = agent.collect(), agent.generator.get_state()
-    agent.collect = lambda: trajectories
+    """From states of the critic's trajectories, with fresh noise; the critic gets no gradient."""
+    agent = make_sft(gradient_steps=last, max_grad_norm=None)
+    assert agent.timesteps_per_round == 16 * (2 * 4 + 2 * last)
+    trajectories = agent.collect()
+    kept, agent.collect, agent.train_critic = [], lambda: trajectories, lambda _: {}
+    agent.descend = lambda: kept.append([w.grad.clone() for w in agent.denoiser.parameters()])
+    state = agent.generator.get_state()
     agent.train_round()
-    found = [weight.grad for weight in agent.denoiser.parameters()]
-    chain = make_sft()
-    chain.critic.load_state_dict(agent.critic.state_dict())
-    chain.generator.set_state(state)
-    sample = chain.mdp.initial(SMALL["batch_size"], chain.generator)
-    for step in range(4):
-        with torch.set_grad_enabled(step >= 4 - last):
-            mean, std = chain.policy.distribution(sample, step)
-            noise = torch.empty_like(sample).normal_(generator=chain.generator)
-            sample = mean + std * noise
-    (-chain.critic(sample).mean()).backward()
-    expected = [weight.grad for weight in chain.denoiser.parameters()]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert all(weight.grad is None for weight in agent.critic.parameters())
+    agent.generator.set_state(state)
+    for number, found in enumerate(kept):
+        rows = slice(16 * number, 16 * (number + 1))
+        sample = trajectories.states[4 - last, rows]
+        for step in range(4 - last, 4):
+            mean, std = agent.policy.distribution(sample, step)
+            sample = mean + std * torch.empty_like(sample).normal_(generator=agent.generator)
+        agent.optimizer.zero_grad()
+        (-agent.critic(sample).mean()).backward()
+        expected = [weight.grad for weight in agent.denoiser.parameters()]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="gradient_steps must be at most the sampler's 4, got 5"):
         make_sft(gradient_steps=5)
 
@@ -263,7 +264,7 @@ def test_micro_batches_of_a_value_gradient_share_its_mean(make_v):
     gradients = []
     for size in (None, 5):
         agent = make_v(n_generator=1, micro_batch_size=size, max_grad_norm=None)
-        agent._draw = torch.zeros_like
+        agent.draw = torch.zeros_like
         trajectories = agent.collect()
         agent.collect = lambda kept=trajectories: kept
         agent.train_round()

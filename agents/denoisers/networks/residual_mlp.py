@@ -64,6 +64,13 @@ class ResidualMLP(nn.Module):
 
         A conditional network takes conditions (N, ...), "none" among them.
         """
+        h = F.silu(self.norm(self.representation(sample, time, condition)))
+        return in_full_precision(self.out, h).view_as(sample)
+
+    def representation(
+        self, sample: Tensor, time: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return the residual stream (N, hidden) that `forward` makes of its arguments."""
         embedding = self.time(shared(time).to(sample.dtype))
         if self.label is not None and condition is not None:
             embedding = embedding + self.label(shared(condition))
@@ -71,7 +78,7 @@ class ResidualMLP(nn.Module):
         h = self.stem(sample.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
-        return in_full_precision(self.out, F.silu(self.norm(h))).view_as(sample)
+        return h
 
 
 class _ResidualLayer(nn.Module):

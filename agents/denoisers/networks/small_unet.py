@@ -110,6 +110,21 @@ class SmallUNet(nn.Module):
 
         A conditional network takes conditions (N, ...), "none" among them.
         """
+        h, skips, embedding = self._encode(sample, time, condition)
+        for up, decode in zip(reversed(self.up), reversed(self.decode), strict=True):
+            h = decode(torch.cat([skips.pop(), up(h)], dim=1), embedding)
+        return in_full_precision(self.out, h)
+
+    def representation(
+        self, sample: Tensor, time: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return the coarsest maps (N, channels, H, W) that `forward` makes of its arguments."""
+        return self._encode(sample, time, condition)[0]
+
+    def _encode(
+        self, sample: Tensor, time: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the coarsest maps, the finer ones, and the embedding of times and conditions."""
         embedding = self.time(shared(time).to(sample.dtype))
         if self.label is not None and condition is not None:
             embedding = embedding + self.label(shared(condition))
@@ -119,6 +134,4 @@ class SmallUNet(nn.Module):
             h = down(skips[-1])
         for block in self.middle:
             h = block(h, embedding)
-        for up, decode in zip(reversed(self.up), reversed(self.decode), strict=True):
-            h = decode(torch.cat([skips.pop(), up(h)], dim=1), embedding)
-        return in_full_precision(self.out, h)
+        return h, skips, embedding

@@ -178,6 +178,18 @@ class UNet2D(nn.Module):
                 'for "no class", which guidance, label_dropout and sampling without a class need.'
             ) from None
 
+    def representation(
+        self, sample: Tensor, time: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return the coarsest maps (N, channels, H, W) that `forward` makes of its arguments."""
+        kept: list[Tensor] = []
+        hook = self.unet.mid_block.register_forward_hook(lambda *call: kept.append(call[-1]))
+        try:
+            self(sample, time, condition)
+        finally:
+            hook.remove()
+        return kept[0]
+
     @property
     def knows_none(self) -> bool | None:
         """Whether it has an embedding for "no class"; None if classes are embedded as numbers."""
