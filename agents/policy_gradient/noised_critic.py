@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,8 @@ class NoisedCritic(nn.Module):
     def _ask(self, sample: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         question = self.denoiser.parameterisation.question(sample, t)
         given = () if condition is None else (condition,)
-        return self.denoiser.body.representation(*question, *given)
+        body: Any = self.denoiser.body
+        return body.representation(*question, *given)
 
     def _next_generator(self, device: torch.device) -> torch.Generator:
         """Return the source of the next call's random numbers."""

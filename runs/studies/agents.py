@@ -66,6 +66,23 @@ def _mnist(label: str, n_generator: int, **settings: Any) -> Contender:
     return _tuned(label, clone, evaluations=2, n_generator=n_generator, **settings)
 
 
+def _images(env: str, title: str) -> Study:
+    """Return the study of the three gradients on small images, from one long DDPM."""
+    clone = Clone("linear-1000", seed=0, body="small-unet", body_options=BODY)
+    start = Sample("ancestral", {"variance": "small", "last_std": 0.05}, "uniform")
+    learners = {
+        "SFT": fine_tune("sft", 0),
+        "SFT, small critic": fine_tune("sft", 0, "small-critic"),
+        "SFT-V": fine_tune("sft-v", 0),
+        "SFT-PG": fine_tune("sft-pg", 0),
+    }
+    contenders = [Contender(label, (clone, start, learn)) for label, learn in learners.items()]
+    grid = Grid((env,), tuple(contenders), (10, 5), (0, 1, 2), Scoring(2000, own_noise=False))
+    metrics = ("frechet_distance", "precision", "recall", "c2st")
+    columns = (f"{metric}[{env.lower()}-classifier]" for metric in metrics)
+    return Study(title, grid, ("sliced_wasserstein_fresh", *columns, "seconds"))
+
+
 STUDIES = {
     "main": _study(
         "The main job, from nothing, five seeds",
@@ -143,6 +160,8 @@ STUDIES = {
         env="MNIST",
         columns=(),
     ),
+    "images": _images("MNIST", "Fine-tuning on MNIST, which gradient and which critic"),
+    "images-fashion": _images("FashionMNIST", "The same on Fashion-MNIST"),
     "samplers": Study(
         "Few-step samplers of one DDPM on the digits (the shape of Fan & Lee 2023, Table 3)",
         Grid(
