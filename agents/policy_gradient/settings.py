@@ -122,16 +122,29 @@ class ShortcutSettings(AgentSettings):
     n_critic: int = bounded(5, least=1)
     """Batches of trajectories a round, on each of which the critic takes a step."""
     critic_passes: int = bounded(1, least=1)
-    """Critic steps on each of these batches, against other real samples each time."""
+    """Critic steps for each of these batches, against other real samples each time."""
+    critic_replay: int = bounded(0, least=0)
+    """Passes after the first take their fakes from the last so many batches, see `Replay`; 0 takes
+    the round's own again."""
     n_generator: int = bounded(2, least=1)
     """Policy steps a round."""
     critic_rounds: int = bounded(0, least=0)
     """Rounds at the start in which the critic learns alone. What a raw critic prefers is chance,
     and with normalised advantages the policy would follow it."""
+    warmup: int = bounded(20, least=0)
+    """Rounds over which theta's learning rate rises to its own."""
     even: bool = False
     """Leave less to chance: spread the noise of each batch of trajectories evenly (`even_normal`),
     and take real samples in passes without replacement. Where samples are nearly right, what f sees
     of them is mostly the chance of a batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic_replay and self.critic_passes == 1:
+            raise ValueError(
+                "critic_replay is for the critic's passes after the first: take critic_passes of 2 "
+                "or more with it."
+            )
 
 
 @dataclass(frozen=True)

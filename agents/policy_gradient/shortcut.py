@@ -30,6 +30,7 @@ from ..samplers.tableau import Tableau
 from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
 from .execution import Execution
+from .replay import Replay
 from .settings import (
     CriticAndBaselineSettings,
     SFTPGSettings,
@@ -37,8 +38,6 @@ from .settings import (
     SFTVSettings,
     ShortcutSettings,
 )
-
-WARMUP_ROUNDS = 20
 
 
 class ShortcutAgent(Agent):
@@ -91,6 +90,14 @@ class ShortcutAgent(Agent):
         self._critic_optimizer = getattr(self.critic, "optimizer", None)
         groups = self._critic_optimizer.param_groups if self._critic_optimizer else []
         self._critic_rates = [group["lr"] for group in groups]
+        self.replay: Replay | None = None
+        if self.settings.critic_replay:
+            if self.settings.critic.regularizer == "baseline":
+                raise ValueError(
+                    "The baseline regularizer needs the states before each fake, which "
+                    "critic_replay does not keep: take another regularizer, or no replay."
+                )
+            self.replay = Replay(self.settings.critic_replay * self.settings.batch_size)
         # The agent's own decision process pays what the critic says; the caller's stays as it is.
         self.mdp = self.mdp.with_reward(self.critic)
 
@@ -141,20 +148,27 @@ class ShortcutAgent(Agent):
         # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
         if self.device.type == "cpu" and not trajectories.states[-1].isfinite().all():
             raise TrainingDivergedError("rollout/sample", self.num_timesteps)
-        batches = list(trajectories.batches()) * settings.critic_passes
-        for number, (episodes, batch) in enumerate(batches):
+        batches = list(trajectories.batches())
+        for number in range(settings.critic_passes * len(batches)):
             real, given = self._draw_real(number)
-            real = self.processes.share(real)
+            if self.replay is not None and number >= len(batches):
+                fake, condition = self.replay.draw(settings.batch_size, self.generator)
+                states = steps = None
+            else:
+                episodes, batch = batches[number % len(batches)]
+                fake, condition = trajectories.fetch(batch[-1]), episodes.condition
+                if self.replay is not None:
+                    self.replay.add(fake, condition)
+                if isinstance(settings.critic, CriticAndBaselineSettings):
+                    # Some of the K states of each trajectory, the same steps for all.
+                    steps = torch.randperm(
+                        self.policy.steps, generator=self.generator, device=self.device
+                    )[: settings.critic.baseline_states]
+                    states = trajectories.fetch(batch[steps.to(batch.device)])
             under: dict[str, Any] = {}
-            if episodes.condition is not None and given is not None:
-                under["conditions"] = self.processes.share(given), episodes.condition
-            if isinstance(settings.critic, CriticAndBaselineSettings):
-                # Some of the K states of each trajectory, the same steps for all.
-                steps = torch.randperm(
-                    self.policy.steps, generator=self.generator, device=self.device
-                )[: settings.critic.baseline_states]
-                states = trajectories.fetch(batch[steps.to(batch.device)])
-            fake = trajectories.fetch(batch[-1])
+            if condition is not None and given is not None:
+                under["conditions"] = self.processes.share(given), condition
+            real = self.processes.share(real)
             metrics = self.critic.update(real, fake, states, steps, **under)
         tagged = {CRITIC_TAGS.get(key, f"train/{key}"): value for key, value in metrics.items()}
         # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
@@ -215,7 +229,7 @@ class ShortcutAgent(Agent):
         done, update = self.progress, self.rounds - self.settings.critic_rounds
         of_theta = self.settings.optimizer
         peak, schedule = of_theta.learning_rate, of_theta.lr_schedule
-        rate = learning_rate(peak, schedule, done, update, WARMUP_ROUNDS)
+        rate = learning_rate(peak, schedule, done, update, self.settings.warmup)
         set_learning_rate(self.optimizer, rate)
         if self._critic_optimizer is not None:
             schedule = self.settings.critic.lr_schedule
@@ -224,7 +238,9 @@ class ShortcutAgent(Agent):
 
     def state(self) -> dict[str, Any]:
         """Return optimizer, critic, and the standard deviations."""
+        kept = {} if self.replay is None else {"replay": self.replay.state()}
         return {
+            **kept,
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict(),
             "log_std": [self.policy.log_std, self.averaged.module.log_std],
@@ -240,6 +256,8 @@ class ShortcutAgent(Agent):
                 (self.policy.log_std, self.averaged.module.log_std), state["log_std"], strict=True
             ):
                 parameter.copy_(value)
+        if self.replay is not None:
+            self.replay.load_state(state.get("replay", {}))
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)

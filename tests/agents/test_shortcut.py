@@ -9,7 +9,6 @@ import torch
 
 from fewstep.agents import SFT, SFTPG, SFTV, BehaviorCloning
 from fewstep.agents.policy_gradient.buffer import Trajectories
-from fewstep.agents.policy_gradient.shortcut import WARMUP_ROUNDS
 from fewstep.critics import IPMCritic, MLPCritic, make_baseline, make_critic
 from fewstep.critics.metrics.distances import sliced_wasserstein
 from fewstep.envs import Schedule
@@ -325,7 +324,7 @@ def test_learning_rates_follow_their_schedules(kind, own, mdp, make_denoiser):
         critic_lr_schedule="linear",
     )
     theta, f, value = rates_of(agent, 4)
-    assert theta == pytest.approx([1e-4 * min(1, n / WARMUP_ROUNDS) for n in (1, 2, 3, 4)])
+    assert theta == pytest.approx([1e-4 * min(1, n / 20) for n in (1, 2, 3, 4)])
     first = 3e-2 if own else 1e-2
     assert f == pytest.approx([first * left for left in (1, 0.75, 0.5, 0.25)])
     if kind is not SFT:
@@ -387,3 +386,32 @@ def test_the_default_minibatches_fit_the_buffer(n_generator, make_mdp, make_deno
 def test_settings_that_make_no_sense_are_refused(settings, complaint, make_pg):
     with pytest.raises(ValueError, match=complaint):
         make_pg(**settings)
+
+
+def test_later_passes_of_the_critic_see_fakes_of_earlier_rounds(make_sft, make_pg, tmp_path):
+    """The first pass sees the round's own, in order; what is drawn lies in the last batches."""
+    agent = make_sft(critic_passes=3, critic_replay=4)
+    seen, update = [], agent.critic.update
+    agent.critic.update = lambda real, fake, *rest: seen.append(fake) or update(real, fake, *rest)
+    rounds = []
+    collect = agent.collect
+    agent.collect = lambda: rounds.append(collect()) or rounds[-1]
+    for number in range(3):
+        seen.clear()
+        agent.train_round()
+        assert len(seen) == 6
+        own = rounds[-1].states[-1]
+        assert torch.equal(torch.cat(seen[:2]), own)
+        kept = torch.cat([each.states[-1] for each in rounds[-2:]])
+        for fake in seen[2:]:
+            assert all((row == kept).all(1).any() for row in fake)
+        earlier = [row for fake in seen[2:] for row in fake if not (row == own).all(1).any()]
+        assert bool(earlier) == (number > 0)
+    agent.save(tmp_path / "agent.safetensors")
+    again = make_sft(critic_passes=3, critic_replay=4)
+    again.resume(tmp_path / "agent.safetensors")
+    assert torch.equal(again.replay.samples, agent.replay.samples)
+    with pytest.raises(ValueError, match="critic_passes of 2 or more"):
+        make_sft(critic_replay=4)
+    with pytest.raises(ValueError, match="baseline regularizer needs the states"):
+        make_pg(critic_passes=2, critic_replay=4)
