@@ -135,15 +135,21 @@ _SMALL_IMAGES_SFT_PG: Values = {
 }
 # The critic is the denoiser's own encoder, which sees shapes; half an hour on one core.
 _SMALL_IMAGES_SFT: Values = {
-    "rounds": 600,
+    "rounds": 1000,
     "batch_size": 64,
     "n_critic": 1,
-    # Judging costs less than rolling out, and a critic that is behind teaches nothing.
-    "critic_passes": 4,
-    "n_generator": 2,
-    "critic_rounds": 20,
+    "n_generator": 1,
     "gradient_steps": 3,
+    "non_saturating": True,
+    # Judging costs less than rolling out, and a critic that is behind teaches nothing: it begins
+    # alone, and theta follows slowly at first, or f soon has no opinion any more.
+    "critic_passes": 3,
+    "critic_replay": 8,
+    "critic_rounds": 100,
+    "warmup": 100,
+    "max_grad_norm": 1.0,
     "learning_rate": 1e-4,
+    "betas": (0.5, 0.99),
     "ema": 0.98,
     "critic_network": "denoiser",
     "objective": "logistic",

@@ -200,6 +200,9 @@ class PathwisePolicySettings(StdSettings):
     gradient_checkpointing: bool = False
     """Recompute each step's activations in the backward pass: memory for one network evaluation
     instead of K, for the price of one more forward pass."""
+    non_saturating: bool = False
+    """Climb log s(f), the log-probability that a logistic critic takes the sample for a real one,
+    instead of f: samples that pass already are left alone (Goodfellow et al. 2014)."""
     gradient_steps: int | None = bounded(None, least=1)
     """Of the K steps, how many last ones the gradient goes through, each time from states of the
     round's trajectories; None is all K, from new ones. Fewer cost less time and memory, and teach

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.optimisation import frozen
@@ -57,6 +58,8 @@ class SFT(ShortcutAgent):
         last, steps = self.settings.policy.gradient_steps, self.policy.steps
         if last is not None and last > steps:
             raise ValueError(f"gradient_steps must be at most the sampler's {steps}, got {last}.")
+        if self.settings.policy.non_saturating and self.settings.critic.objective != "logistic":
+            raise ValueError("non_saturating is for a critic with the logistic objective.")
         # The number of the state from which the gradient flows.
         self._cut = 0 if last is None else steps - last
 
@@ -88,7 +91,10 @@ class SFT(ShortcutAgent):
                 else:
                     episodes, states = batches[number % len(batches)]
                     samples = self._finish(episodes, trajectories.fetch(states[self._cut]))
-                loss = -self.differentiable_reward(episodes, samples).mean()
+                reward = self.differentiable_reward(episodes, samples)
+                if self.settings.policy.non_saturating:
+                    reward = F.logsigmoid(reward)
+                loss = -reward.mean()
                 self.optimizer.zero_grad()
                 loss.backward()
             grad_norm = self.descend()

@@ -226,6 +226,31 @@ def test_the_gradient_goes_through_the_last_steps_only(last, make_sft):
         make_sft(gradient_steps=5)
 
 
+def test_the_non_saturating_gradient_is_weighted_by_the_share_taken_for_fakes(make_sft):
+    """d log s(f) = s(-f) df: in units of f's own gradient at the same samples."""
+    agent = make_sft(
+        gradient_steps=1,
+        n_generator=1,
+        non_saturating=True,
+        objective="logistic",
+        max_grad_norm=None,
+    )
+    trajectories, state = agent.collect(), agent.generator.get_state()
+    agent.collect, agent.train_critic = lambda: trajectories, lambda _: {}
+    agent.train_round()
+    found = [weight.grad for weight in agent.denoiser.parameters()]
+    again = make_sft(objective="logistic", gradient_steps=1)
+    again.critic.load_state_dict(agent.critic.state_dict())
+    again.generator.set_state(state)
+    mean, std = again.policy.distribution(trajectories.states[3, :16], 3)
+    f = again.critic(mean + std * torch.empty_like(mean).normal_(generator=again.generator))
+    (-(torch.sigmoid(-f.detach()) * f).mean()).backward()
+    expected = [weight.grad for weight in again.denoiser.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="non_saturating is for a critic with the logistic"):
+        make_sft(non_saturating=True)
+
+
 @pytest.mark.parametrize("learn_std", [False, True])
 def test_deviations_are_trained_only_if_asked(learn_std, make_pg):
     agent = make_pg(learn_std=learn_std)
