@@ -202,11 +202,12 @@ class PathwisePolicySettings(StdSettings):
     instead of K, for the price of one more forward pass."""
     non_saturating: bool = False
     """Climb log s(f), the log-probability that a logistic critic takes the sample for a real one,
-    instead of f: samples that pass already are left alone (Goodfellow et al. 2014)."""
+    instead of f: samples that pass already are left alone (Goodfellow et al. 2014). A reward of
+    one's own is climbed as it is."""
     gradient_steps: int | None = bounded(None, least=1)
-    """Of the K steps, how many last ones the gradient goes through, each time from states of the
-    round's trajectories; None is all K, from new ones. Fewer cost less time and memory, and teach
-    the early steps nothing (DRaFT-K, Clark et al. 2024)."""
+    """How many last steps the gradient goes through, or all if there are fewer, each time from
+    states of the round's trajectories; None is all K, from new ones. Fewer cost less time and
+    memory, and teach the early steps nothing (DRaFT-K, Clark et al. 2024)."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class SFT(ShortcutAgent):
     Its arguments are `ShortcutAgent`'s, its settings `SFTSettings`.
 
     Raises:
-        ValueError: a chain without noise, settings out of their bounds, or a gradient through more
-            steps than there are.
+        ValueError: a chain without noise, settings out of their bounds, or `non_saturating` with
+            another objective than the logistic one.
     """
 
     name = "sft"
@@ -55,20 +55,20 @@ class SFT(ShortcutAgent):
         **arguments: Any,
     ) -> None:
         super().__init__(env, denoiser, settings, critic=critic, **arguments)
-        last, steps = self.settings.policy.gradient_steps, self.policy.steps
-        if last is not None and last > steps:
-            raise ValueError(f"gradient_steps must be at most the sampler's {steps}, got {last}.")
         if self.settings.policy.non_saturating and self.settings.critic.objective != "logistic":
             raise ValueError("non_saturating is for a critic with the logistic objective.")
+        # A reward of the caller's is climbed as it is.
+        logistic = getattr(self.critic, "objective", None) == "logistic"
+        self._non_saturating = self.settings.policy.non_saturating and logistic
         # The number of the state from which the gradient flows.
-        self._cut = 0 if last is None else steps - last
+        last = self.settings.policy.gradient_steps or self.policy.steps
+        self._cut = max(self.policy.steps - last, 0)
 
     @property
     def timesteps_per_round(self) -> int:
         """The calls of acting, those of all processes; theta's steps may act in a part of K."""
-        settings, last = self.settings, self.settings.policy.gradient_steps
-        calls = settings.n_critic * self.policy.steps
-        calls += settings.n_generator * (self.policy.steps if last is None else last)
+        settings, steps = self.settings, self.policy.steps
+        calls = settings.n_critic * steps + settings.n_generator * (steps - self._cut)
         return calls * settings.batch_size * self.processes.count
 
     @as_executed
@@ -92,7 +92,7 @@ class SFT(ShortcutAgent):
                     episodes, states = batches[number % len(batches)]
                     samples = self._finish(episodes, trajectories.fetch(states[self._cut]))
                 reward = self.differentiable_reward(episodes, samples)
-                if self.settings.policy.non_saturating:
+                if self._non_saturating:
                     reward = F.logsigmoid(reward)
                 loss = -reward.mean()
                 self.optimizer.zero_grad()

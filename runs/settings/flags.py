@@ -18,7 +18,6 @@ FLAGS = {
     "data_dir": "--data-dir",
     "download=True": "--download",
     "gradient_checkpointing": "--policy.gradient-checkpointing",
-    "gradient_steps": "--policy.gradient-steps",
     "image_size": "--image-size",
     "kind='gamma'": "--agent variance --kind gamma",
     "kind='npr'": "--agent variance --kind npr",
