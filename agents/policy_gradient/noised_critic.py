@@ -49,7 +49,8 @@ class NoisedCritic(nn.Module):
         if not callable(getattr(denoiser.body, "representation", None)):
             raise ValueError(
                 f"{type(denoiser.body).__name__} has no `representation`, which a denoiser as "
-                "critic needs: our networks for images and diffusers' U-Nets have it."
+                "critic needs, as our networks for images and diffusers' U-Nets have: take "
+                "critic_network='own'."
             )
         self.denoiser = copy.deepcopy(denoiser).requires_grad_(True)
         process = denoiser.process

@@ -15,6 +15,7 @@ FLAGS = {
     "batch_size": "--batch-size",
     "body_options": "--body NAME --body-options",
     "buffer='cpu'": "--execution.buffer cpu",
+    "critic_network='own'": "--critic.network own, or --preset small-critic",
     "data_dir": "--data-dir",
     "download=True": "--download",
     "gradient_checkpointing": "--policy.gradient-checkpointing",
