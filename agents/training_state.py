@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..common.checkpoint import (
     CheckpointError,
@@ -131,6 +133,7 @@ class Trainee(Actor, ABC):
         return {
             "kind": "agent",
             **self.header(),
+            "device": self.device.type,
             "generator": self.generator.get_state(),
             "acting_generator": self.acting_generator.get_state(),
             "denoiser": denoiser.to_tree(),
@@ -243,13 +246,23 @@ class Trainee(Actor, ABC):
             raise CheckpointError(f"{origin} is damaged: it lacks the weights in training, live.")
         self.num_timesteps = counter(tree, "num_timesteps", origin)
         self.rounds = counter(tree, "rounds", origin)
-        self.generator.set_state(tree["generator"].cpu())
-        self.acting_generator.set_state(tree["acting_generator"].cpu())
+        for name in ("generator", "acting_generator"):
+            self._take_up(getattr(self, name), tree[name].cpu(), tree.get("device"))
         self.sampling_denoiser.body.load_state_dict(tree["denoiser"]["weights"])
         # None: saved by an agent that does not average; then both begin with the same weights.
         live = tree["denoiser"]["weights"] if tree["live"] is None else tree["live"]
         self.denoiser.body.load_state_dict(live)
         self.load_state(tree["state"])
+
+    def _take_up(self, generator: torch.Generator, state: Tensor, written_on: str | None) -> None:
+        """Let a source of random numbers go on where a file's was; older files name no device.
+
+        A GPU's cannot go on on a CPU: there new numbers begin, which depend on seed and progress.
+        """
+        if written_on in (None, self.device.type):
+            generator.set_state(state)
+        else:
+            generator.manual_seed(zlib.crc32(f"{self.seed} {self.num_timesteps}".encode()))
 
     def check_identity(self, there: Mapping[str, Any], origin: str) -> None:
         """Raise CheckpointError if a file's identity is not this agent's."""

@@ -69,7 +69,7 @@ class NoisedCritic(nn.Module):
         known = denoiser.conditions
         some = None if known is None else torch.zeros_like(known.none(1, sample.device))
         with torch.no_grad():
-            features = self._ask(sample, torch.full((1,), self.low), some)
+            features = self._ask(sample, torch.full((1,), self.low, device=sample.device), some)
         self.head = _head(features).to(sample.device)
         self._seed, self._draws = int(torch.randint(2**31, ())), 0
 

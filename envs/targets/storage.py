@@ -29,7 +29,12 @@ def to_stored(values: Any, what: str, own: bool = False) -> Tensor:
 
 
 def to_float(stored: Tensor) -> Tensor:
-    """Return samples as they are handed out: bytes as numbers in [-1, 1]."""
+    """Return samples as they are handed out: bytes as numbers in [-1, 1], the same everywhere.
+
+    A GPU divides by a number as it multiplies by its inverse, which rounds otherwise; by a tensor
+    it divides.
+    """
     if stored.dtype != torch.uint8:
         return stored
-    return stored.to(torch.float32).div_(127.5).sub_(1)
+    half = torch.full((), 127.5, device=stored.device)
+    return stored.to(torch.float32).div_(half).sub_(1)

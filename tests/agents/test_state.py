@@ -238,3 +238,23 @@ def test_a_critic_stops_training_when_its_update_fails(make_mdp, make_denoiser, 
     with pytest.raises(RuntimeError, match="Out of memory"):
         agent.learn(8)
     assert not any(module.training for module in agent.critic.modules())
+
+
+def test_a_file_of_another_kind_of_device_goes_on_with_numbers_of_its_own(
+    make_mdp, make_denoiser, tmp_path
+):
+    """The state of a GPU's source, 16 bytes here, means nothing to a CPU's."""
+    agent = trained(SFT, make_mdp(), make_denoiser())
+    tree = agent.tree()
+    foreign = torch.zeros(16, dtype=torch.uint8)
+    moved = {"device": "cuda", "generator": foreign, "acting_generator": foreign}
+    save_checkpoint(tmp_path / "agent", tree | moved)
+    loaded, again = (SFT.load(tmp_path / "agent", make_mdp()) for _ in range(2))
+    assert not torch.equal(loaded.generator.get_state(), agent.generator.get_state())
+    for each in (loaded, again):
+        each.learn(each.timesteps_per_round, reset_num_timesteps=False)
+    assert torch.equal(loaded.sample(4), again.sample(4))
+    # Of files that say nothing of a device, as older ones do, it is taken as it is.
+    save_checkpoint(tmp_path / "old", {name: tree[name] for name in tree if name != "device"})
+    older = SFT.load(tmp_path / "old", make_mdp())
+    assert torch.equal(older.generator.get_state(), agent.generator.get_state())
