@@ -15,7 +15,8 @@ from ...agents.solvers import make_solver
 from ...envs import DiscreteVP, Schedule
 from ..settings.train import resolve_device
 from ..studies.tables import markdown
-from .sampling import STEPS, by_turns
+from .clock import by_turns
+from .sampling import STEPS
 
 
 def guided_sampling(device: str) -> tuple[dict[str, Any], str]:

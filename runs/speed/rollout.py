@@ -24,7 +24,7 @@ from ...envs import DiffusionMDP, DiscreteVP, Schedule, Target
 from ...envs.mdp import no_reward
 from ..settings.train import resolve_device
 from ..studies.tables import markdown
-from .sampling import by_turns
+from .clock import by_turns
 
 STEPS = 10
 
@@ -49,13 +49,11 @@ def rollout_speed(device: str) -> tuple[dict[str, Any], str]:
         sample = noise
         for t in times:
             sample = denoiser.epsilon(sample, t)
-        _finish(where)
 
     def rollout(buffer: Buffer) -> Callable[[], None]:
         @torch.no_grad()
         def run() -> None:
             mdp.rollout(chain, batch, recorder=Trajectories(STEPS, batch, where, buffer))
-            _finish(where)
 
         return run
 
@@ -102,8 +100,3 @@ def _ways(device: torch.device) -> list[tuple[str, Precision, bool]]:
         ("float32, compiled", "float32", True),
         ("bf16, compiled", "bf16", True),
     ]
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

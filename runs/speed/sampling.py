@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -23,9 +22,9 @@ from ...agents.solvers import make_solver
 from ...envs import DiscreteVP, Schedule
 from ..settings.train import resolve_device
 from ..studies.tables import markdown
+from .clock import Loop, by_turns
 
 STEPS = 10
-Loop = Callable[[], Any]
 
 
 def sampling(device: str) -> tuple[dict[str, Any], str]:
@@ -69,19 +68,6 @@ def sampling(device: str) -> tuple[dict[str, Any], str]:
     for name, title in (("to_bare", "fewstep / bare"), ("to_diffusers", "fewstep / diffusers")):
         shown[title] = frame[name].map("{:.3f}".format)
     return figures, markdown(shown, f"network, solver, {STEPS} calls")
-
-
-def by_turns(loops: Sequence[Loop], repeats: int) -> list[tuple[float, ...]]:
-    """Time loops by turns; return their seconds in each turn, the first tenth left out."""
-    turns = []
-    for _ in range(repeats):
-        seconds = []
-        for loop in loops:
-            began = time.perf_counter()
-            loop()
-            seconds.append(time.perf_counter() - began)
-        turns.append(tuple(seconds))
-    return turns[repeats // 10 :]
 
 
 def _loops(solver: str, process: DiscreteVP, denoiser: Denoiser, noise: Tensor) -> dict[str, Loop]:

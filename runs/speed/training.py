@@ -6,7 +6,6 @@ Ratios come from one process with the compared loops interleaved, since the mach
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from ...envs.processes import make_process
 from ...envs.registration import make_mdp
 from ..settings.train import resolve_device
 from ..studies.tables import markdown
-from .sampling import by_turns
+from .clock import by_turns, now
 from .subjects import swiss_roll, untrained
 
 # Of each kind, by turns.
@@ -98,9 +97,9 @@ def profile(device: str) -> tuple[dict[str, Any], str]:
         for handle in _recorded(module)
     ]
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
-        began = time.perf_counter()
+        began = now()
         agent.learn(ROUNDS * agent.timesteps_per_round, reset_num_timesteps=False)
-        total = time.perf_counter() - began
+        total = now() - began
     for handle in handles:
         handle.remove()
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -146,11 +145,11 @@ def fitting(device: str) -> tuple[dict[str, Any], str]:
     for solver in ("ddim", "ipndm", "dpm-solver-3", "heun"):
         where = mdp.with_schedule(default_schedule(solver, process, 10))
         agent = DODE(where, untrained(mdp), solver=solver, check_teacher=False)
-        began = time.perf_counter()
+        began = now()
         _ = agent.pool.batches
-        teacher = time.perf_counter() - began
+        teacher = now() - began
         agent.learn()
-        total = time.perf_counter() - began
+        total = now() - began
         calls = agent.teacher.tableau.nfe
         figures[solver] = {
             "calls": agent.nfe,
