@@ -116,12 +116,19 @@ class Averaged(Generic[Module]):
         self.module = copy.deepcopy(module).requires_grad_(False) if decay else module
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average by (1 - decay) towards the live parameters."""
+    def update(self, before: int | None = None) -> None:
+        """Move the average by (1 - decay) towards the live parameters.
+
+        Args:
+            before: how many updates there were. With it the first ones move it farther, as decays
+                of (1 + n) / (10 + n) do: a long memory does not keep what it began with.
+        """
         if self.decay:
+            ramp = 1.0 if before is None else (1 + before) / (10 + before)
+            decay = min(self.decay, ramp)
             averages: list[torch.Tensor] = list(self.module.parameters())
             live: list[torch.Tensor] = list(self.live.parameters())
-            torch._foreach_lerp_(averages, live, 1 - self.decay)
+            torch._foreach_lerp_(averages, live, 1 - decay)
 
 
 @contextmanager

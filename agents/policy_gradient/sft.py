@@ -98,7 +98,7 @@ class SFT(ShortcutAgent):
                 self.optimizer.zero_grad()
                 loss.backward()
             grad_norm = self.descend()
-        self.averaged.update()
+        self.average()
         return {**metrics, "train/policy_loss": loss.detach(), "train/grad_norm": grad_norm}
 
     def _play(self) -> tuple[DiffusionMDP, Tensor]:

@@ -107,7 +107,7 @@ class SFTPG(ShortcutAgent):
                 densities.append(log_density.detach())
             grad_norm = self.descend()
             updated.append(densities)
-        self.averaged.update()
+        self.average()
         if self.will_log:
             after = self._log_densities(trajectories, minibatches[0])
             metrics |= self._divergence(old[0], updated[0], after)

@@ -62,7 +62,7 @@ class SFTV(ShortcutAgent):
                     part.backward()
                     loss += part.detach()
             grad_norm = self.descend()
-        self.averaged.update()
+        self.average()
         return {**metrics, "train/policy_loss": loss, "train/grad_norm": grad_norm}
 
     def value_after(self, episodes: DiffusionMDP, states: Tensor, step: int) -> Tensor:

@@ -224,6 +224,10 @@ class ShortcutAgent(Agent):
         self.optimizer.step()
         return norm
 
+    def average(self) -> None:
+        """Let the averaged sampler follow, after a round in which theta moved."""
+        self.averaged.update(self.rounds - self.settings.critic_rounds)
+
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
         done, update = self.progress, self.rounds - self.settings.critic_rounds

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from rounds import learn_rounds
 
 from fewstep.agents import SFT, SFTPG, SFTV, BehaviorCloning
 from fewstep.agents.policy_gradient.buffer import Trajectories
@@ -95,6 +96,21 @@ def test_the_critic_learns_alone_at_first(maker, request):
     assert not torch.equal(weights(agent.denoiser), policy)
     with pytest.raises(ValueError, match="critic_rounds"):
         make(critic_rounds=-1)
+
+
+@pytest.mark.parametrize("maker", ["make_pg", "make_v", "make_sft"])
+def test_a_long_average_soon_forgets_where_theta_began(maker, request):
+    """Its decay rises as (1 + n) / (10 + n); by hand, over rounds in which theta moves."""
+    agent = request.getfixturevalue(maker)(ema=0.3, critic_rounds=2)
+    by_hand = [weight.clone() for weight in agent.averaged.module.parameters()]
+    for done in range(7):
+        learn_rounds(agent, done + 1, reset_num_timesteps=False)
+        if done >= 2:
+            decay = min(0.3, (done - 1) / (done + 8))
+            for average, live in zip(by_hand, agent.policy.parameters(), strict=True):
+                average.copy_(decay * average + (1 - decay) * live.detach())
+    for average, ours in zip(by_hand, agent.averaged.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, average)
 
 
 def test_without_a_step_the_policy_has_not_moved(make_pg):
