@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from .agents import FINE_GRAIN
 from .contenders import Contender, Grid
 from .engine import Study
 from .guidance import LEARNED, SMALL_UNET, SOLVERS
@@ -11,11 +10,9 @@ from .stages import Clone, Sample, Stage, fine_tune
 from .world import Scoring
 
 PROCESSES = {"diffusion": "linear-1000", "flow": "flow"}
-# Fine-tuning begins with noise in every step.
-IMAGES: dict[str, Any] = {"variance": "small", "last_std": 0.05}
 FINE_TUNED = {
     "SwissRoll": (Sample("ancestral", {}, "uniform"), fine_tune("sft-v", 0)),
-    "FashionMNIST": (Sample("ancestral", IMAGES, "uniform"), fine_tune("sft", 0)),
+    "FashionMNIST": (FINE_GRAIN, fine_tune("sft", 0)),
 }
 
 

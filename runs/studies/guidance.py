@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from .agents import COARSE_GRAIN, FINE_GRAIN
 from .contenders import Contender, Grid
 from .engine import Study
 from .stages import Clone, Guide, Learn, Sample, fine_tune
@@ -70,10 +71,10 @@ def _study(env: str, title: str) -> Study:
 
 def _fine_tuned(env: str, title: str) -> Study:
     """Return the study of fine-tuning at guidance 1 and 2, against where it starts."""
-    start = Sample("ancestral", {"variance": "small", "last_std": 0.05}, "uniform")
+    fine = FINE_GRAIN if env == "FashionMNIST" else COARSE_GRAIN
     contenders = tuple(
         Contender(f"{agent}, w = {w:g}", (NETWORKS[env], Guide(w), start, fine_tune(agent, 0)))
-        for agent in ("sft", "sft-v")
+        for agent, start in (("sft", fine), ("sft-v", COARSE_GRAIN))
         for w in (1.0, 2.0)
     )
     scoring = replace(SCORING, held_out=0, before=True)
