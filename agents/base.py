@@ -286,7 +286,7 @@ class Agent(Trainee):
 
     def _check_finite(self, metrics: dict[str, Tensor]) -> None:
         # One reduction a round: a single device synchronisation, whatever the number of metrics.
-        values = torch.stack([value.detach().float() for value in metrics.values()])
+        values = torch.stack([v.detach().float().to(self.device) for v in metrics.values()])
         if not values.isfinite().all():
             bad = [key for key, ok in zip(metrics, values.isfinite(), strict=True) if not ok]
             raise TrainingDivergedError(", ".join(bad), self.num_timesteps)

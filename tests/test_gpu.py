@@ -22,19 +22,19 @@ from fewstep.envs.mdp import no_reward
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
-FINE_TUNED = {"batch_size": 16, "n_critic": 1}
-DISTILLED = {"batch_size": 8, "size": 8, "scale": 2}
+FINE_TUNED = {"batch_size": 16, "n_critic": 1, "rounds": 3}
+DISTILLED = {"batch_size": 8, "size": 8, "scale": 2, "rounds": 3}
 SOLVER = {"batch_size": 8, "batches": 1, "scale": 2}
 SETTINGS = {
-    "behavior-cloning": {"batch_size": 16},
+    "behavior-cloning": {"batch_size": 16, "rounds": 3},
     "sft": FINE_TUNED,
     "sft-pg": {**FINE_TUNED, "n_generator": 1},
     "sft-v": FINE_TUNED,
     "dode": {**SOLVER, "refine": "end-to-end", "refine_steps": 2},
     "schedule": {**SOLVER, "schedule_rounds": 2, "tuning_rounds": 2, "tuning_batch_size": 8},
-    "solver": SOLVER,
-    "rdpo": {"batch_size": 16, "held_out": 24, "check_interval": 2},
-    "variance": {"batch_size": 10, "samples_per_time": 5},
+    "solver": {**SOLVER, "rounds": 3},
+    "rdpo": {"batch_size": 16, "held_out": 24, "check_interval": 2, "rounds": 4},
+    "variance": {"batch_size": 10, "samples_per_time": 1},
     "sfd": DISTILLED,
     "pd": {**DISTILLED, "teacher_steps": 8},
     "cd": DISTILLED,
@@ -77,9 +77,10 @@ def test_an_agent_that_was_trained_on_a_gpu_samples_alike_on_the_cpu(name, tmp_p
         answers = [each.sampling_denoiser(state.to(each.device), start) for each in (agent, loaded)]
     # float32 through a small network, whose convolutions a GPU may do in TF32 (10 bits).
     torch.testing.assert_close(answers[0].cpu(), answers[1], rtol=5e-3, atol=5e-3)
-    # It goes on there.
-    learn_rounds(loaded, 3, reset_num_timesteps=False)
-    assert loaded.sample(3).isfinite().all()
+    # Both go on to the end.
+    for each in (agent, loaded):
+        each.learn(reset_num_timesteps=False)
+        assert each.done and each.sample(3).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name, each in SOLVERS.items() if each.needs is None])
