@@ -133,8 +133,9 @@ _SMALL_IMAGES_SFT_PG: Values = {
     "critic_width": 64,
     "channels_last": True,
 }
-# The critic is the denoiser's own encoder, which sees shapes; a quarter of an hour on one core. The last
-# step's noise is less than a grey level of 255, since theta cannot take away what comes after it.
+# The critic is the denoiser's own encoder, which sees shapes; a quarter of an hour on one core. The
+# last step's noise is less than a grey level of 255: theta cannot take away what comes after it.
+# Twice this learning rate gains faster at first, and ends farther away.
 _SMALL_IMAGES_SFT: Values = {
     "rounds": 400,
     "batch_size": 64,
