@@ -255,7 +255,10 @@ class DMD(NetworkDistillation):
             noise = None
             if self._tableau.row(j).noise:
                 noise = self._tableau.row(j).noise * self.processes.noise(states, source)
-            for rows in (stops > j).nonzero().flatten().split(most):
+            going = (stops > j).nonzero().flatten()
+            if not len(going):  # `split` would return a part without samples
+                continue
+            for rows in going.split(most):
                 answer = table.evaluate(student.at(rows), states[rows], j)
                 moved = table.advance(j, {j: states[rows]}, {j: answer})
                 states[rows] = moved if noise is None else moved + noise[rows]

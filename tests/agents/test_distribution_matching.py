@@ -318,3 +318,13 @@ def test_bad_input():
         DMD.without_data(denoiser, mdp.schedule, (2,), adversarial=0.1)
     with pytest.raises(ValueError, match="baseline regularizer needs"):
         DMD(mdp, denoiser, adversarial=0.1, critic_regularizer="baseline")
+
+
+def test_no_network_is_asked_about_nothing():
+    """Of few samples none may go as far as the last steps."""
+    agent = make(batch_size=1, rounds=6)
+    asked = []
+    for network in (agent.denoiser, agent.fake, agent.teacher):
+        network.body.register_forward_pre_hook(lambda _body, given: asked.append(len(given[0])))
+    learn_rounds(agent, 5)
+    assert min(asked) > 0
