@@ -199,7 +199,9 @@ class Agent(Trainee):
         while not self._over:
             callbacks.on_rollout_start()
             self.will_log = self.last_round or (self.rounds + 1) % log_interval == 0
-            metrics = self.processes.mean(self._round())
+            # Some are counted on the CPU.
+            metrics = {name: value.to(self.device) for name, value in self._round().items()}
+            metrics = self.processes.mean(metrics)
             self.rounds += 1
             self._check_finite(metrics)
             if self.will_log or self._over:
@@ -286,7 +288,7 @@ class Agent(Trainee):
 
     def _check_finite(self, metrics: dict[str, Tensor]) -> None:
         # One reduction a round: a single device synchronisation, whatever the number of metrics.
-        values = torch.stack([v.detach().float().to(self.device) for v in metrics.values()])
+        values = torch.stack([value.detach().float() for value in metrics.values()])
         if not values.isfinite().all():
             bad = [key for key, ok in zip(metrics, values.isfinite(), strict=True) if not ok]
             raise TrainingDivergedError(", ".join(bad), self.num_timesteps)

@@ -259,7 +259,7 @@ class Trainee(Actor, ABC):
 
         A GPU's cannot go on on a CPU: there new numbers begin, which depend on seed and progress.
         """
-        if written_on in (None, self.device.type):
+        if (written_on or "cpu") == self.device.type:
             generator.set_state(state)
         else:
             generator.manual_seed(zlib.crc32(f"{self.seed} {self.num_timesteps}".encode()))

@@ -143,7 +143,8 @@ def _split(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         # A copy: safetensors refuses tensors that share memory, such as a weight and its alias.
         while name in tensors:  # {"a/b": ..., "a": {"b": ...}}, or the keys 1 and "1"
             name += "'"
-        tensors[name] = node.detach().clone().contiguous()
+        node = node.detach()
+        tensors[name] = (node.clone() if node.device.type == "cpu" else node.cpu()).contiguous()
         return {_TENSOR: name}
     if isinstance(node, dict):
         # A list of pairs keeps integer keys (optimizer states have them) and insertion order.

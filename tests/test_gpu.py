@@ -83,6 +83,39 @@ def test_an_agent_that_was_trained_on_a_gpu_samples_alike_on_the_cpu(name, tmp_p
         assert each.done and each.sample(3).isfinite().all()
 
 
+RESUMED = {
+    # Earlier samples, the best network so far, and times that a gradient reaches are kept on files.
+    "sft": {**FINE_TUNED, "critic_passes": 2, "critic_replay": 2, "objective": "logistic"},
+    "sfd": {**DISTILLED, "rounds": 8, "looks": 8, "solver": "ddim"},
+    "schedule": {
+        "solver": "ddim",
+        "gradient": "eq14",
+        "batch_size": 8,
+        "batches": 1,
+        "scale": 2,
+        "schedule_rounds": 2,
+        "tuning_rounds": 3,
+        "tuning_batch_size": 8,
+    },
+    "solver": {**SOLVER, "rounds": 4, "solver": "ddim", "ball": 0.1, "optimizer": "adam"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("there", ["cpu", GPU])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_file_goes_on_on_a_gpu(name, there, tmp_path):
+    """From a CPU's file and from its own, halfway through."""
+    kind, mdp = AGENTS[name], digits(there)
+    agent = kind(mdp, new_denoiser(mdp), **RESUMED[name])
+    learn_rounds(agent, 2)
+    agent.save(tmp_path / "agent")
+    loaded = kind.load(tmp_path / "agent", digits(GPU))
+    assert loaded.device.type == "cuda" and loaded.rounds == agent.rounds
+    loaded.learn(reset_num_timesteps=False)
+    assert loaded.done and loaded.sample(3).isfinite().all()
+
+
 @pytest.mark.parametrize("name", [name for name, each in SOLVERS.items() if each.needs is None])
 def test_a_solver_gives_the_same_samples(name):
     """In float64; one that adds noise draws it from the device's own source."""
@@ -200,3 +233,25 @@ def test_metrics_say_the_same():
     assert scores[0].keys() == scores[1].keys()
     for name, score in scores[0].items():
         assert score.value == pytest.approx(scores[1][name].value, rel=1e-3, abs=1e-3), name
+
+
+def test_an_agent_there_is_scored_against_samples_that_are_not():
+    """Real ones as an array, from which the sampler's own device does not follow."""
+    mdp = digits(GPU)
+    agent = AGENTS["dode"](mdp, new_denoiser(mdp), solver="ddim", **SOLVER)
+    report = evaluate(agent, mdp.target.take(60).cpu().numpy(), 30)
+    assert all(score.value == score.value for score in report.values())
+
+
+def test_conditions_that_were_given_before_go_along():
+    mdp = digits("cpu", conditional=True)
+    denoiser = new_denoiser(mdp).given([0, 1, 2])
+    table = make_solver("ddim", mdp.schedule)
+    noise = torch.randn(3, *mdp.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = table.sample(denoiser, noise)
+    moved = copy.deepcopy(denoiser).to(GPU)
+    assert moved.conditioning.condition.device.type == "cuda"
+    with torch.no_grad():
+        samples = table.sample(moved, noise.to(GPU))
+    torch.testing.assert_close(samples.cpu(), expected, rtol=5e-3, atol=5e-3)

@@ -86,6 +86,11 @@ class Conditioning:
         """Return the same terms with a condition that is known to be right."""
         return replace(self, condition=condition)
 
+    def on(self, device: torch.device) -> Conditioning:
+        """Return the terms with their condition on a device."""
+        condition = self.condition
+        return self.under(condition.to(device)) if isinstance(condition, Tensor) else self
+
     def checked(self, condition: Any) -> Condition:
         """Return a condition as it is kept, after a look at it; see `Conditions.checked`."""
         if condition is None or condition is OPEN:

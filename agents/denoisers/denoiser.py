@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -314,6 +314,15 @@ class Denoiser(nn.Module):
             return self
         return self._view(self.conditioning.at(rows))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
+        """Move the condition along with the weights."""
+        super()._apply(fn, recurse)
+        if self.conditioning is not None:
+            weight = next(self.body.parameters(), None)
+            if weight is not None:
+                self.conditioning = self.conditioning.on(weight.device)
+        return self
+
     def _view(self, conditioning: Conditioning) -> Denoiser:
         view = self.view()
         view.conditioning = conditioning
@@ -413,7 +422,8 @@ class Denoiser(nn.Module):
                 clip=parts.clip,
                 variance=parts.variance,
             )
-        denoiser.conditioning = parts.conditioning
+        terms = parts.conditioning
+        denoiser.conditioning = None if terms is None else terms.on(torch.device(device))
         denoiser.gamma = parts.gamma
         denoiser.head = None if parts.head is None else parts.head.to(device)
         return denoiser

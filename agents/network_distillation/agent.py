@@ -391,7 +391,8 @@ class NetworkDistillation(SolverAgent):
         self._held_out.load_state(state["held_out"], self.device)
         self.teacher.body.load_state_dict(state["teacher"])
         if state["teacher_given"] is not None:
-            self.teacher.conditioning = Conditioning.from_config(state["teacher_given"])
+            terms = Conditioning.from_config(state["teacher_given"])
+            self.teacher.conditioning = terms.on(self.device)
 
     @classmethod
     def given_tableau(cls, path: str | Path) -> Tableau | None:

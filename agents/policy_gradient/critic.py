@@ -73,7 +73,8 @@ def critic_of(
 
     Args:
         mdp: the environment; what it holds is not changed.
-        given: a critic or a reward of the caller's; None leaves it to the environment.
+        given: a critic or a reward of the caller's, moved to the environment's device if it is a
+            module; None leaves it to the environment.
         settings: of a learned critic; a value baseline goes with every critic if they have one.
         execution: how its networks are run.
         seed: of the networks' weights.
@@ -81,7 +82,7 @@ def critic_of(
     """
     reward = _own_reward(mdp) if given is None else given
     if isinstance(reward, Critic):
-        return reward
+        return reward.to(mdp.device) if isinstance(reward, nn.Module) else reward
     with seeded(seed):
         if reward is None:
             return learned_critic(mdp, settings, denoiser, execution)

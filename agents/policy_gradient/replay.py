@@ -46,6 +46,7 @@ class Replay:
         kept = {"samples": self.samples, "conditions": self.conditions}
         return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-        self.samples, self.conditions = state.get("samples"), state.get("conditions")
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what `state` returned, on a device."""
+        moved = {name: tensor.to(device) for name, tensor in state.items()}
+        self.samples, self.conditions = moved.get("samples"), moved.get("conditions")

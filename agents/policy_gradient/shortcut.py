@@ -261,7 +261,7 @@ class ShortcutAgent(Agent):
             ):
                 parameter.copy_(value)
         if self.replay is not None:
-            self.replay.load_state(state.get("replay", {}))
+            self.replay.load_state(state.get("replay", {}), self.device)
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)

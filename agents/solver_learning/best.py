@@ -60,7 +60,10 @@ class BestNetwork:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self._weights, self._errors = state["best"], state["best_errors"]
+        best = state["best"]
+        if best is not None:  # a file's tensors are on the CPU
+            best = {name: best[name].to(mine.device) for name, mine in self._copy().items()}
+        self._weights, self._errors = best, state["best_errors"]
         self.improved = state["improved"]
 
     def _copy(self) -> dict[str, Tensor]:

@@ -376,7 +376,8 @@ class SolverLearning(TableAgent):
             setattr(self, f"_{name}", found)
         self._least = math.inf if state["least"] is None else state["least"]
         self.errors, self.losses = dict(state["errors"]), dict(state["losses"])
-        self._ball_noises = state["ball"]
+        ball = state["ball"]
+        self._ball_noises = None if ball is None else [noise.to(self.device) for noise in ball]
         self.__dict__.pop("_ball", None)
         if self._critic is not None and state["critic"] is not None:
             self._critic.load_state_dict(state["critic"])

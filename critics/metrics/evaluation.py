@@ -263,13 +263,20 @@ class Evaluation:
         """Which way is up, for each metric."""
         return {metric.name: metric.higher_is_better for metric in self.metrics}
 
-    def __call__(self, sample: Sampler, seed: int = 0) -> dict[str, float]:
+    def __call__(
+        self, sample: Sampler, seed: int = 0, device: torch.device | None = None
+    ) -> dict[str, float]:
         """Score a sampler `sample(n, generator) -> (n, *shape)` on every metric.
 
         All metrics share the same samples. Images are asked for in several calls with the same
         generator, about a million numbers at a time, so that a network's activations fit.
+
+        Args:
+            sample: the sampler.
+            seed: of its noise.
+            device: of its generator; the real samples' if None.
         """
-        generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED + seed)
+        generator = torch.Generator(device or self.target.device).manual_seed(NOISE_SEED + seed)
         return self.score(*self._draw(sample, self.samples, generator))
 
     @property
@@ -319,5 +326,5 @@ class Evaluation:
         for done in range(0, count, most):
             size = min(most, count - done)
             under = {} if given is None else {"condition": given[done : done + size]}
-            parts.append(sample(size, generator, **under))
+            parts.append(sample(size, generator, **under).to(self.target.device))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), classes

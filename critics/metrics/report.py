@@ -110,7 +110,8 @@ def evaluate(
     )
     if given is None:
         with torch.no_grad():
-            values = evaluation(_drawing(sampler, real.shape), seed)
+            drawing, device = _drawing(sampler, real.shape), getattr(sampler, "device", None)
+            values = evaluation(drawing, seed, device)
     else:
         values = evaluation.score(given)
     scores = {}

@@ -235,6 +235,11 @@ class DiscreteVP(VariancePreserving):
         # In the last segment alpha falls to 0 on a line.
         return torch.where(last, inner + torch.log1p(-torch.where(last, time - n, 0.0)), inner)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a GPU keeps: a file that pickles a process opens without one."""
+        cpu = torch.device("cpu")
+        return {**self.__dict__, "_decay": {cpu: self._decay[cpu]}}
+
     def _decay_on(self, device: torch.device) -> Tensor:
         if device not in self._decay:
             self._decay[device] = self._decay[torch.device("cpu")].to(device)

@@ -385,6 +385,8 @@ def resolve_device(name: str) -> torch.device:
         if device.type == "meta":
             raise ValueError("Device 'meta' computes nothing: give cpu, cuda or auto.")
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what asks "the" GPU means this one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"No device {name!r} here: {str(error).splitlines()[0]}") from None
     check_own_gpu(device)

@@ -101,7 +101,7 @@ def _loops(solver: str, process: DiscreteVP, denoiser: Denoiser, noise: Tensor) 
         scheduler.set_timesteps(STEPS)  # a pipeline does so for every batch: it resets the history
         sample = noise
         for step in scheduler.timesteps:
-            shared = step.expand(len(sample)).to(sample.device)
+            shared = step.to(sample.device).expand(len(sample))
             output = body(sample.view_as(flat), shared).view_as(sample)
             sample = scheduler.step(output, step, sample).prev_sample
         return sample

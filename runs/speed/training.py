@@ -87,7 +87,13 @@ def interleaved(
 
 
 def profile(device: str) -> tuple[dict[str, Any], str]:
-    """Measure the share of SFT-PG's round that networks and optimisers take, by torch.profiler."""
+    """Measure the share of SFT-PG's round that networks and optimisers take, by torch.profiler.
+
+    Raises:
+        ValueError: a GPU, where an operation's time on the CPU is that of its launch.
+    """
+    if resolve_device(device).type != "cpu":
+        raise ValueError("This profile is of a CPU: give --device cpu.")
     agent = SFTPG(swiss_roll(10, device), untrained(swiss_roll(10, device)))
     agent.learn(3 * agent.timesteps_per_round)
     critic: Any = agent.critic

@@ -124,8 +124,8 @@ class Parameterisation(ABC):
             times = self.process.network_time(t)
             # A time that is learned has to stay a floating tensor.
             if self.indexed and not t.requires_grad and _whole(times):
-                return times.long()
-            times = times.to(sample.dtype)
+                return times.long().to(sample.device)
+            times = times.to(sample)
             return times if times.ndim else times.expand(len(sample))
         value = self.process.network_time(float(t))
         index = self.indexed and value == int(value)
