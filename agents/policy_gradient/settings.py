@@ -216,6 +216,10 @@ class SFTSettings(ShortcutSettings):
 
     n_generator: int = bounded(1, least=1)
     """Steps of theta a round."""
+    mismatched: float = bounded(0.0, least=0, below=1)
+    """Share of the critic's fakes that are real samples under the conditions of others, in a
+    conditional environment: a critic that is shown none hardly asks whether a sample is what was
+    asked for."""
     policy: PathwisePolicySettings = field(default_factory=PathwisePolicySettings)
     optimizer: OptimizerSettings = field(default_factory=_optimizer)
     critic: CriticSettings = field(

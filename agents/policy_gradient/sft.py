@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,8 +36,8 @@ class SFT(ShortcutAgent):
     Its arguments are `ShortcutAgent`'s, its settings `SFTSettings`.
 
     Raises:
-        ValueError: a chain without noise, settings out of their bounds, or `non_saturating` with
-            another objective than the logistic one.
+        ValueError: a chain without noise, settings out of their bounds, `non_saturating` with
+            another objective than the logistic one, or `mismatched` without conditions.
     """
 
     name = "sft"
@@ -57,6 +58,11 @@ class SFT(ShortcutAgent):
         super().__init__(env, denoiser, settings, critic=critic, **arguments)
         if self.settings.policy.non_saturating and self.settings.critic.objective != "logistic":
             raise ValueError("non_saturating is for a critic with the logistic objective.")
+        if self.settings.mismatched and self.mdp.conditions is None:
+            raise ValueError(
+                "mismatched is for a conditional environment, where a sample can be right and not "
+                "what was asked for: give conditional=True, or leave it out."
+            )
         # A reward of the caller's is climbed as it is.
         logistic = getattr(self.critic, "objective", None) == "logistic"
         self._non_saturating = self.settings.policy.non_saturating and logistic
@@ -100,6 +106,22 @@ class SFT(ShortcutAgent):
             grad_norm = self.descend()
         self.average()
         return {**metrics, "train/policy_loss": loss.detach(), "train/grad_norm": grad_norm}
+
+    def with_mismatches(
+        self, fake: Tensor, condition: Tensor, real: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put real samples under the conditions of others in the place of some fakes.
+
+        What is right but not what was asked for counts as a fake then (Reed et al. 2016, GAN-CLS):
+        else a critic learns conditions only as far as the sampler mistakes them.
+        """
+        count = int(self.settings.mismatched * len(fake))
+        if not count:
+            return fake, condition
+        others = given.roll(1, 0)
+        rows = (given != others).reshape(len(given), -1).any(1).nonzero().flatten()[:count]
+        kept = slice(len(rows), None)
+        return torch.cat([real[rows], fake[kept]]), torch.cat([others[rows], condition[kept]])
 
     def _play(self) -> tuple[DiffusionMDP, Tensor]:
         """Play new episodes from their start; return them and their finished samples."""

@@ -166,14 +166,22 @@ class ShortcutAgent(Agent):
                     )[: settings.critic.baseline_states]
                     states = trajectories.fetch(batch[steps.to(batch.device)])
             under: dict[str, Any] = {}
-            if condition is not None and given is not None:
-                under["conditions"] = self.processes.share(given), condition
             real = self.processes.share(real)
+            if condition is not None and given is not None:
+                given = self.processes.share(given)
+                fake, condition = self.with_mismatches(fake, condition, real, given)
+                under["conditions"] = given, condition
             metrics = self.critic.update(real, fake, states, steps, **under)
         tagged = {CRITIC_TAGS.get(key, f"train/{key}"): value for key, value in metrics.items()}
         # The reward of an episode is f(x_0): the mean of f over the fakes, under the name SB3
         # gives it.
         return {"rollout/ep_rew_mean": metrics["critic_fake"], **tagged}
+
+    def with_mismatches(
+        self, fake: Tensor, condition: Tensor, real: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the critic is shown as fakes, and their conditions; here the fakes alone."""
+        return fake, condition
 
     def _draw_real(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Draw the real samples of all processes, and their conditions, for a critic step."""

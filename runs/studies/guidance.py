@@ -72,9 +72,14 @@ def _study(env: str, title: str) -> Study:
 def _fine_tuned(env: str, title: str) -> Study:
     """Return the study of fine-tuning at guidance 1 and 2, against where it starts."""
     fine = FINE_GRAIN if env == "FashionMNIST" else COARSE_GRAIN
+    learners = {
+        "sft": (fine, fine_tune("sft", 0)),
+        "sft, a quarter mismatched": (fine, fine_tune("sft", 0, mismatched=0.25)),
+        "sft-v": (COARSE_GRAIN, fine_tune("sft-v", 0)),
+    }
     contenders = tuple(
-        Contender(f"{agent}, w = {w:g}", (NETWORKS[env], Guide(w), start, fine_tune(agent, 0)))
-        for agent, start in (("sft", fine), ("sft-v", COARSE_GRAIN))
+        Contender(f"{label}, w = {w:g}", (NETWORKS[env], Guide(w), *stages))
+        for label, stages in learners.items()
         for w in (1.0, 2.0)
     )
     scoring = replace(SCORING, held_out=0, before=True)

@@ -395,6 +395,38 @@ SMALL = {"batch_size": 16, "n_critic": 2, "learning_rate": 1e-3}
 CHAIN = {"solver_options": {"variance": "small", "last_std": 0.1}, "critic_rounds": 0}
 
 
+def test_real_samples_under_conditions_of_others_count_as_fakes():
+    """A quarter of each batch; the other fakes and all real samples stay as they are."""
+    settings = {**SMALL, **CHAIN, "critic_passes": 2, "critic_replay": 2}
+    agent = SFT(make_mdp(), make_denoiser(), **settings, mismatched=0.25)
+    target = agent.mdp.target
+    known = target.take(len(target)).tolist()
+    class_of = dict(zip(map(tuple, known), target.labels.tolist(), strict=True))
+    seen, update = [], agent.critic.update
+
+    def note(real, fake, *rest, conditions):
+        seen.append((real, fake, *conditions))
+        return update(real, fake, *rest, conditions=conditions)
+
+    agent.critic.update = note
+    trajectories = agent.collect()
+    agent.train_critic(trajectories)
+    assert len(seen) == 4
+    own = trajectories.states[-1].split(16)
+    for number, (real, fake, given, asked) in enumerate(seen):
+        assert [class_of[tuple(row)] for row in real.tolist()] == given.tolist()
+        shown = [class_of.get(tuple(row)) for row in fake.tolist()]
+        assert None not in shown[:4] and shown[4:] == [None] * 12
+        assert all(its != label for its, label in zip(shown[:4], asked.tolist()[:4], strict=True))
+        if number < 2:
+            assert torch.equal(fake[4:], own[number][4:])
+    assert not any(tuple(row) in class_of for row in agent.replay.samples.tolist())
+    with pytest.raises(ValueError, match="mismatched is for a conditional environment"):
+        SFT(make_mdp(conditional=False), make_denoiser().given(1), **CHAIN, mismatched=0.25)
+    with pytest.raises(ValueError, match="mismatched must be at least 0 and below 1"):
+        SFT(make_mdp(), make_denoiser(), mismatched=1.0)
+
+
 @pytest.mark.parametrize(("kind", "condition"), [(SFTPG, 1), (SFT, 1), (SFTV, 1), (SFTPG, CAPTION)])
 def test_fine_tuning_a_guided_view_is_fine_tuning_the_network_made_by_hand(kind, condition):
     agents = []
