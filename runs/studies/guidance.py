@@ -74,7 +74,7 @@ def _fine_tuned(env: str, title: str) -> Study:
     fine = FINE_GRAIN if env == "FashionMNIST" else COARSE_GRAIN
     learners = {
         "sft": (fine, fine_tune("sft", 0)),
-        "sft, a quarter mismatched": (fine, fine_tune("sft", 0, mismatched=0.25)),
+        "sft, half mismatched": (fine, fine_tune("sft", 0, mismatched=0.5)),
         "sft-v": (COARSE_GRAIN, fine_tune("sft-v", 0)),
     }
     contenders = tuple(
