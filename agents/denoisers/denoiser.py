@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from ...common.conditions import Classes, Conditions, Kind, as_conditions
 from ...common.precision import Precision, check_precision, lower_precision
 from ...common.reading import damage_named
 from ...envs.processes import NoiseProcess
+from .asking import ask, wants_whole_times
 from .conditioning import OPEN, Conditioning
 from .files import find_tree, parts_of
 from .networks.configs import check_times, declared, own_config
@@ -240,8 +240,8 @@ class Denoiser(nn.Module):
             hook.remove()
         epsilon = self.parameterisation.epsilon(raw, sample, t)
         levels = self.process.levels_for(sample, t)
-        # Guided, the half with the condition comes first.
-        features = caught[-1][: len(raw)].to(raw.dtype)
+        # Of each piece, see `ask`. Guided, the half with the condition comes first.
+        features = torch.cat(caught)[: len(raw)].to(raw.dtype)
         return raw, HeadInputs(features, epsilon, *levels)
 
     def given(
@@ -476,10 +476,10 @@ class Denoiser(nn.Module):
     def _ask(self, sample: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
         try:
             with lower_precision(self.precision, sample.device):
-                return self.body(sample, time, *condition).to(sample.dtype)
+                return ask(self.body, sample, time, *condition).to(sample.dtype)
         except (IndexError, RuntimeError) as error:
-            wants_index = re.search(r"\blong, int", str(error), re.IGNORECASE)
-            if not (wants_index and self.parameterisation.indexed and time.is_floating_point()):
+            asked_between = self.parameterisation.indexed and time.is_floating_point()
+            if not (asked_between and wants_whole_times(error)):
                 raise
             raise ValueError(
                 f"The network {type(self.body).__name__} takes whole noisings only, and is asked "
