@@ -107,6 +107,7 @@ STUDIES = {
     "steps": _study(
         "How few steps (Fan & Lee 2023, Table 1)",
         SFT_PG_B,
+        _tuned("SFT-PG (B), long", SHARED, preset="long"),
         _tuned("SFT-V", SHARED, "sft-v"),
         Contender("DDPM", (OWN, DDPM), calls=(10, 100, 1000)),
         calls=(3, 5, 8, 10),
