@@ -81,7 +81,7 @@ class Settings:
         for keyword, value in changes.items():
             group, name = _place(type(self), groups, keyword)
             if group is None:
-                own[name] = _group_of(groups[name], value) if name in groups else value
+                own[name] = _group_of(type(self), name, value) if name in groups else value
             else:
                 nested.setdefault(group, {})[name] = value
         for group, values in nested.items():
@@ -99,13 +99,7 @@ class Settings:
         Raises:
             TypeError, ValueError: a field that does not exist, or a value that it does not take.
         """
-        hints, groups = hints_of(cls), cls.groups()
-        values = {}
-        for name, value in tree.items():
-            if name not in hints:
-                raise unknown_name("setting", name, hints)
-            values[name] = _group_of(groups[name], value) if name in groups else value
-        return cls(**values)
+        return cls(**_read(cls, tree))
 
 
 def hints_of(kind: type[Settings]) -> dict[str, Any]:
@@ -118,9 +112,30 @@ def _is_group(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Settings)
 
 
-def _group_of(kind: type[Group], value: Any) -> Group:
-    """Return a group that is given as such, or as a mapping of its fields."""
-    return kind.from_tree(value) if isinstance(value, Mapping) else value
+def _read(kind: type[Settings], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a tree names."""
+    hints, groups = hints_of(kind), kind.groups()
+    for name in tree:
+        if name not in hints:
+            raise unknown_name("setting", name, hints)
+    return {
+        name: _group_of(kind, name, value) if name in groups else value
+        for name, value in tree.items()
+    }
+
+
+def _group_of(kind: type[Settings], name: str, value: Any) -> Any:
+    """Return a group that is given as such, or as a mapping of its fields.
+
+    What a mapping lacks is as in the group that `kind` has by default there, whose values may
+    differ from those of the group's class.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    make = field.default_factory
+    default = field.default if make is dataclasses.MISSING else make()
+    return dataclasses.replace(default, **_read(type(default), value))
 
 
 def _place(

@@ -25,6 +25,7 @@ from ..reports.plots import correlation_figure, panels_figure, paths_figure, sav
 from ..reports.results import print_report_tables
 from ..run.building import build_mdp
 from ..run.folder import tableau_file, write_json
+from ..settings.conditions import under_terms
 from ..settings.flags import parse_flags
 from ..settings.foreign import check_body, foreign_body
 from ..settings.pretrained import PretrainedSettings, check_samples, load, run_of
@@ -59,7 +60,10 @@ def main(argv: Sequence[str]) -> None:
     if settings.samples < 2 or settings.reference_steps < 2:
         raise ValueError("--samples and --reference-steps must be at least 2.")
     mdp, denoiser, agent = distilled_agent(settings)
-    noise = mdp.initial(settings.samples, torch.Generator(mdp.device).manual_seed(settings.seed))
+    generator = torch.Generator(mdp.device).manual_seed(settings.seed)
+    episodes = mdp.episodes(settings.samples, generator)
+    denoiser = denoiser.under(episodes.condition)
+    noise = episodes.initial(settings.samples, generator)
     factor = -(-settings.reference_steps // mdp.steps)
     reference = Reference(ddim(mdp.schedule.refined(factor)), denoiser, noise)
     solvers = {"base": agent.base, "distilled": agent.tableau}
@@ -128,6 +132,7 @@ def distilled_agent(settings: AnalyzeSettings) -> tuple[DiffusionMDP, Denoiser, 
         body = foreign_body(run.run.body, run.run.body_options)
         denoiser = Denoiser.load(table.parent / "denoiser.safetensors", mdp.device, body)
         check_body(denoiser, mdp.shape, settings.body)
+        denoiser = under_terms(under_terms(denoiser, run.run), settings)
         return mdp, denoiser, AGENTS["dode"].load(table, mdp, denoiser=denoiser)
     solver = settings.solver or "ddim"
     mdp, denoiser, _ = load(dataclasses.replace(settings, solver=solver))

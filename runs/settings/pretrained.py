@@ -107,6 +107,9 @@ def load(
         run.body if run and is_foreign(run.body) else None,
         settings.classes,
     )
+    if run is not None and run.agent == "dode":
+        # Its own terms are those of its solver: the file is the network's, as it was cloned.
+        denoiser = under_terms(denoiser, run)
     denoiser = under_terms(denoiser, settings)
     tableau = finished_table(settings, denoiser)
     solver = settings.solver or DEFAULT_SOLVER

@@ -63,6 +63,20 @@ def test_a_group_is_an_instance_or_a_mapping_that_a_short_name_still_changes():
     assert before.replace(decay=0.25, optimizer={"rate": 0.3}).optimizer == Rate(0.3, 0.25)
 
 
+@dataclass(frozen=True)
+class Fast(Settings):
+    """Settings whose group has values of its own."""
+
+    optimizer: Rate = field(default_factory=lambda: Rate(decay=0.5, betas=(0.5, 0.9)))
+
+
+def test_what_a_mapping_lacks_is_as_these_settings_have_it_by_default():
+    """And not as the group's class has it, with which a whole agent would learn otherwise."""
+    mapping = {"optimizer": {"rate": 0.3}}
+    assert Fast().replace(**mapping) == Fast.from_tree(mapping) == Fast().replace(rate=0.3)
+    assert Fast(optimizer=Rate(decay=0.1)).replace(**mapping) == Fast().replace(rate=0.3)
+
+
 @pytest.mark.parametrize(
     ("changes", "suggestion"),
     [({"widht": 1}, "width"), ({"deccay": 0.1}, "decay"), ({"optimizer": {"rat": 0.1}}, "rate")],

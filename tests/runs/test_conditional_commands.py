@@ -87,10 +87,30 @@ def test_a_conditional_unet_goes_to_diffusers_and_comes_back(fewstep, tmp_path, 
     assert "11 class embeddings, of which the last one may mean" in capsys.readouterr().err
 
 
-def test_a_solver_is_distilled_for_one_class(cloned, fewstep, tmp_path):
-    flags = ["--agent=dode", "--batches=1", "--batch-size=8", "--condition=3", "--guidance=2"]
-    start = [f"--denoiser={cloned}", f"--log-dir={tmp_path}", "--solver=ddim"]
+@pytest.mark.parametrize("asked", ["--condition=3", "--conditional"])
+def test_a_solver_is_distilled_under_terms_that_later_commands_keep(
+    asked, cloned, fewstep, tmp_path
+):
+    """The run's file of the network knows nothing of them, its settings do."""
+    flags = ["--agent=dode", "--batches=1", "--batch-size=8", asked, "--guidance=2"]
+    start = [f"--denoiser={cloned}", f"--log-dir={tmp_path / 'logs'}", "--solver=ddim"]
     assert fewstep("train", *TINY, *flags, *start) == 0
+    (run,) = (tmp_path / "logs").iterdir()
+    scores = tmp_path / "scores.json"
+    for more, calls in (([], 6), (["--guidance=1"], 3)):
+        judge = ["evaluate", str(run), "--samples=20", f"--output={scores}", *more]
+        assert fewstep(*judge) == 0
+        assert json.loads(scores.read_text())["nfe"] == calls
+    output = tmp_path / "analysis"
+    few = ["--samples=8", "--reference-steps=6", f"--output={output}"]
+    assert fewstep("analyze", str(run), *few) == 0
+    assert json.loads((output / "analysis.json").read_text())["nfe"] == 6
+
+
+def test_a_conditional_network_is_analysed_under_the_data_s_conditions(cloned, fewstep, tmp_path):
+    few = ["--samples=8", "--steps=3", "--reference-steps=6", f"--output={tmp_path}"]
+    assert fewstep("analyze", str(cloned), *few) == 0
+    assert json.loads((tmp_path / "analysis.json").read_text())["nfe"] == 3
 
 
 @pytest.mark.parametrize(
