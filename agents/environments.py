@@ -21,6 +21,13 @@ def made_environment(env: Environment, solver: str) -> DiffusionVectorEnv | Diff
     return made
 
 
+def name_of(env: Environment) -> str:
+    """Return the name that presets go by: that of its target, or of ours in an id."""
+    if not isinstance(env, str):
+        return mdp_of(env).target.name
+    return env.removeprefix("fewstep/").removesuffix("-v0")
+
+
 def mdp_of(env: DiffusionVectorEnv | DiffusionMDP) -> DiffusionMDP:
     """Return the decision process of an environment."""
     return env if isinstance(env, DiffusionMDP) else env.unwrapped.mdp
@@ -40,7 +47,7 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
 
 def _default_settings(env: str, solver: str) -> dict[str, Any]:
     """Return what an environment of ours is made with where only its id is given."""
-    name = env.removeprefix("fewstep/").removesuffix("-v0")
+    name = name_of(env)
     if name not in ENVIRONMENTS:
         return {}
     known = ENVIRONMENTS[name]

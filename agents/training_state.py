@@ -22,9 +22,10 @@ from ..common.checkpoint import (
 from ..common.optimisation import TrainingDivergedError
 from ..common.reading import damage_named, shown
 from ..common.settings import Settings
+from ..envs import ENVIRONMENTS
 from .acting import Actor
 from .denoisers.denoiser import Denoiser
-from .environments import Environment, environment_identity, made_environment, mdp_of
+from .environments import Environment, environment_identity, made_environment, name_of
 from .presets import preset as look_up_preset
 from .presets import preset_settings
 
@@ -94,11 +95,15 @@ class Trainee(Actor, ABC):
             ValueError: no preset of this name for this environment and agent.
         """
         defaults: Any = cls.Settings()
-        solver = settings.get("solver") or defaults.solver or ""
-        env = made_environment(env, solver)
-        values = look_up_preset(mdp_of(env).target.name, cls.name, preset).agent
+        if isinstance(env, str):  # it is made for the solver, which may be the preset's
+            name, known = name_of(env), {}
+            if name in ENVIRONMENTS:
+                known = look_up_preset(name, cls.name, preset).agent
+            solver = settings.get("solver") or known.get("solver") or defaults.solver or ""
+            env = made_environment(env, solver)
+        values = look_up_preset(name_of(env), cls.name, preset).agent
         shared = ("seed", "verbose", "tensorboard_log")
-        own = ("critic", "features", "tableau")
+        own = ("critic", "features", "table", "tableau")
         given = {key: settings.pop(key) for key in (*shared, *own) if key in settings}
         return cls(env, denoiser, preset_settings(cls.Settings, values, settings), **given)
 

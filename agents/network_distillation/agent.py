@@ -69,8 +69,9 @@ class NetworkDistillation(SolverAgent):
             ("teacher").
 
     Raises:
-        ValueError: a sampler that adds noise or clamps its predictions, or of another process; or
-            guidance to absorb where there is none.
+        ValueError: a sampler that adds noise or clamps its predictions, never asks the network or
+            is of another process; a tableau for an agent that has its own; or guidance to absorb
+            where there is none.
     """
 
     data_parallel = True
@@ -88,6 +89,10 @@ class NetworkDistillation(SolverAgent):
         tableau: Tableau | None = None,
         **arguments: Any,
     ) -> None:
+        if tableau is not None and not self.takes_tableau:
+            raise ValueError(
+                f"{type(self).__name__} chooses its sampler by solver=...: give no tableau."
+            )
         self._given_table = tableau
         self._given_terms = denoiser.conditioning
         super().__init__(env, denoiser, settings, **arguments)
@@ -115,6 +120,10 @@ class NetworkDistillation(SolverAgent):
     def _check_sampler(self) -> None:
         """Raise ValueError for a sampler that the agent cannot train the network for."""
         self._tableau.check_process(self.denoiser)
+        if self._tableau.nfe == 0:
+            raise ValueError(
+                f"'{self._tableau.name}' never asks the network: there is nothing to distil into it."
+            )
         if not self._tableau.linear:
             raise ValueError(
                 f"The solver '{self._tableau.name}' adds noise or clamps its predictions; a "

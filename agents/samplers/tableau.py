@@ -243,7 +243,7 @@ class Tableau:
         """Draw the noise (N, *shape) that sampling starts from, as at the table's first time.
 
         Its standard deviation is 1 on a variance-preserving process, sigma(times[0]) on `VE`. Warns
-        of a first or a last time that makes the samples wrong (`envs.ends`).
+        of a first or a last time that makes the samples wrong (`envs.schedules.ends`).
         """
         first, last = float(self.times[0]), float(self.times[-1])
         warn_of_ends(self.process, first, last)

@@ -79,7 +79,7 @@ def default_schedule(
     end at 0, with two exceptions for the solvers that work in log-SNR or sigma / alpha:
 
     - Where next to no signal is left at `t_max`, as on cosine betas, they start at the log-SNR -5.1
-      (`envs.ends.default_first_time`; `lambda_min_clipped` in diffusers).
+      (`envs.schedules.ends.default_first_time`; `lambda_min_clipped` in diffusers).
     - Where the noise at `t_min` is negligible, solvers in log-SNR end there; elsewhere, on short
       chains for instance, the last step goes from there to 0.
 

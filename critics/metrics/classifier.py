@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...common.optimisation import seeded
 from ...common.reading import CONSTANTS, DAMAGE, parse_json, reason
 from ...common.shapes import is_image
 from ...common.tensor_files import read_tensors, write_tensors
@@ -126,7 +127,8 @@ class ClassifierFeatures(NetworkFeatures):
             # Before a head of any size is built.
             if (classes := len(weights["head.bias"])) != about["classes"]:
                 raise ValueError(f"it has weights for {classes} classes, not {about['classes']}")
-            classifier = cls(about["name"], about["shape"], classes)
+            with seeded(0):  # the caller's random numbers stay as they are
+                classifier = cls(about["name"], about["shape"], classes)
             classifier.load_state_dict(weights)
             classifier.set_accuracy(float(about["accuracy"]))
             for name, weight in classifier.named_parameters():

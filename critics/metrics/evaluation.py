@@ -10,7 +10,8 @@ set and its own sampling noise is small. `mmd` is the energy distance's square r
 fresh points. `c2st` is the held-out accuracy of a classifier that tells samples from fresh points,
 20,000 at most a side: 0.5 is indistinguishable. `off_manifold` is the share of samples off the
 curve that a target lies on, where it has one. The floor of a metric is its value between two
-independent real sets of the same size.
+independent real sets of the same size, or as large as they are where there are fewer held-out or
+training samples than a metric takes: then it is higher than a perfect sampler's score.
 
 Images take fewer samples (2,000 for the first metric, which is also the live one, at most 10,000
 for the others) and have the metrics of a feature extractor instead of the last two: `fid`, `kid`,

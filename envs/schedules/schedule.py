@@ -143,7 +143,7 @@ class Schedule:
 
         Its standard deviation is 1 on a variance-preserving process and `sigma(times[0])` on a
         `VE`; see `NoiseProcess.prior_sample`. Warns of a start or an end that makes the samples
-        wrong (`envs.ends`).
+        wrong (`envs.schedules.ends`).
         """
         first, last = float(self._times[0]), float(self._times[-1])
         warn_of_ends(self.process, first, last)

@@ -299,7 +299,9 @@ def test_a_file_without_sigma_data_is_read_as_before(make_denoiser, tmp_path):
 def test_save_and_load(prediction, make_denoiser, generator, tmp_path):
     denoiser = make_denoiser(seed=3, prediction=prediction)
     denoiser.save(tmp_path / "denoiser")
+    random = torch.get_rng_state()
     again = Denoiser.load(tmp_path / "denoiser")
+    assert torch.equal(torch.get_rng_state(), random)
     sample = torch.randn(4, 2, generator=generator())
     assert again.prediction == prediction
     assert again.process == denoiser.process

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from distilled import FEW, Smooth, cluster, gradients_of, in_float64, weights_of, world
@@ -383,6 +384,20 @@ def test_bad_input():
     other = make_solver("euler", Schedule.uniform(DiscreteVP.linear(1000), 4))
     with pytest.raises(ValueError, match="is made for DiscreteVP"):
         SFD(mdp, denoiser, tableau=other)
+
+
+def test_a_table_that_asks_nothing_and_one_for_an_agent_that_has_its_own_are_refused():
+    mdp, denoiser = world()
+    process = DiscreteVP.linear(1000)
+    mdp = DiffusionMDP(mdp.target, process, Schedule.uniform(process, 4), reward=no_reward)
+    denoiser = Denoiser(denoiser.body, process)
+    table = make_solver("ddim", mdp.schedule)
+    silent = table.replace(asked=np.zeros(table.steps, dtype=bool))
+    with pytest.raises(ValueError, match="'ddim' never asks the network"):
+        SFD(mdp, denoiser, tableau=silent)
+    for kind in (ProgressiveDistillation, ConsistencyDistillation):
+        with pytest.raises(ValueError, match="chooses its sampler by solver=...: give no tableau"):
+            kind(mdp, denoiser, tableau=table)
     with pytest.raises(ValueError, match=r"The teacher .ancestral"):
         SFD(mdp, denoiser, solver="dpm-solver++-2m", fine={"solver": "ancestral"})
     with pytest.raises(ValueError, match=r"4 steps times a power of two.*; got 12"):

@@ -1,11 +1,13 @@
 """What the command line knows of an environment, from Python."""
 
+import numpy as np
 import pytest
 import torch
 
-from fewstep.agents import AGENTS, SFTPG, BehaviorCloning
+from fewstep.agents import AGENTS, RDPO, SFTPG, BehaviorCloning, SolverLearning
 from fewstep.agents.denoisers.bodies import new_denoiser
 from fewstep.agents.presets import CLONING, FINE_TUNING, PROCESSES, SCHEDULES, preset
+from fewstep.agents.solvers import make_solver
 from fewstep.envs.mdp import no_reward
 from fewstep.envs.processes import make_process
 from fewstep.envs.registration import ENVIRONMENTS, make_mdp
@@ -76,6 +78,23 @@ def test_an_id_names_an_environment_too():
     mdp = make_mdp("SwissRoll")
     agent = SFTPG.for_environment("fewstep/SwissRoll-v0", new_denoiser(mdp))
     assert agent.averaged.decay == 0.97
+
+
+def test_an_id_is_made_for_the_preset_s_solver():
+    """Of DDIM, on whose default times the last one is 0, and not of the agent's own default."""
+    denoiser = new_denoiser(make_mdp("Digits"))
+    agent = SolverLearning.for_environment("fewstep/Digits-v0", denoiser, preset="ddss")
+    plain = SolverLearning("fewstep/Digits-v0", denoiser, solver="ddim")
+    assert agent.solver == "ddim"
+    assert np.array_equal(agent.base.times, plain.base.times)
+
+
+def test_a_table_to_start_from_is_no_setting():
+    mdp = make_mdp("Digits", steps=4, reward=lambda x: -x.square().flatten(1).sum(1))
+    denoiser = new_denoiser(mdp)
+    table = make_solver("ddim", mdp.schedule, denoiser)
+    agent = RDPO.for_environment(mdp, denoiser, solver="ddim", table=table)
+    assert np.array_equal(agent.given.weights, table.weights)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,9 @@ def test_it_takes_images_of_other_sizes_and_survives_a_file(shape, tmp_path):
     trained = train_classifier(images, labels, images, labels, name="x", epochs=1, batch_size=16)
     file = tmp_path / "classifier.safetensors"
     trained.save(file)
+    random = torch.get_rng_state()
     loaded = ClassifierFeatures.load(file)
+    assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(loaded(images), trained(images))
     assert (loaded.name, loaded.accuracy, loaded.classes) == ("x", trained.accuracy, 3)
     assert loaded.description == trained.description

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....common.names import unknown_name
+from ....common.optimisation import seeded
 from .dit import DiT
 from .mlp import MLP
 from .residual_mlp import ResidualMLP
@@ -113,4 +114,6 @@ def built_for(
                 f"its weights do not fit the body: {name} has shape {tuple(value.shape)}, in the "
                 f"body {tuple(expected[name].shape)}"
             )
-    return kind(**arguments)
+    # Its first weights do not last, and are no reason to draw from the caller's random numbers.
+    with seeded(0):
+        return kind(**arguments)
