@@ -1,4 +1,4 @@
-"""One call of a network: in how many pieces it is asked, and what a network of whole times refuses."""
+"""One call of a network: in how many pieces it is asked, and what one of whole times refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_ONCE = 2**17
 
 
 def ask(body: nn.Module, sample: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
-    """Return a network's raw answer, piece by piece where that is faster: on a CPU, without a graph.
+    """Return a network's raw answer, in pieces where that is faster: on a CPU, without a graph.
 
     Args:
         body: the network.

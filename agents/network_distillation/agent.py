@@ -199,11 +199,6 @@ class NetworkDistillation(SolverAgent):
         return f"Take micro_batch_size={half}, the same gradient in more pieces."
 
     @property
-    def budget(self) -> int:
-        """Rounds of training."""
-        return self.settings.rounds
-
-    @property
     def finished(self) -> bool:
         """Whether all rounds are done."""
         return self._updates >= self.budget

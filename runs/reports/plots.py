@@ -230,16 +230,6 @@ def paths_figure(
     return figure
 
 
-def factors_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], meaning: str) -> Figure:
-    """Draw by which factor learning reduces an error.
-
-    Args:
-        panels: environment -> series (a legend's entry) -> row -> factor.
-        meaning: what is divided by what.
-    """
-    return dots_figure(panels, f"{meaning} (right of the line is better)", line=1.0)
-
-
 def dots_figure(
     panels: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, line: float | None = None
 ) -> Figure:

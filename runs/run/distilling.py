@@ -218,8 +218,3 @@ def check_folder(path: Path) -> None:
     """Raise OSError if there can be no output folder, before anything is loaded."""
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"Cannot write to {path}: it is a file.")
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the bytes that a GPU has held at most; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

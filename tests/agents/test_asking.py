@@ -1,4 +1,4 @@
-"""A network on a CPU is asked in pieces about many large samples, and answers as it would at once."""
+"""A network on a CPU is asked in pieces about many large samples, and answers as at once."""
 
 from __future__ import annotations
 

@@ -396,7 +396,7 @@ def test_a_table_that_asks_nothing_and_one_for_an_agent_that_has_its_own_are_ref
     with pytest.raises(ValueError, match="'ddim' never asks the network"):
         SFD(mdp, denoiser, tableau=silent)
     for kind in (ProgressiveDistillation, ConsistencyDistillation):
-        with pytest.raises(ValueError, match="chooses its sampler by solver=...: give no tableau"):
+        with pytest.raises(ValueError, match="chooses its sampler by solver="):
             kind(mdp, denoiser, tableau=table)
     with pytest.raises(ValueError, match=r"The teacher .ancestral"):
         SFD(mdp, denoiser, solver="dpm-solver++-2m", fine={"solver": "ancestral"})
