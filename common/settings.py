@@ -134,7 +134,7 @@ def _group_of(kind: type[Settings], name: str, value: Any) -> Any:
         return value
     (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
     make = field.default_factory
-    default = field.default if make is dataclasses.MISSING else make()
+    default: Any = field.default if make is dataclasses.MISSING else make()
     return dataclasses.replace(default, **_read(type(default), value))
 
 

@@ -122,7 +122,7 @@ class NetworkDistillation(SolverAgent):
         self._tableau.check_process(self.denoiser)
         if self._tableau.nfe == 0:
             raise ValueError(
-                f"'{self._tableau.name}' never asks the network: there is nothing to distil into it."
+                f"'{self._tableau.name}' never asks the network: nothing can be distilled into it."
             )
         if not self._tableau.linear:
             raise ValueError(

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
