@@ -105,9 +105,10 @@ class GaussianChain(nn.Module):
         self.denoiser = denoiser
         self.tableau = tableau
         self.steps = tableau.steps
+        # What the network is told, which need not be the time of the state, as `steps_at` knows it.
         # As Python numbers too: asking a device for one would wait for it.
-        self._times: list[float] = tableau.times[:-1].tolist()
-        times = torch.tensor(tableau.times[:-1])
+        self._times: list[float] = tableau.evaluation_times.tolist()
+        times = torch.tensor(tableau.evaluation_times)
         if (times == times.round()).all():
             times = times.long()
         self.register_buffer("times", times, persistent=False)

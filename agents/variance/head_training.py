@@ -25,8 +25,12 @@ CHECK_INTERVAL = 50
 class HeadTraining(VarianceLearner):
     """A head in training, its average, the best average so far, and the head that was given.
 
-    That is the one that the denoiser had, if it is of this kind and size, or what says that the
-    data are Gaussian.
+    That is the one that the denoiser had, if it is of this kind, or what says that the data are
+    Gaussian. It may be of another size: it is used as `per_pixel` says, and is not trained.
+
+    Raises:
+        ValueError: a process that leaves no signal at its last time, or a network whose last
+            features a head cannot read.
     """
 
     learned = "second head"
@@ -35,6 +39,12 @@ class HeadTraining(VarianceLearner):
         self, mdp: DiffusionMDP, denoiser: Denoiser, settings: VarianceSettings, seed: int
     ) -> None:
         super().__init__(mdp, denoiser, settings)
+        # The variance is (sigma / alpha)^2 times what a head says.
+        if mdp.process.levels(mdp.process.t_max)[0] == 0:
+            raise ValueError(
+                f"kind '{settings.kind}' learns on processes that keep some signal, and at the "
+                f"last time of {mdp.process!r} none is left; 'gamma' learns on any DiscreteVP."
+            )
         shape = tuple(mdp.shape)
         with torch.no_grad():
             probe = torch.zeros(1, *shape, device=mdp.device)
@@ -53,11 +63,11 @@ class HeadTraining(VarianceLearner):
         self._averaged = Averaged(self._head, settings.optimizer.ema)
         self._optimizer = adam(self._head.parameters())
         had = denoiser.head
-        given = had if had is not None and had.config == self._head.config else self._head
+        given = had if had is not None and _alike(had, self._head) else self._head
         self._given = copy.deepcopy(given).requires_grad_(False)
+        self._given.per_pixel = self._given.config["per_pixel"] = settings.head.per_pixel
         # The result: whoever goes on to train it finds it trainable.
-        self._best = copy.deepcopy(self._given).requires_grad_(True)
-        denoiser.head = self._best
+        self._keep(copy.deepcopy(self._given))
 
     @property
     def rounds(self) -> int:
@@ -115,8 +125,13 @@ class HeadTraining(VarianceLearner):
     def choose(self, losses: dict[str, Tensor]) -> None:
         """Keep the average if it is better than the best one so far."""
         if is_better(losses[LEARNED], losses["returned"]):
-            self._best.load_state_dict(self._averaged.module.state_dict())
+            self._keep(copy.deepcopy(self._averaged.module))
             self.returned = LEARNED
+
+    def _keep(self, head: VarianceHead) -> None:
+        """Make a head the best one, in place of the last, which may be of another size."""
+        self._best = head.requires_grad_(True)
+        self.denoiser.head = self._best
 
     @torch.no_grad()
     def _asked(
@@ -132,6 +147,7 @@ class HeadTraining(VarianceLearner):
         return {
             "given": self._given.state_dict(),
             "best": self._best.state_dict(),
+            "configs": {"given": self._given.config, "best": self._best.config},
             "head": self._head.state_dict(),
             "averaged": self._averaged.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -139,9 +155,26 @@ class HeadTraining(VarianceLearner):
 
     def load_state(self, state: dict[str, Any], returned: str) -> None:
         """Restore what `state` returned."""
-        self._given.load_state_dict(state["given"])
-        self._best.load_state_dict(state["best"])
+        # Older files have heads of the size in the settings only.
+        configs = state.get("configs") or dict.fromkeys(("given", "best"), self._head.config)
+        given, best = (self._read(configs[name], state[name]) for name in ("given", "best"))
+        self._given = given.requires_grad_(False)
+        self._keep(best)
         self._head.load_state_dict(state["head"])
         self._averaged.module.load_state_dict(state["averaged"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.returned = returned
+
+    def _read(self, config: dict[str, Any], weights: dict[str, Tensor]) -> VarianceHead:
+        """Return the head that a file's config and weights describe."""
+        # Its first weights are drawn and overwritten: the caller's random numbers stay as they are.
+        with seeded(0):
+            head = VarianceHead(**config).to(self.mdp.device)
+        head.load_state_dict(weights)
+        return head
+
+
+def _alike(had: VarianceHead, other: VarianceHead) -> bool:
+    """Whether two heads read and say the same things, whatever their size."""
+    names = ("kind", "shape", "features", "convolutional")
+    return all(had.config[name] == other.config[name] for name in names)

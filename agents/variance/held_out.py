@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...envs import DiffusionMDP
+from ...common.conditions import Kind
+from ...envs import DiffusionMDP, Target
+
+# A target's fresh samples have fewer seeds than a training: 0 to this less one.
+_FRESH_SEEDS = 2**32 - 1
 
 # Added to a training's seed: the noise is other noise.
 _SEED_OFFSET = 1_000_003
@@ -35,8 +39,9 @@ def held_out_samples(
 ) -> tuple[Noised, Noised]:
     """Return n noised samples to choose by, and n others to report on.
 
-    The clean ones are fresh samples, not among those trained on, where the target has 2 n of them;
-    else training samples with noise of their own.
+    The clean ones are fresh samples, not among those trained on, where the target has 2 n of them,
+    and in a conditional environment their conditions; else training samples with noise of their
+    own.
 
     Args:
         mdp: gives target and process.
@@ -46,9 +51,11 @@ def held_out_samples(
     """
     generator = torch.Generator(mdp.device).manual_seed(_SEED_OFFSET + seed)
     limit = mdp.target.fresh_limit
-    if limit is None or limit >= 2 * n:
-        clean = mdp.target.sample_fresh(2 * n, seed)
-        given = mdp.target.fresh_conditions(2 * n, seed, mdp.kind) if mdp.kind else None
+    enough = limit is None or limit >= 2 * n
+    if enough and (mdp.kind is None or _fresh_have(mdp.kind, mdp.target)):
+        fresh_seed = seed % _FRESH_SEEDS
+        clean = mdp.target.sample_fresh(2 * n, fresh_seed)
+        given = mdp.target.fresh_conditions(2 * n, fresh_seed, mdp.kind) if mdp.kind else None
     else:
         clean, given = mdp.target.draw(2 * n, generator, mdp.kind)
     noise = torch.empty_like(clean).normal_(generator=generator)
@@ -59,3 +66,11 @@ def held_out_samples(
         condition = None if given is None else given[part]
         parts.append(Noised(noisy, t, noise[part], condition))
     return parts[0], parts[1]
+
+
+def _fresh_have(kind: Kind, target: Target) -> bool:
+    """Whether the fresh samples have conditions of a kind; a generator's never have."""
+    if target.fresh_limit is None:
+        return False
+    held_out = target.held_out_labels if kind == "classes" else target.known(kind).held_out
+    return held_out is not None

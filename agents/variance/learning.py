@@ -61,8 +61,9 @@ class VarianceLearning(Agent):
             of `learn`.
 
     Raises:
-        ValueError: a setting unknown or out of range, another solver, "gamma" on another process,
-            or a network whose last features a head cannot read.
+        ValueError: a setting unknown or out of range, another solver, "gamma" on another process
+            than a `DiscreteVP`, "sn" or "npr" on one that leaves no signal at its last time, or a
+            network whose last features a head cannot read.
     """
 
     name = "variance"

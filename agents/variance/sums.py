@@ -32,7 +32,7 @@ class GammaSums(VarianceLearner):
         if betas is None:
             raise ValueError(
                 f"kind 'gamma' has one number a noising of a DiscreteVP, and this is {process!r}; "
-                "'sn' and 'npr' learn on any process."
+                "'sn' and 'npr' learn on any process that keeps some signal at its last time."
             )
         levels = torch.arange(len(betas), dtype=torch.float64) + 1
         alpha, sigma = process.alpha(levels), process.sigma(levels)

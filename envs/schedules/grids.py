@@ -47,7 +47,8 @@ def uniform(
     first = process.t_max if start is None else start
     # Multiply before dividing: an integer grid then has no rounding at all.
     ramp = torch.arange(inner, -1, -1, dtype=torch.float64)
-    times = end + (first - end) * ramp / inner if inner else torch.tensor([first])
+    alone = torch.tensor([first], dtype=torch.float64)
+    times = end + (first - end) * ramp / inner if inner else alone
     # By rounding it could lie beyond the process, or beside a time without signal.
     times[0] = first
     return _with_zero(times) if append_zero else times

@@ -69,6 +69,26 @@ def test_the_mean_is_the_tableau_without_its_noise(chain, generator):
         assert float(std.detach()) == pytest.approx(table.noise[j], rel=1e-6)
 
 
+def test_the_network_is_told_the_times_that_the_tableau_asks_at(chain, generator):
+    """The steps are found by the times of the states all the same."""
+    plain = chain.tableau
+    table = plain.replace(asked_times=np.array([3.0, 2.0, 1.0, 2.0]))
+    told = GaussianChain(chain.denoiser, table)
+    # A new network says the same at all times.
+    for parameter in chain.denoiser.parameters():
+        parameter.data.normal_(std=0.5, generator=generator(1))
+    sample = torch.randn(5, 2, generator=generator())
+    still = table.replace(noise=0 * table.noise)
+    for j in range(told.steps):
+        output = table.evaluate(told.denoiser, sample, j)
+        expected = still.advance(j, {j: sample}, {j: output})
+        for step in (j, torch.full((5,), j)):
+            torch.testing.assert_close(told.distribution(sample, step)[0], expected)
+        assert not torch.allclose(chain.distribution(sample, j)[0], expected)
+    assert told.steps_at(torch.tensor(table.times[:-1])).tolist() == [0, 1, 2, 3]
+    assert told.export().asked_times.tolist() == table.asked_times.tolist()
+
+
 def test_gradient_of_the_standard_deviation(chain, generator):
     """d log N / d log s = z^2 - 1 a dimension, and only for the step that was taken."""
     sample, after = torch.randn(2, 1, 2, generator=generator())

@@ -11,12 +11,12 @@ from torch import nn
 
 from fewstep.agents import SFT, SFTPG, CheckpointError, Denoiser, VarianceLearning
 from fewstep.agents.denoisers.exact import MixtureBody
-from fewstep.agents.denoisers.networks import SmallUNet
+from fewstep.agents.denoisers.networks import ResidualMLP, SmallUNet
 from fewstep.agents.policies import DenoiserPolicy
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.samplers.solver_policy import SolverPolicy
 from fewstep.agents.solvers import ancestral, make_solver
-from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule, Target
+from fewstep.envs import VE, DiffusionMDP, DiscreteVP, RectifiedFlow, Schedule, Target
 
 pytestmark = pytest.mark.numeric
 
@@ -232,6 +232,83 @@ def test_files(kind, mdp, make_denoiser, tmp_path):
     assert table.to_json() == agent.tableau.to_json()
     with pytest.raises(CheckpointError, match="written by 'variance'"):
         SFTPG.load(tmp_path / "agent", mdp)
+
+
+def test_a_better_head_of_another_size_stays(make_denoiser, mdp, tmp_path):
+    """It is used as the settings say, and files keep its size."""
+    denoiser = make_denoiser()
+    good = VarianceLearning(
+        mdp, denoiser, kind="sn", rounds=100, batch_size=256, hidden=16, learning_rate=1e-2
+    )
+    good.learn()
+    assert good.returned == "learned"
+    had = {name: weight.clone() for name, weight in denoiser.head.state_dict().items()}
+    settings = {"kind": "sn", "rounds": 2, "batch_size": 256, "hidden": 8, "per_pixel": False}
+    agent = VarianceLearning(mdp, denoiser, **settings)
+    agent.learn()
+    assert agent.returned == "given"
+    assert agent.errors["given"] == agent.errors["returned"] < agent.errors["learned"]
+    for head in (denoiser.head, agent.denoiser.head):
+        assert (head.config["hidden"], head.per_pixel) == (16, False)
+        assert all(torch.equal(head.state_dict()[name], weight) for name, weight in had.items())
+    agent.save(tmp_path / "agent")
+    again = VarianceLearning.load(tmp_path / "agent", mdp)
+    other = VarianceLearning(mdp, make_denoiser(), **settings)
+    other.resume(tmp_path / "agent")
+    for each in (again, other):
+        assert each.denoiser.head.config == agent.denoiser.head.config
+        assert same_samples(each, agent)
+
+
+def test_a_worse_head_of_another_size_is_replaced(make_denoiser, mdp, tmp_path):
+    denoiser = make_denoiser()
+    VarianceLearning(mdp, denoiser, kind="sn", rounds=1, batch_size=8, hidden=16).learn()
+    nn.init.constant_(denoiser.head.layers[-1].bias, 20.0)
+    agent = VarianceLearning(mdp, denoiser, kind="sn", rounds=1, batch_size=256, hidden=8)
+    assert agent.denoiser.head.config["hidden"] == 16
+    agent.learn()
+    assert agent.returned == "learned"
+    for head in (denoiser.head, agent.denoiser.head):
+        assert head.config["hidden"] == 8
+        assert all(parameter.requires_grad for parameter in head.parameters())
+    # The head that was given is of the other size in the file.
+    agent.save(tmp_path / "agent")
+    again = VarianceLearning.load(tmp_path / "agent", mdp)
+    assert same_samples(again, agent)
+    assert again._losses(1)["given"].equal(agent._losses(1)["given"])
+
+
+def test_files_without_the_sizes_of_heads_are_read(make_denoiser, mdp):
+    agent = VarianceLearning(mdp, make_denoiser(), kind="npr", rounds=1, **SETTINGS)
+    agent.learn()
+    tree = agent.tree()
+    del tree["state"]["configs"]
+    again = VarianceLearning(mdp, make_denoiser(), kind="npr", rounds=1, **SETTINGS)
+    numbers = torch.get_rng_state()
+    again.restore(tree)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert same_samples(again, agent)
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**63 - 1])
+def test_large_seeds_learn(seed, make_denoiser, mdp):
+    agent = VarianceLearning(mdp, make_denoiser(), kind="sn", rounds=1, seed=seed, **SETTINGS)
+    agent.learn()
+    assert math.isfinite(agent.errors["returned"])
+
+
+@pytest.mark.parametrize("kind", ["sn", "npr"])
+@pytest.mark.parametrize("name", ["zero-snr", "flow"])
+def test_a_process_without_signal_at_its_end_has_no_head(name, kind, generator):
+    flow = name == "flow"
+    process = RectifiedFlow() if flow else DiscreteVP.linear(50).zero_terminal_snr()
+    samples = torch.randn(100, 2, generator=generator())
+    mdp = DiffusionMDP(Target("Cloud", samples), process, Schedule.uniform(process, 4))
+    body = ResidualMLP((2,), hidden=8, blocks=1, time_range=(0, 1) if flow else None)
+    denoiser = Denoiser(body, process, "flow" if flow else "v")
+    with pytest.raises(ValueError, match=f"kind '{kind}' learns on .* signal"):
+        VarianceLearning(mdp, denoiser, kind=kind)
+    assert denoiser.head is None
 
 
 def test_before_anything_is_known_it_is_ddpm(mdp, make_denoiser):

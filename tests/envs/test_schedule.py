@@ -41,6 +41,13 @@ def test_uniform_visits_each_integer():
     assert Schedule.uniform(LINEAR, 3, end=1.0).times.tolist() == [1000, 667, 334, 1]
 
 
+def test_a_single_uniform_step_to_zero_starts_at_t_max_itself():
+    """In float32 0.3 is above itself, beyond the process, and 0.7 below."""
+    for sigma_max in (0.3, 0.7):
+        times = Schedule.uniform(VE(0.01, sigma_max), 1, end=0.01, append_zero=True).times
+        assert times.tolist() == [sigma_max, 0]
+
+
 def test_karras_matches_edm():
     levels = [80, 42.415189, 21.108677, 9.7232014, 4.0661236]  # MATH.md A.4
     levels += [1.501742, 0.46997906, 0.11663856, 0.020435335, 0.002]
