@@ -96,8 +96,7 @@ class RDPO(TableAgent):
         if learn.times or learn.shifts:
             self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
         self.base = self._build(self.mdp.schedule)
-        if self.base.covariance is not None and self.base.covariance.any():
-            raise ValueError(f"The solver '{self.base.name}' reads a second head of the network.")
+        _check_plain(self.base)
         if learn.times and len(noise_levels(self.mdp.schedule)) < 3:
             raise ValueError(
                 "Of the noise levels the first and the last stay fixed, and there are no others: "
@@ -105,6 +104,8 @@ class RDPO(TableAgent):
             )
         on_table(self.mdp, self.base)
         self.family = TableFamily(self._build, self.mdp.schedule, learn)
+        if table is not None:
+            _check_plain(table)
         self.given = self.base if table is None else table
         start = starting_parameters(self.family, self.mdp.schedule, table)
         self.space = TableSpace(self.family, start, settings.spread)
@@ -305,3 +306,14 @@ class RDPO(TableAgent):
         start = {name: value.cpu() for name, value in state["start"].items()}
         self.space = TableSpace(self.family, start, self.settings.spread)
         self._keep(state["returned"], self._kept)
+
+
+def _check_plain(table: Tableau) -> None:
+    """Raise ValueError for a table with numbers that are not drawn, and that no episode obeys."""
+    if table.covariance is not None and table.covariance.any():
+        raise ValueError(f"The solver '{table.name}' reads a second head of the network.")
+    if table.clipped is not None and table.clipped.any():
+        raise ValueError(
+            f"The solver '{table.name}' clamps its predictions, and only weights on predictions as "
+            "they are can be learned: take one that does not, or leave out its option 'clip'."
+        )

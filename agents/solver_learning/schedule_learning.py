@@ -232,10 +232,13 @@ class ScheduleLearning(SolverAgent):
     def train_round(self) -> dict[str, Tensor]:
         """Update the levels, or where their stage is done the denoiser; then both anew."""
         metrics = self._tune() if self._descent.done else self._learn_levels()
-        if self._descent.done and self._tuning.done:
-            self.errors["returned"] = metrics["returned_error"] = self._reported_error()
+        whole = self._descent.done and self._tuning.done
+        if whole:
             self._alternation += 1
             self._descent.updates = self._tuning.updates = 0
+        # A last stage one after which no stage two follows changed what is returned, too.
+        if whole or self.finished:
+            self.errors["returned"] = metrics["returned_error"] = self._reported_error()
         return {f"train/{key}": torch.as_tensor(value) for key, value in metrics.items()}
 
     def _learn_levels(self) -> dict[str, Any]:
@@ -258,18 +261,30 @@ class ScheduleLearning(SolverAgent):
             self.errors["teacher"] = self._judge_teacher()
         found = None
         # Levels that do not descend are found anew for each network.
-        if self._programme and (first or self.settings.gradient == "none"):
-            found = self._programme.levels(self._pool, denoiser, self._base)
+        if first or self.settings.gradient == "none":
+            found = self._find_levels(denoiser)
         self._descent.begin(denoiser, first, found)
         self.errors |= self._descent.compared
+
+    def _find_levels(self, denoiser: Denoiser) -> list[Tensor] | None:
+        """Return what the dynamic programme finds, or None for the other starts."""
+        if self._programme is None:
+            return None
+        return self._programme.levels(self._pool, denoiser, self._base)
+
+    def _skip_levels(self, denoiser: Denoiser) -> None:
+        """Choose where the levels stay, where there is no stage one."""
+        # Without comparison the grid is taken as it is; only a programme's has to be found.
+        if self._judges or self._programme is not None:
+            self._descent.skip(denoiser, self._find_levels(denoiser))
+            self.errors |= self._descent.compared
 
     def _tune(self) -> dict[str, Any]:
         """Update the denoiser once; compare it with the one before the stage."""
         denoiser, descent, tuning = self.sampling_denoiser, self._descent, self._tuning
+        if tuning.updates == 0 and self._alternation == 0 and not descent.rounds:
+            self._skip_levels(denoiser)
         if self._judges and tuning.updates == 0:
-            if self._alternation == 0 and not descent.rounds:
-                descent.skip(denoiser)
-                self.errors |= descent.compared
             tuning.begin(descent.errors(denoiser, self._pool.held_out))
         metrics: dict[str, Any] = tuning.update(self.tableau, self.levels, self.generator)
         if self._judges:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.checkpoint import counter
-from ...common.optimisation import frozen, seeded
+from ...common.optimisation import frozen, learning_rate, seeded, set_learning_rate
 from ...critics import IPMCritic
 from ...envs import Schedule
 from ..denoisers.denoiser import Denoiser
@@ -334,6 +334,9 @@ class SolverLearning(TableAgent):
         under: dict[str, Any] = {}
         if fake.condition is not None:
             under["conditions"] = (real.condition, fake.condition)
+        # The table's update of this round is counted already.
+        its, done = self.settings.critic, (self._descent.updates - 1) / self.budget
+        set_learning_rate(critic.optimizer, learning_rate(its.learning_rate, its.lr_schedule, done))
         metrics = critic.update(real.finished, slope.rollouts[0].ends, **under)
         return {name: float(value) for name, value in metrics.items()}
 

@@ -475,6 +475,23 @@ def test_variances_of_a_guided_view_are_those_of_the_network_made_by_hand(kind, 
     torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-4)
 
 
+FRESH = {
+    "held out without labels": {"held_out": labelled(400)[0]},
+    "a generator": {"sampler": lambda n, seed: labelled(n)[0]},
+}
+
+
+@pytest.mark.parametrize("fresh", FRESH)
+def test_variances_are_compared_where_fresh_samples_have_no_labels(fresh):
+    samples, labels = labelled()
+    target = Target("Three", samples, labels=labels, **FRESH[fresh])
+    mdp = DiffusionMDP(target, PROCESS, Schedule.uniform(PROCESS, 4), no_reward, True)
+    agent = VarianceLearning(mdp, make_denoiser(), kind="sn", rounds=1, batch_size=8, hidden=8)
+    agent.learn()
+    assert math.isfinite(agent.errors["returned"])
+    assert all(len(part.condition) == len(part.noisy) == 64 for part in agent._held_out)
+
+
 @pytest.mark.parametrize(
     "kind", [SFTPG, SFT, SFTV, DODE, ScheduleLearning, SolverLearning, RDPO, VarianceLearning]
 )
@@ -522,6 +539,45 @@ def test_every_learner_acts_under_the_classes_that_the_environment_shows(kind):
     # Each class, and none of them for the other half.
     assert any(labels == [0, 1, 2, 3] for labels in seen)
     assert all(3 in labels for labels in seen)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"diffusion_weight": 0.1},
+        {"gradient": "eq14", "solver": "euler"},
+        {"start": "diffusion-dp"},
+        {"tuning_weights": "lambda"},
+        {"tuning_weights": "original"},
+    ],
+)
+def test_the_parts_of_schedule_learning_that_read_data_ask_under_its_classes(settings):
+    few = {"batch_size": 60, "batches": 1, "schedule_rounds": 1, "tuning_rounds": 1, "scale": 2}
+    common = {"start": "environment", "check_teacher": False, "tuning_batch_size": 200, "ema": 0.0}
+    denoiser, agreed = make_denoiser(), []
+    agent = ScheduleLearning(make_mdp(steps=20), denoiser, **{**few, **common, **settings})
+
+    def note(_module, arguments):
+        x, time, labels = arguments
+        last = time < 20  # the noise is small
+        if last.any():
+            nearest = torch.cdist(x[last].detach(), CENTRES).argmin(1)
+            agreed.append(float((nearest == labels[last]).float().mean()))
+
+    asked = {
+        "diffusion_weight": lambda: agent.slope(agent.make_batches()[0]),
+        "gradient": lambda: agent.slope(agent.make_batches()[0]),
+        "start": lambda: agent._programme.levels(agent._pool, denoiser, agent._base),
+        "tuning_weights": lambda: agent._tuning._loss(agent.tableau, agent.levels, agent.generator),
+    }
+    hook = denoiser.body.register_forward_pre_hook(note)
+    asked[next(iter(settings))]()
+    hook.remove()
+    # Rollouts of a network of no use end anywhere, and real samples near the centre of their class.
+    if "gradient" not in settings:
+        assert max(agreed) > 0.8
+    agent.learn()
+    assert agent.done and agent.sample(3).isfinite().all()
 
 
 def test_cloning_learns_the_classes_and_what_is_common_to_them():

@@ -20,7 +20,8 @@ from fewstep.agents.solver_learning.black_box.settings import (
     CrossEntropySettings,
     PolicyGradientSettings,
 )
-from fewstep.envs import DiffusionMDP, Schedule
+from fewstep.agents.solvers import make_solver
+from fewstep.envs import DiffusionMDP, RectifiedFlow, Schedule
 from fewstep.envs.mdp import no_reward
 
 numeric = pytest.mark.numeric
@@ -268,12 +269,16 @@ def test_it_starts_from_any_fitted_table(tmp_path):
             "times", "factors", "weights", "shifts")}),
         ("unknown solver 'dpm'", {"solver": "dpm"}),
         ("reward must be callable", {"critic": 3}),
+        ("clamps its predictions", {"solver": "ancestral", "solver_options": {"clip": True}}),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_a_sentence(message, settings):
     mdp, denoiser = short(nearest)
     with pytest.raises((ValueError, TypeError), match=message):
         RDPO(mdp, denoiser, **settings)
+    clamped = make_solver("ancestral", mdp.schedule, clip=True)
+    with pytest.raises(ValueError, match="clamps its predictions"):
+        RDPO(mdp, denoiser, solver="ancestral", table=clamped)
     with pytest.raises(ValueError, match="there is none here: give the environment a reward"):
         RDPO.without_data(denoiser, mdp.schedule, (2,))
     assert RDPO.without_data(denoiser, mdp.schedule, (2,), critic=nearest).mdp.reward is nearest
@@ -309,4 +314,16 @@ def test_solvers_with_noise_and_stages_are_learned_too(solver):
     mdp, denoiser = short(nearest)
     agent = RDPO(mdp, denoiser, solver=solver, **QUICK).learn()
     assert agent.tableau.steps == agent.base.steps
+    assert agent.sample(3).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_alone_are_learned_where_no_signal_is_left_at_first():
+    """A flow's first level is infinite, and stays the first one where no times move."""
+    flow, (denoiser, target) = RectifiedFlow(), known()
+    flowing = Denoiser(denoiser.body, flow, "sample")
+    mdp = DiffusionMDP(target, flow, Schedule.uniform(flow, 4), nearest)
+    agent = RDPO(mdp, flowing, learn_times=False, learn_shifts=False, **QUICK)
+    assert all(slope.isfinite().all() for slope in agent.space.tangent(agent._best).slopes)
+    agent.learn()
     assert agent.sample(3).isfinite().all()

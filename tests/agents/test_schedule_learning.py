@@ -392,6 +392,16 @@ def test_stage_two_alone(weights):
     assert agent.schedule == start
 
 
+@pytest.mark.parametrize("target", [{}, OF_DATA])
+def test_stage_two_alone_tunes_where_a_programme_says(target):
+    agent = two_stages(schedule_rounds=0, start="trajectory-dp", **target)
+    found = two_stages(gradient="none", start="trajectory-dp", tuning_rounds=0, **target).learn()
+    agent.learn()
+    assert agent.rounds == agent.budget == 5
+    assert agent.returned == found.returned == "programme"
+    assert agent.schedule == found.schedule != agent.mdp.schedule
+
+
 def test_stage_two_brings_finished_samples_to_the_teacher_s():
     """On noise of its own: a network of no use comes nearer to what its own ODE says."""
     agent = two_stages(
@@ -417,6 +427,9 @@ def test_alternations_end_when_the_levels_stay():
     agent.learn()
     # The second stage one saw that they stay; no stage two follows.
     assert agent.converged and agent.done and agent.rounds == 4 + 5 + 4
+    # It moved them a little, and what is returned is measured after that.
+    assert agent.returned == "learned"
+    assert agent.errors["returned"] == agent._reported_error() == agent.errors["learned"]
     agent = two_stages(alternations=3, tolerance=0.0)
     agent.learn()
     assert agent.done and not agent.converged and agent.rounds == 27

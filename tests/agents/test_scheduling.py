@@ -988,9 +988,9 @@ class Fixed:
     def __init__(self, samples):
         self.samples = samples
 
-    def sample(self, n, generator):
-        assert n == len(self.samples)
-        return self.samples
+    def draw(self, n, generator, kind):
+        assert n == len(self.samples) and kind is None
+        return self.samples, None
 
 
 def total_variance(samples):

@@ -24,6 +24,7 @@ from fewstep.agents.denoisers.exact import mixture
 from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.solver_learning.scheduling.amplification import (
     _Costs,
+    _Products,
     adjoints,
     amplified_programmes,
 )
@@ -352,7 +353,7 @@ def test_the_costs_are_those_of_the_solver_s_jumps(output):
     run = path_of(teacher, denoiser, noise)
     costs = _Costs(7, True)
     adjoint = torch.randn(5, 7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    costs.add(run, output, adjoint, 1.0)
+    costs.add(run.levels, output, _Products.of(run, adjoint), 1.0)
     for h, i, j in ((0, 1, 2), (1, 2, 4), (0, 3, 5)):
         start, slope = run.states[i], (run.states[i] - run.outputs[i]) / run.levels[i]
         earlier = (run.states[h] - run.outputs[h]) / run.levels[h]
@@ -397,6 +398,24 @@ def test_a_programme_that_sees_the_end_leaves_the_noisy_levels_alone():
     ):
         assert len(levels) == 10 and (levels.diff() < 0).all()
         assert int((levels > 10).sum()) <= 4
+
+
+def test_how_many_trajectories_are_stored_does_not_change_what_the_programme_finds(monkeypatch):
+    """One at a time is no reason to take it for the median one."""
+    denoiser, _ = network(EDM, 0.1)
+    teacher = make_solver("dpm-solver-2m", Schedule.karras(EDM, 30, append_zero=False))
+    noise = EDM.prior_sample((60, 2), torch.Generator().manual_seed(0), t=EDM.t_max)
+    answers = []
+    for stored in (2**22, 1):
+        where = "fewstep.agents.solver_learning.scheduling.rollout.STORED_NUMBERS"
+        monkeypatch.setattr(where, stored)
+        signs = torch.Generator().manual_seed(1)
+        answers.append(
+            amplified_programmes(teacher, "sample", denoiser, noise, [1, 2, 2, 2], signs)
+        )
+    assert not torch.equal(*answers[0])
+    for whole, apart in zip(*answers, strict=True):
+        torch.testing.assert_close(apart, whole, rtol=1e-12, atol=0)
 
 
 # -- rates that explode ----------------------------------------------------------------------------

@@ -498,6 +498,20 @@ def test_a_ball_holds_its_noises():
     assert moved > 0
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_critic_s_learning_rate_follows_its_schedule():
+    critic = {"critic_lr_schedule": "linear", "critic_learning_rate": 0.4}
+    agent = SolverLearning(short_world(), network(), adversarial=0.1, **critic, **ADAM)
+    rates = []
+
+    def note(_locals, _globals):
+        rates.extend(group["lr"] for group in agent._critic.optimizer.param_groups)
+        return True
+
+    agent.learn(callback=note)
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
 # ----------------------------------------------------------------------------- what is refused
 
 

@@ -65,16 +65,20 @@ class ManyTables(TablePolicy):
         full = np.tril(np.ones((table.steps, table.steps)))
         super().__init__(table.replace(weights=full), denoiser)
         device = next(denoiser.parameters()).device
-        process = table.process
-        ends = [float(-process.log_snr(t)) for t in (process.t_min, process.t_max)]
-        times = process.time_of_log_snr(-numbers.asked.clamp(*ends))
-        # The first call is told the time of the noise, which is everyone's.
-        times[:, 0] = float(table.evaluation_times[0])
-        self._times = times.to(device, torch.float32) if moves else None
+        self._times = self._times_of(numbers).to(device, torch.float32) if moves else None
         self._scale, self._weights, self._current = (
             part.to(device, torch.float32)
             for part in (numbers.scale, numbers.weights, numbers.current)
         )
+
+    def _times_of(self, numbers: Numbers) -> Tensor:
+        """Return the times (N, K) that the network is told."""
+        process = self.table.process
+        ends = [float(-process.log_snr(t)) for t in (process.t_min, process.t_max)]
+        times = process.time_of_log_snr(-numbers.asked.clamp(*ends))
+        # The first call is told the time of the noise, which is everyone's.
+        times[:, 0] = float(self.table.evaluation_times[0])
+        return times
 
     def _answer(self, denoiser: Denoiser, sample: Tensor, step: int) -> Tensor:
         if self._times is None or not self.table.row(step).asked:

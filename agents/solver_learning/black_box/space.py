@@ -108,7 +108,13 @@ class TableSpace:
                 # The others add to the base solver's numbers.
                 away[index] = width = 1.0
                 ahead, behind = self._numbers(vector + away, base), mean
-            rows.append([(a - b) / width for a, b in zip(ahead, behind, strict=True)])
+            # What does not move has no slope; the first level may be infinite where none moves.
+            rows.append(
+                [
+                    torch.where(a == b, 0.0, (a - b) / width)
+                    for a, b in zip(ahead, behind, strict=True)
+                ]
+            )
         return Tangent(mean, Numbers(*map(torch.stack, zip(*rows, strict=True))))
 
     def _numbers(self, vector: Tensor, base: Numbers | None = None) -> Numbers:

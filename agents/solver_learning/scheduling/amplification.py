@@ -12,6 +12,7 @@ extrapolate the output from the node before. Costs then belong to triples of nod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ def amplified_programmes(
     multistep = max(orders) > 1
     costs = [_Costs(count, multistep), _Costs(count, multistep)]
     portion = chunk_size(6 * (teacher.steps + 1), noise)
+    chunks, sizes = [], []
     for first in range(0, len(noise), portion):
         rows = slice(first, first + portion)
         part, chunk = denoiser.at(rows), noise[rows]
@@ -62,11 +64,16 @@ def amplified_programmes(
         adjoint = adjoints(run, teacher.times, part, 2 * signs - 1)
         if not adjoint.isfinite().all():
             return []
-        size = adjoint.norm(dim=2, keepdim=True)
-        shorter = (size.median(0, keepdim=True).values / size).nan_to_num(1.0).clamp(max=1.0)
-        share = len(chunk) / len(noise)
-        for cost, weight in zip(costs, (adjoint, shorter * adjoint), strict=True):
-            cost.add(run, output, weight, share)
+        # Kept instead of the states: the median is that of all samples, of which a chunk may hold
+        # one, and the size of these does not depend on that of a sample.
+        chunks.append(_Products.of(run, adjoint))
+        sizes.append(adjoint.norm(dim=2, keepdim=True))
+    median = torch.cat(sizes).median(0, keepdim=True).values
+    for products, size in zip(chunks, sizes, strict=True):
+        shorter = (median / size).nan_to_num(1.0).clamp(max=1.0)
+        share = len(size) / len(noise)
+        for cost, seen in zip(costs, (products, products.scaled(shorter)), strict=True):
+            cost.add(run.levels, output, seen, share)
     found = []
     for cost in costs:
         levels = run.levels[cost.cheapest(orders)]
@@ -100,6 +107,33 @@ def adjoints(run: Path, times: np.ndarray, denoiser: Denoiser, end: Tensor) -> T
     return torch.stack([weight.flatten(1).double() for weight in reversed(weights)], dim=1)
 
 
+class _Products(NamedTuple):
+    """What the costs of jumps are made of.
+
+    Attributes:
+        states: (N, j, i) float64 inner products of w_j with the trajectories' states.
+        slopes: likewise with their derivatives by the level.
+    """
+
+    states: Tensor
+    slopes: Tensor
+
+    @classmethod
+    def of(cls, run: Path, adjoint: Tensor) -> _Products:
+        """Return the products of w (N, T, D) along trajectories."""
+        levels = run.levels.to(adjoint.device)
+        states = torch.stack([state.flatten(1).double() for state in run.states], dim=1)
+        # No jump starts at the last node.
+        outputs = [*run.outputs, run.states[-1]]
+        denoised = torch.stack([answer.flatten(1).double() for answer in outputs], dim=1)
+        slopes = (states - denoised) / levels[:, None]
+        return cls(adjoint @ states.mT, adjoint @ slopes.mT)
+
+    def scaled(self, factors: Tensor) -> _Products:
+        """Return those of w_j times factors (N, j, 1)."""
+        return _Products(factors * self.states, factors * self.slopes)
+
+
 class _Costs:
     """What jumps between M nodes leave at the end, mean squares of w_j . e.
 
@@ -112,22 +146,19 @@ class _Costs:
         self.first = np.zeros((nodes, nodes))
         self.second = np.zeros((nodes, nodes, nodes)) if multistep else None
 
-    def add(self, run: Path, output: Output, adjoint: Tensor, share: float) -> None:
+    def add(self, levels: Tensor, output: Output, products: _Products, share: float) -> None:
         """Add the costs on some trajectories, a share of all."""
-        levels = run.levels.to(adjoint.device)
-        states = torch.stack([state.flatten(1).double() for state in run.states], dim=1)
-        # No jump starts at the last node.
-        outputs = [*run.outputs, run.states[-1]]
-        denoised = torch.stack([answer.flatten(1).double() for answer in outputs], dim=1)
-        slopes = (states - denoised) / levels[:, None]
-        along_states = adjoint @ states.mT  # (N, j, i), as all that follows
-        along_slopes = adjoint @ slopes.mT
+        along_states, along_slopes = products  # (N, j, i), as all that follows
+        levels = levels.to(along_states.device)
         arrived = along_states.diagonal(dim1=1, dim2=2)[:, :, None]
         missed = along_states + (levels[:, None] - levels[None, :]) * along_slopes - arrived
         self.first += share * missed.square().mean(0).T.cpu().numpy()
         if self.second is None:
             return
-        read = along_slopes if output == "epsilon" else adjoint @ denoised.mT
+        read = along_slopes
+        if output != "epsilon":
+            # Of the denoised samples, x - level * slope.
+            read = along_states - levels * along_slopes
         reach, distance = _extrapolation(levels, output)
         for j in range(2, len(levels)):
             error, seen = missed[:, j, :j], read[:, j, :j]

@@ -39,6 +39,7 @@ def make_objective(
         reading=settings.reading if by_eq14 else None,
         gamma=settings.paper.gamma,
         diffusion_weight=settings.diffusion_share,
+        kind=mdp.kind,
     )
 
 

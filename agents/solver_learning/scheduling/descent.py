@@ -155,9 +155,14 @@ class Descent:
         self._stage = Stage(*before, first, start, self._here(), error)
         self._adam = torch.optim.Adam([self._parameters])
 
-    def skip(self, denoiser: Denoiser) -> None:
-        """Choose between the given schedule and the start, where there is no stage one."""
-        self.begin(denoiser, first=True)
+    def skip(self, denoiser: Denoiser, found: Sequence[Tensor] | None = None) -> None:
+        """Choose between the given schedule and the start, where there is no stage one.
+
+        Args:
+            denoiser: the network that samples.
+            found: see `begin`.
+        """
+        self.begin(denoiser, True, found)
         self._end(denoiser)
 
     def update(self, denoiser: Denoiser, generator: torch.Generator) -> dict[str, float]:

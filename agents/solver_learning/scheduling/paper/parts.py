@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .....common.conditions import Kind
 from .....envs import Schedule, Target
 from ....denoisers.denoiser import Denoiser
 from ....samplers.tableau import Tableau
@@ -56,6 +57,7 @@ class PaperObjective(Objective):
         reading: how to read Eq. 14; None takes the exact gradient.
         gamma: weight of L_disc.
         diffusion_weight: weight of L_diff.
+        kind: of the real samples' conditions; None if the network is asked under none.
     """
 
     target: Target
@@ -63,14 +65,15 @@ class PaperObjective(Objective):
     reading: Reading | None
     gamma: float
     diffusion_weight: float
+    kind: Kind | None = None
 
     def slope(
         self, denoiser: Denoiser, levels: Tensor, batch: Batch, generator: torch.Generator
     ) -> Slope:
         """See `Objective.slope`; beside it log L_diff, and the samples' variance."""
-        clean = None
+        clean = condition = None
         if self.diffusion_weight:
-            clean = self.target.sample(len(batch.noise), generator)
+            clean, condition = self.target.draw(len(batch.noise), generator, self.kind)
         if self.reading is None:
             loss, ends, gradient = self.rollout_slope(denoiser, levels, batch)
         else:
@@ -79,7 +82,8 @@ class PaperObjective(Objective):
         gradient = self.gamma * gradient
         others = {"variance_ratio": _variance(ends) / _variance(batch.target)}
         if clean is not None:
-            diff_loss, by_level = diffusion_loss(denoiser, levels, clean, generator)
+            network = denoiser.under(condition)
+            diff_loss, by_level = diffusion_loss(network, levels, clean, generator)
             gradient = gradient + self.diffusion_weight * by_level
             others["diff_loss"] = diff_loss / batch.noise[0].numel()
         return Slope(loss, gradient, others)
@@ -97,11 +101,12 @@ class PaperObjective(Objective):
         total, ends = torch.zeros(()), []
         alpha = float(denoiser.process.alpha(tableau.times[self.rows(tableau)]))
         for part in batch.split(chunk_size(2 * (tableau.steps + 1), batch.noise)):
-            path = path_of(tableau, denoiser, part.noise)
+            network = denoiser.under(part.condition)
+            path = path_of(tableau, network, part.noise)
             # Eq. 14 compares with x itself where x_1 is meant: its own noise averages out.
             clean = part.finished if self.of_data else None
             target = part.target / alpha if clean is None else clean
-            gradient = surrogate_gradient(denoiser, path, target, reading, clean, generator)
+            gradient = surrogate_gradient(network, path, target, reading, clean, generator)
             total = total + gradient * (len(part.noise) / len(batch.noise))
             ends.append(alpha * path.states[-1])
         return total, torch.cat(ends)
@@ -209,8 +214,10 @@ class DataTuning(Tuning):
         self.weights, self.last_weight = weights, last_weight
 
     def _loss(self, tableau: Tableau, levels: Tensor, generator: torch.Generator) -> Tensor:
-        clean = self.pool.mdp.target.sample(self.settings.batch_size, generator)
-        loss = tuning_loss(self.denoiser, levels, clean, self.weights, self.last_weight, generator)
+        mdp, size = self.pool.mdp, self.settings.batch_size
+        clean, condition = mdp.target.draw(size, generator, mdp.kind)
+        network = self.denoiser.under(condition)
+        loss = tuning_loss(network, levels, clean, self.weights, self.last_weight, generator)
         loss.backward()
         return loss.detach()
 
@@ -221,8 +228,9 @@ class DiffusionProgramme(LevelProgramme):
     def levels(self, pool: Pool, denoiser: Denoiser, student: Tableau) -> list[Tensor]:
         """See `LevelProgramme.levels`."""
         times, generator = self.grid().times, pool.fresh_generator()
-        clean = pool.mdp.target.sample(pool.batch_size, generator)
-        return [diffusion_programme(denoiser, times[times > 0], self.count, clean, generator)]
+        clean, condition = pool.mdp.target.draw(pool.batch_size, generator, pool.mdp.kind)
+        network = denoiser.under(condition)
+        return [diffusion_programme(network, times[times > 0], self.count, clean, generator)]
 
 
 def _variance(samples: Tensor) -> float:
