@@ -243,6 +243,10 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
     ):
         first.add_argument(name)
     chosen, _ = first.parse_known_args(list(argv))
+    for name, value in vars(chosen).items():
+        if value == "":
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is empty: give it a value, or leave it out.")
     if chosen.config is not None:
         base = Settings.from_json(Path(chosen.config))
         if is_foreign(base.run.body) and chosen.body is None:

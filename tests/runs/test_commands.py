@@ -172,6 +172,8 @@ def test_studies_are_listed(fewstep, capsys):
         (["trian"], "did you mean 'train'"),
         (["train", "--env=SwisRoll"], "did you mean 'SwissRoll'"),
         (["train", "--agent=sftpg"], "did you mean 'sft-pg'"),
+        (["train", "--agent="], "--agent is empty"),
+        (["train", "--start-from="], "--start-from is empty"),
         (["train", "--preset=huge"], "unknown preset"),
         (["train", "--steps=0"], "steps must be at least 1"),
         (["train", "--schedule=karas"], "did you mean 'karras'"),
