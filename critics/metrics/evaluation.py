@@ -327,5 +327,8 @@ class Evaluation:
         for done in range(0, count, most):
             size = min(most, count - done)
             under = {} if given is None else {"condition": given[done : done + size]}
-            parts.append(sample(size, generator, **under).to(self.target.device))
+            part = sample(size, generator, **under)
+            if len(part) != size:
+                raise ValueError(f"The sampler returned {len(part)} samples, asked for {size}.")
+            parts.append(part.to(self.target.device))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), classes

@@ -121,3 +121,9 @@ def test_what_cannot_be_scored_is_refused(sampler, target, says):
 def test_what_does_not_sample_is_refused():
     with pytest.raises(TypeError, match="A sampler is an agent"):
         evaluate("ddim", torch.randn(20, 2))
+
+
+def test_a_sampler_that_returns_too_few_is_no_good_one():
+    target = make_target("SwissRoll")
+    with pytest.raises(ValueError, match="returned 5 samples, asked for 100"):
+        evaluate(lambda n, generator: torch.randn(5, 2, generator=generator), target, n=100)

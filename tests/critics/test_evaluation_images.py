@@ -104,7 +104,7 @@ def test_a_large_reference_is_scored_once(monkeypatch):
     # No more than the training set has, so that the floor is of the same size.
     assert {m.samples for m in evaluation.metrics if m.name in NAMES} == {250}
     # A sampler that repeats the training set scores its floor.
-    scores = evaluation(lambda n, generator: target.take(n))
+    scores = evaluation.score(target.take(250))
     assert {name: scores[name] for name in NAMES} == {
         name: evaluation.floors[name] for name in NAMES
     }
