@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.arguments import check_value, checked
 from ..envs import DiffusionMDP, Schedule
 from .denoisers.denoiser import Denoiser
 from .environments import Environment, made_environment, mdp_of
 from .samplers.sampling import evaluations_of, sample
-from .samplers.solver_policy import SolverPolicy
+from .samplers.solver_policy import SolverPolicy, is_single, sample_in
 from .samplers.tableau import Tableau
 from .solvers import Options, build_solver, default_solver_options
 
@@ -54,6 +55,7 @@ class Actor:
         self.solver = solver
         self.env = env = made_environment(env, solver)
         self.mdp: DiffusionMDP = mdp_of(env)
+        check_value("denoiser", denoiser, Denoiser)
         if denoiser.process != self.mdp.process:
             raise ValueError(
                 f"The denoiser was made for {denoiser.process!r}, the environment has "
@@ -126,17 +128,25 @@ class Actor:
         `deterministic` takes the mean of each transition. For an ancestral sampler that is a
         different, noise-free sampler, so False is the default here; Stable-Baselines3's
         `evaluate_policy` passes True unless told otherwise.
+
+        Raises:
+            TypeError: no observation, a dictionary with "sample" and "timestep".
+            ValueError: samples of another shape, as many times as there are no samples, or a time
+                that is not the schedule's.
         """
+        sample = sample_in(observation, self.device)
+        single = is_single(tuple(sample.shape), tuple(self.mdp.shape))
         tableau, denoiser = self.sampler
         if "condition" in observation:
             denoiser = denoiser.under_shown(observation["condition"], self.device)
         if not tableau.one_step:
             policy = SolverPolicy(tableau, denoiser, shape=self.mdp.shape)
             return policy.predict(observation, state, episode_start, True, self.acting_generator)
-        sample = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
-        single = sample.ndim == len(self.mdp.shape)
         sample = sample.unsqueeze(0) if single else sample
-        times = np.broadcast_to(np.ravel(observation["timestep"]), len(sample))
+        times = np.ravel(observation["timestep"])
+        if len(times) not in (1, len(sample)):
+            raise ValueError(f"There are {len(sample)} samples and {len(times)} timesteps.")
+        times = np.broadcast_to(times, len(sample))
         if deterministic:
             tableau = tableau.replace(noise=np.zeros(tableau.steps), covariance=None)
         action = sample.clone()  # that of a finished sample, whose action is ignored
@@ -149,6 +159,7 @@ class Actor:
         action = action[0] if single else action
         return action.cpu().numpy(), state
 
+    @checked
     @torch.no_grad()
     def sample(
         self,
@@ -163,7 +174,7 @@ class Actor:
         """Draw finished samples (n, *shape) on the device, in the actor's environment.
 
         Args:
-            n: how many.
+            n: how many, at least 1.
             schedule: another grid than the environment's.
             generator: source of randomness; the agent's own for acting by default.
             noise: initial states (n, *shape) instead of fresh prior samples.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..common.arguments import at_least, checked
 from ..common.checkpoint import not_finite
 from ..common.distributed import Processes
 from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
@@ -155,6 +156,7 @@ class Agent(Trainee):
 
     # -- learning ------------------------------------------------------------------------------
 
+    @checked
     def learn(
         self: AnyAgent,
         total_timesteps: int | None = None,
@@ -170,10 +172,10 @@ class Agent(Trainee):
         again when a round ends; `channels_last` leaves its weights in that memory format.
 
         Args:
-            total_timesteps: how many calls, rounded up to whole rounds; added to those done when
-                `reset_num_timesteps` is False. None goes on until the agent is `done`.
+            total_timesteps: how many calls, at least 0, rounded up to whole rounds; added to those
+                done when `reset_num_timesteps` is False. None goes on until the agent is `done`.
             callback: Stable-Baselines3 callbacks; `on_step` is called once a round.
-            log_interval: rounds between two log entries.
+            log_interval: rounds between two log entries, at least 1.
             tb_log_name: name of the TensorBoard run; the agent's name by default.
             reset_num_timesteps: start counting (and the learning-rate schedule) anew.
             progress_bar: show one.
@@ -182,6 +184,8 @@ class Agent(Trainee):
             TrainingDivergedError: a logged quantity became NaN or infinite.
             OutOfMemoryError: a round does not fit; the message says which settings need less.
         """
+        at_least(1, log_interval=log_interval)
+        at_least(0, total_timesteps=total_timesteps)
         if reset_num_timesteps:
             self.num_timesteps = self.rounds = 0
         self._goal = None if total_timesteps is None else total_timesteps + self.num_timesteps

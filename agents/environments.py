@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
-
 from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv
+from ..envs.registration import known_environment, make_registered
 from .solvers import default_schedule
 
 Environment = DiffusionVectorEnv | DiffusionMDP | str
@@ -16,8 +15,8 @@ def made_environment(env: Environment, solver: str) -> DiffusionVectorEnv | Diff
     """Make an environment that is given by its id, on the solver's `default_schedule`."""
     if not isinstance(env, str):
         return env
-    made = gym.make_vec(env, **_default_settings(env, solver)).unwrapped
-    assert isinstance(made, DiffusionVectorEnv)
+    made: Any = make_registered(env, **_default_settings(env, solver)).unwrapped
+    mdp_of(made)  # it is one of a diffusion, or an error
     return made
 
 
@@ -25,12 +24,19 @@ def name_of(env: Environment) -> str:
     """Return the name that presets go by: that of its target, or of ours in an id."""
     if not isinstance(env, str):
         return mdp_of(env).target.name
-    return env.removeprefix("fewstep/").removesuffix("-v0")
+    return known_environment(env) or env
 
 
 def mdp_of(env: DiffusionVectorEnv | DiffusionMDP) -> DiffusionMDP:
     """Return the decision process of an environment."""
-    return env if isinstance(env, DiffusionMDP) else env.unwrapped.mdp
+    inner: Any = env if isinstance(env, DiffusionMDP) else getattr(env, "unwrapped", None)
+    mdp = inner if isinstance(inner, DiffusionMDP) else getattr(inner, "mdp", None)
+    if not isinstance(mdp, DiffusionMDP):
+        raise TypeError(
+            "env must be a DiffusionVectorEnv, its DiffusionMDP or the name of an environment, "
+            f"got {type(env).__name__}."
+        )
+    return mdp
 
 
 def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:

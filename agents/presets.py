@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ..common.names import unknown_name
 from ..common.settings import Settings
+from ..envs.registration import known_environment
 from .solver_learning.joint.presets import SOLVER_PRESETS
 
 Values = dict[str, Any]
@@ -42,6 +43,10 @@ class Preset:
     schedule: str | None = None
     body: str | None = None
     prediction: str | None = None
+
+
+LEARNERS: set[str] = set()
+"""The names of all agents' classes, yours as well."""
 
 
 def preset_settings(kind: type[Chosen], values: Values, changes: Values) -> Chosen:
@@ -359,8 +364,11 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
         name: "default", or another that the pair has, such as "long".
 
     Raises:
-        ValueError: a preset name that this environment and agent do not have.
+        ValueError: an unknown agent, or a preset name that this environment and agent do not have.
     """
+    env = known_environment(env) or env
+    if agent not in LEARNERS:
+        raise unknown_name("agent", agent, LEARNERS)
     cloning = CLONING.get(env, {"rounds": 2000})
     everywhere = NAMED.get(agent, {})
     known = {"default", *everywhere} | {key[2] for key in FINE_TUNING if key[:2] == (env, agent)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..common.arguments import check_seed
 from ..common.checkpoint import (
     CheckpointError,
     NotFiniteError,
@@ -26,8 +27,8 @@ from ..envs import ENVIRONMENTS
 from .acting import Actor
 from .denoisers.denoiser import Denoiser
 from .environments import Environment, environment_identity, made_environment, name_of
+from .presets import LEARNERS, preset_settings
 from .presets import preset as look_up_preset
-from .presets import preset_settings
 
 AnyTrainee = TypeVar("AnyTrainee", bound="Trainee")
 
@@ -55,11 +56,17 @@ class Trainee(Actor, ABC):
     Settings: ClassVar[type[Settings]]
     checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(name := vars(cls).get("name"), str):
+            LEARNERS.add(name)
+
     def __init__(
         self, env: Environment, denoiser: Denoiser, settings: Any, seed: int, **changes: Any
     ) -> None:
         if not isinstance(settings, self.Settings | None):
             raise TypeError(f"settings must be {self.Settings.__name__}, got {settings!r}.")
+        check_seed(seed)
         told: Any = (settings or self.Settings()).replace(**changes)
         self.settings = told
         super().__init__(env, denoiser, self._solver(), told.solver_options, seed)
@@ -192,15 +199,20 @@ class Trainee(Actor, ABC):
                 environment's.
         """
         tree = load_checkpoint(path)
+        cls._check_writer(tree, path)
+        denoiser = Denoiser.load(path, body=overrides.pop("body", None))
+        agent = cls._rebuilt(tree, path, env, denoiser, device, overrides)
+        agent.restore(tree, str(path))
+        return agent
+
+    @classmethod
+    def _check_writer(cls, tree: Mapping[str, Any], path: str | Path) -> None:
+        """Raise CheckpointError for the file of another agent, or of none."""
         if tree.get("kind") != "agent" or tree.get("agent") != cls.name:
             raise CheckpointError(
                 f"{path} was written by {tree.get('agent') or tree.get('kind')!r}, "
                 f"not by {cls.name!r}."
             )
-        denoiser = Denoiser.load(path, body=overrides.pop("body", None))
-        agent = cls._rebuilt(tree, path, env, denoiser, device, overrides)
-        agent.restore(tree, str(path))
-        return agent
 
     @classmethod
     def _rebuilt(
@@ -226,15 +238,37 @@ class Trainee(Actor, ABC):
     def resume(self, path: str | Path) -> None:
         """Take over the training state of a file that `save` wrote; see `restore`.
 
-        A file that is refused changes nothing.
+        A file that is refused changes nothing. The training that goes on is the one of the file:
+        only how long it takes, how fast it learns and how it is executed may have changed, any
+        `rounds`, `learning_rate`, `batch_size`, and the groups `optimizer` and `execution`. `load`
+        takes other changes.
+
+        Raises:
+            CheckpointError: also another agent's file, or one of an agent with other settings.
         """
         tree = load_checkpoint(path)
+        self._check_writer(tree, path)
+        self._check_settings(tree.get("settings"), path)
         before = copy.deepcopy(self.tree())
         try:
             self.restore(tree, str(path))
         except Exception:
             self.restore(before)
             raise
+
+    def _check_settings(self, there: Any, path: str | Path) -> None:
+        """Raise CheckpointError if a training under other settings is to go on under these."""
+        groups = self.Settings.groups()
+        known, own = (_flat(tree, groups) for tree in (there, self.settings.to_tree()))
+        for name in known.keys() & own.keys():  # older files lack newer settings
+            group, _, last = name.rpartition(".")
+            free = group in _FREE_GROUPS or last.endswith(_FREE)
+            if not free and known[name] != own[name]:
+                raise CheckpointError(
+                    f"{path} was trained with {name}={shown(known[name])}, here it is "
+                    f"{shown(own[name])}: give the agent the file's settings, or load the file "
+                    f"with the new one, {type(self).__name__}.load(path, env, ...)."
+                )
 
     def restore(self, tree: dict[str, Any], origin: str = "checkpoint") -> None:
         """Take over the training state of a tree that `save` wrote.
@@ -288,6 +322,21 @@ class Trainee(Actor, ABC):
     @property
     def _averages(self) -> bool:
         return self.sampling_denoiser is not self.denoiser
+
+
+# What may change in a training that goes on.
+_FREE_GROUPS = ("optimizer", "execution")
+# A table is compared itself.
+_FREE = ("rounds", "learning_rate", "batch_size", "table")
+
+
+def _flat(tree: Any, groups: Collection[str]) -> dict[str, Any]:
+    """Return the settings of a file by their names, those in groups as `group.name`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items() if isinstance(tree, Mapping) else ():
+        inner = value.items() if name in groups and isinstance(value, Mapping) else ()
+        flat |= {f"{name}.{key}": part for key, part in inner} if inner else {name: value}
+    return flat
 
 
 def settings_of(agent: type[Trainee], tree: Mapping[str, Any], origin: str | Path) -> Settings:

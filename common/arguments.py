@@ -1,15 +1,19 @@
 """Arguments of constructors, checked against their type hints.
 
-A string where a flag is meant is true, an unknown name falls through to the last `else`, and a
-number that is no whole one is rounded somewhere: all without an error. `checked` refuses them when
-the object is built, from what the signature says, so that a new argument is checked as well.
+A string where a flag is meant is true, an unknown name falls through to the last `else`, a number
+that is no whole one is rounded somewhere, and a path where a network is meant fails far away.
+`checked` refuses them when the object is built, from what the signature says, so that a new
+argument is checked as well.
 """
 
 from __future__ import annotations
 
+import builtins
+import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,6 +27,9 @@ from .reading import quoted
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+# The longest value that a sentence shows.
+_LONGEST = 100
 
 _NOT = object()  # what `_converted` returns for a value that does not fit
 
@@ -46,10 +53,11 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments as Python's own numbers, or refuse what the type hints exclude.
 
-    Checked are hints of `bool`, `int`, `float`, `str`, `Literal`, `Path`, `None`, tuples of these,
-    dictionaries, and unions of them. A whole number passes for a `float`, a NumPy scalar for a
-    Python one and a list for a tuple; nothing but a flag passes for a `bool`. Hints of other kinds
-    accept everything.
+    Checked are hints of `bool`, `int`, `float`, `str`, `Literal`, `Path`, `None`, classes,
+    callables, tuples of these, dictionaries, and unions of them. A whole number passes for a
+    `float`, a NumPy scalar for a Python one and a list for a tuple; nothing but a flag passes for a
+    `bool`. Hints of other kinds accept everything, as do protocols that cannot be asked, and
+    classes that a module imports for type checkers alone.
 
     Args:
         function: whose hints they are.
@@ -75,12 +83,33 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
     if choices and isinstance(value, str):
         raise unknown_name(name, value, choices)
     wanted = " or ".join(_described(part) for part in _parts(hint))
-    raise TypeError(f"{name} must be {wanted}, got {quoted(value)}.")
+    raise TypeError(f"{name} must be {wanted}, got {_given(value)}.")
+
+
+def check_fields(instance: Any, kind: Any) -> None:
+    """Check the fields that a dataclass `kind` gives its instance: see `check_arguments`."""
+    hints = _hints(kind)
+    for field in dataclasses.fields(kind):
+        check_value(field.name, getattr(instance, field.name), hints[field.name])
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raise TypeError or ValueError for a seed that is no whole number from 0 to 2**63 - 1."""
+    if not 0 <= check_value(name, seed, int) < 2**63:
+        raise ValueError(f"{name} must be at least 0 and below 2**63, got {seed}.")
 
 
 @functools.cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(function)
+def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type hints of a function, or of the fields of a class."""
+    return get_type_hints(owner, localns=_Names(vars(sys.modules[owner.__module__])))
+
+
+class _Names(dict[str, Any]):
+    """What a module knows; what it imports for type checkers alone is anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, Any)
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
@@ -104,7 +133,26 @@ def _converted(value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return _converted_tuple(value, get_args(hint))
     check = _CHECKS.get(get_origin(hint) or hint)
-    return value if check is None else check(value)
+    if check is not None:
+        return check(value)
+    return value if not _is_class(hint) or _is_instance(value, hint) else _NOT
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    """Whether it is one; a class has all that a protocol asks for, and is no instance of it."""
+    return isinstance(value, kind) and not (_is_protocol(kind) and isinstance(value, type))
+
+
+def _is_class(hint: Any) -> bool:
+    """Whether instances can be told: not of `list[int]`, nor of a protocol that is for reading."""
+    if not isinstance(hint, type) or get_origin(hint) is not None or hint is Any:
+        return False
+    return not _is_protocol(hint) or getattr(hint, "_is_runtime_protocol", False)
+
+
+def _is_protocol(hint: Any) -> bool:
+    """Whether a class is a protocol."""
+    return getattr(hint, "_is_protocol", False)
 
 
 def _converted_tuple(value: Any, hints: tuple[Any, ...]) -> Any:
@@ -143,6 +191,8 @@ _CHECKS: dict[Any, Callable[[Any], Any]] = {
     str: _only(str),
     Path: _only(str, Path),
     dict: _only(Mapping),
+    Mapping: _only(Mapping),
+    Callable: lambda value: value if callable(value) else _NOT,
     NoneType: _only(NoneType),
 }
 
@@ -153,6 +203,8 @@ _NAMES: dict[Any, str] = {
     str: "a string",
     Path: "a path",
     dict: "a dictionary",
+    Mapping: "a dictionary",
+    Callable: "callable",
     NoneType: "None",
 }
 
@@ -165,7 +217,22 @@ def _described(hint: Any) -> str:
         if parts[-1] is Ellipsis:
             return f"a sequence of which each is {_described(parts[0])}"
         return f"({', '.join(map(_described, parts))})"
+    if _is_class(hint) and hint not in _NAMES:
+        return _a(hint.__name__)
     return _NAMES.get(get_origin(hint) or hint, str(hint))
+
+
+def _given(value: Any) -> str:
+    """Return a value as it is written, the name of its class if that is long."""
+    written = repr(value)
+    short = len(written) <= _LONGEST and "\n" not in written and not written.startswith("<")
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return quoted(value) if short or isinstance(value, str) else _a(type(value).__name__)
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 
 
 # -- numbers: each sentence names the setting, what it was and what is accepted --------------------

@@ -56,8 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         hints = hints_of(type(self))
         for field in dataclasses.fields(self):
+            _check_group(field.name, getattr(self, field.name), hints[field.name])
             value = check_value(field.name, getattr(self, field.name), hints[field.name])
-            _check_group(field.name, value, hints[field.name])
             _check_bounds(field.name, value, field.metadata)
             object.__setattr__(self, field.name, value)
 

@@ -8,6 +8,7 @@ reports; those of images are taken in the space of a feature extractor. `evaluat
 
 from . import metrics
 from .ipm import IPMCritic
+from .joint import JointMMDCritic
 from .metrics.classifier import ClassifierFeatures, train_classifier
 from .metrics.efficientnet import EfficientNetLite0
 from .metrics.evaluation import Evaluation
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureExtractor",
     "IPMCritic",
     "InceptionFeatures",
+    "JointMMDCritic",
     "MLPBaseline",
     "MLPCritic",
     "MMDCritic",

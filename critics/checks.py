@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.reading import quoted
+
 
 def check_samples(name: str, samples: Tensor, shape: Sequence[int] | None = None) -> None:
     """Raise unless `samples` is a non-empty floating-point batch (N, *shape).
@@ -20,8 +22,11 @@ def check_samples(name: str, samples: Tensor, shape: Sequence[int] | None = None
         shape: shape that one sample must have; any if None.
 
     Raises:
+        TypeError: no tensor.
         ValueError: not floating point, no samples, or samples of another shape.
     """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"{name} must be a tensor (N, *shape), got {quoted(samples)}.")
     if not samples.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {samples.dtype}.")
     if samples.ndim < 2 or samples.numel() == 0:
@@ -65,6 +70,8 @@ def rewards_of(
 ) -> Tensor:
     """Ask a reward about samples (N, *shape); return what it answers as a floating tensor (N,).
 
+    It gets copies, which it may change.
+
     One that `takes_condition` gets the conditions (N, ...) too, where there are any.
 
     A tensor or NumPy array of numbers, whole ones and flags included, is taken; a reward with a
@@ -75,9 +82,9 @@ def rewards_of(
         ValueError: it has another shape or device.
     """
     if condition is not None and takes_condition(reward):
-        answer = reward(samples, condition=condition)
+        answer = reward(samples.clone(), condition=condition.clone())
     else:
-        answer = reward(samples)
+        answer = reward(samples.clone())
     if isinstance(answer, np.ndarray) and answer.dtype.kind in "biuf":
         answer = torch.from_numpy(np.array(answer, dtype=np.float32)).to(samples.device)
     if not isinstance(answer, Tensor) or answer.is_complex():

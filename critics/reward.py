@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.arguments import checked
 from ..common.distributed import Processes
 from .checks import check_rewards, rewards_of
 from .projection import is_conditional
@@ -29,6 +30,7 @@ class RewardCritic(nn.Module):
         processes: those that train together; the ones of `torch.distributed` if None.
     """
 
+    @checked
     def __init__(
         self,
         reward: Callable[[Tensor], Tensor],

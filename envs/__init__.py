@@ -9,7 +9,6 @@ Importing this package registers `fewstep/SwissRoll-v0`, `fewstep/Moons-v0`,
 from typing import TYPE_CHECKING, Any
 
 from ..common.conditions import Captions, Classes, Embeddings
-from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP
 from .numpy_vector import NumpyVectorEnv
@@ -69,5 +68,4 @@ __all__ = [
     "make_schedule",
     "make_target",
     "refine_times",
-    "unknown_name",
 ]

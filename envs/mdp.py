@@ -20,10 +20,12 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..common.arguments import check_fields
 from ..common.conditions import Classes, Conditional, Conditions, Kind, kind_of
 from ..common.distributed import ALONE, Processes
 from ..common.even import even_normal
 from ..critics.checks import needs_condition, rewards_of
+from ..critics.joint import JointMMDCritic
 from ..critics.mmd import MMDCritic
 from .processes import NoiseProcess
 from .schedules import Schedule
@@ -71,6 +73,10 @@ class DefaultReward(MMDCritic):
     """The reward of a decision process that was given none."""
 
 
+class DefaultConditionalReward(JointMMDCritic):
+    """The same under conditions: of samples together with what was asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class DiffusionMDP:
     """What a sampler acts in.
@@ -90,7 +96,8 @@ class DiffusionMDP:
             any. If
             it has a `judge`, that judges finished samples, and may learn from them. None is an
             `MMDCritic` of some training samples: it compares the finished samples with those and
-            with each other, so that their mean reward is minus the energy distance to the data.
+            with each other, so that their mean reward is minus the energy distance to the data;
+            under conditions a `JointMMDCritic`, of samples together with their conditions.
         conditional: Each episode is played under a condition, which the agent sees, `"condition"`,
             and which the reward may see: a class of the target's (True), or a caption ("captions")
             or an embedding ("embeddings").
@@ -101,7 +108,7 @@ class DiffusionMDP:
     Raises:
         ValueError: The schedule belongs to another process, or the target of a conditional
             environment has no labels, or whatever conditions it asks for.
-        TypeError: The reward is not callable.
+        TypeError: The reward is not callable, or another argument of another class.
     """
 
     target: Target
@@ -115,25 +122,34 @@ class DiffusionMDP:
     own_options: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        if self.reward is not None:
+            check_reward(self.reward)
+        kind = kind_of(self.conditional)
+        check_fields(self, DiffusionMDP)
         if self.schedule.process != self.process:
             raise ValueError(
                 f"the schedule is made for {self.schedule.process!r}, "
                 f"the environment has {self.process!r}; build it on that one"
             )
         # One word for classes, which files of runs hold.
-        kind = kind_of(self.conditional)
         object.__setattr__(self, "conditional", True if kind == "classes" else kind or False)
         if kind is not None:
             _ = self.conditions  # there are some, or an error
         if self.reward is None:
-            reward = DefaultReward(self.target.subset(DEFAULT_REWARD_SAMPLES))
-            object.__setattr__(self, "reward", reward)
-        check_reward(self.reward)
+            object.__setattr__(self, "reward", self._default_reward(kind))
         if not self.conditional and needs_condition(self.reward):
             raise TypeError(
                 "this reward needs the condition of its samples: make the environment conditional, "
                 "or give its argument a default"
             )
+
+    def _default_reward(self, kind: Kind | None) -> MMDCritic:
+        real = self.target.subset(DEFAULT_REWARD_SAMPLES)
+        if kind is None:
+            return DefaultReward(real)
+        assert self.conditions is not None  # there is a kind
+        condition = self.target.subset_conditions(DEFAULT_REWARD_SAMPLES, kind=kind)
+        return DefaultConditionalReward(real, condition, self.conditions.points)
 
     @cached_property
     def _times(self) -> list[float]:
@@ -157,7 +173,8 @@ class DiffusionMDP:
     @property
     def has_own_reward(self) -> bool:
         """Whether its reward was given, and is not `no_reward`: then agents maximise that one."""
-        return self.reward is not no_reward and not isinstance(self.reward, DefaultReward)
+        default = DefaultReward | DefaultConditionalReward
+        return self.reward is not no_reward and not isinstance(self.reward, default)
 
     @property
     def is_plain(self) -> bool:
@@ -371,11 +388,13 @@ class DiffusionMDP:
         return sample.detach().to(torch.float32, copy=True)
 
 
-def check_reward(reward: object) -> None:
-    """Raise TypeError for a reward that cannot be called."""
+def check_reward(reward: object, name: str = "reward") -> None:
+    """Raise TypeError for a reward that cannot be called, or whose class is given."""
+    if isinstance(reward, type):
+        raise TypeError(f"{name} must be an instance; got the class {reward.__name__}")
     if not callable(reward):
         raise TypeError(
-            f"reward must be callable, (N, *shape) -> (N,); got {type(reward).__name__}"
+            f"{name} must be callable, (N, *shape) -> (N,); got {type(reward).__name__}"
         )
 
 

@@ -35,6 +35,7 @@ class NumpyVectorEnv(VectorWrapper[NumpyObservation, NDArray, Observation, Tenso
 
     env: DiffusionVectorEnv
 
+    @checked
     def __init__(self, env: DiffusionVectorEnv) -> None:
         super().__init__(env)
         self.single_observation_space = observation_space(env.mdp, (1,))

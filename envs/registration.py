@@ -20,7 +20,7 @@ from ..common.conditions import Conditional, kind_of
 from ..common.names import unknown_name
 from .inpainting import Inpainting
 from .mdp import DiffusionMDP, Reward
-from .processes import DiscreteVP, NoiseProcess
+from .processes import DiscreteVP, NoiseProcess, as_process
 from .schedules import Schedule, listed_times, make_schedule
 from .targets.images import IMAGE_SETS
 from .targets.known import make_target
@@ -59,17 +59,34 @@ ENVIRONMENTS: dict[str, Environment] = {
 }
 
 
+def known_environment(name: str) -> str | None:
+    """Turn `SwissRoll`, `swissroll` or `fewstep/SwissRoll-v0` into the key of the table, if any."""
+    short = name.removeprefix("fewstep/").removesuffix("-v0")
+    return {known.lower(): known for known in ENVIRONMENTS}.get(short.lower())
+
+
 def resolve_environment(name: str) -> str:
-    """Turn `SwissRoll`, `swissroll` or `fewstep/SwissRoll-v0` into the table's key.
+    """Turn a name into the table's key, see `known_environment`.
 
     Raises:
         ValueError: The name is unknown.
     """
-    short = name.removeprefix("fewstep/").removesuffix("-v0")
-    by_lower = {known.lower(): known for known in ENVIRONMENTS}
-    if short.lower() not in by_lower:
+    if (known := known_environment(name)) is None:
         raise unknown_name("environment", name, ENVIRONMENTS)
-    return by_lower[short.lower()]
+    return known
+
+
+def make_registered(name: str, num_envs: int = 1, **settings: Any) -> gym.vector.VectorEnv:
+    """Make a vector environment by any name of one of ours, or by another's registered id.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    known = known_environment(name)
+    try:
+        return gym.make_vec(name if known is None else _id(known), num_envs, **settings)
+    except gym.error.UnregisteredEnv:
+        raise unknown_name("environment", name, ENVIRONMENTS) from None
 
 
 @checked
@@ -83,7 +100,7 @@ def make_mdp(
     data_dir: str | Path | None = None,
     download: bool = False,
     image_size: int | None = None,
-    process: NoiseProcess | None = None,
+    process: NoiseProcess | str | None = None,
     target: Target | str | None = None,
     schedule_options: dict[str, Any] | None = None,
     inpaint: str | torch.Tensor | None = None,
@@ -92,7 +109,7 @@ def make_mdp(
     """Build the decision process of a known environment, with any part replaced.
 
     Args:
-        name: A key of `ENVIRONMENTS`.
+        name: A key of `ENVIRONMENTS`, see `known_environment`.
         steps: Number of steps, at least 1; that of a given `Schedule` or list of times, else the
             default.
         schedule: The times to visit, or a name for `make_schedule`, or the `.json` file of a
@@ -102,7 +119,7 @@ def make_mdp(
         data_dir: Folder of the data files, for targets that need one; see `make_target`.
         download: Fetch missing data files into `data_dir`.
         image_size: Side in pixels of the images of `ImageFolder`; 64 by default.
-        process: The noise process.
+        process: The noise process, or a name for `make_process`.
         target: The real distribution, or the name of one.
         schedule_options: Options of a schedule given by name, such as `{"rho": 5.0}`.
         inpaint: A mask, or a name of one, "half", "quarter" or "random": the part of each sample
@@ -119,9 +136,8 @@ def make_mdp(
             such schedule file.
         ConnectionError: The download failed.
     """
-    if name not in ENVIRONMENTS:
-        raise unknown_name("environment", name, ENVIRONMENTS)
-    known = ENVIRONMENTS[name]
+    known = ENVIRONMENTS[resolve_environment(name)]
+    process = None if process is None else as_process(process)
     if isinstance(schedule, str | Path) and str(schedule).endswith(".json"):
         schedule = Schedule.load(schedule)
     if isinstance(schedule, Schedule):
@@ -151,14 +167,23 @@ def make_mdp(
             image_size=image_size,
             captions=kind_of(conditional) == "captions",
         )
+    elif image_size not in (None, target.shape[-1]):
+        raise ValueError(
+            "image_size is for a target given by name; the given one has samples of shape "
+            f"{tuple(target.shape)}"
+        )
     parts = target.to(device), process, schedule, reward, conditional
     return DiffusionMDP(*parts) if inpaint is None else Inpainting(*parts, mask=inpaint)
+
+
+def _id(name: str) -> str:
+    return f"fewstep/{name}-v0"
 
 
 def register_environments() -> None:
     """Register every entry of `ENVIRONMENTS` that Gymnasium does not know yet."""
     for name in ENVIRONMENTS:
-        env_id = f"fewstep/{name}-v0"
+        env_id = _id(name)
         # No max_episode_steps: the episode ends by itself after the schedule's steps, and the
         # environment's own spec says so.
         if env_id not in gym.registry:

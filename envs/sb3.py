@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from .registration import make_registered
 from .single import NumpyObservation, to_numpy
 from .vector import DiffusionVectorEnv, observation_space
 
@@ -43,11 +44,11 @@ class SB3VecEnv(VecEnv):
     def __init__(self, env: DiffusionVectorEnv | str, num_envs: int = 1, **settings: Any) -> None:
         if isinstance(env, str):
             settings.setdefault("autoreset_mode", AutoresetMode.DISABLED)
-            made = gym.make_vec(env, num_envs, **settings).unwrapped
+            made: Any = make_registered(env, num_envs, **settings).unwrapped
         elif settings:
             raise TypeError(f"an environment takes no further settings; got {', '.join(settings)}")
         else:
-            made = env.unwrapped
+            made = getattr(env, "unwrapped", env)
         if not isinstance(made, DiffusionVectorEnv):
             raise TypeError(f"SB3VecEnv needs a DiffusionVectorEnv; got {type(made).__name__}")
         self.env = made

@@ -35,11 +35,24 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "envs": ("list", "list the environments"),
     "agents": ("list", "list the agents and solvers"),
 }
+# Flags of others that a command does not have.
+LACKS = {"benchmark": ("--download", "--image-size")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; raises SystemExit with code 0, 2 (bad input, divergence) or 130."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line; raises SystemExit with code 0, 1, 2 (bad input, divergence) or 130."""
+    try:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a command; its errors end in one sentence."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0)
@@ -51,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings(), quiet_writers():
             warnings.showwarning = _warn
             _command(name)(rest)
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
-        _fail(error, code=2)
+        _fail(error, 2, name)
     except RuntimeError as error:
         from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
@@ -60,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             advice = "Take fewer samples, smaller batches or --device cpu."
             error = OutOfMemoryError(advice, f"in fewstep {name}")
         if isinstance(error, OutOfMemoryError | TrainingDivergedError):
-            _fail(error, code=2)
+            _fail(error, 2, name)
         if not _lost_peer(error):
             raise
         with suppress(SystemExit):
-            _fail(error, code=1)
+            _fail(error, 1, name)
         # Without the interpreter's end, at which the rest of the group may abort this process.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -112,9 +127,9 @@ def _warn(
     print(f"fewstep: warning: {_one_line(message)}", file=sys.stderr)
 
 
-def _one_line(message: object) -> str:
+def _one_line(message: object, without: Sequence[str] = ()) -> str:
     """Join a message's lines, name the flags behind it, and cut one that quotes a whole file."""
-    text = with_flags(" ".join(str(message).split()))
+    text = with_flags(" ".join(str(message).split()), without)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
@@ -144,12 +159,12 @@ def _lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, LostPeerError)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int, command: str) -> None:
     if os.environ.get("FEWSTEP_DEBUG"):
         raise error
     # Under torchrun all processes meet the same error; one of them says so.
     if os.environ.get("RANK", "0") == "0":
-        print(f"fewstep: {_one_line(error)}", file=sys.stderr)
+        print(f"fewstep: {_one_line(error, LACKS.get(command, ()))}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -39,6 +39,11 @@ def failing(message: str) -> dict[str, Any]:
     raise ValueError(message)
 
 
+def absent(message: str) -> dict[str, Any]:
+    """Miss the data files."""
+    raise FileNotFoundError(message)
+
+
 def killed() -> dict[str, Any]:
     """Be killed, as by a machine that has no memory left."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...common.arguments import check_seed, checked
 from ...common.conditions import Classes, Conditions
 from ...common.names import unknown_name
 from ...common.optimisation import seeded
@@ -80,6 +81,7 @@ def named_body(
         ) from None
 
 
+@checked
 def new_denoiser(
     mdp: DiffusionMDP,
     seed: int = 0,
@@ -102,6 +104,7 @@ def new_denoiser(
     Raises:
         ValueError: another prediction than the process's own, or as `named_body`.
     """
+    check_seed(seed)
     process = mdp.process
     if process.prediction is not None and prediction not in (None, process.prediction):
         raise ValueError(

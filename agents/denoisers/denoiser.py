@@ -273,8 +273,8 @@ class Denoiser(nn.Module):
         Raises:
             TypeError: a condition of another kind.
             ValueError: an unconditional denoiser, a condition of another shape or that does not
-                exist, terms out of range, or guidance of a network that was trained without dropped
-                labels.
+                exist, terms out of range, an interval without guidance, or guidance of a network
+                that was trained without dropped labels.
         """
         if self.conditioning is None:
             raise ValueError(
@@ -288,7 +288,13 @@ class Denoiser(nn.Module):
                 weight = next(self.body.parameters(), None)
                 condition = condition if weight is None else condition.to(weight.device)
             changes["condition"] = condition
-        return self._view(replace(self.conditioning, **changes))
+        conditioning = replace(self.conditioning, **changes)
+        if interval is not None and conditioning.guidance == 1:
+            raise ValueError(
+                "An interval says at which noise levels guidance holds: it needs a guidance other "
+                "than 1."
+            )
+        return self._view(conditioning)
 
     def under(self, condition: Tensor | None) -> Denoiser:
         """Return the view for conditions (N, ...) that are known to be right; itself for None."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...common.arguments import check_value
 from ...common.checkpoint import CheckpointError, counter, load_checkpoint
 from ...common.distributed import ALONE
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
@@ -29,7 +30,7 @@ from ..solver_learning.agent import SolverAgent, comparison
 from ..solver_learning.best import BestNetwork
 from ..solver_learning.distillation.teacher import Teacher, judge_teacher, make_teacher
 from ..solver_learning.selection import coordinate_errors
-from .held_out import HeldOut, Trajectories, draw_trajectories
+from .held_out import HeldOut, Trajectories, draw_trajectories, pieces
 from .settings import DistillationSettings
 
 GIVEN, DISTILLED = "given", "distilled"
@@ -93,6 +94,7 @@ class NetworkDistillation(SolverAgent):
             raise ValueError(
                 f"{type(self).__name__} chooses its sampler by solver=...: give no tableau."
             )
+        check_value("tableau", tableau, Tableau | None)
         self._given_table = tableau
         self._given_terms = denoiser.conditioning
         super().__init__(env, denoiser, settings, **arguments)
@@ -151,9 +153,16 @@ class NetworkDistillation(SolverAgent):
 
     def _errors_of(self, denoiser: Denoiser, held_out: Trajectories) -> Tensor:
         """Return a network's errors (N,) on held-out noise: those of the finished samples."""
-        noise, goal = held_out.states[0], held_out.states[-1]
-        ends = self._tableau.sample(denoiser.under(held_out.condition), noise)
-        return coordinate_errors(ends, goal)
+        return coordinate_errors(self._ends(denoiser, held_out), held_out.states[-1])
+
+    def _ends(
+        self, denoiser: Denoiser, held_out: Trajectories, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the student's finished samples (N, *shape) from held-out noise, made in pieces."""
+        under, noise = denoiser.under(held_out.condition), held_out.states[0]
+        rows = pieces(len(noise), self.settings.execution.micro_batch_size)
+        parts = [self._tableau.sample(under.at(r), noise[r], generator=generator) for r in rows]
+        return torch.cat(parts)
 
     def _hold_out(self, size: int, generator: torch.Generator) -> Trajectories:
         """Draw noise to judge by, and what should become of it: the last states."""
@@ -282,6 +291,7 @@ class NetworkDistillation(SolverAgent):
             held_out.states[0],
             fine.integer_times,
             held_out.condition,
+            self.settings.execution.micro_batch_size,
         )
 
     @torch.no_grad()
@@ -423,6 +433,8 @@ class NetworkDistillation(SolverAgent):
         state = header["state"]
         if state["tableau"] is not None:
             overrides.setdefault("tableau", Tableau.from_json(state["tableau"]))
+            if hasattr(cls.Settings, "table"):  # where it came from, and what may be another now
+                overrides.setdefault("table", None)
         if state["given"] is not None:
             denoiser.conditioning = Conditioning.from_config(state["given"])
         return super()._rebuilt(header, path, env, denoiser, device, overrides)

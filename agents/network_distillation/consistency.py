@@ -23,7 +23,7 @@ from ..samplers.tableau import Tableau
 from ..solver_learning.distillation.teacher import Teacher
 from ..solver_learning.selection import coordinate_errors
 from ..solvers import build_solver
-from .held_out import Trajectories
+from .held_out import Trajectories, pieces
 from .pairs import Pair, PairDistillation, column, ddim_step
 from .settings import CDSettings
 
@@ -128,8 +128,10 @@ class ConsistencyDistillation(PairDistillation):
         """Return the function's errors (N,) on the fine solver's way, at the sampler's times."""
         student = denoiser.under(held_out.condition)
         times = self._tableau.times[:-1].tolist()
-        errors = [
-            coordinate_errors(student.denoised(state, time), held_out.states[-1])
-            for state, time in zip(held_out.states, times, strict=False)
-        ]
-        return torch.stack(errors).mean(0)
+        states, goal = held_out.states[: len(times)], held_out.states[-1]
+        errors = []
+        for rows in pieces(len(goal), self.settings.execution.micro_batch_size):
+            asked = student.at(rows)
+            found = [asked.denoised(state[rows], t) for state, t in zip(states, times, strict=True)]
+            errors.append(torch.stack([coordinate_errors(each, goal[rows]) for each in found]))
+        return torch.cat(errors, dim=1).mean(0)

@@ -287,12 +287,10 @@ class DMD(NetworkDistillation):
         return Trajectories(torch.stack([noise, goal.to(noise)]), condition)
 
     def _errors_of(self, denoiser: Denoiser, held_out: Trajectories) -> Tensor:
-        noise, goal = held_out.states
         # All networks get the same noise on the way.
         fresh = torch.Generator(self.device).manual_seed(self.seed + 1)
-        under = denoiser.under(held_out.condition)
-        ends = self._tableau.sample(under, noise, generator=fresh)
-        return energy_errors(ends, goal, held_out.condition)
+        ends = self._ends(denoiser, held_out, fresh)
+        return energy_errors(ends, held_out.states[-1], held_out.condition)
 
     def _judge_teacher(self) -> float:
         """Warn of a fine solver that is none; return the energy distance of its own samples."""
@@ -300,7 +298,9 @@ class DMD(NetworkDistillation):
         held_out = self._held_out.reported
         assert held_out is not None
         noise, goal = held_out.states
-        ends = self.fine.states(self.teacher.under(held_out.condition), noise)[-1]
+        under = self.teacher.under(held_out.condition)
+        rows = pieces(len(noise), self.settings.execution.micro_batch_size)
+        ends = torch.cat([self.fine.states(under.at(r), noise[r])[-1] for r in rows])
         return float(energy_errors(ends, goal, held_out.condition).mean())
 
     def _comparison(self) -> str:

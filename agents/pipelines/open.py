@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...common.arguments import checked
 from ...common.checkpoint import CheckpointError, unreadable
 from ...common.reading import DAMAGE, reason
 from ...envs import Schedule
@@ -147,6 +148,7 @@ class OpenedPipeline:
         return own_schedule(scheduler, self.terms.process)
 
 
+@checked
 def open_pipeline(
     name_or_folder: str | Path,
     *,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...common.optimisation import seeded
 from ...critics import IPMCritic, RewardCritic, make_baseline, make_critic
-from ...envs.mdp import DiffusionMDP, Reward
+from ...envs.mdp import DiffusionMDP, Reward, check_reward
 from ..denoisers.denoiser import Denoiser
 from ..settings import ExecutionSettings
 from .noised_critic import NoisedCritic
@@ -80,6 +80,8 @@ def critic_of(
         seed: of the networks' weights.
         denoiser: one of which a critic may begin as a copy.
     """
+    if given is not None:
+        check_reward(given, "critic")
     reward = _own_reward(mdp) if given is None else given
     if isinstance(reward, Critic):
         return reward.to(mdp.device) if isinstance(reward, nn.Module) else reward

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ...common.arguments import checked
 from ...envs.processes import VE
 from ..denoisers.denoiser import Denoiser
 
 
+@checked
 def from_edm(module: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Denoiser:
     """Make a denoiser of a network that is preconditioned already, as NVlabs' EDMPrecond is.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ...common.arguments import checked
 from ...common.conditions import Classes
 from ...common.files import unwritable, write_folder
 from ...common.reading import damage_named, read_json
@@ -31,6 +32,7 @@ from .models import CLASS_ENTRIES, Body
 EDM_STEPS = 18
 
 
+@checked
 def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) -> None:
     """Write a folder that `from_pretrained` and diffusers' own pipeline open.
 
@@ -83,6 +85,7 @@ def save_pretrained(denoiser: Denoiser, folder: str | Path, *, vae: Any = None) 
     return _write(folder, denoiser, body, scheduler, vae)
 
 
+@checked
 def export_pipeline(
     denoiser: Denoiser, folder: str | Path, tableau: Tableau, *, vae: Any = None
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.arguments import at_least
 from ...common.distributed import ALONE
 from ...envs.mdp import DiffusionMDP
 from ...envs.schedules import Schedule
@@ -49,10 +50,11 @@ def sample(
             conditional environment, which draws conditions otherwise.
 
     Raises:
-        ValueError: an environment with transitions of its own, and a tableau that asks the network
-            twice at one time, as Heun's does.
+        ValueError: no samples, or states of another shape; an environment with transitions of its
+            own, and a tableau that asks the network twice at one time, as Heun's does.
         TypeError: the environment takes no such options.
     """
+    _check_start(start, shape)
     n = start if isinstance(start, int) else len(start)
     episodes = None if mdp is None else _episodes(tableau, mdp, n, generator, options)
     if episodes is not None:
@@ -80,6 +82,15 @@ def sample(
             )
         )
     return torch.cat(chunks, dim=1 if return_trajectory else 0)
+
+
+def _check_start(start: int | Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for no samples, or for states (N, *shape) of another shape."""
+    if isinstance(start, int):
+        at_least(1, n=start)
+    elif not len(start) or (shape and tuple(start.shape[1:]) != tuple(shape)):
+        wanted = ", ".join(["N", *map(str, shape)])
+        raise ValueError(f"noise must have shape ({wanted}), N > 0, got {tuple(start.shape)}.")
 
 
 def _episodes(

@@ -8,12 +8,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
+from ...common.reading import quoted
 from ..denoisers.denoiser import Denoiser
 from .gaussian import TIME_ROUNDING
 from .sampling import evaluations_of, sample
 from .tableau import Tableau
 
 State = tuple[np.ndarray, ...]
+
+
+def sample_in(observation: Mapping[str, np.ndarray], device: torch.device) -> Tensor:
+    """Return the samples that an observation shows, (N, *shape) or (*shape).
+
+    Raises:
+        TypeError: it is no observation.
+    """
+    if not isinstance(observation, Mapping) or not {"sample", "timestep"} <= observation.keys():
+        raise TypeError(
+            "An observation is a dictionary with a 'sample' and its 'timestep', got "
+            f"{quoted(observation)}."
+        )
+    return torch.as_tensor(observation["sample"], dtype=torch.float32, device=device)
+
+
+def is_single(sample: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Tell one sample from a batch by the shape of what is shown.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if sample != shape and sample[1:] != shape:
+        raise ValueError(
+            f"The samples have shape {shape}, the observation's {sample}: that is neither one "
+            "sample nor a batch."
+        )
+    return sample == shape
 
 
 class SolverPolicy:
@@ -34,6 +64,7 @@ class SolverPolicy:
         ValueError: a denoiser of another noise process than the tableau's, or of another shape.
     """
 
+    @checked
     def __init__(
         self, tableau: Tableau, denoiser: Denoiser, shape: Sequence[int] | None = None
     ) -> None:
@@ -79,7 +110,7 @@ class SolverPolicy:
                 that is not that of the tableau's step, samples at different times, samples of
                 another shape, or nothing tells whether they are one sample or a batch.
         """
-        now = torch.as_tensor(observation["sample"], dtype=torch.float32, device=self.device)
+        now = sample_in(observation, self.device)
         single = self._is_single(tuple(now.shape), np.shape(observation["timestep"]))
         now = now.unsqueeze(0) if single else now
         fresh = state is None or (episode_start is not None and bool(np.any(episode_start)))
@@ -134,12 +165,7 @@ class SolverPolicy:
         A batch of one has a time of shape (1,), as a sample of `DiffusionEnv` has.
         """
         if self.shape is not None:
-            if sample != self.shape and sample[1:] != self.shape:
-                raise ValueError(
-                    f"The samples have shape {self.shape}, the observation's {sample}: that is "
-                    "neither one sample nor a batch."
-                )
-            return sample == self.shape
+            return is_single(sample, self.shape)
         if len(sample) == 1 or len(timestep) != 1:
             return len(sample) == 1 or timestep == ()
         if timestep == sample[:1] == (1,):

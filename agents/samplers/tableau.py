@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.arguments import check_value
 from ...common.files import write_atomically
 from ...common.reading import damage_named, read_text
 from ...envs.processes import NoiseProcess
@@ -140,6 +141,7 @@ class Tableau:
     _rows: tuple[Row, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_value("process", self.process, NoiseProcess)
         steps = len(self.scale)
         if steps < 1:
             raise ValueError("A tableau needs at least one step.")

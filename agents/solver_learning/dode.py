@@ -53,7 +53,8 @@ class DODE(SolverAgent):
     says which table it is.
 
     Timesteps are all calls of teacher and student on single samples, also those that measure. A
-    resumed run draws its batches from the teacher again, and counts those calls again.
+    resumed run draws its batches from the teacher again, and counts those calls again; an agent
+    from a file draws its samples' noise from its seed's beginning, for the file is the table's.
 
     Args:
         env: the environment; its schedule is the student's, its process gives the noise.
@@ -330,16 +331,22 @@ class DODE(SolverAgent):
         if "denoiser" not in overrides:
             raise TypeError("A distilled tableau holds no network: pass denoiser=... to load.")
         denoiser = overrides.pop("denoiser")
-        agent = cls._rebuilt(tree["training"], path, env, denoiser, device, overrides)
-        agent.resume(path)
+        agent: Any = cls._rebuilt(tree["training"], path, env, denoiser, device, overrides)
+        agent._take_over(path)
         return agent
 
     def resume(self, path: str | Path) -> None:
-        """Take over what a file of `save` holds.
+        """Take over what a file of `save` holds; see `Trainee.resume`.
 
         Raises:
-            CheckpointError: a missing, corrupt or foreign file, or another environment's.
+            CheckpointError: a missing, corrupt or foreign file, another environment's, or one of a
+                training with other settings.
         """
+        _, tree = read_distilled(path, self.name)
+        self._check_settings(tree["training"]["settings"], path)
+        self._take_over(path)
+
+    def _take_over(self, path: str | Path) -> None:
         with damage_named(path, CheckpointError):
             tableau, tree = read_distilled(path, self.name)
             training = tree["training"]

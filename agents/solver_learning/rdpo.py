@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.arguments import check_value
 from ...common.checkpoint import counter
 from ...envs import Schedule
 from ...envs.mdp import Reward
@@ -90,6 +91,7 @@ class RDPO(TableAgent):
         table: Tableau | None = None,
         **arguments: Any,
     ) -> None:
+        check_value("table", table, Tableau | None)
         super().__init__(env, denoiser, *args, **arguments)
         settings, learn = self.settings, self.settings.learn
         self.mdp = judged_by(self.mdp, critic)

@@ -67,6 +67,14 @@ class DODESettings(AgentSettings):
     """Warn if the teacher is no better than the base solver, which costs up to four times the
     teacher's calls on one batch."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.align == "index" and self.teacher_times is not None:
+            raise ValueError(
+                "align='index' takes its teacher's times from the student's schedule: give no "
+                "teacher_times, or take align='time'."
+            )
+
 
 @dataclass(frozen=True)
 class PaperSettings(Settings):

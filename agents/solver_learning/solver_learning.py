@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import check_value
 from ...common.checkpoint import counter
 from ...common.optimisation import frozen, learning_rate, seeded, set_learning_rate
 from ...critics import IPMCritic
@@ -99,6 +100,7 @@ class SolverLearning(TableAgent):
         features: Extractor | None = None,
         **arguments: Any,
     ) -> None:
+        check_value("features", features, Extractor | None)
         super().__init__(env, denoiser, *args, **arguments)
         settings = self.settings
         if not self.mdp.target.has_samples:

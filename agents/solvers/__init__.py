@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...common.arguments import checked
 from ...common.names import unknown_name
 from ...envs.schedules import Schedule
+from ..denoisers.denoiser import Denoiser
 from ..samplers.tableau import Tableau
 from .afs import afs
 from .ddim import ddim
@@ -23,14 +25,13 @@ from .stochastic import (
     fast_dpm,
     flow_sde,
     per_pixel_dpm,
+    sa_solver,
 )
 from .table import SOLVERS, Options, Solver
 from .unipc import unipc
 
-if TYPE_CHECKING:
-    from ..denoisers.denoiser import Denoiser
 
-
+@checked
 def make_solver(
     name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
 ) -> Tableau:
@@ -60,6 +61,7 @@ def make_solver(
     )
 
 
+@checked
 def build_solver(
     name: str, schedule: Schedule, denoiser: Denoiser | None = None, **options: Any
 ) -> Tableau:
@@ -89,6 +91,7 @@ def build_solver(
         ) from None
 
 
+@checked
 def solver_within(
     name: str,
     nfe: int,
@@ -160,6 +163,7 @@ __all__ = [
     "lms",
     "make_solver",
     "per_pixel_dpm",
+    "sa_solver",
     "singlestep_orders",
     "solver_within",
     "unipc",

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...common.arguments import checked
 from ..samplers.tableau import Tableau
 
 
+@checked
 def afs(tableau: Tableau) -> Tableau:
     """Return the sampler whose first output is guessed from the state, and not asked for.
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...common.arguments import checked
 from ...common.names import unknown_name
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import SCHEDULES, Schedule, make_schedule, schedule_options
@@ -70,6 +71,7 @@ def default_solver_options(
     }
 
 
+@checked
 def default_schedule(
     solver: str, process: NoiseProcess, steps: int, grid: str | None = None, **options: Any
 ) -> Schedule:

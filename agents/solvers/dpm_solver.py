@@ -130,7 +130,8 @@ def dpm_solver_sde(
         solver_type: of the steps of second order: "dpmsolver" or "taylor".
         orders: of singlestep blocks, see `dpm_solver`.
         compat: of multistep, see `dpm_solver_multistep`; True is k-diffusion's 3M SDE.
-        lower_order_final: of multistep, see `dpm_solver_multistep`.
+        lower_order_final: of multistep, see `dpm_solver_multistep`; with noise None lowers them on
+            any number of steps.
 
     Raises:
         ValueError: as `dpm_solver_pp`; or eta negative or not finite.

@@ -17,6 +17,7 @@ from .ddim import ddim
 from .rows import Node, Rows, nodes_of
 
 
+@checked
 def euler(schedule: Schedule) -> Tableau:
     """Build EDM's Euler steps, which are DDIM in data prediction.
 

@@ -55,7 +55,10 @@ def multistep_rows(
     steps = len(nodes) - 1
     check_order(order, (1, 2, 3), name)
     check_budget(steps, order, name)
-    lowered = steps < LOWERED_BELOW[order] if lower_order_final is None else lower_order_final
+    # With noise always: a high order of the last, long step magnifies it (MATH.md 1.14).
+    lowered = eta > 0 or steps < LOWERED_BELOW[order]
+    if lower_order_final is not None:
+        lowered = lower_order_final
     rows = Rows()
     for i in range(steps):
         used = min(i + 1, order, steps - i if lowered else order)

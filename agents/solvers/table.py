@@ -30,6 +30,7 @@ from .stochastic import (
     fast_dpm,
     flow_sde,
     per_pixel_dpm,
+    sa_solver,
 )
 from .unipc import unipc, unipc_rows
 
@@ -236,5 +237,8 @@ SOLVERS: dict[str, Solver] = {
     ),
     "unipc-3": _multistep(
         unipc, "UniPC, third order, corrected to the fourth", partial(unipc_rows, order=3), order=3
+    ),
+    "sa-solver": _multistep(
+        sa_solver, "SA-Solver, stochastic Adams with a corrector (tau: how much noise)"
     ),
 }

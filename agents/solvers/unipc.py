@@ -15,7 +15,7 @@ is what the next row starts from: an ordinary row, and no network call more than
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ from .many import Many
 from .rows import Node, Rows, check_budget, check_order, combine, difference, nodes_of
 
 Bh = Literal["bh1", "bh2"]
+# "taylor" has the exact weight where B(h) stands for it.
+AdamsType = Literal["bh1", "bh2", "taylor"]
 
 
 @checked
@@ -82,42 +84,47 @@ def unipc_rows(
         used = min(i + 1, order, steps - i if lower_order_final else order)
         if nodes[i + 1].sigma == 0:
             used = 1
-        predicted = _weights(nodes, i, list(range(i - 1, i - used, -1)), solver_type, output)
+        predicted = adams_weights(nodes, i, range(i - 1, i - used, -1), solver_type, output)
         factor = scale(nodes[i], nodes[i + 1], output)
         rows.add(nodes[i].time, factor, combine((factor, correction), (1.0, predicted)))
         correction = {}
         # A step from where no signal is left is infinitely long: nothing corrects it.
         if corrector and i + 1 < steps and nodes[i].alpha > 0:
             known = [*range(i - 1, i - used, -1), i + 1]
-            corrected = _weights(nodes, i, known, solver_type, output)
+            corrected = adams_weights(nodes, i, known, solver_type, output)
             correction = combine((1.0, corrected), (-1.0, predicted))
     return rows
 
 
-def _weights(
-    nodes: Sequence[Node], i: int, others: list[int], solver_type: Bh, output: Output
+def adams_weights(
+    nodes: Sequence[Node],
+    i: int,
+    others: Iterable[int],
+    solver_type: AdamsType,
+    output: Output,
+    eta: float = 0.0,
 ) -> dict[int, float]:
     """Return the weights of step i on its own output and those at the nodes `others`.
 
     They integrate the polynomial through all these outputs exactly, except that a single other one
-    weighs as `solver_type` says.
+    weighs as `solver_type` says. With `eta` it is the step of the reverse SDE of that much noise.
     """
     start, end = nodes[i], nodes[i + 1]
-    terms = [(coefficient(1, start, end, output), {i: 1.0})]
+    terms = [(coefficient(1, start, end, output, eta), {i: 1.0})]
     # An output from infinitely far away says nothing of this step.
     others = [k for k in others if nodes[k].alpha > 0]
     if not others:
         return combine(*terms)
     h = end.log_snr - start.log_snr
     places = np.array([(nodes[k].log_snr - start.log_snr) / h for k in others])
-    if len(others) == 1:
-        signed = h if output == "epsilon" else -h
+    if len(others) == 1 and solver_type != "taylor":
+        signed = (1 + eta) * (h if output == "epsilon" else -h)
         # c_1 = -g (e^h - 1), and -g h in its place.
         half = terms[0][0] / 2 * (signed / exponential(1, signed) if solver_type == "bh1" else 1.0)
         weights = half / places
     else:
         moments = [
-            math.factorial(k) * coefficient(k + 1, start, end, output)
+            math.factorial(k) * coefficient(k + 1, start, end, output, eta)
             for k in range(1, len(others) + 1)
         ]
         # Of many schedules each has its own system: its axis goes first.

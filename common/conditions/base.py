@@ -63,6 +63,10 @@ class Conditions(ABC):
         """Read a condition from what a user typed, for `checked`."""
 
     @abstractmethod
+    def points(self, conditions: Tensor) -> Tensor:
+        """Return conditions (N, *shape) as points (N, D): what compares them needs distances."""
+
+    @abstractmethod
     def embedder(self, out: int) -> nn.Module:
         """Return a new network of conditions (N, *shape), with "none" among them, to (N, out)."""
 

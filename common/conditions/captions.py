@@ -130,6 +130,11 @@ class Captions(Conditions):
         """Return the text itself."""
         return text
 
+    def points(self, conditions: Tensor) -> Tensor:
+        """Return how often each byte occurs in a text, (N, 255)."""
+        counts = torch.zeros(len(conditions), _BYTES + 1, device=conditions.device)
+        return counts.scatter_add_(1, conditions, torch.ones_like(conditions).float())[:, 1:]
+
     def embedder(self, out: int) -> nn.Module:
         """Return a new `TextEncoder`."""
         return TextEncoder(self.length, out)

@@ -116,6 +116,10 @@ class Classes(Conditions):
             return torch.full((1,), condition, device=device).expand(n)
         return super().rows(condition, n, device)
 
+    def points(self, conditions: Tensor) -> Tensor:
+        """Return unit vectors (N, count), one for each class."""
+        return nn.functional.one_hot(conditions.long(), self.count).float()
+
     def embedder(self, out: int) -> nn.Module:
         """Return a table of a vector for each class and one for "none"."""
         return nn.Embedding(self.count + 1, out)

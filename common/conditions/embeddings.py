@@ -106,6 +106,10 @@ class Embeddings(Conditions):
                 f"{text!r} is none."
             ) from None
 
+    def points(self, conditions: Tensor) -> Tensor:
+        """Return the embeddings (N, size)."""
+        return conditions.float()
+
     def embedder(self, out: int) -> nn.Module:
         """Return a linear layer."""
         return EmbeddingLayer(self.size, out)

@@ -28,17 +28,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ...common.conditions import Conditional, kind_of
+from ...common.reading import quoted
 from ...common.shapes import is_image
 from ..checks import check_samples
 from .distances import SlicedWasserstein, mmd
 from .features import INCEPTION, FeatureExtractor
-from .fidelity import FeatureDistances
+from .fidelity import FeatureDistances, extract
 from .manifold import Manifold
 from .two_sample import c2st
 
@@ -53,6 +54,8 @@ _VECTORS, _IMAGES, _LIVE_IMAGES, _NUMBERS = 10_000, 10_000, 2_000, 2**25
 _DRAWN = 2**20
 # Most samples a side that a classifier tells apart.
 _CLASSIFIED = 20_000
+# And while a run goes on.
+_LIVE_CLASSIFIED = 2_000
 # Images that a classifier looks at in one call.
 _CLASSIFIED_AT_ONCE = 2_000
 # With fewer real images than this, feature metrics are means over several sets of samples.
@@ -71,6 +74,7 @@ Sampler = Callable[..., Tensor]
 Distances = Callable[[Tensor, FeatureExtractor], FeatureDistances]
 
 
+@runtime_checkable
 class Real(Protocol):
     """The real distribution, as `fewstep.envs.Target` is one.
 
@@ -117,6 +121,12 @@ class _Measurement:
     score: Callable[[Tensor], dict[str, float]]
 
 
+def check_target(target: object) -> None:
+    """Raise TypeError for what is no real distribution."""
+    if not isinstance(target, Real) or isinstance(target, type):
+        raise TypeError(f"target must be a Target, as mdp.target is one, got {quoted(target)}.")
+
+
 class Evaluation:
     """All metrics of an environment, with the real side prepared once.
 
@@ -143,6 +153,7 @@ class Evaluation:
 
     Raises:
         ValueError: fewer than two samples, too few for a metric, or features of vectors.
+        TypeError: a target that is no `Target`, nor has its methods.
     """
 
     def __init__(
@@ -153,6 +164,12 @@ class Evaluation:
         distances: Distances = FeatureDistances,
         conditional: Conditional = False,
     ) -> None:
+        check_target(target)
+        if features is not None and not callable(features):
+            raise TypeError(
+                "features must be a feature extractor, see features_for, or None, got "
+                f"{features!r}."
+            )
         if fresh_samples < 2:
             raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
         self._images = is_image(target.shape)
@@ -167,6 +184,7 @@ class Evaluation:
         self._classifier = features if labelled and hasattr(features, "logits") else None
         self.metrics: list[Metric] = []
         self._measurements: list[_Measurement] = []
+        self._live: list[_Measurement] = []
         most = self._affordable(_LIVE_IMAGES) if self._images else _VECTORS
         training = target.take(min(most, fresh_samples))
         score = SlicedWasserstein(training, n_projections=100)
@@ -201,6 +219,7 @@ class Evaluation:
             if manifold is not None:
                 floor = manifold.off(self._other_real(count))
                 self._add("off_manifold", manifold.off, count, floor)
+                self._live.append(self._measurements[-1])
 
     def _affordable(self, most: int) -> int:
         """Cut a number of images to what fits in memory as float64."""
@@ -215,6 +234,8 @@ class Evaluation:
         fresh = self.target.sample_fresh(count, FRESH_SEED)
         floor = c2st(self._other_real(count), fresh)
         self._add("c2st", lambda samples: c2st(samples, fresh), count, floor)
+        few = min(count, _LIVE_CLASSIFIED)
+        self._live.append(_Measurement(few, lambda samples: {"c2st": c2st(samples, fresh)}))
 
     def _add_features(
         self, features: FeatureExtractor, count: int, distances_to: Distances
@@ -239,6 +260,12 @@ class Evaluation:
         for key, (_, higher) in _FEATURE_METRICS.items():
             self.metrics.append(Metric(names[key], sets * count, floors[names[key]], higher))
         self._measurements.append(_Measurement(sets * count, score))
+
+        def told(samples: Tensor) -> dict[str, float]:
+            shown = extract("samples", samples, features)
+            return {names["c2st"]: c2st(shown, distances.features)}
+
+        self._live.append(_Measurement(min(count, _LIVE_CLASSIFIED), told))
 
     def _accuracy(self, samples: Tensor, classes: Tensor) -> float:
         """Return the share of samples (N, *shape) in which the classifier finds their class."""
@@ -304,12 +331,20 @@ class Evaluation:
             scores[metric.name] = self._accuracy(samples, classes) if known else math.nan  # type: ignore[arg-type]
         return scores
 
-    def quick(self, sample: Sampler) -> float:
-        """Score a sampler on the first metric alone: the live figure of a training run."""
-        measurement = self._measurements[0]
+    def quick(self, sample: Sampler) -> dict[str, float]:
+        """Score a sampler on what little time allows: the live figures of a training run.
+
+        These are the first metric, `off_manifold` and `c2st` or `c2st[NAME]`, from as many samples
+        as the first takes, `c2st` from 2,000. Fewer samples than an evaluation has let the last one
+        see less.
+        """
+        first = self._measurements[0]
         generator = torch.Generator(self.target.device).manual_seed(NOISE_SEED)
-        samples, _ = self._draw(sample, measurement.samples, generator)
-        return measurement.score(samples)[self.metrics[0].name]
+        samples, _ = self._draw(sample, first.samples, generator)
+        scores: dict[str, float] = {}
+        for measurement in (first, *self._live):
+            scores |= measurement.score(samples[: measurement.samples])
+        return scores
 
     def _draw(
         self, sample: Sampler, count: int, generator: torch.Generator
@@ -328,6 +363,9 @@ class Evaluation:
             size = min(most, count - done)
             under = {} if given is None else {"condition": given[done : done + size]}
             part = sample(size, generator, **under)
+            if not isinstance(part, Tensor):
+                kind = type(part).__name__
+                raise TypeError(f"A sampler must return a tensor (n, *shape), got a {kind}.")
             if len(part) != size:
                 raise ValueError(f"The sampler returned {len(part)} samples, asked for {size}.")
             parts.append(part.to(self.target.device))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import check_seed, checked
 from ...common.conditions import Conditional
 from ..checks import check_samples
 from .distances import Samples
-from .evaluation import Distances, Evaluation, Metric, Real, Sampler
+from .evaluation import Distances, Evaluation, Metric, Real, Sampler, check_target
 from .features import FeatureExtractor
 from .fidelity import FeatureDistances
 
@@ -66,6 +67,7 @@ class Report(Mapping[str, Score]):
         return "\n".join([head, *rows, *cost])
 
 
+@checked
 def evaluate(
     sampler: Any,
     target: Real | Samples,
@@ -100,7 +102,9 @@ def evaluate(
             vectors.
         TypeError: nothing that samples.
     """
+    check_seed(seed)
     real: Real = _Halves(target) if _is_array(target) else target  # type: ignore[arg-type,assignment]
+    check_target(real)
     given = torch.as_tensor(sampler).to(real.device) if _is_array(sampler) else None
     if conditional is None:
         known = hasattr(real, "sample_conditions")

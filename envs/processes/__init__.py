@@ -1,5 +1,6 @@
 """Noise processes, the physics of the environments: how data turn into noise."""
 
+from ...common.arguments import checked
 from ...common.names import unknown_name
 from .base import NoiseProcess
 from .continuous_vp import ContinuousVP
@@ -13,6 +14,7 @@ _NAMED: tuple[type[NoiseProcess], ...] = (DiscreteVP, VE, RectifiedFlow, Continu
 PROCESSES = {name: process for process in _NAMED for name in process.names}
 
 
+@checked
 def make_process(name: str) -> NoiseProcess:
     """Build a noise process by name.
 
@@ -34,6 +36,11 @@ def make_process(name: str) -> NoiseProcess:
     return PROCESSES[kind].named(name)
 
 
+def as_process(process: NoiseProcess | str) -> NoiseProcess:
+    """Return a noise process that is given as such, or by a name for `make_process`."""
+    return process if isinstance(process, NoiseProcess) else make_process(process)
+
+
 __all__ = [
     "PROCESSES",
     "VE",
@@ -42,5 +49,6 @@ __all__ = [
     "DiscreteVP",
     "NoiseProcess",
     "RectifiedFlow",
+    "as_process",
     "make_process",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from .variance_preserving import VariancePreserving
 
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)"
@@ -32,6 +33,7 @@ class ContinuousVP(VariancePreserving):
     names = ("vp",)
     t_max = 1.0
 
+    @checked
     def __init__(
         self,
         beta_min: float = 0.1,

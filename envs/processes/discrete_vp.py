@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from .base import Time
 from .variance_preserving import VariancePreserving
 
@@ -46,6 +47,7 @@ class DiscreteVP(VariancePreserving):
     names = ("sigmoid", "linear", "cosine")
     discrete = True
 
+    @checked
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
         betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
         if betas.ndim != 1 or not len(betas):

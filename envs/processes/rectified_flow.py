@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from .base import NoiseProcess, Time
 
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)"
@@ -35,6 +36,7 @@ class RectifiedFlow(NoiseProcess):
     prediction = "flow"
     t_max = 1.0
 
+    @checked
     def __init__(self, shift: float = 1.0, time_scale: float = 1.0, t_min: float = 1e-3) -> None:
         if not (0 < shift < math.inf and 0 < time_scale < math.inf):
             raise ValueError(

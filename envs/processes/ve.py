@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from .base import NoiseProcess
 
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)"
@@ -32,6 +33,7 @@ class VE(NoiseProcess):
     prediction = "edm"
     time_is_level = True
 
+    @checked
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"need 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}")

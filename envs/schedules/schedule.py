@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.arguments import check_arguments
+from ...common.arguments import check_arguments, checked
 from ...common.files import write_atomically
 from ...common.names import unknown_name
 from ...common.reading import damage_named, quoted, read_json
@@ -78,6 +78,7 @@ class Schedule:
         ValueError: The times are too few, not finite, not strictly decreasing or out of range.
     """
 
+    @checked
     def __init__(
         self,
         process: NoiseProcess,
@@ -275,6 +276,7 @@ class Schedule:
         return f"Schedule({self.process!r}, steps={self.steps}, {first:g} to {last:g})"
 
 
+@checked
 def make_schedule(name: str, process: NoiseProcess, steps: int, **options: Any) -> Schedule:
     """Build a schedule by name, or from a list of times such as `"1000, 300, 50, 0"`.
 

@@ -259,12 +259,23 @@ class Target:
         Raises:
             ValueError: `n` is negative.
         """
-        if n >= len(self):
-            return self.samples
+        return self.samples if n >= len(self) else to_float(self._training[self._rows(n, seed)])
+
+    def subset_conditions(self, n: int, seed: int = 0, kind: Kind = "classes") -> Tensor:
+        """The conditions `(n, ...)` of the samples that `subset` chooses.
+
+        Raises:
+            ValueError: As `subset`, or its samples have no such conditions.
+        """
+        known = self.known(kind).training
+        return known if n >= len(self) else known[self._rows(n, seed)]
+
+    def _rows(self, n: int, seed: int) -> Tensor:
+        """A seeded choice of the numbers `(n,)` of training samples."""
         if n < 0:
             raise ValueError(f"n must be at least 0; got {n}")
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return to_float(self._training[rows[:n].to(self.device)])
+        return rows[:n].to(self.device)
 
     @cached_property
     def classes(self) -> int | None:

@@ -24,7 +24,7 @@ from ..reports.console import console
 from ..reports.plots import correlation_figure, panels_figure, paths_figure, save_figure
 from ..reports.results import print_report_tables
 from ..run.building import build_mdp
-from ..run.folder import tableau_file, write_json
+from ..run.folder import check_output_folder, tableau_file, write_json
 from ..settings.conditions import under_terms
 from ..settings.flags import parse_flags
 from ..settings.foreign import check_body, foreign_body
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     settings = parse_flags(AnalyzeSettings, argv, prog="fewstep analyze")
     if settings.samples < 2 or settings.reference_steps < 2:
         raise ValueError("--samples and --reference-steps must be at least 2.")
+    check_output_folder(settings.output)
     mdp, denoiser, agent = distilled_agent(settings)
     generator = torch.Generator(mdp.device).manual_seed(settings.seed)
     episodes = mdp.episodes(settings.samples, generator)

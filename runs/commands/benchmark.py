@@ -13,7 +13,7 @@ from ...common.arguments import at_least
 from ...common.files import write_atomically
 from ...common.names import unknown_name
 from ..reports.console import console, print_report
-from ..run.folder import write_json
+from ..run.folder import check_output_folder, write_json
 from ..run.threads import threads
 from ..settings.benchmark import BenchmarkSettings
 from ..settings.flags import parse_flags
@@ -38,8 +38,13 @@ def main(argv: Sequence[str]) -> None:
     if settings.study not in titles:
         raise unknown_name("study", settings.study, titles)
     _check_numbers(settings)
+    check_output_folder(settings.folder, "the log folder")
     if settings.study in STUDIES:
-        text = run_study(STUDIES[settings.study], settings)
+        try:
+            text = run_study(STUDIES[settings.study], settings)
+        except KeyboardInterrupt:
+            console.out("\nFinished cells are kept: the same command goes on.")
+            raise
     else:
         with threads(settings.threads):
             figures, text = MEASUREMENTS[settings.study].measure(settings.device)
@@ -55,6 +60,9 @@ def _check_numbers(settings: BenchmarkSettings) -> None:
     counts = {"threads": settings.threads, "rounds": settings.rounds, "workers": settings.workers}
     at_least(1, **{f"--{name}": count for name, count in counts.items()})
     at_least(2, **{"--evaluation-samples": settings.evaluation_samples})
+    for name in ("seeds", "steps"):
+        if getattr(settings, name) == ():
+            raise ValueError(f"--{name} needs whole numbers.")
     for steps in settings.steps or ():
         at_least(1, **{"--steps": steps})
     for seed in settings.seeds or ():

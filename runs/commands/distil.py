@@ -10,7 +10,8 @@ from ...agents.pipelines.open import DTYPES, OpenedPipeline, open_pipeline
 from ...agents.pipelines.plan import Plan, timed
 from ...agents.pipelines.prompts import Prompts, read_prompts, split_prompts
 from ..reports.console import console
-from ..run.distilling import DistilRun, check_folder
+from ..run.distilling import DistilRun
+from ..run.folder import check_output_folder
 from ..run.run import InterruptedRun
 from ..settings.distil import DistilFlags
 from ..settings.flags import parse_flags
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
 
 def prepared(flags: DistilFlags) -> DistilRun:
     """Open the pipeline, encode the prompts, and build what learns: nothing is written yet."""
-    check_folder(flags.output)
+    check_output_folder(flags.output)
     files = {name: getattr(flags, name) for name in ("prompts", "held_out")}
     texts = {name: read_prompts(path) for name, path in files.items() if path is not None}
     device = resolve_device(flags.device)

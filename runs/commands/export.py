@@ -11,9 +11,11 @@ import tyro
 
 from ...agents.denoisers.networks import DiT
 from ...agents.pretrained import export_pipeline
+from ...envs.registration import resolve_environment
 from ..reports.console import console
+from ..run.folder import check_output_folder
 from ..settings.flags import parse_flags
-from ..settings.pretrained import PretrainedSettings, load
+from ..settings.pretrained import PretrainedSettings, load, run_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +29,20 @@ class ExportSettings(PretrainedSettings):
 def main(argv: Sequence[str]) -> None:
     """Run `fewstep export` with these flags."""
     settings = parse_flags(ExportSettings, argv, prog="fewstep export")
-    if settings.output.exists() and not settings.output.is_dir():
-        raise NotADirectoryError(f"Cannot write a pipeline to {settings.output}: it is a file.")
+    check_output_folder(settings.output, "a pipeline to")
+    run = run_of(settings.denoiser) if settings.env is not None else None
+    if run is not None and resolve_environment(str(settings.env)) != run.env:
+        raise ValueError(f"{settings.denoiser} is a run in {run.env}: leave out --env.")
     _, denoiser, tableau = load(settings, needs_data=False, needs_conditions=False)
     export_pipeline(denoiser, settings.output, tableau)
     console.out(f"{tableau.name} in {tableau.nfe} network calls: {settings.output}")
     console.out("import fewstep.agents.pretrained.scheduler")
     folder, steps = str(settings.output), tableau.steps
-    if denoiser.classes is None:
+    terms = denoiser.conditioning
+    if denoiser.classes is None or terms is None:
         console.out(f"DDPMPipeline.from_pretrained({folder!r})(num_inference_steps={steps})")
     elif isinstance(denoiser.body, DiT):
-        call = f"[0], guidance_scale={settings.guidance or 1:g}, num_inference_steps={steps}"
+        call = f"[0], guidance_scale={terms.guidance:g}, num_inference_steps={steps}"
         console.out(f"DiTPipeline.from_pretrained({folder!r}, vae=YOURS)({call})")
     else:
         console.out(f"pipeline = DDPMPipeline.from_pretrained({folder!r})")

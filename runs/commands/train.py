@@ -40,9 +40,15 @@ def main(argv: Sequence[str], agent: str | None = None) -> None:
             console.out(f"\nSaved. Go on with:  fewstep train --resume {path}")
             raise SystemExit(130) from None
         except KeyboardInterrupt:
-            if folder.can_resume and processes.first:
-                path = shlex.quote(str(folder.path))
-                console.out(f"\nGo on from the last checkpoint:  fewstep train --resume {path}")
+            if processes.first:
+                path, config = (
+                    shlex.quote(str(place)) for place in (folder.path, folder.path / "config.json")
+                )
+                console.out(
+                    f"\nGo on from the last checkpoint:  fewstep train --resume {path}"
+                    if folder.can_resume
+                    else f"\nNo checkpoint yet; start anew:  fewstep train --config {config}"
+                )
             raise
         except Exception as error:
             # Bad settings all processes refuse alike; what happens now may be this one's alone.

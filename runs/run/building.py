@@ -74,7 +74,7 @@ def check(settings: Settings) -> DiffusionMDP:
         )
     if run.inception_weights is not None and not run.inception_weights.is_file():
         raise FileNotFoundError(f"No Inception weights at {run.inception_weights}.")
-    if not adopts(run):
+    if not run.adopts:
         cloned = AGENTS[CLONER](mdp, denoiser, settings.cloning).sampling_denoiser
         # As it will be when it is cloned: dropped labels allow guidance.
         denoiser.conditioning = cloned.conditioning
@@ -88,11 +88,6 @@ def check(settings: Settings) -> DiffusionMDP:
         )
     AGENTS[run.agent](mdp, denoiser, settings.agent, **taken_up(run))
     return mdp
-
-
-def adopts(run: TrainSettings) -> bool:
-    """Tell whether a run starts from a denoiser that the user names."""
-    return any(source is not None for source in (run.denoiser, run.pretrained, run.start_from))
 
 
 def taken_up(run: TrainSettings, kept: Path | None = None) -> dict[str, Any]:

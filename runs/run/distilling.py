@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.logger import Logger
@@ -211,9 +210,3 @@ def _guidance(opened: OpenedPipeline, denoiser: Denoiser) -> float:
     if opened.family.splits and denoiser.conditioning is not None:
         return denoiser.conditioning.guidance
     return opened.family.guidance
-
-
-def check_folder(path: Path) -> None:
-    """Raise OSError if there can be no output folder, before anything is loaded."""
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"Cannot write to {path}: it is a file.")

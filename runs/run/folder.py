@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from ...agents import AGENTS
@@ -82,6 +83,7 @@ class RunFolder:
         if not path.is_dir():
             raise FileNotFoundError(f"No run folder at {path}.")
         folder = cls(path)
+        check_output_folder(path, "--resume")
         if not folder.can_resume:
             raise CheckpointError(
                 f"{path} holds no checkpoint to resume; start anew: --config {path}/config.json."
@@ -164,9 +166,24 @@ def check_output(path: Path) -> None:
     """Raise OSError if no file can be written at `path`, before any work is done for it."""
     if path.is_dir():
         raise IsADirectoryError(f"--output {path} is a folder: name a file.")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise PermissionError(f"Cannot write --output {path}: {there} is no writable folder.")
+    _check_writable(path, path.absolute().parent)
+
+
+def check_output_folder(path: Path, what: str = "--output") -> None:
+    """Raise OSError if no file can be written into the folder `path`, likewise."""
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"Cannot write {what} {path}: it is a file.")
+    _check_writable(path, path.absolute(), what)
+
+
+def _check_writable(path: Path, folder: Path, what: str = "--output") -> None:
+    """Raise PermissionError if `folder` cannot be written into, or made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        TemporaryFile(dir=there).close()
+    except OSError:
+        message = f"Cannot write {what} {path}: {there} is no writable folder."
+        raise PermissionError(message) from None
 
 
 def new_folder(path: Path) -> Path:

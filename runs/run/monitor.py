@@ -118,14 +118,15 @@ class Monitor(BaseCallback):
     def _evaluate(self, rounds: int) -> None:
         assert self.evaluation is not None
         assert self.bar is not None
-        score = self.evaluation.quick(
+        scores = self.evaluation.quick(
             finite(
                 lambda n, generator, **under: self.model.sample(n, generator=generator, **under),
                 self.model.num_timesteps,
             )
         )
-        self.bar.set_postfix_str(f"sliced W2 {score:.2e}")
-        self.logger.record(LIVE_METRIC, score)
+        self.bar.set_postfix_str(f"sliced W2 {scores['sliced_wasserstein']:.2e}")
+        for name, score in scores.items():
+            self.logger.record(f"eval/{name}", score)
         if rounds % self.picture_interval == 0 or rounds == self.total_rounds:
             generator = torch.Generator(self.model.device).manual_seed(NOISE_SEED)
             count = pictured(self.model.mdp.shape)

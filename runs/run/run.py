@@ -41,7 +41,7 @@ from ..settings.train import (
     Settings,
     defaults,
 )
-from .building import CLONED, adopts, build_mdp, denoiser_of, taken_up
+from .building import CLONED, build_mdp, denoiser_of, taken_up
 from .folder import RunFolder, flat
 from .interrupts import Interrupts
 from .logs import make_logger, read_live_metric
@@ -71,16 +71,12 @@ class Run:
         self.processes = Processes.current()
         if mdp is None:
             # What the run started from may be gone by now.
-            own = self._cloned("cpu") if self._adopts and folder.cloning.is_file() else None
+            given = settings.run.adopts and folder.cloning.is_file()
+            own = self._cloned("cpu") if given else None
             mdp = build_mdp(settings, own, folder.start)
         self.mdp = mdp
         self._began = time.monotonic()
         self._seconds_before = float(folder.results().get("seconds", 0.0))
-
-    @property
-    def _adopts(self) -> bool:
-        """Whether the run starts from a denoiser that the user names."""
-        return adopts(self.settings.run)
 
     @property
     def seconds(self) -> float:
@@ -100,7 +96,7 @@ class Run:
         run = self.settings.run
         console.print(f"{run.agent} on {self.mdp.target.name}, {self.mdp.steps} steps")
         console.out(f"Logs: {self.folder.path}")
-        console.out(f"Curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}")
+        console.out(f"Curves: tensorboard --logdir {shlex.quote(str(self.folder.path.parent))}")
         self.evaluation = self.features = None
         if self.processes.first:
             self.features = features_for(
@@ -116,7 +112,7 @@ class Run:
         if not AGENTS[run.agent].needs_denoiser:
             agent, before = self.clone(), None
         else:
-            if self._adopts:
+            if run.adopts:
                 self.adopt_denoiser()
             else:
                 self.clone()
@@ -226,7 +222,7 @@ class Run:
         preset = defaults(run.env, run.agent, run.preset).run
         # A body of one's own would be cloned, which does not go with a denoiser that is given.
         plain = all(getattr(run, name) == getattr(preset, name) for name in CLONED)
-        if agent.needs_denoiser and plain and not self._adopts:
+        if agent.needs_denoiser and plain and not run.adopts:
             start += f" --denoiser {shlex.quote(str(self.folder.cloning))}"
         smaller = f"and a smaller {flags}" if flags else "and other settings"
         return f"--resume would come to the same end; start anew with:  {start}  {smaller}."

@@ -15,6 +15,7 @@ from ...agents.denoisers.files import STAGES
 from ...agents.pretrained import pipeline_tableau
 from ...agents.samplers.sampling import sampler_of
 from ...agents.solvers import Options, default_solver_options, make_solver
+from ...common.arguments import at_least
 from ...common.shapes import is_image
 from ...critics.metrics.evaluation import Sampler
 from ...envs import DiffusionMDP, Target
@@ -97,6 +98,9 @@ def load(
         ValueError: no environment named, a name that does not exist, or a corrupt checkpoint.
     """
     check_seed(settings.seed)
+    counts = {"steps": settings.steps, "classes": settings.classes}
+    at_least(1, **{f"--{name}": count for name, count in counts.items()})
+    at_least(1, **{"--image-size": settings.image_size})
     device = resolve_device(settings.device)
     run = run_of(settings.denoiser, needed=settings.env is None)
     denoiser = find_denoiser(

@@ -5,12 +5,10 @@ An agent's own settings are declared beside the agent, and taken from there.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +27,7 @@ from ...common.settings import bounded
 from ...envs.registration import resolve_environment
 from ..run.joining import check_own_gpu
 from .conditions import ConditionalFlag
-from .flags import parse_flags
+from .flags import parse_flags, read_early
 from .foreign import Recorded, is_foreign, needs_flag
 
 # The agent that trains a denoiser from nothing, before the others.
@@ -108,7 +106,7 @@ class TrainSettings(AnySettings):
     variable ~/.cache/fewstep/data."""
     download: bool = False
     """Fetch missing data files into that folder."""
-    image_size: int | None = None
+    image_size: int | None = bounded(None, least=1)
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
     inpaint: str | None = None
     """A part of each sample is known, and put back after every step: half, quarter or random; if
@@ -144,6 +142,12 @@ class TrainSettings(AnySettings):
     config: Path | None = None
     """Take the settings of this config.json; flags beside it win."""
 
+    @property
+    def adopts(self) -> bool:
+        """Whether it starts from a denoiser that the user names, and clones none."""
+        sources = (self.denoiser, self.pretrained, self.start_from)
+        return any(source is not None for source in sources)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -173,11 +177,10 @@ class Settings:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a fewstep config.json ({error!r}).") from None
         try:
-            resolve_environment(str(env))
             if agent not in AGENTS:
                 raise unknown_name("agent", agent, AGENTS)
             # What an older version did not know takes its default.
-            run = parts[0]
+            run = {**parts[0], "env": resolve_environment(str(env))}
             for key in ("denoiser", "start_from", "log_dir", "data_dir", "inception_weights"):
                 if run.get(key) == "":
                     raise ValueError(f"{key} is empty")
@@ -223,35 +226,44 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
     )
     # A full id, fewstep/SwissRoll-v0, names the same environment.
     run = dataclasses.replace(flags.run, env=resolve_environment(flags.run.env))
+    _check_stages(run, argv)
     return Settings(run, flags.agent, flags.pretrain)
+
+
+def _check_stages(run: TrainSettings, argv: Sequence[str]) -> None:
+    """Raise ValueError for a flag of a stage before the agent's that this run does not have."""
+    given = [word.partition("=")[0] for word in argv if word.startswith("--pretrain.")]
+    if not given:
+        return
+    if not AGENTS[run.agent].needs_denoiser:
+        raise ValueError(
+            f"{given[0]} is for the stage before another agent's; of --agent {run.agent} it is "
+            f"--{given[0].removeprefix('--pretrain.')}."
+        )
+    if run.adopts:
+        raise ValueError(f"{given[0]} is for a denoiser that is cloned; here one is given.")
 
 
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
     """Read the flags that decide what the defaults of all the others are."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (
-        "--env",
-        "--agent",
-        "--preset",
-        "--config",
-        "--solver",
-        "--body",
-        "--steps",
-        "--process",
-        "--denoiser",
-        "--start-from",
-    ):
-        first.add_argument(name)
-    chosen, _ = first.parse_known_args(list(argv))
-    for name, value in vars(chosen).items():
-        if value == "":
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is empty: give it a value, or leave it out.")
+    names = ("env", "agent", "preset", "config", "solver", "body", "steps", "process")
+    chosen, _ = read_early(argv, *names, "denoiser", "start-from")
+    if agent is not None and chosen.agent not in (None, agent):
+        if chosen.agent not in AGENTS:
+            raise unknown_name("agent", chosen.agent, AGENTS)
+        raise ValueError(
+            f"fewstep pretrain clones a denoiser, with --agent {agent}; for --agent "
+            f"{chosen.agent} there is fewstep train."
+        )
     if chosen.config is not None:
         base = Settings.from_json(Path(chosen.config))
         if is_foreign(base.run.body) and chosen.body is None:
             raise needs_flag(chosen.config, base.run.body)
         wanted = agent or chosen.agent or base.run.agent
+        if chosen.preset is not None:
+            raise ValueError(
+                f"{chosen.config} holds all that --preset chooses: leave out --preset or --config."
+            )
         if wanted != base.run.agent:
             raise ValueError(
                 f"{chosen.config} holds the settings of agent '{base.run.agent}', not of "
@@ -344,13 +356,10 @@ def resumed_folder(argv: Sequence[str]) -> tuple[Path, str | None] | None:
     Raises:
         ValueError: other flags beside it, which would have no say in a resumed run.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=Path(sys.argv[0]).name)
-    first.add_argument("--resume", type=Path)
-    first.add_argument("--body")
-    chosen, others = first.parse_known_args(list(argv))
-    folder: Path | None = chosen.resume
-    if folder is None or {"-h", "--help"} & set(others):
+    chosen, others = read_early(argv, "resume", "body")
+    if chosen.resume is None or {"-h", "--help"} & set(others):
         return None
+    folder = Path(chosen.resume)
     if others:
         config = shlex.quote(str(folder / "config.json"))
         raise ValueError(

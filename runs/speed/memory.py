@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ...agents import SFT, SFTPG, Denoiser, ScheduleLearning
+from ...agents import SFD, SFT, SFTPG, Denoiser, ScheduleLearning, SolverLearning
 from ...agents.base import Agent
 from ...agents.denoisers.networks import ResidualMLP
 from ...agents.denoisers.parameterisations import time_range_of
@@ -47,6 +47,8 @@ def gradient_memory(device: str) -> tuple[dict[str, Any], str]:
     """Measure the peak memory of the gradient of a rollout's error at K = 10 and K = 100."""
     kinds = ("exact (adjoint)", "eq14", "autograd through the unrolled chain")
     peaks = {kind: peaks_of_gradient(kind, device) for kind in kinds}
+    for kind in ("solver learning", "SFD"):
+        peaks[f"{kind}, batches of 256"] = peaks_of_learner(kind, device)
     figures, text = _growth(peaks, "gradient, 1024 images of 64 numbers (MiB)")
     stored = 4 * 64 * 1024 * 101 / MIB
     return figures, f"{text}\n\nThe states are {stored:.1f} MiB at K = 100."
@@ -60,6 +62,11 @@ def peaks_of_round(agent: type[Agent], options: dict[str, Any], device: str) -> 
 def peaks_of_gradient(kind: str, device: str) -> list[float]:
     """Return `peak_of_gradient` for each of `STEPS`, each in a fresh process."""
     return [_apart(peak_of_gradient, kind, steps, device) for steps in STEPS]
+
+
+def peaks_of_learner(kind: str, device: str) -> list[float]:
+    """Return `peak_of_learner` for each of `STEPS`, each in a fresh process."""
+    return [_apart(peak_of_learner, kind, steps, device) for steps in STEPS]
 
 
 def _apart(function: Callable[..., float], *arguments: Any) -> float:
@@ -88,11 +95,8 @@ def peak_of_round(
 
 def peak_of_gradient(kind: str, steps: int, device: str, batch_size: int = 1024) -> float:
     """Return by how many MiB one gradient by the levels raises this process's peak memory."""
-    process = VE()
-    body = ResidualMLP((1, 8, 8), time_range=time_range_of("edm", process))
-    torch.nn.init.normal_(body.out.weight, std=0.01)
-    denoiser = Denoiser(body, process, "edm").to(resolve_device(device))
-    schedule = Schedule.karras(process, steps)
+    denoiser = _of_images(device)
+    schedule = Schedule.karras(denoiser.process, steps)
     gradient = "eq14" if kind == "eq14" else "exact"
     agent = ScheduleLearning.without_data(
         denoiser, schedule, (1, 8, 8), gradient=gradient, batch_size=batch_size, batches=1, scale=1
@@ -106,6 +110,34 @@ def peak_of_gradient(kind: str, steps: int, device: str, batch_size: int = 1024)
 
     by_level = agent.slope if kind != "autograd through the unrolled chain" else None
     return _rise(unrolled if by_level is None else lambda: by_level(batch), agent.device)
+
+
+def peak_of_learner(kind: str, steps: int, device: str, batch_size: int = 256) -> float:
+    """Return by how many MiB a round of an agent with a few-step sampler raises the peak memory.
+
+    Of solver learning times, factors and shifts are learned: weights themselves are K^2 numbers.
+    """
+    denoiser = _of_images(device)
+    schedule, shape = Schedule.karras(denoiser.process, steps), (1, 8, 8)
+    few: dict[str, Any] = {"batch_size": batch_size, "solver": "euler", "scale": 1}
+    if kind == "SFD":
+        sfd = SFD.without_data(
+            denoiser, schedule, shape, **few, rounds=2, check=False, held_out_size=2
+        )
+        return _rise(lambda: sfd.learn(1), sfd.device)
+    learner = SolverLearning.without_data(
+        denoiser, schedule, shape, **few, batches=1, start="given", learn_weights=False
+    )
+    batches = learner.make_batches()[:1]
+    return _rise(lambda: learner.slope(batches), learner.device)
+
+
+def _of_images(device: str) -> Denoiser:
+    """Return an untrained denoiser of images of 8 x 8 pixels, on EDM's process."""
+    process = VE()
+    body = ResidualMLP((1, 8, 8), time_range=time_range_of("edm", process))
+    torch.nn.init.normal_(body.out.weight, std=0.01)
+    return Denoiser(body, process, "edm").to(resolve_device(device))
 
 
 def _rise(action: Callable[[], object], device: torch.device) -> float:

@@ -7,10 +7,11 @@ from functools import lru_cache, partial
 
 from ...agents.samplers.sampling import evaluations_of
 from ...common.shapes import is_vector
+from ..reports.console import console
 from ..run.threads import threads
 from ..settings.benchmark import BenchmarkSettings
 from .engine import Cell, Record
-from .stages import Stage, run_chain
+from .stages import Stage, check_calls, run_chain
 from .tables import BEFORE, FLOOR
 from .world import Scoring, World
 
@@ -72,18 +73,40 @@ class Grid:
     scoring: Scoring = PLAIN
 
     def __call__(self, settings: BenchmarkSettings) -> list[Cell]:
-        """Return the cells."""
-        cells = []
+        """Return the cells, without contenders that cannot spend the calls of the command's flags.
+
+        Raises:
+            ValueError: no contender can.
+        """
+        cells, left_out = [], dict[str, str]()
         for env in self.envs:
             for seed in settings.seeds or self.seeds:
                 for each in self.contenders:
                     for calls in each.calls or settings.steps or self.calls:
                         if env in (each.envs or self.envs):
+                            if settings.steps and (why := _refusal(each, env, calls)):
+                                left_out[f"{each.label} with {calls}"] = why
+                                continue
                             parts = [env, each.solver, each.label, f"{calls}", f"seed{seed}"]
                             parts += [f"rounds{settings.rounds}"] if settings.rounds else []
                             run = partial(each.run, env, seed, calls, self.scoring, settings)
                             cells.append(Cell("__".join(_slug(p) for p in parts if p), run))
+        if left_out and not cells:
+            raise ValueError(next(iter(left_out.values())))
+        for who, why in left_out.items():
+            console.print(f"Left out: {who} calls. {why}")
         return cells
+
+
+def _refusal(contender: Contender, env: str, calls: int) -> str | None:
+    """Return why a contender cannot spend the calls; None if it can, or has calls of its own."""
+    if contender.calls:
+        return None
+    try:
+        check_calls(contender.stages, env, calls)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _slug(text: str) -> str:

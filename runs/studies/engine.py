@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def _share_out(cells: Sequence[Cell], folder: Path, workers: int, count: int) ->
     """Let several processes work on the cells; they end with this one, however it ends."""
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=_work, args=(cells, folder, count), daemon=True)
+        spawn.Process(target=_work_quietly, args=(cells, folder, count), daemon=True)
         for _ in range(workers)
     ]
     try:
@@ -155,8 +155,17 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def _work_quietly(cells: Sequence[Cell], folder: Path, count: int | None) -> None:
+    """Do a worker's work; Ctrl-C, which the first process tells of, ends it."""
+    with suppress(KeyboardInterrupt):
+        _work(cells, folder, count)
+
+
 def _work(cells: Sequence[Cell], folder: Path, count: int | None) -> None:
-    """Run the cells that nobody else runs; at the end wait for those that others are at."""
+    """Run the cells that nobody else runs; at the end wait for those that others are at.
+
+    Data that are not at hand end it: the other cells would fail for them alike.
+    """
     with threads(count):
         for wait in (False, True):
             for cell in cells:
@@ -166,18 +175,23 @@ def _work(cells: Sequence[Cell], folder: Path, count: int | None) -> None:
                         tried = cell.file(folder).is_file() or cell.begun(folder).is_file()
                         if mine and not tried:
                             cell.begun(folder).touch()
-                            _attempt(cell, folder)
+                            if not _attempt(cell, folder):
+                                return
 
 
-def _attempt(cell: Cell, folder: Path) -> None:
-    """Run a cell and write its record, or why it failed."""
+def _attempt(cell: Cell, folder: Path) -> bool:
+    """Run a cell and write its record, or why it failed; return whether to go on to others."""
     console.rule(cell.key)
+    goes_on, debugs = True, bool(os.environ.get("FEWSTEP_DEBUG"))
     try:
         record = cell.run()
     except Exception as error:
+        goes_on = not isinstance(error, FileNotFoundError)
         record = {FAILED: str(error) or repr(error), "traceback": traceback.format_exc()}
-        console.out(record["traceback" if os.environ.get("FEWSTEP_DEBUG") else FAILED])
+        if goes_on or debugs:  # else it is said at the end
+            console.out(record["traceback" if debugs else FAILED])
     write_json(cell.file(folder), record)
+    return goes_on
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def _study(env: str, title: str) -> Study:
 
 def _fine_tuned(env: str, title: str) -> Study:
     """Return the study of fine-tuning at guidance 1 and 2, against where it starts."""
-    fine = FINE_GRAIN if env == "FashionMNIST" else COARSE_GRAIN
+    fine = COARSE_GRAIN if env == "Digits" else FINE_GRAIN
     learners = {
         "sft": (fine, fine_tune("sft", 0)),
         "sft, half mismatched": (fine, fine_tune("sft", 0, mismatched=0.5)),
@@ -89,6 +89,8 @@ def _fine_tuned(env: str, title: str) -> Study:
 STUDIES = {
     "guidance": _study("Digits", "Guided digits in 5 and 10 calls: solvers and what is learned"),
     "guidance-fashion": _study("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
+    "guidance-mnist": _study("MNIST", "The same on MNIST, with --data-dir"),
     "guided-sft": _fine_tuned("Digits", "Fine-tuning a conditional sampler of digits"),
     "guided-sft-fashion": _fine_tuned("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
+    "guided-sft-mnist": _fine_tuned("MNIST", "The same on MNIST, with --data-dir"),
 }

@@ -127,7 +127,7 @@ class _Watch(BaseCallback):
                 lambda n, generator: self.mdp.rollout(policy.chain, n, generator)
             )
         self.curve[0].append(self.num_timesteps)
-        self.curve[1].append(quality)
+        self.curve[1].append(quality["sliced_wasserstein"])
 
 
 def _critic(mdp: DiffusionMDP, seed: int) -> IPMCritic:

@@ -146,7 +146,7 @@ LEARNED = {
         f"solver learning, {name}": (solver, Learn("solver", preset=name))
         for name, solver in (
             ("ld3", "unipc-2"),
-            ("s4s", "dpm-solver++-3m"),
+            ("s4s-alt", "dpm-solver++-3m"),
             ("bns", "euler"),
             ("dyweight", "ipndm"),
             ("ddss", "ddim"),
@@ -158,17 +158,42 @@ LEARNED = {
 }
 
 
+# What learns of rewards alone, and what tunes the network, which an exact one cannot be.
+BY_REWARD = {
+    "RDPO": ("dpm-solver++-2m", Learn("rdpo")),
+    "RDPO, cross-entropy": ("dpm-solver++-2m", Learn("rdpo", {"method": "cross-entropy"})),
+}
+OF_THE_NETWORK = {
+    "SFD": (Sample("ddim"), Learn("sfd")),
+    "PD": (Sample("ddim"), Learn("pd")),
+    "CD": (Sample("consistency"), Learn("cd")),
+    "solver learning, then SFD": (Sample("dpm-solver++-3m"), Learn("solver"), Learn("sfd")),
+}
+
+
 def _learned() -> Study:
-    given = ("ddim", "dpm-solver++-2m", "dpm-solver++-3m", "unipc-2", "ipndm")
+    envs = (MIXTURE, "SwissRoll", "Digits")
+    given = ("ddim", "dpm-solver++-2m", "dpm-solver++-3m", "unipc-2", "ipndm", "deis")
     contenders = [Contender(solver, (VP, Sample(solver))) for solver in given]
     contenders += [
-        Contender(label, (VP, Sample(solver), learn)) for label, (solver, learn) in LEARNED.items()
+        Contender(label, (VP, Sample(solver), learn))
+        for label, (solver, learn) in (LEARNED | BY_REWARD).items()
     ]
-    scoring = Scoring(0, held_out=1000, reference_steps=400, before=False)
+    contenders += [
+        Contender(label, (VP, *stages), envs=envs[1:]) for label, stages in OF_THE_NETWORK.items()
+    ]
+    scoring = Scoring(20_000, held_out=1000, reference_steps=400, before=False)
     return Study(
         "What is learned of a solver, in few calls",
-        Grid((MIXTURE, "SwissRoll", "Digits"), tuple(contenders), (5, 8), (0, 1, 2), scoring),
-        ("error", "returned", "seconds"),
+        Grid(envs, tuple(contenders), (5, 8), (0, 1, 2), scoring),
+        (
+            "error",
+            "sliced_wasserstein_fresh",
+            "c2st",
+            "frechet_distance[digits-classifier]",
+            "returned",
+            "seconds",
+        ),
     )
 
 

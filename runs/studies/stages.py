@@ -27,10 +27,10 @@ from ...agents.base import Agent
 from ...agents.denoisers.bodies import new_denoiser
 from ...agents.denoisers.exact import mixture
 from ...agents.presets import preset
-from ...agents.solvers import default_schedule, make_solver, solver_within
+from ...agents.solvers import SOLVERS, default_schedule, make_solver, solver_within
 from ...common.conditions import Conditional, kind_of
 from ...envs import Schedule, make_schedule
-from ...envs.processes import make_process
+from ...envs.processes import NoiseProcess, make_process
 from ...envs.registration import ENVIRONMENTS
 from ..run.folder import read_record, write_json
 from ..run.logs import make_logger, read_live_metric
@@ -95,14 +95,11 @@ class Clone:
     def __call__(self, world: World, calls: int) -> Sampler:
         """Clone; `MIXTURE` has an exact denoiser instead."""
         seed = world.seed if self.seed is None else self.seed
+        process = self.process_of(world.env, calls)
         if world.env == MIXTURE:
-            process = make_process(self.process or f"linear-{LONG}")
             predicts = "sample" if process.grid == "karras" else "epsilon"
             exact = mixture(process, prediction=predicts, seed=seed)[0].to(world.target.device)
             return Sampler(exact, exact, repr(process))
-        process = ENVIRONMENTS[world.env].process(self.noisings or calls)
-        if self.process is not None:
-            process = make_process(self.process)
         budget = preset(world.env, CLONER)
         rounds = world.settings.rounds or self.rounds or budget.agent["rounds"]
         body = self.body or budget.body
@@ -117,6 +114,14 @@ class Clone:
         _train(agent, folder)
         denoiser = Denoiser.load(folder / agent.checkpoint_name, world.target.device)
         return Sampler(denoiser, denoiser, folder.name)
+
+    def process_of(self, env: str, calls: int) -> NoiseProcess:
+        """Return the process of what is cloned."""
+        if self.process is not None:
+            return make_process(self.process)
+        if env == MIXTURE:
+            return make_process(f"linear-{LONG}")
+        return ENVIRONMENTS[env].process(self.noisings or calls)
 
 
 @dataclass(frozen=True)
@@ -160,28 +165,42 @@ class Sample:
         if self.schedule is None and times is not None:
             tableau = make_solver(self.solver, times, sampler.denoiser, **self.options)
             return replace(sampler, tableau=tableau, solver=solver)
+        process = sampler.denoiser.process
+        times, tableau = self.spend(process, calls, sampler.denoiser)
+        return replace(sampler, schedule=times, tableau=tableau, solver=solver)
+
+    def spend(
+        self, process: NoiseProcess, calls: int, denoiser: Denoiser | None = None
+    ) -> tuple[Schedule, Tableau]:
+        """Return the times and the table that cost the calls.
+
+        Raises:
+            ValueError: no number of steps does.
+        """
         try:
-            return replace(self._spend(sampler, calls), solver=solver)
+            return self._spend(process, calls, denoiser)
         except ValueError:
             if self.schedule != "karras":
                 raise
             # Heun's calls to time 0 are odd; an even budget ends at the smallest noise level.
-            return replace(self._spend(sampler, calls, append_zero=False), solver=solver)
+            return self._spend(process, calls, denoiser, append_zero=False)
 
-    def _spend(self, sampler: Sampler, calls: int, **more: Any) -> Sampler:
+    def _spend(
+        self, process: NoiseProcess, calls: int, denoiser: Denoiser | None, **more: Any
+    ) -> tuple[Schedule, Tableau]:
         """Find the number of steps that costs the calls."""
         made: list[Schedule] = []
 
         def times(steps: int) -> Schedule:
-            process, options = sampler.denoiser.process, {**self.schedule_options, **more}
+            options = {**self.schedule_options, **more}
             if self.schedule is None:
                 made.append(default_schedule(self.solver, process, steps))
             else:
                 made.append(make_schedule(self.schedule, process, steps, **options))
             return made[-1]
 
-        tableau = solver_within(self.solver, calls, times, sampler.denoiser, **self.options)
-        return replace(sampler, schedule=made[-1], tableau=tableau)
+        tableau = solver_within(self.solver, calls, times, denoiser, **self.options)
+        return made[-1], tableau
 
 
 @dataclass(frozen=True)
@@ -267,6 +286,19 @@ def run_chain(stages: Sequence[Stage], world: World, calls: int) -> Sampler:
             done.append(calls)
             sampler = stage(sampler, calls)
     return sampler
+
+
+def check_calls(stages: Sequence[Stage], env: str, calls: int) -> None:
+    """Raise ValueError if the solver that a chain begins with cannot be asked so often."""
+    first, *others = stages
+    for stage in others:
+        if isinstance(stage, Learn):
+            return
+        if isinstance(first, Clone) and isinstance(stage, Sample):
+            # What reads a second head of the network can be built with the network alone.
+            if SOLVERS[stage.solver].needs is None:
+                stage.spend(first.process_of(env, calls), calls)
+            return
 
 
 def _score(sampler: Sampler, world: World, agent: Agent) -> dict[str, float]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from solver_names import ODE_SOLVERS
 from torch import nn
 
 from fewstep.agents import DODE, SFTPG, Denoiser, ScheduleLearning, SolverPolicy, Tableau
@@ -14,7 +15,6 @@ from fewstep.agents.pretrained.scheduler import TableauScheduler
 from fewstep.agents.samplers.gaussian import GaussianChain
 from fewstep.agents.solver_learning.scheduling.adjoint import backpropagate, by_log_level
 from fewstep.agents.solvers import (
-    SOLVERS,
     afs,
     ancestral,
     build_solver,
@@ -30,13 +30,6 @@ pytestmark = pytest.mark.numeric
 
 VP, EDM = DiscreteVP.linear(1000), VE()
 PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
-ODE = [
-    name
-    for name, solver in SOLVERS.items()
-    if solver.needs is None
-    and not name.endswith("-sde")
-    and name not in ("ancestral", "euler-ancestral", "fast-dpm", "consistency")
-]
 
 
 @torch.no_grad()
@@ -96,7 +89,7 @@ class First(nn.Module):
         return sample / self.length
 
 
-@pytest.mark.parametrize("solver", ODE)
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
 @PROCESSES
 @torch.no_grad()
 def test_every_ode_solver_spares_one_call(solver, process, grid, mixture, prior, count_calls):

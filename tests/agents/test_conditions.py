@@ -224,6 +224,8 @@ def test_an_unconditional_denoiser_s_file_says_nothing_of_conditions():
         (lambda d: d.given(torch.zeros(2, 2).long()), ValueError, r"one for each sample"),
         (lambda d: d.given(1, -1.0), ValueError, "guidance must be a finite number >= 0"),
         (lambda d: d.given(1, interval=(2.0, 1.0)), ValueError, "0 <= low < high"),
+        (lambda d: d.given(1, interval=(0.1, 2.0)), ValueError, "needs a guidance other than 1"),
+        (lambda d: d.given(1, 1.0, interval=(0.1, 2.0)), ValueError, "guidance other than 1"),
         (lambda d: d.given(1, rescale=2.0), ValueError, r"rescale must lie in \[0, 1\]"),
         (lambda d: d.epsilon(torch.zeros(2, 2), 3), ValueError, "This denoiser is conditional"),
         (
@@ -462,6 +464,43 @@ def test_a_schedule_learned_on_a_guided_view_is_that_of_the_network_made_by_hand
     batch = [agent.make_batches()[0] for agent in agents]
     slopes = [agent.slope(one).gradient for agent, one in zip(agents, batch, strict=True)]
     torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("condition", [1, pytest.param(CAPTION, marks=pytest.mark.slow)])
+def test_a_solver_learned_on_a_guided_view_is_that_of_the_network_made_by_hand(condition):
+    """Teacher, starts and gradient by all that is learned."""
+    settings = {"batch_size": 32, "batches": 1, "scale": 3, "start": "distilled"}
+    agents = [
+        SolverLearning(make_mdp(conditional=False), each, check_teacher=False, **settings)
+        for each in pair(condition)
+    ]
+    ours, theirs = (agent.make_batches()[0] for agent in agents)
+    torch.testing.assert_close(ours.finished, theirs.finished, rtol=1e-3, atol=1e-3)
+    starts = [agent._starts()[0] for agent in agents]
+    for agent, start in zip(agents, starts, strict=True):
+        agent._descent.begin(start)
+    slopes = [agent.slope([ours]).gradient for agent in agents]
+    for found in (starts, slopes):
+        assert found[0].keys() == {"times", "factors", "weights", "shifts"}
+        for name, value in found[0].items():
+            size = float(value.abs().max())
+            torch.testing.assert_close(value, found[1][name], rtol=1e-2, atol=1e-2 * size)
+
+
+@pytest.mark.parametrize("condition", [1, pytest.param(CAPTION, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:RDPO made:UserWarning")
+def test_rewards_on_a_guided_view_are_those_of_the_network_made_by_hand(condition):
+    """Each episode's, under its own table, and so where the policy gradient goes."""
+    settings = {"batch_size": 16, "held_out": 24, "rounds": 2, "check_interval": 2}
+    mdp = make_mdp(conditional=False, reward=lambda sample: -sample.square().sum(1))
+    agents = [RDPO(mdp, each, **settings) for each in pair(condition)]
+    (drawn, ours), (_, theirs) = (agent._play_episodes() for agent in agents)
+    assert drawn.std(0).min() > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    means = [agent.learn().distribution.mean.detach() for agent in agents]
+    assert means[0].abs().max() > 0
+    torch.testing.assert_close(*means, rtol=1e-2, atol=1e-2)
+    assert agents[0].rewards == pytest.approx(agents[1].rewards, rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "condition"), [("gamma", 1), ("sn", 1), ("sn", CAPTION)])

@@ -13,6 +13,7 @@ from conditioning import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
+from solver_names import ODE_SOLVERS
 from torch import nn
 
 from fewstep.agents import Denoiser, Tableau
@@ -36,9 +37,6 @@ pytestmark = pytest.mark.numeric
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
 PROCESSES = pytest.mark.parametrize("process", [VP, EDM], ids=["VP", "VE"])
-STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
-STOCHASTIC |= {"consistency"}
-ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
 
 
 # ------------------------------------------------------------------------- choosing the lambdas

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
+from solver_names import ODE_SOLVERS
 from torch import nn
 
 from fewstep.agents import Denoiser
@@ -55,9 +56,6 @@ pytestmark = pytest.mark.numeric
 
 VP = DiscreteVP.linear(1000)
 EDM = VE(0.002, 80.0)
-STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
-STOCHASTIC |= {"consistency"}
-ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
 SPACES = ["sigma", "log", "rho"]
 STORED_NUMBERS = "fewstep.agents.solver_learning.scheduling.rollout.STORED_NUMBERS"
 

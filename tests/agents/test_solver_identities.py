@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
+from solver_names import ALONE, ODE_SOLVERS
 from torch import nn
 
 from fewstep.agents import Denoiser, Tableau
@@ -47,11 +48,7 @@ NAMES = pytest.mark.parametrize(
 )
 # flow-sde needs a straight path.
 FLOW = RectifiedFlow()
-STOCHASTIC = {"ancestral", "euler-ancestral", "fast-dpm", "analytic-dpm", "sn-ddpm", "npr-ddpm"}
-STOCHASTIC |= {"consistency"}
-ODE_SOLVERS = sorted(n for n in set(SOLVERS) - STOCHASTIC if not n.endswith("-sde"))
 TWICE = ("heun", "flow-heun")
-ALONE = [name for name, solver in SOLVERS.items() if solver.needs is None]
 
 
 def same_rows(one, other, tolerance=1e-12):

@@ -1,6 +1,7 @@
 """What SolverLearning promises: exact gradients, the papers' families, and nothing worse."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -11,7 +12,14 @@ from rounds import learn_rounds
 from schedule_worlds import EDM, fresh_noise, known, network, short_world, truth, world
 from torch import nn
 
-from fewstep.agents import Denoiser, SolverLearning, SolverPolicy, Tableau
+from fewstep.agents import (
+    RDPO,
+    Denoiser,
+    ScheduleLearning,
+    SolverLearning,
+    SolverPolicy,
+    Tableau,
+)
 from fewstep.agents.presets import preset, preset_settings
 from fewstep.agents.solver_learning.joint.family import TableFamily
 from fewstep.agents.solver_learning.joint.features import SampleFeatures
@@ -65,17 +73,22 @@ def alpha_sigma(process, log):
     return torch.sigmoid(-2 * log).sqrt(), torch.sigmoid(2 * log).sqrt()
 
 
-def clean(denoiser, x, log):
-    """The predicted clean sample, by the body's predicted noise, or velocity on a flow."""
+def predicted(denoiser, x, log):
+    """The predicted clean sample and noise, by the body's noise, or velocity on a flow."""
     process, (alpha, sigma) = denoiser.process, alpha_sigma(denoiser.process, log)
     time = {VE: sigma, RectifiedFlow: sigma}.get(type(process))
     if time is None:  # log abar = -t^2 (b1 - b0) / 2 - t b0
         b0, b1 = process.slowest, process.fastest
         time = (-b0 + (b0**2 - 4 * (b1 - b0) * alpha.log()).sqrt()) / (b1 - b0)
     answer = denoiser.body(x, time.expand(len(x)))
-    return (
-        x - sigma * answer if isinstance(process, RectifiedFlow) else (x - sigma * answer) / alpha
-    )
+    if isinstance(process, RectifiedFlow):
+        return x - sigma * answer, x + (1 - sigma) * answer
+    return (x - sigma * answer) / alpha, answer
+
+
+def clean(denoiser, x, log):
+    """The predicted clean sample."""
+    return predicted(denoiser, x, log)[0]
 
 
 def softmax_levels(v, low, high):
@@ -149,7 +162,104 @@ def bns(denoiser, parameters, units, start, x0, ends, steps=5):
     return x
 
 
+def s4s(denoiser, parameters, given, x, ends, steps=5):
+    """S4S(-Alt): x_{n+1} = a_n(t) x_n + b_n(t) sum_j c_nj D(x_j, t_j + xi_j), all c free."""
+    process = denoiser.process
+    logs = softmax_levels(parameters["times"], *ends) if "times" in parameters else given
+    shifts, outputs = parameters.get("shifts", torch.zeros(steps)), []
+    for n in range(steps):
+        outputs.append(clean(denoiser, x, logs[n] + (shifts[n] if n else 0.0)))
+        # c starts at the base solver's shares on the given times.
+        start = exponential_weights(given, process, n, min(n + 1, 3, steps - n))
+        start = (start / start.sum()).flip(0)
+        c = torch.cat([start.new_zeros(n + 1 - len(start)), start])
+        c = c + parameters["weights"][n, : n + 1]
+        (_, sigma), (alpha_next, sigma_next) = (
+            alpha_sigma(process, one) for one in logs[n : n + 2]
+        )
+        b = -alpha_next * torch.expm1(logs[n + 1] - logs[n])
+        x = sigma_next / sigma * x + b * sum(c[j] * outputs[j] for j in range(n + 1))
+    return x
+
+
+# Of iPNDM's first steps: Adams and Bashforth's, on the newest output first.
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def dyweight(denoiser, parameters, logs, x, steps=5):
+    """DyWeight: y_{n+1} = y_n + (l_{n+1} - l_n) sum_j w_nj d_j in y = x / alpha, the sums free."""
+    process, slopes, y = denoiser.process, [], x / alpha_sigma(denoiser.process, logs[0])[0]
+    for n in range(steps):
+        state = alpha_sigma(process, logs[n])[0] * y
+        shift = parameters["shifts"][n] if n else 0.0
+        slopes.append(predicted(denoiser, state, logs[n] + shift)[1])
+        w = dict(enumerate(parameters["weights"][n, : n + 1]))
+        for back, start in enumerate(ADAMS_BASHFORTH[min(n, 3)]):
+            w[n - back] = w[n - back] + start
+        step = logs[n + 1].exp() - logs[n].exp()
+        y = y + step * sum(w[j] * slopes[j] for j in range(n + 1))
+    return alpha_sigma(process, logs[-1])[0] * y
+
+
+def ddss(denoiser, parameters, units, given, x, ends, steps=5):
+    """DDSS without noise: x_{n+1} = a_n x_n + sum_j b_nj eps_j, a and b free from DDIM's on."""
+    process, logs = denoiser.process, softmax_levels(parameters["times"], *ends)
+    a = units["factors"] * parameters["factors"]
+    b = units["weights"] * parameters["weights"]
+    outputs = []
+    for n in range(steps):
+        outputs.append(predicted(denoiser, x, logs[n])[1])
+        (alpha, _), (after, _) = (alpha_sigma(process, one) for one in given[n : n + 2])
+        x = (after / alpha + a[n]) * x
+        x = x + after * (given[n + 1].exp() - given[n].exp()) * outputs[n]
+        x = x + sum(b[n, j] * outputs[j] for j in range(n + 1))
+    return x
+
+
+def stage_one(denoiser, parameters, x, ends, steps=5):
+    """Huang's stage one: Euler's steps of dy/dl = (y - D) / l in y = x / alpha; the levels free."""
+    process, logs = denoiser.process, softmax_levels(parameters["times"], *ends)
+    y = x / alpha_sigma(process, logs[0])[0]
+    for n in range(steps):
+        state = alpha_sigma(process, logs[n])[0] * y
+        slope = (y - clean(denoiser, state, logs[n])) / logs[n].exp()
+        y = y + (logs[n + 1].exp() - logs[n].exp()) * slope
+    return alpha_sigma(process, logs[-1])[0] * y
+
+
+def unbiased(kernel, x, y):
+    """MMD^2 by its definition, over all pairs of different samples."""
+    n, m = len(x), len(y)
+    own = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    real = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return own + real - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+
+KERNELS = {
+    "kid": lambda a, b: ((a * b).sum() / len(a) + 1) ** 3,
+    "mmd": lambda a, b: -(a - b).square().sum().sqrt(),
+}
+REAL = torch.tensor([[1.0, 0.3], [-0.5, 0.8], [0.2, -1.1], [-1.2, -0.4]], dtype=torch.float64)
+
+
+def opinion(samples, condition=None):
+    """What a critic might say of samples."""
+    return torch.tanh(samples @ torch.tensor([0.7, -1.3], dtype=samples.dtype))
+
+
 PROCESSES = ["ve", "smooth", "flow"]
+
+
+def objective_of(family, loss):
+    """A preset's whole objective: with real samples, or a critic, where it has them."""
+    real = REAL if loss.distance in KERNELS else None
+    objective = EndObjective(family, EndLoss(loss, None, real), loss.adversarial)
+    return objective, [opinion] if loss.adversarial else []
 
 
 @pytest.fixture
@@ -178,25 +288,32 @@ def case(smooth_vp):
         }
         noise, goal = torch.randn(2, 6, 2, generator=source, dtype=torch.float64)
         noise = noise * process.prior_std(times[0])
-        objective = EndObjective(family, EndLoss(settings.loss, None, None))
-        slope = objective.slope(denoiser, parameters, [Batch(noise, goal, goal)])
+        objective, rest = objective_of(family, settings.loss)
+        slope = objective.slope(denoiser, parameters, [Batch(noise, goal, goal)], *rest)
         levels = (-process.log_snr(schedule.times)).exp()[[-1, 0]].tolist()
         return denoiser, family, parameters, noise, goal, slope, levels
 
     return make
 
 
-def assert_same_slope(slope, reference, leaves, noise, goal):
-    """Compare loss and all derivatives with autograd's through the unrolled chain, to 1e-9."""
-    each = (reference - goal).square().mean(1)
-    gradients = torch.autograd.grad(each.mean(), [*leaves.values(), noise])
-    assert slope.loss == pytest.approx(float(each.mean().detach()), rel=1e-9)
+def assert_same_slope(slope, reference, leaves, noise, goal, loss=None, lifted=0.0):
+    """Compare loss and all derivatives with autograd's through the unrolled chain, to 1e-9.
+
+    `loss` is the mean square if not given; `lifted` is what the critic's part takes off it.
+    """
+    loss = (reference - goal).square().mean() if loss is None else loss
+    gradients = torch.autograd.grad(loss - lifted, [*leaves.values(), noise])
+    assert slope.loss == pytest.approx(float(loss.detach()), rel=1e-9)
     for name, expected in zip(leaves, gradients, strict=False):
         assert expected.abs().max() > 0
         worst = (slope.gradient[name] - expected).abs().max() / expected.abs().max()
         assert float(worst) <= 1e-9, name
     by_noise = len(noise) * gradients[-1]
     torch.testing.assert_close(slope.rollouts[0].by_noise, by_noise, rtol=1e-9, atol=1e-12)
+
+
+def given_logs(family):
+    return -family.given.process.log_snr(family.given.times)
 
 
 def leaves_of(parameters, noise):
@@ -238,25 +355,107 @@ def test_bns_is_the_paper_s_family_with_its_gradient(name, case):
 
 
 @numeric
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gas_is_the_paper_s_family_with_its_gradient(name, case):
+    """GS's solver; pseudo-Huber distance, less a tenth of what the critic thinks of the samples."""
+    denoiser, family, parameters, noise, goal, slope, ends = case(name, "gas")
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"times", "factors", "weights", "shifts"}
+    reference = gs(denoiser, leaves, family.units, start, ends)
+    loss = (((reference - goal).square().mean(1) + 0.03**2).sqrt() - 0.03).mean()
+    lifted = 0.1 * opinion(reference).mean()
+    assert_same_slope(slope, reference, leaves, start, goal, loss, lifted)
+
+
+@numeric
+@pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize(
-    ("which", "solver"),
+    ("which", "learned"),
+    [("s4s", {"weights", "shifts"}), ("s4s-alt", {"times", "weights", "shifts"})],
+)
+def test_s4s_is_the_paper_s_family_with_its_gradient(which, learned, name, case):
+    denoiser, family, parameters, noise, goal, slope, ends = case(name, which)
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == learned
+    reference = s4s(denoiser, leaves, given_logs(family), start, ends)
+    assert_same_slope(slope, reference, leaves, start, goal)
+
+
+@numeric
+@pytest.mark.parametrize("name", PROCESSES)
+def test_dyweight_is_the_paper_s_family_with_its_gradient(name, case):
+    denoiser, family, parameters, noise, goal, slope, _ = case(name, "dyweight")
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"weights", "shifts"}
+    reference = dyweight(denoiser, leaves, given_logs(family), start)
+    assert_same_slope(slope, reference, leaves, start, goal)
+
+
+@numeric
+@pytest.mark.parametrize("distance", KERNELS)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_ddss_is_the_paper_s_family_with_its_gradient(name, distance, case):
+    """With the paper's kernel, and with the other distance of distributions."""
+    denoiser, family, parameters, noise, goal, slope, ends = case(name, "ddss", distance=distance)
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"times", "factors", "weights"}
+    reference = ddss(denoiser, leaves, family.units, given_logs(family), start, ends)
+    loss = unbiased(KERNELS[distance], reference, REAL)
+    assert_same_slope(slope, reference, leaves, start, goal, loss)
+
+
+@numeric
+@pytest.mark.parametrize("name", PROCESSES)
+def test_stage_one_is_the_paper_s_family_with_its_gradient(name, case):
+    denoiser, _, parameters, noise, goal, slope, ends = case(name, "stage-one")
+    leaves, start = leaves_of(parameters, noise)
+    assert set(leaves) == {"times"}
+    assert_same_slope(slope, stage_one(denoiser, leaves, start, ends), leaves, start, goal)
+
+
+@numeric
+def test_stage_one_descends_what_schedule_learning_descends():
+    """The same loss per coordinate, and the same gradient by the levels, down to the last one."""
+    mdp, (denoiser, _) = world(Schedule.karras(EDM, 6, append_zero=False)), known()
+    settings = {"batch_size": 20, "batches": 1, "scale": 5, "check_teacher": False}
+    ours = SolverLearning.for_environment(mdp, denoiser, preset="stage-one", **settings)
+    settings |= {"start": "environment", "tuning_rounds": 0}
+    theirs = ScheduleLearning(mdp, denoiser, **settings)
+    assert ours.base.to_json() == theirs.tableau.to_json()
+    (batch, *_), (other, *_) = ours.make_batches(), theirs.make_batches()
+    assert torch.equal(batch.noise, other.noise)
+    torch.testing.assert_close(batch.finished, other.target)
+    slope, wanted = ours.slope([batch]), theirs.slope(other)
+    assert slope.loss == pytest.approx(wanted.loss / 2, rel=1e-6)
+    times = ours.family.zeros()["times"].requires_grad_()
+    levels = ours.family._map.levels(times)
+    (by_times,) = torch.autograd.grad(levels, times, wanted.gradient / 2)
+    torch.testing.assert_close(slope.gradient["times"], by_times, rtol=1e-5, atol=1e-9)
+
+
+@numeric
+@pytest.mark.parametrize(
+    ("which", "changes"),
     [
-        ("gas", "unipc-2"),
-        ("s4s", "ipndm"),
-        pytest.param("dyweight", "heun", marks=pytest.mark.slow),
+        *((which, {}) for which in ("gas", "ddss", "s4s-alt", "dyweight")),
+        ("ddss", {"distance": "mmd"}),
+        ("gas", {"learn_times": True, "solver": "unipc-2"}),
+        ("s4s", {"learn_times": True, "solver": "ipndm"}),
+        pytest.param("dyweight", {"learn_times": True, "solver": "heun"}, marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_differences_of_the_loss(which, solver, case):
-    """For any base solver, in the other forms, and with another distance."""
-    changes = {"learn_times": True, "solver": solver}
+def test_gradients_are_differences_of_the_loss(which, changes, case):
+    """With every distance and the critic, in all forms, and for any base solver."""
     denoiser, family, parameters, noise, goal, slope, _ = case("smooth", which, **changes)
-    loss = EndLoss(LossSettings(distance="huber" if which == "gas" else "l2"), None, None)
-    objective, batch = EndObjective(family, loss), Batch(noise, goal, goal)
+    told = preset_settings(SolverLearningSettings, preset("", "solver", which).agent, changes)
+    (objective, rest), batch = objective_of(family, told.loss), Batch(noise, goal, goal)
 
     def moved(name, index, distance):
         changed = parameters[name].clone()
         changed.view(-1)[index] += distance
-        return objective.slope(denoiser, {**parameters, name: changed}, [batch]).loss
+        found = objective.slope(denoiser, {**parameters, name: changed}, [batch], *rest)
+        lifted = told.loss.adversarial * float(opinion(found.rollouts[0].ends).mean())
+        return found.loss - lifted
 
     for name, value in slope.gradient.items():
         index = {"weights": family.reference.steps}.get(name, 1)  # below the diagonal
@@ -274,12 +473,14 @@ def test_presets_switch_on_what_their_papers_learn():
         "gas": ("times", "factors", "weights", "shifts"),
         "ld3": ("times", "shifts"),
         "bns": ("times", "factors", "weights"),
-        "s4s": ("times", "weights", "shifts"),
+        "s4s": ("weights", "shifts"),
+        "s4s-alt": ("times", "weights", "shifts"),
         "ddss": ("times", "factors", "weights"),
         "dyweight": ("weights", "shifts"),
+        "stage-one": ("times",),
     }
     forms = {"bns": ("noise", "free"), "ddss": ("steps", "free")}
-    forms |= {"s4s": ("steps", "shares"), "dyweight": ("steps", "shares")}
+    forms |= dict.fromkeys(("s4s", "s4s-alt", "dyweight"), ("steps", "shares"))
     assert set(learned) == set(SOLVER_PRESETS)
     for name, switches in learned.items():
         told = preset_settings(SolverLearningSettings, preset("MNIST", "solver", name).agent, {})
@@ -287,10 +488,10 @@ def test_presets_switch_on_what_their_papers_learn():
         on = [each for each in ("times", "factors", "weights", "shifts") if getattr(learn, each)]
         assert tuple(on) == switches
         assert (learn.form, learn.coefficients) == forms.get(name, ("steps", "added"))
-        assert (told.loss.ball > 0) == (name in ("ld3", "s4s"))
+        assert (told.loss.ball > 0) == (name in ("ld3", "s4s", "s4s-alt"))
         assert (told.loss.adversarial > 0) == (name == "gas")
         assert (told.loss.distance == "kid") == (name == "ddss")
-        assert (told.descent.alternate > 0) == (name == "s4s")
+        assert (told.descent.alternate > 0) == (name == "s4s-alt")
         assert (told.descent.ema == 0.999) == (name in ("gs", "gas"))
     with pytest.raises(ValueError, match="did you mean 'ld3'"):
         preset("MNIST", "solver", "ld2")
@@ -367,7 +568,7 @@ def test_what_is_returned_is_far_better_than_what_was_given(start, rounds):
         *("default", "gas", "ddss"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gs", "ld3", "bns", "s4s", "dyweight")
+            for name in ("gs", "ld3", "bns", "s4s", "s4s-alt", "dyweight", "stage-one")
         ),
     ],
 )
@@ -483,6 +684,33 @@ def test_times_that_no_denoiser_can_be_told(told, complaint):
     assert same.asked_times is None and json.loads(same.to_json())["version"] == 4
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_times_and_weights_are_learned_by_turns(optimizer):
+    """Some rounds move the times and nothing else, as many others what those left alone."""
+    preset, clock, rest = "default", {"times", "shifts"}, {"factors", "weights"}
+    settings = {**ADAM, "optimizer": optimizer, "alternate": 1, "rounds": 3}
+    if optimizer == "adam":
+        settings |= {"alternate": 2, "rounds": 6}
+        preset, rest = "s4s-alt", {"weights"}
+    world, denoiser = short_world(), known()[0]
+    agent = SolverLearning.for_environment(world, denoiser, preset=preset, **settings)
+    seen = []
+
+    def note(*_):
+        seen.append({name: value.detach().clone() for name, value in agent._descent.live.items()})
+        return True
+
+    note()
+    agent.learn(callback=note)
+    moved = [
+        {name for name in after if not torch.equal(before[name], after[name])}
+        for before, after in itertools.pairwise(seen)
+    ]
+    turns = [clock] * settings["alternate"], [rest] * settings["alternate"]
+    assert moved == [*turns[0], *turns[1], *turns[0]]
+
+
 def test_a_ball_holds_its_noises():
     """They stay within the radius, and only better ones are kept."""
     settings = {**ADAM, "ball": 0.1, "ball_rate": 30.0, "rounds": 4}
@@ -538,6 +766,7 @@ def test_the_critic_s_learning_rate_follows_its_schedule():
             {"alternate": 3, "learn_weights": False, "learn_factors": False, "start": "given"},
             "takes turns",
         ),
+        ({"solver": "consistency"}, "learned from a deterministic one"),
         ({"compared": "features"}, r"none of our own for samples of shape \(2,\)"),
         ({"distance": "l1"}, "distance"),
     ],
@@ -554,6 +783,30 @@ def test_too_few_calls_are_refused():
     with pytest.raises(ValueError, match=r"no times are left to learn; take more steps"):
         SolverLearning(two, known()[0], solver="ddim", **SMALL)
     SolverLearning(two, known()[0], solver="ddim", learn_times=False, **SMALL)
+    shifts = {f"learn_{name}": False for name in ("times", "factors", "weights")}
+    for kind in (SolverLearning, RDPO):
+        with pytest.raises(ValueError, match="the first network call is told its own level"):
+            kind(two, known()[0], solver="ddim", **shifts)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_single_jump_of_a_consistency_model_is_learned():
+    """It adds no noise: one call has a factor and a weight to learn, and a teacher."""
+    two = world(Schedule(EDM, [80.0, 0.002]))
+    settings = {**SMALL, "batch_size": 50, "learn_times": False, "rounds": 2}
+    agent = SolverLearning(two, known()[0], solver="consistency", **settings).learn()
+    assert agent.returned != "given"
+    assert agent.losses["returned"] < agent.losses["given"] / 2
+
+
+@pytest.mark.filterwarnings("ignore:Solver learning made:UserWarning")
+def test_a_teacher_no_better_than_the_student_is_said():
+    """Euler's steps, as many as the student's, have nothing to teach to a linear multistep."""
+    settings = {**ADAM, "teacher": "euler", "scale": 1, "check_teacher": True, "rounds": 1}
+    agent = SolverLearning(world(), known()[0], solver="ipndm", **settings)
+    with pytest.warns(UserWarning, match=r"The teacher euler of 6 calls is no better than ipndm-4"):
+        agent.learn()
+    assert agent.errors["teacher"] > agent.errors["given"]
 
 
 def test_data_are_needed_for_a_distance_to_them():

@@ -7,9 +7,10 @@ solution, and on a mixture, against a fine solution.
 import functools
 import math
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from covering import in_turn
@@ -19,12 +20,15 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from gaussian_moments import moments
+from solver_names import ODE_SOLVERS, STOCHASTIC
 from torch import nn
 
 from fewstep.agents import Denoiser
 from fewstep.agents.denoisers.exact import mixture as exact_mixture
+from fewstep.agents.samplers.tableau import std_of
 from fewstep.agents.solvers import (
-    SOLVERS,
+    analytic_dpm,
     ancestral,
     ddim,
     default_schedule,
@@ -39,7 +43,10 @@ from fewstep.agents.solvers import (
     flow_sde,
     heun,
     ipndm,
+    lms,
     make_solver,
+    per_pixel_dpm,
+    sa_solver,
     unipc,
 )
 from fewstep.envs import ContinuousVP, CustomProcess, RectifiedFlow, Schedule, make_process
@@ -62,11 +69,15 @@ PROCESSES = {
         0.99,
     ),
 }
-STOCHASTIC = ("fast-dpm", "ancestral", "euler-ancestral", "flow-sde", "consistency")
-STOCHASTIC += tuple(name for name in SOLVERS if name.endswith("-sde"))
-NAMES = [
-    name for name, solver in SOLVERS.items() if solver.needs is None and name not in STOCHASTIC
-]
+# Consistency models predict where the ODE ends. An exact denoiser predicts the mean instead, from
+# which that sampler makes other samples.
+NOISY = [name for name in STOCHASTIC if name != "consistency"]
+
+
+def with_all_others(quick, names):
+    """The quick cases (solver, process), and all others as slow tests."""
+    others = [case for case in product(names, PROCESSES) if case not in quick]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
 
 
 class Gaussian(nn.Module):
@@ -125,9 +136,14 @@ BUILDERS = {
     "unipc-2": (unipc, 2),
     "unipc-3": (lambda s: unipc(s, 3, "bh1"), 2),
     "unipc-3 of noise": (lambda s: unipc(s, 3, output="epsilon"), 2),
+    "lms-2": (lambda s: lms(s, 2), 2),
+    "lms": (lms, 2),
+    "ipndm-v": (lambda s: make_solver("ipndm-v", s), 2),
+    "sa-solver-2": (lambda s: sa_solver(s, tau=0.0), 2),
+    "sa-solver-3": (lambda s: sa_solver(s, 3, 4, 0.0, solver_type="bh1"), 2),
 }
 ABOVE_SECOND = ("ipndm-4", "deis", "rho-deis", "dpm-3", "++3s", "3m", "++3m", "unipc-2")
-ABOVE_SECOND += ("unipc-3", "unipc-3 of noise")
+ABOVE_SECOND += ("unipc-3", "unipc-3 of noise", "lms", "ipndm-v", "sa-solver-2", "sa-solver-3")
 
 
 # Of processes that begin alike one for each: discrete betas with a rest of signal, none without a
@@ -135,12 +151,15 @@ ABOVE_SECOND += ("unipc-3", "unipc-3 of noise")
 # bisection: slow, and tested elsewhere.
 @pytest.mark.parametrize(
     ("name", "process"),
-    [
-        *in_turn(list(BUILDERS), ["linear", "cosine"], 1),
-        *in_turn(list(BUILDERS), ["zero-snr", "continuous VP"], 1),
-        *in_turn(list(BUILDERS), ["flow", "shifted flow"], 1),
-        *((name, "VE") for name in BUILDERS),
-    ],
+    with_all_others(
+        [
+            *in_turn(list(BUILDERS), ["linear", "cosine"], 1),
+            *in_turn(list(BUILDERS), ["zero-snr", "continuous VP"], 1),
+            *in_turn(list(BUILDERS), ["flow", "shifted flow"], 1),
+            *((name, "VE") for name in BUILDERS),
+        ],
+        BUILDERS,
+    ),
 )
 def test_convergence_from_the_last_time_of_the_process(name, process):
     # Above second order the first step, which is of first order, is what remains: with a constant
@@ -170,7 +189,7 @@ def test_convergence_from_the_last_time_of_the_process(name, process):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_default_grids_give_the_moments(name, process):
     for steps in (1, 2, 3, 5):
         check_moments(name, process, steps)
@@ -214,18 +233,92 @@ def test_flow_sde_keeps_the_marginals(process, rule):
     moments_of(flow_sde(Schedule.uniform(PROCESSES[process], 400), rule))
 
 
+# One process of each kind, the solvers in turn, and all others as slow tests.
+@pytest.mark.parametrize(
+    ("name", "process"), with_all_others(in_turn(NOISY, list(PROCESSES), 1), NOISY)
+)
+def test_every_stochastic_solver_keeps_the_marginals_on_its_own_grid(name, process):
+    forward = PROCESSES[process]
+    # Twice the steps for Euler-Maruyama's, whose last one is as noisy as the others.
+    schedule = default_schedule(name, forward, 400 if name == "flow-sde" else 200)
+    if name == "flow-sde" and "flow" not in process:
+        with pytest.raises(ValueError, match="needs a straight path"):
+            make_solver(name, schedule)
+        return
+    moments_of(make_solver(name, schedule, gaussian(forward)))
+
+
 def moments_of(table):
-    """Propagate mean and variance exactly: on Gaussian data each row is affine in its state."""
-    denoiser = gaussian(table.process)
-    mean, variance = 0.0, 1.0
-    for j in range(table.steps):
-        row = table.row(j)
-        at = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-        output = table.evaluate(denoiser, at, j)
-        low, high = (row.scale * at + dict(row.weights).get(j, 0.0) * output).flatten().tolist()
-        mean, variance = low + (high - low) * mean, (high - low) ** 2 * variance + row.noise**2
+    """The samples have the data's mean and deviation, exactly propagated.
+
+    The bound 0.02 is that of a first-order method of 200 steps: the samplers err by about 1 / steps
+    of what a step adds, and the starts lack the signal's share at the first time.
+    """
+    start = table.process.prior_std(float(table.times[0]))
+    mean, std = moments(table, gaussian(table.process), std=start)
     assert abs(mean - MEAN) < 0.02
-    assert abs(math.sqrt(variance) - STD) < 0.02
+    assert abs(std - STD) < 0.02
+
+
+def levels_of(process):
+    """Times of a few steps that end short of clean data; whole ones on a chain of noisings."""
+    forward = PROCESSES[process]
+    if process == "VE":
+        return Schedule.karras(forward, 6, append_zero=False)
+    times = torch.linspace(1, 0.1, 7, dtype=torch.float64) * forward.t_max
+    return Schedule(forward, times.round() if forward.discrete else times)
+
+
+def check_exact(table, eta):
+    """With the best variance a Gaussian's chain of any steps has its moments, to rounding.
+
+    x_0 given x_t is Gaussian there, and so is each transition; MATH.md 1.11.
+    """
+    process, times = table.process, table.times
+    (alpha, sigma), (alpha_s, sigma_s) = (process.levels(float(times[k])) for k in (0, -1))
+    first, last = math.hypot(alpha * STD, sigma), math.hypot(alpha_s * STD, sigma_s)
+    mean, std = moments(table, gaussian(process), alpha * MEAN, first)
+    # Levels of the discrete chains come from sums of a thousand logarithms.
+    assert mean == pytest.approx(alpha_s * MEAN, rel=1e-9, abs=1e-9)
+    assert std == pytest.approx(last, rel=1e-9), eta
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_variances_of_each_pixel_are_exact_on_a_gaussian(process, eta):
+    """SN-DDPM and NPR-DDPM, also where no signal is left, with what a perfect head would say."""
+    schedule = levels_of(process)
+    table = per_pixel_dpm(schedule, "npr", eta, clip=False, late_clip=None)
+    alpha, sigma = (torch.from_numpy(level[:-1]) for level in schedule.levels())
+    covariance = (sigma * STD) ** 2 / ((alpha * STD) ** 2 + sigma**2)
+    noise, weight, cap = (
+        torch.from_numpy(getattr(table, name).copy()) for name in ("noise", "covariance", "cap")
+    )
+    std = std_of(covariance, noise, weight, cap).numpy()
+    check_exact(table.replace(noise=std, covariance=None, cap=None), eta)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("process", ["linear", "cosine", "zero-snr"])
+def test_analytic_dpm_is_exact_on_a_gaussian(process, eta):
+    forward, schedule = PROCESSES[process], levels_of(process)
+    if process == "zero-snr":
+        # Without signal Gamma is 1 for all data, and the bound 1 stands for Cov0.
+        first = analytic_dpm(schedule, np.ones(1000), eta, clip=False, late_clip=None)
+        alpha, sigma = forward.levels(float(schedule.times[1]))
+        assert first.noise[0] == pytest.approx(math.hypot(alpha, eta * sigma), rel=1e-12)
+        schedule = Schedule(forward, schedule.times[1:])
+    whole = torch.arange(1, 1001, dtype=torch.float64)
+    alpha, sigma = forward.alpha(whole).numpy(), forward.sigma(whole).numpy()
+    # The mean square of the predicted noise, whose mean is 0.
+    gamma = sigma**2 / ((alpha * STD) ** 2 + sigma**2)
+    check_exact(analytic_dpm(schedule, gamma, eta, clip=False, late_clip=None), eta)
+
+
+def test_analytic_dpm_is_of_chains_of_noisings():
+    for process in ("flow", "VE", "continuous VP"):
+        with pytest.raises(ValueError, match="one Gamma a noising of a DiscreteVP"):
+            analytic_dpm(levels_of(process), np.ones(1000))
 
 
 @functools.cache
@@ -242,7 +335,8 @@ def fine_samples(process, times):
 
 # Four of the eight processes for each solver, and the other four for the next one.
 @pytest.mark.parametrize(
-    ("name", "process"), in_turn(NAMES, [*PROCESSES][::2] + [*PROCESSES][1::2], 4)
+    ("name", "process"),
+    with_all_others(in_turn(ODE_SOLVERS, [*PROCESSES][::2] + [*PROCESSES][1::2], 4), ODE_SOLVERS),
 )
 def test_a_mixture_is_sampled_as_by_a_fine_solver(name, process):
     schedule = default_schedule(name, PROCESSES[process], 80)
@@ -251,6 +345,32 @@ def test_a_mixture_is_sampled_as_by_a_fine_solver(name, process):
     away = make_solver(name, schedule, denoiser).sample(denoiser, start) - goal
     assert away.isfinite().all()
     assert float(away.square().sum(1).mean().sqrt()) < 0.1
+
+
+def energy_distance(one, other):
+    """The unbiased square of the energy distance of two sets of samples (N, D)."""
+    far, count = torch.cdist(one, other).mean(), len(one)
+    near = sum(torch.cdist(x, x).sum() for x in (one, other)) / (count * (count - 1))
+    return float(2 * far - near)
+
+
+@pytest.mark.parametrize(
+    ("name", "process"), with_all_others(in_turn(NOISY, list(PROCESSES), 1), NOISY)
+)
+def test_a_mixture_is_sampled_with_noise(name, process):
+    if name == "flow-sde" and "flow" not in process:
+        return  # refused, see above
+    forward, count = PROCESSES[process], 2000
+    denoiser, target = exact_mixture(forward, prediction="sample", dimension=2, std=0.4)
+    table = make_solver(name, default_schedule(name, forward, 80), denoiser)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(count, 2, dtype=torch.float64, generator=generator)
+    start *= forward.prior_std(float(table.times[0]))
+    with torch.no_grad():
+        samples = table.sample(denoiser, start, generator=generator)
+    # A shift of all samples by some 0.1, or 8 / steps; sampling alone gives some 2 / count.
+    real = target.sample_fresh(count, 1).double()
+    assert energy_distance(samples, real) < 0.005
 
 
 def test_flow_heun_is_the_trapezoidal_rule_for_the_velocity():

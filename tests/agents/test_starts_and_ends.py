@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from solver_names import ODE_SOLVERS
 
 from fewstep.agents import DODE, SFTPG, Denoiser, SolverPolicy
 from fewstep.agents.denoisers.bodies import new_denoiser
@@ -31,12 +32,6 @@ pytestmark = pytest.mark.numeric
 
 MEAN, STD = 0.3, 0.5
 PROCESSES = ["linear-1000", "linear-1000/10", "cosine-1000", "ve", "ve-1-80", "sigmoid-10"]
-STOCHASTIC = ("ancestral", "euler-ancestral", "fast-dpm", "consistency")
-DETERMINISTIC = [
-    name
-    for name, solver in SOLVERS.items()
-    if solver.needs is None and name not in STOCHASTIC and not name.endswith("-sde")
-]
 LINEAR, COSINE, EDM = DiscreteVP.linear(1000), DiscreteVP.cosine(1000), VE()
 
 
@@ -81,7 +76,7 @@ def flow(schedule, to_zero=False):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("solver", DETERMINISTIC)
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
 def test_the_default_grid_gives_the_right_mean_and_std(solver, name):
     process = make_process(name)
     grids = [default_schedule(solver, process, steps) for steps in (50, 100)]
@@ -99,7 +94,7 @@ def test_the_default_grid_gives_the_right_mean_and_std(solver, name):
         np.testing.assert_allclose(fine, [MEAN, STD], atol=0.02)
 
 
-@pytest.mark.parametrize("solver", DETERMINISTIC)
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
 def test_a_later_start_of_ve_starts_from_its_own_level(solver):
     grids = [Schedule.karras(EDM, steps, start=10.0) for steps in (50, 100)]
     coarse, fine = (moments(make_solver(solver, grid)) for grid in grids)

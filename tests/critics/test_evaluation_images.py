@@ -137,11 +137,14 @@ def test_the_live_metric_and_the_pixels_take_few_samples_of_large_images(monkeyp
 
     sizes = [metric.samples for metric in Evaluation(target).metrics]
     assert sizes == [2000, 3000, 2000]
-    assert Evaluation(target).quick(sample) == pytest.approx(0, abs=1e-12)
+    quick = Evaluation(target).quick(sample)
+    assert quick == {"sliced_wasserstein": pytest.approx(0, abs=1e-12)}
     assert sum(asked) == 2000
     monkeypatch.setattr(module, "_NUMBERS", 16 * 100)
     small = Evaluation(target, fresh_samples=300, features=Pixels())
     assert [metric.samples for metric in small.metrics] == [100, 100, 100, *[4 * 300] * 5]
+    # Of the live ones only what a classifier sees in features is added.
+    assert small.quick(sample).keys() == {"sliced_wasserstein", "c2st[pixels]"}
 
 
 def test_the_digits_keep_their_metrics_of_pixels():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fewstep.critics import evaluate
-from fewstep.critics.metrics import Manifold, c2st, sliced_wasserstein
+from fewstep.critics.metrics import Evaluation, Manifold, c2st, sliced_wasserstein
+from fewstep.critics.metrics.evaluation import FRESH_SEED
 from fewstep.envs import make_target
 
 pytestmark = pytest.mark.numeric
@@ -67,6 +68,18 @@ def test_it_sees_a_blur_that_hardly_moves_the_sliced_wasserstein_distance():
 def test_what_cannot_be_classified_is_refused(x, y, neighbours, complaint):
     with pytest.raises(ValueError, match=complaint):
         c2st(x, y, neighbours)
+
+
+def test_a_run_watches_them_too():
+    target = make_target("SwissRoll")
+    evaluation = Evaluation(target, fresh_samples=20_000)
+    points = target.sample_fresh(10_000, 5) + 0.01 * normal(10_000, 0)
+    live = evaluation.quick(lambda n, generator: points[:n])
+    assert live == {
+        "sliced_wasserstein": evaluation.score(points.repeat(2, 1))["sliced_wasserstein"],
+        "c2st": c2st(points[:2000], target.sample_fresh(20_000, FRESH_SEED)),
+        "off_manifold": target.manifold.off(points),
+    }
 
 
 def circle(course):

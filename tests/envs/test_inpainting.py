@@ -179,7 +179,7 @@ def test_the_default_reward_compares_whole_samples(make):
         ({"inpaint": torch.ones(1, 8, 8)}, TypeError, "a tensor of bool; got torch.float32"),
         ({"inpaint": torch.ones(8, 8, dtype=torch.bool)}, ValueError, "must have shape"),
         ({"inpaint": torch.ones(1, 8, 8, dtype=torch.bool)}, ValueError, "leave something"),
-        ({"inpaint": 3}, TypeError, "got int"),
+        ({"inpaint": 3}, TypeError, "got 3"),
     ],
 )
 def test_masks_that_make_no_sense_are_refused(change, error, complaint, make):

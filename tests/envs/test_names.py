@@ -1,4 +1,4 @@
-from fewstep.envs import unknown_name
+from fewstep.common.names import unknown_name
 
 
 def test_a_near_miss_gets_a_suggestion_and_the_list():

@@ -82,8 +82,8 @@ def test_steps_below_one_are_refused(name, steps):
 
 
 def test_unknown_names_and_missing_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown environment 'Swissroll'; did you mean"):
-        make_mdp("Swissroll")
+    with pytest.raises(ValueError, match="unknown environment 'Swisroll'; did you mean"):
+        make_mdp("Swisroll")
     with pytest.raises(ValueError, match="unknown schedule 'linear'"):
         make_mdp("SwissRoll", schedule="linear")
     with pytest.raises(ValueError, match="did you mean 'Moons'"):

@@ -121,6 +121,7 @@ def test_a_conditional_network_is_analysed_under_the_data_s_conditions(cloned, f
         (["--guidance=2"], "This denoiser is unconditional"),
         (["--conditional", "--guidance=-1"], "guidance"),
         (["--conditional", "--guidance=2", "--guidance-interval", "3", "1"], "0 <= low < high"),
+        (["--conditional", "--guidance-interval", "0", "2"], "needs a --guidance other than 1"),
         (["--conditional", "--body=mlp"], "knows no classes"),
         (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each"),
     ],

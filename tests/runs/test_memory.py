@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fewstep.agents import SFT, SFTPG
-from fewstep.runs.speed.memory import peaks_of_gradient, peaks_of_round
+from fewstep.runs.speed.memory import peaks_of_gradient, peaks_of_learner, peaks_of_round
 
 pytestmark = pytest.mark.slow  # each figure wants a fresh process
 
@@ -24,4 +24,11 @@ def test_memory_of_the_exact_gradient_does_not_grow_with_the_steps():
     assert many > 5 * few
     few, many = peaks_of_gradient("exact (adjoint)", "cpu")
     states = 4 * 64 * 1024 * (100 - 10) / 2**20
+    assert many - few < 2 * states + 10
+
+
+@pytest.mark.parametrize("kind", ["solver learning", "SFD"])
+def test_memory_of_learning_a_few_step_sampler_grows_by_its_states_only(kind):
+    few, many = peaks_of_learner(kind, "cpu")
+    states = 4 * 64 * 256 * (100 - 10) / 2**20
     assert many - few < 2 * states + 10

@@ -131,7 +131,7 @@ def test_a_vp_process_learns_too(tmp_path, fewstep):
         (["--process=ve-80-0.002"], "need 0 < sigma_min < sigma_max"),
         (["--solver=ancestral"], "adds noise"),
         (["--gradient=eq14", "--solver=ipndm"], "derived for Euler's steps"),
-        (["--gradient=slope"], "invalid choice 'slope'"),
+        (["--gradient=slope"], ", got 'slope'"),
         (["--start=nowhere"], "unknown start 'nowhere'"),
         (["--schedule=missing.json"], "No schedule at missing.json"),
         (["--schedule=80,40,50,1,0", "--process=ve"], "must strictly decrease"),

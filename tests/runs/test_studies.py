@@ -263,6 +263,19 @@ def test_a_failure_is_one_sentence_that_names_the_cell(tmp_path, fewstep, capsys
     assert "--data-dir" in said
 
 
+def test_contenders_that_cannot_spend_the_calls_are_left_out(tmp_path, fewstep, capsys):
+    settings = BenchmarkSettings("solver-learning", log_dir=tmp_path, steps=(1, 5), seeds=(0,))
+    keys = [cell.key for cell in STUDIES["solver-learning"].cells(settings)]
+    assert "mixture__ddim__1__seed0" in keys
+    assert "mixture__dpm-solver++-2m__5__seed0" in keys
+    assert "mixture__dpm-solver++-2m__1__seed0" not in keys
+    assert "Left out: dpm-solver++-2m with 1 calls." in " ".join(capsys.readouterr().out.split())
+    # Where none can, nothing begins.
+    assert fewstep("benchmark", "last-steps", f"--log-dir={tmp_path}", "--steps", "1") == 2
+    assert "needs at least 2 network calls" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
 # So few steps of FastDPM start late, and say so.
 @pytest.mark.filterwarnings("ignore:Sampling starts from pure noise")
 def test_the_study_of_samplers(tmp_path, fewstep, shrink):

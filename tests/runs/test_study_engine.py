@@ -77,6 +77,16 @@ def test_a_failing_cell_is_named_and_the_others_are_kept(tmp_path):
     assert ran(tmp_path) == ["a-0", "a-1", "b-0", "b-1", "c-0"]
 
 
+def test_data_that_are_not_at_hand_end_a_study(tmp_path):
+    absent = partial(study_cells.absent, "MNIST is not at hand")
+    settings = BenchmarkSettings(study="some", log_dir=tmp_path)
+    with pytest.raises(CellError, match="first b: MNIST is not at hand"):
+        run_study(study_of([cells_of(tmp_path)[0], Cell("b", absent), Cell("c", absent)]), settings)
+    # The cell before it is kept, the one after it not tried.
+    assert len(json.loads((settings.folder / "results.json").read_text())) == 1
+    assert not (settings.folder / "cells" / "c.json").exists()
+
+
 @pytest.mark.slow  # likewise
 def test_a_killed_worker_loses_its_cell_only(tmp_path):
     cells = [Cell("killed", study_cells.killed), *cells_of(tmp_path)]

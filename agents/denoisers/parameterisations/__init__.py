@@ -1,5 +1,6 @@
 """Parameterisations: what networks predict, one file each."""
 
+from ....common.arguments import checked
 from ....common.names import unknown_name
 from ....envs.processes import NoiseProcess
 from .base import Parameterisation
@@ -16,6 +17,7 @@ PARAMETERISATIONS: dict[str, type[Parameterisation]] = {
 }
 
 
+@checked
 def make_parameterisation(
     prediction: str, process: NoiseProcess, sigma_data: float = 0.5
 ) -> Parameterisation:

@@ -51,7 +51,11 @@ def read_distilled(path: str | Path, agent: str) -> tuple[Tableau, dict[str, Any
         raise CheckpointError(str(error)) from None
     training = tree.get("training")
     if not isinstance(training, dict) or training.get("agent") != agent:
-        raise CheckpointError(f"{path} is a tableau, but not one that {agent}'s training wrote.")
+        writer = training.get("agent") if isinstance(training, dict) else None
+        raise CheckpointError(
+            f"{path} is a tableau, but not one that {agent}'s training wrote"
+            + (f": it was written by {writer!r}." if writer else ".")
+        )
     missing = [field for field in _TRAINING if field not in training]
     missing += [field for field in _STATE if field not in tree]
     if missing:

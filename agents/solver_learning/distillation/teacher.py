@@ -128,6 +128,7 @@ def errors_against_finer(
     noise: Tensor,
     integer: bool = False,
     condition: Tensor | None = None,
+    micro_batch_size: int | None = None,
 ) -> tuple[float, float]:
     """Measure a teacher and the student's base solver against a much finer solver.
 
@@ -140,21 +141,25 @@ def errors_against_finer(
         noise: (N, *shape) of which no more is used than needed.
         integer: round the finer solver's times to whole noisings.
         condition: the conditions (N, ...) of a conditional environment.
+        micro_batch_size: most samples that the network sees at once.
 
     Returns:
         The mean squared errors per coordinate of the finished samples of teacher and student.
     """
     rows = slice(max(CHECKED_NUMBERS // noise[0].numel(), CHECKED_SAMPLES))
     checked = noise[rows]
-    if condition is not None:
-        denoiser = denoiser.under(condition[rows])
     with warnings.catch_warnings():
         # It has to start where the student does, and in very many steps it may.
         warnings.simplefilter("ignore", EmptyStartWarning)
         finer = make_teacher(
             student, schedule, FINER_SOLVER, scale=FINER_SCALE * scale, integer=integer
         )
-    truth = [Batch(checked, finer.states(denoiser, checked)[-1].unsqueeze(0))]
+    truth = []
+    for first in range(0, len(checked), micro_batch_size or len(checked)):
+        piece = slice(first, first + (micro_batch_size or len(checked)))
+        under = None if condition is None else condition[rows][piece]
+        ends = finer.states(denoiser.under(under), checked[piece])[-1]
+        truth.append(Batch(checked[piece], ends.unsqueeze(0), under))
     return (
         final_error(teacher.tableau, denoiser, truth),
         final_error(student, denoiser, truth),
@@ -170,10 +175,11 @@ def judge_teacher(
     noise: Tensor,
     integer: bool = False,
     condition: Tensor | None = None,
+    micro_batch_size: int | None = None,
 ) -> float:
     """Return the teacher's error of `errors_against_finer`; warn unless the student's is larger."""
     error, base = errors_against_finer(
-        teacher, student, schedule, scale, denoiser, noise, integer, condition
+        teacher, student, schedule, scale, denoiser, noise, integer, condition, micro_batch_size
     )
     if error >= base > 0:
         warnings.warn(

@@ -77,6 +77,9 @@ class TableFamily:
         build: the base solver's builder; deterministic tables.
         given: the schedule that gives the number of steps and the ends.
         learn: what is learned, and how.
+
+    Raises:
+        ValueError: "shares" of a step whose weights sum to 0; or shifts alone, of a single call.
     """
 
     def __init__(self, build: Builder, given: Schedule, learn: LearnSettings) -> None:
@@ -86,6 +89,11 @@ class TableFamily:
             self._build, self._stack = (lambda schedule: in_noise_form(build(schedule))), None
         self.reference = self._build(given)
         self._latest = given, self.reference
+        if self.reference.steps == 1 and not (learn.times or learn.factors or learn.weights):
+            raise ValueError(
+                "Nothing is left to learn: the first network call is told its own level, and there "
+                "is no other; take more steps, or learn.weights=True."
+            )
         base = numbers_of(self.reference)
         lower = torch.ones_like(base.weights).tril()
         largest = base.weights.abs().amax(1, keepdim=True)

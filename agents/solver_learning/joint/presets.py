@@ -22,6 +22,13 @@ _GS: dict[str, Any] = {
 }
 # LD3's ball; S4S descends the same soft loss.
 _BALL: dict[str, Any] = {"ball": 0.05}
+_S4S: dict[str, Any] = {
+    **_ADAM,
+    **_BALL,
+    "solver": "dpm-solver++-3m",
+    "learn_factors": False,
+    "coefficients": "shares",
+}
 
 SOLVER_PRESETS: dict[str, dict[str, Any]] = {
     # Generalised solver: everything, added to DPM-Solver++ 3M at the learned times.
@@ -45,15 +52,10 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
         "form": "noise",
         "coefficients": "free",
     },
-    # Frankel et al. 2025, S4S-Alt: shares of each exponential step, by turns with the times.
-    "s4s": {
-        **_ADAM,
-        **_BALL,
-        "solver": "dpm-solver++-3m",
-        "learn_factors": False,
-        "coefficients": "shares",
-        "alternate": 20,
-    },
+    # Frankel et al. 2025: shares of each exponential step, and the times that the network is told.
+    "s4s": {**_S4S, "learn_times": False},
+    # S4S-Alt: by turns with the times themselves.
+    "s4s-alt": {**_S4S, "alternate": 20},
     # Watson et al. 2022: all numbers of a sampler, by the kernel distance to data; without noise.
     "ddss": {
         **_ADAM,
@@ -69,5 +71,17 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
         "learn_times": False,
         "learn_factors": False,
         "coefficients": "shares",
+    },
+    # Huang 2024, schedule learning's stage one: the times of Euler's steps. As `ScheduleLearning`
+    # does it by default: towards the teacher's samples, from the programme's times.
+    "stage-one": {
+        "optimizer": "adam",
+        "rounds": 150,
+        "times_rate": 0.3,
+        "solver": "euler",
+        "start": "programme",
+        "learn_factors": False,
+        "learn_weights": False,
+        "learn_shifts": False,
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -172,6 +173,14 @@ class SolverLearningSettings(AgentSettings):
                     f"descent.optimizer='lbfgs' descends a loss that stays the same: {name} needs "
                     "'adam'."
                 )
+        if descent.optimizer == "lbfgs":
+            defaults = DescentSettings()
+            for name in ("times_rate", "coefficients_rate", "shifts_rate"):
+                if getattr(descent, name) != getattr(defaults, name):
+                    warnings.warn(
+                        f"descent.{name} is adam's: descent.optimizer='lbfgs' does not read it.",
+                        stacklevel=4,
+                    )
         if descent.ema and descent.optimizer == "lbfgs":
             raise ValueError("descent.ema averages the steps of descent.optimizer='adam'.")
         if descent.alternate and not (

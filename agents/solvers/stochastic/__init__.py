@@ -5,6 +5,7 @@ from .ancestral import ancestral, euler_ancestral
 from .consistency import consistency
 from .fastdpm import fast_dpm
 from .flow_sde import flow_sde
+from .sa_solver import sa_solver
 
 __all__ = [
     "analytic_dpm",
@@ -14,4 +15,5 @@ __all__ = [
     "fast_dpm",
     "flow_sde",
     "per_pixel_dpm",
+    "sa_solver",
 ]
