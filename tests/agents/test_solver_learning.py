@@ -438,10 +438,15 @@ def test_stage_one_descends_what_schedule_learning_descends():
     ("which", "changes"),
     [
         *((which, {}) for which in ("gas", "ddss", "s4s-alt", "dyweight")),
-        ("ddss", {"distance": "mmd"}),
-        ("gas", {"learn_times": True, "solver": "unipc-2"}),
-        ("s4s", {"learn_times": True, "solver": "ipndm"}),
-        pytest.param("dyweight", {"learn_times": True, "solver": "heun"}, marks=pytest.mark.slow),
+        *(
+            pytest.param(which, changes, marks=pytest.mark.slow)
+            for which, changes in (
+                ("ddss", {"distance": "mmd"}),
+                ("gas", {"learn_times": True, "solver": "unipc-2"}),
+                ("s4s", {"learn_times": True, "solver": "ipndm"}),
+                ("dyweight", {"learn_times": True, "solver": "heun"}),
+            )
+        ),
     ],
 )
 def test_gradients_are_differences_of_the_loss(which, changes, case):

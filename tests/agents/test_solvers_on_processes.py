@@ -166,7 +166,9 @@ def test_convergence_from_the_last_time_of_the_process(name, process):
     # so small that the others' higher orders may hide it.
     build, order = BUILDERS[name]
     errors = []
-    for steps in (80, 160):
+    # There the error of this one changes its sign between 40 and 160 steps.
+    crosses = (name, process) == ("sa-solver-2", "VE")
+    for steps in (640, 1280) if crosses else (80, 160):
         forward = PROCESSES[process]
         if process == "VE":
             times = Schedule.karras(forward, steps, append_zero=False).times

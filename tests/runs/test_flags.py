@@ -116,11 +116,10 @@ def test_an_interrupt_before_the_first_checkpoint_says_how_to_start_anew(
     assert Settings.from_json(path / "config.json").agent.rounds == 4
 
 
-@pytest.mark.parametrize("words", ["--help", "envs"])
-def test_a_reader_who_has_enough_ends_a_command_quietly(words):
+def test_a_reader_who_has_enough_ends_a_command_quietly():
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "fewstep.runs.cli", words]
+    command = [sys.executable, "-m", "fewstep.runs.cli", "--help"]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert ended.returncode == 1
