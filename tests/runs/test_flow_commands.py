@@ -45,11 +45,14 @@ def trained(tmp_path_factory, fewstep):
     return train
 
 
+SLOW = {"schedule", "solver", "sfd", "pd", "cd", "dmd"}
+
+
 @pytest.mark.parametrize(
     "agent",
     [
-        *sorted(set(AGENTS) - {"solver", "pd", "cd", "dmd"}),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("solver", "pd", "cd", "dmd")),
+        *sorted(set(AGENTS) - SLOW),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(SLOW)),
     ],
 )
 def test_a_flow_is_cloned_and_trained(agent, trained):

@@ -114,6 +114,7 @@ def test_a_run_is_interrupted_in_either_stage_and_resumed(learned, tmp_path, few
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_vp_process_learns_too(tmp_path, fewstep):
     flags = [*AGENT, *CLONED, "--process=linear-1000", "--solver=dpm-solver++-2m"]
     assert fewstep("train", *flags, f"--log-dir={tmp_path}") == 0

@@ -235,6 +235,7 @@ def test_a_study_of_agents_shows_before_after_and_floor(tmp_path, fewstep, shrin
     assert (folder / "plot.png").is_file()
 
 
+@pytest.mark.slow
 def test_ppo_of_another_library_is_a_stage_like_any_other(tmp_path, fewstep, monkeypatch):
     """It trains the same network in the same calls; a second study finds it trained."""
     flags = ["benchmark", "ppo", f"--log-dir={tmp_path}", "--rounds=1", "--evaluation-samples=200"]
@@ -277,6 +278,7 @@ def test_contenders_that_cannot_spend_the_calls_are_left_out(tmp_path, fewstep, 
 
 
 # So few steps of FastDPM start late, and say so.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sampling starts from pure noise")
 def test_the_study_of_samplers(tmp_path, fewstep, shrink):
     wanted = {"DDPM, sub-sampled", "SN-DDPM", "D-DDIM", "SFT-PG (B)"}
