@@ -227,6 +227,9 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
     # A full id, fewstep/SwissRoll-v0, names the same environment.
     run = dataclasses.replace(flags.run, env=resolve_environment(flags.run.env))
     _check_stages(run, argv)
+    named = any(word.replace("_", "-").startswith("--guidance-interval") for word in argv)
+    if run.guidance == 1 and not named:  # an earlier run's interval was for its guidance
+        run = dataclasses.replace(run, guidance_interval=None)
     return Settings(run, flags.agent, flags.pretrain)
 
 

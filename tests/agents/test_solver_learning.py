@@ -371,23 +371,22 @@ def test_gas_is_the_paper_s_family_with_its_gradient(name, case):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize(
     ("which", "learned"),
-    [("s4s", {"weights", "shifts"}), ("s4s-alt", {"times", "weights", "shifts"})],
+    [
+        ("s4s", {"weights", "shifts"}),
+        ("s4s-alt", {"times", "weights", "shifts"}),
+        ("dyweight", {"weights", "shifts"}),
+    ],
 )
-def test_s4s_is_the_paper_s_family_with_its_gradient(which, learned, name, case):
+def test_shares_are_the_papers_families_with_their_gradient(which, learned, name, case):
+    """S4S and S4S-Alt of an exponential solver, DyWeight of iPNDM."""
     denoiser, family, parameters, noise, goal, slope, ends = case(name, which)
     leaves, start = leaves_of(parameters, noise)
     assert set(leaves) == learned
-    reference = s4s(denoiser, leaves, given_logs(family), start, ends)
-    assert_same_slope(slope, reference, leaves, start, goal)
-
-
-@numeric
-@pytest.mark.parametrize("name", PROCESSES)
-def test_dyweight_is_the_paper_s_family_with_its_gradient(name, case):
-    denoiser, family, parameters, noise, goal, slope, _ = case(name, "dyweight")
-    leaves, start = leaves_of(parameters, noise)
-    assert set(leaves) == {"weights", "shifts"}
-    reference = dyweight(denoiser, leaves, given_logs(family), start)
+    given = given_logs(family)
+    if which == "dyweight":
+        reference = dyweight(denoiser, leaves, given, start)
+    else:
+        reference = s4s(denoiser, leaves, given, start, ends)
     assert_same_slope(slope, reference, leaves, start, goal)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from fewstep.agents import Denoiser
 from fewstep.agents.denoisers.bodies import named_body
 from fewstep.envs import Classes, DiscreteVP
+from fewstep.runs.settings.train import parse
 
 TINY = [
     "--env=Digits",
@@ -63,6 +64,15 @@ def test_its_samples_are_evaluated_with_another_guidance(tuned, fewstep, tmp_pat
     assert fewstep("evaluate", str(tuned), *flags) == 0
     # Of the times 1000, 667 and 333 of DDPM's chain the last is within the interval.
     assert json.loads(scores.read_text())["nfe"] == 4
+
+
+def test_an_earlier_run_s_interval_is_left_out_with_its_guidance(tuned, tmp_path):
+    config = json.loads((tuned / "config.json").read_text())
+    config["run"]["guidance_interval"] = [0.2, 5.0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for source in (f"--config={tmp_path / 'config.json'}", f"--start-from={tmp_path}"):
+        assert parse([source, "--guidance=3"]).run.guidance_interval == (0.2, 5)
+        assert parse([source, "--guidance=1"]).run.guidance_interval is None
 
 
 @pytest.mark.parametrize("flags", [[], ["--condition=3"]])
