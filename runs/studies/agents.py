@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .contenders import Contender, Grid
@@ -13,7 +14,7 @@ DDPM = Sample("ancestral")
 # A denoiser that all contenders share, and one for every seed, as in the main job.
 SHARED, OWN = Clone(seed=0), Clone()
 SCORING = Scoring(own_noise=False)
-COLUMNS = ("sliced_wasserstein", "sliced_wasserstein_fresh", "c2st", "off_manifold", "seconds")
+COLUMNS = ("sliced_wasserstein", "sliced_wasserstein_fresh", "seconds")
 # The critic and the other settings that SFT-V has by default, for SFT-PG.
 LOGISTIC: dict[str, Any] = {
     "objective": "logistic",
@@ -26,7 +27,40 @@ ANALYTIC = (Learn("variance", {"kind": "gamma"}), Sample("analytic-dpm"))
 FINE: dict[str, Any] = {"bandwidths": (6.0, 25.0)}
 SHARP: dict[str, Any] = {"solver_options": {"last_std": 0.0025}}
 
+# Networks of the toys: twice as wide, or with PyTorch's first layer, which blurs what is thin.
+WIDE = replace(SHARED, body="mlp", body_options={"hidden": 256})
+SMOOTH = replace(SHARED, body="mlp", body_options={"input_gain": 1.0})
+RESIDUAL = replace(SHARED, body="residual-mlp")
 PLAIN_V: dict[str, Any] = {"scaled_baseline": False, "even": False}
+OF_512: dict[str, Any] = {"batch_size": 512, "rounds": 240}
+# What one run changes of the presets: the network, the agent, its settings.
+INGREDIENTS: dict[str, tuple[Clone, str, dict[str, Any]]] = {
+    "SFT-PG (B)": (SHARED, "sft-pg", {}),
+    "V alone": (SHARED, "sft-pg", {"residual_baseline": False}),
+    "GAE lambda = 1": (SHARED, "sft-pg", {"gae_lambda": 1.0}),
+    "all states for V": (SHARED, "sft-pg", {"baseline_states": 10}),
+    "PPO ratio clip 0.2": (SHARED, "sft-pg", {"clip_range": 0.2}),
+    "even batches": (SHARED, "sft-pg", {"even": True}),
+    "advantages not normalised": (SHARED, "sft-pg", {"normalize_advantage": False}),
+    "SFT-V": (SHARED, "sft-v", {}),
+    "SFT-V, V unscaled": (SHARED, "sft-v", {"scaled_baseline": False}),
+    "SFT-V, uneven batches": (SHARED, "sft-v", {"even": False}),
+    "SFT-V, neither": (SHARED, "sft-v", PLAIN_V),
+    "SFT-V, neither, beta_2 .999": (SHARED, "sft-v", {**PLAIN_V, "critic_betas": (0.5, 0.999)}),
+    "SFT-V, falling rates of f, V": (SHARED, "sft-v", {"critic_lr_schedule": "linear"}),
+    "SFT-V, batches of 512": (SHARED, "sft-v", OF_512),
+    "SFT-V, neither, of 512": (SHARED, "sft-v", {**PLAIN_V, **OF_512}),
+    "SFT-V, f normalised spectrally": (SHARED, "sft-v", {"regularizer": "spectral-norm"}),
+    "SFT-V, f twice as wide": (SHARED, "sft-v", {"critic_width": 256}),
+    "SFT-V, twice the real samples": (SHARED, "sft-v", {"critic_passes": 2}),
+    "SFT-V, denoiser twice as wide": (WIDE, "sft-v", {}),
+    "SFT-V, usual first layer": (SMOOTH, "sft-v", {}),
+    "SFT-V, residual denoiser": (RESIDUAL, "sft-v", {}),
+    "SFT-V, four times the cloning": (replace(SHARED, rounds=8000), "sft-v", {}),
+    "SFT-V, no average of theta": (SHARED, "sft-v", {"ema": 0.0}),
+    "SFT-V, average over 100 rounds": (SHARED, "sft-v", {"ema": 0.99}),
+    "SFT-V, constant rate of theta": (SHARED, "sft-v", {"lr_schedule": "constant"}),
+}
 
 
 def _study(title: str, *contenders: Contender, env: str = "SwissRoll", **more: Any) -> Study:
@@ -113,23 +147,8 @@ STUDIES = {
         calls=(3, 5, 8, 10),
     ),
     "ingredients": _study(
-        "What our additions to SFT-PG (B) and SFT-V earn",
-        SFT_PG_B,
-        _tuned("V alone", SHARED, residual_baseline=False),
-        _tuned("GAE lambda = 1", SHARED, gae_lambda=1.0),
-        _tuned("all states for V", SHARED, baseline_states=10),
-        _tuned("PPO ratio clip 0.2", SHARED, clip_range=0.2),
-        _tuned("even batches", SHARED, even=True),
-        _tuned("SFT-V", SHARED, "sft-v"),
-        _tuned("SFT-V, V unscaled", SHARED, "sft-v", scaled_baseline=False),
-        _tuned("SFT-V, uneven batches", SHARED, "sft-v", even=False),
-        _tuned("SFT-V, neither", SHARED, "sft-v", **PLAIN_V),
-        _tuned(
-            "SFT-V, neither, beta_2 .999", SHARED, "sft-v", **PLAIN_V, critic_betas=(0.5, 0.999)
-        ),
-        _tuned("SFT-V, falling rates of f, V", SHARED, "sft-v", critic_lr_schedule="linear"),
-        _tuned("SFT-V, batches of 512", SHARED, "sft-v", batch_size=512, rounds=240),
-        _tuned("SFT-V, neither, of 512", SHARED, "sft-v", **PLAIN_V, batch_size=512, rounds=240),
+        "What each of our additions to SFT-PG (B) and SFT-V earns, one at a time",
+        *(_tuned(name, clone, agent, **each) for name, (clone, agent, each) in INGREDIENTS.items()),
         seeds=(0, 1, 2),
     ),
     "seeing": _study(

@@ -159,13 +159,6 @@ STUDIES = {
                 _chain("SFT-V", fine_tune("sft-v")),
             ),
         ),
-        (
-            "sliced_wasserstein_fresh",
-            "c2st",
-            "off_manifold",
-            "training calls",
-            "calls a second",
-            "seconds",
-        ),
+        ("sliced_wasserstein_fresh", "training calls", "calls a second", "seconds"),
     )
 }

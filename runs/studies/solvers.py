@@ -15,7 +15,7 @@ from .world import LONG, MIXTURE, Scoring
 VP, EDM = Clone(noisings=LONG), Clone("ve")
 UNIFORM: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
 KARRAS: dict[str, Any] = {"schedule": "karras"}
-SCORING = Scoring(20_000, held_out=2000, features=False)
+SCORING = Scoring(20_000, held_out=2000)
 COLUMNS = ("error", "factor error", "sliced_wasserstein_fresh", "mmd", "returned", "seconds")
 
 Start = tuple[str, Clone, Sample]
@@ -189,7 +189,6 @@ def _learned() -> Study:
         (
             "error",
             "sliced_wasserstein_fresh",
-            "c2st",
             "frechet_distance[digits-classifier]",
             "returned",
             "seconds",

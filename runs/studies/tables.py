@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from ..reports.plots import curve_figure, dots_figure
 
 BEFORE, FLOOR, FACTOR = " before", " floor", "factor "
+# Metrics that see what an eye sees: a table has them wherever its records do.
+SEEING = ("c2st", "off_manifold")
 COORDINATES = ["env", "solver", "contender", "calls"]
 FORMATS = {"seconds": "{:.0f}", "training calls": "{:.2e}"}
 
@@ -38,7 +40,7 @@ def report(
 ) -> str:
     """Return a study's title, table and notes in Markdown; for the arguments see `engine.Study`."""
     frame = pd.DataFrame(records)
-    columns = columns or all_columns(frame)
+    columns = with_seeing(frame, columns) if columns else all_columns(frame)
     seeds = frame["seed"].nunique()
     notes = [
         "Scores: before → after (floor), where there are such; mean ± standard deviation over "
@@ -85,6 +87,14 @@ def groups(frame: pd.DataFrame) -> list[pd.DataFrame]:
 def all_columns(frame: pd.DataFrame) -> list[str]:
     """Return all metrics that have a floor, and the seconds."""
     return [*(name.removesuffix(FLOOR) for name in frame if name.endswith(FLOOR)), "seconds"]
+
+
+def with_seeing(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """Return columns with the metrics of `SEEING` that the records have, before the seconds."""
+    metrics = [name for name in all_columns(frame) if name.startswith(SEEING)]
+    missing = [name for name in metrics if name not in columns]
+    at = list(columns).index("seconds") if "seconds" in columns else len(columns)
+    return [*columns[:at], *missing, *columns[at:]]
 
 
 def headline(columns: Sequence[str]) -> str:

@@ -39,7 +39,6 @@ class Scoring:
         reference_steps: of Heun's method, which solves the ODE.
         before: whether what the learners were given is scored, too.
         own_noise: whether each seed scores samples of noise of its own.
-        features: whether images are compared in a classifier's features, too.
         conditional: whether samplers are asked for the classes of the data, or which conditions.
         timeline: whether learners are scored on the way, too: quality against time.
     """
@@ -49,7 +48,6 @@ class Scoring:
     reference_steps: int = 1000
     before: bool = True
     own_noise: bool = True
-    features: bool = True
     conditional: Conditional = False
     timeline: bool = False
 
@@ -77,11 +75,10 @@ class World:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The metrics of the distance to the data."""
-        given, features = self.settings, None
-        if self.scoring.features:
-            features = features_for(
-                self.target, inception_weights=given.inception_weights, data_dir=given.data_dir
-            )
+        given = self.settings
+        features = features_for(
+            self.target, inception_weights=given.inception_weights, data_dir=given.data_dir
+        )
         samples = given.evaluation_samples or self.scoring.samples
         conditional = self.scoring.conditional
         return Evaluation(self.target, samples, features, real_distances, conditional)

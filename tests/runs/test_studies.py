@@ -71,7 +71,7 @@ def records_of(folder):
 
 def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, shrink, learnt):
     grid = STUDIES["dode-align"].cells
-    shrink("dode-align", envs=(MIXTURE,), scoring=Scoring(**QUICK, features=False))
+    shrink("dode-align", envs=(MIXTURE,), scoring=Scoring(**QUICK))
     flags = [f"--log-dir={tmp_path}", "--seeds", "0", "1", "--steps", "5"]
     assert fewstep("benchmark", "dode-align", *flags) == 0
     folder = tmp_path / "benchmark" / "dode-align"
@@ -81,6 +81,7 @@ def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, shrink, learnt):
     assert {"error", "error before", "mmd", "mmd before", "mmd floor"} <= records[0].keys()
     table = (folder / "table.md").read_text()
     assert "| Mixture | DDIM (EDM) | index | 5 |" in table
+    assert "c2st ↓ | seconds |" in table, "what an eye sees is in every table"
     assert "Factor error not above 1 for every seed" in table
     assert (folder / "plot.png").stat().st_size > 1000
     # Only the cell that is lost is run again; its agent is found trained.
