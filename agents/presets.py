@@ -252,53 +252,67 @@ _DIGITS_DMD: Values = {
     "critic_learning_rate": 5e-4,
     "scale": 16,
 }
-FINE_TUNING: dict[tuple[str, str, str], Values] = {
-    ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
-    ("SwissRoll", "sft-pg", "long"): _LONG_ROLL_SFT_PG,
-    ("SwissRoll", "sft-v", "default"): {**_ROLL_SFT_V, "rounds": 320},
-    ("Moons", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 300},
-    ("GaussianCluster", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 100},
-    ("SwissRoll", "sft", "default"): {**_TOY_SFT, "rounds": 400},
-    ("Moons", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
-    ("Moons", "sft", "default"): {**_TOY_SFT, "rounds": 400},
-    ("GaussianCluster", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 100},
-    ("GaussianCluster", "sft", "default"): {**_TOY_SFT, "rounds": 100},
-    ("Digits", "sft-pg", "default"): {**_DIGITS_SFT_PG, "rounds": 250},
-    ("Digits", "sft", "default"): {**_DIGITS_SFT, "rounds": 160},
-    # Rounds of a second head; Gamma has its own number.
-    ("Digits", "variance", "default"): {"rounds": 2000},
-    ("MNIST", "sft-pg", "default"): _SMALL_IMAGES_SFT_PG,
-    ("FashionMNIST", "sft-pg", "default"): _SMALL_IMAGES_SFT_PG,
-    ("MNIST", "sft", "default"): _SMALL_IMAGES_SFT,
-    ("FashionMNIST", "sft", "default"): _SMALL_IMAGES_SFT,
-    ("MNIST", "sft", "long"): _LONG_IMAGES_SFT,
-    ("FashionMNIST", "sft", "long"): _LONG_IMAGES_SFT,
-    ("MNIST", "sft", "small-critic"): _SMALL_CRITIC_SFT,
-    ("FashionMNIST", "sft", "small-critic"): _SMALL_CRITIC_SFT,
-    ("MNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
-    ("FashionMNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
-    ("SwissRoll", "sfd", "default"): _TOY_SFD,
-    ("Moons", "sfd", "default"): _TOY_SFD,
-    ("GaussianCluster", "sfd", "default"): {**_TOY_SFD, "rounds": 200},
-    ("Digits", "sfd", "default"): _DIGITS_SFD,
-    ("MNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
-    ("FashionMNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
-    ("SwissRoll", "pd", "default"): _TOY_PD,
-    ("Moons", "pd", "default"): _TOY_PD,
-    ("GaussianCluster", "pd", "default"): _TOY_PD,
-    ("Digits", "pd", "default"): _DIGITS_PD,
-    ("SwissRoll", "cd", "default"): _TOY_CD,
-    ("Moons", "cd", "default"): _TOY_CD,
-    ("GaussianCluster", "cd", "default"): _TOY_CD,
-    ("Digits", "cd", "default"): _DIGITS_CD,
-    ("SwissRoll", "dmd", "default"): _TOY_DMD,
-    ("Moons", "dmd", "default"): _TOY_DMD,
-    ("GaussianCluster", "dmd", "default"): {**_TOY_DMD, "rounds": 200},
-    ("Digits", "dmd", "default"): _DIGITS_DMD,
-} | {
-    (env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000}
-    for env in ("CIFAR10", "CelebA64", "ImageFolder")
+# What fits 28 x 28 images and a small U-Net: 200 noises, in minutes on a CPU.
+_SMALL_IMAGES_SOLVER: Values = {"batch_size": 50}
+_OF_SMALL_IMAGES: dict[str, Values] = {
+    "default": {**_SMALL_IMAGES_SOLVER, "rounds": 6},
+    **{name: {**values, **_SMALL_IMAGES_SOLVER} for name, values in SOLVER_PRESETS.items()},
 }
+FINE_TUNING: dict[tuple[str, str, str], Values] = (
+    {
+        ("SwissRoll", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
+        ("SwissRoll", "sft-pg", "long"): _LONG_ROLL_SFT_PG,
+        ("SwissRoll", "sft-v", "default"): {**_ROLL_SFT_V, "rounds": 320},
+        ("Moons", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 300},
+        ("GaussianCluster", "sft-v", "default"): {**_TOY_SFT_V, "rounds": 100},
+        ("SwissRoll", "sft", "default"): {**_TOY_SFT, "rounds": 400},
+        ("Moons", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 400},
+        ("Moons", "sft", "default"): {**_TOY_SFT, "rounds": 400},
+        ("GaussianCluster", "sft-pg", "default"): {**_TOY_SFT_PG, "rounds": 100},
+        ("GaussianCluster", "sft", "default"): {**_TOY_SFT, "rounds": 100},
+        ("Digits", "sft-pg", "default"): {**_DIGITS_SFT_PG, "rounds": 250},
+        ("Digits", "sft", "default"): {**_DIGITS_SFT, "rounds": 160},
+        # Rounds of a second head; Gamma has its own number.
+        ("Digits", "variance", "default"): {"rounds": 2000},
+        ("MNIST", "sft-pg", "default"): _SMALL_IMAGES_SFT_PG,
+        ("FashionMNIST", "sft-pg", "default"): _SMALL_IMAGES_SFT_PG,
+        ("MNIST", "sft", "default"): _SMALL_IMAGES_SFT,
+        ("FashionMNIST", "sft", "default"): _SMALL_IMAGES_SFT,
+        ("MNIST", "sft", "long"): _LONG_IMAGES_SFT,
+        ("FashionMNIST", "sft", "long"): _LONG_IMAGES_SFT,
+        ("MNIST", "sft", "small-critic"): _SMALL_CRITIC_SFT,
+        ("FashionMNIST", "sft", "small-critic"): _SMALL_CRITIC_SFT,
+        ("MNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
+        ("FashionMNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
+        ("SwissRoll", "sfd", "default"): _TOY_SFD,
+        ("Moons", "sfd", "default"): _TOY_SFD,
+        ("GaussianCluster", "sfd", "default"): {**_TOY_SFD, "rounds": 200},
+        ("Digits", "sfd", "default"): _DIGITS_SFD,
+        ("MNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
+        ("FashionMNIST", "sfd", "default"): _SMALL_IMAGES_SFD,
+        ("SwissRoll", "pd", "default"): _TOY_PD,
+        ("Moons", "pd", "default"): _TOY_PD,
+        ("GaussianCluster", "pd", "default"): _TOY_PD,
+        ("Digits", "pd", "default"): _DIGITS_PD,
+        ("SwissRoll", "cd", "default"): _TOY_CD,
+        ("Moons", "cd", "default"): _TOY_CD,
+        ("GaussianCluster", "cd", "default"): _TOY_CD,
+        ("Digits", "cd", "default"): _DIGITS_CD,
+        ("SwissRoll", "dmd", "default"): _TOY_DMD,
+        ("Moons", "dmd", "default"): _TOY_DMD,
+        ("GaussianCluster", "dmd", "default"): {**_TOY_DMD, "rounds": 200},
+        ("Digits", "dmd", "default"): _DIGITS_DMD,
+    }
+    | {
+        (env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000}
+        for env in ("CIFAR10", "CelebA64", "ImageFolder")
+    }
+    | {
+        (env, "solver", name): values
+        for env in ("MNIST", "FashionMNIST")
+        for name, values in _OF_SMALL_IMAGES.items()
+    }
+)
 
 
 # The agent that serves an environment best, where it is not SFT-PG.

@@ -7,7 +7,7 @@ from typing import Any
 
 from .contenders import Contender, Grid
 from .engine import Study
-from .stages import Clone, Learn, Sample, Stage, fine_tune
+from .stages import SMALL_UNET, Clone, Learn, Sample, Stage, fine_tune
 from .world import Scoring
 
 DDPM = Sample("ancestral")
@@ -82,7 +82,6 @@ STEP: dict[str, Any] = {
     "schedule": "fast_dpm",
     "schedule_options": {"kind": "step", "spacing": "quadratic"},
 }
-BODY: dict[str, Any] = {"width": 16, "levels": 3}
 T_MIN: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
 # Where images are fine-tuned from, by the noise that the last step leaves: less than a grey level,
 # or six, with which the settings of all but SFT's default preset were chosen.
@@ -100,13 +99,13 @@ def _variance(kind: str) -> Learn:
 
 
 def _mnist(label: str, n_generator: int, **settings: Any) -> Contender:
-    clone = Clone("linear-1000/10", seed=0, body="small-unet", body_options=BODY)
+    clone = Clone("linear-1000/10", seed=0, **SMALL_UNET)
     return _tuned(label, clone, evaluations=2, n_generator=n_generator, **settings)
 
 
 def _images(env: str, title: str) -> Study:
     """Return the study of the three gradients on small images, from one long DDPM."""
-    clone = Clone("linear-1000", seed=0, body="small-unet", body_options=BODY)
+    clone = Clone("linear-1000", seed=0, **SMALL_UNET)
     learners = {
         "SFT": (FINE_GRAIN, fine_tune("sft", 0)),
         "SFT, small critic": (COARSE_GRAIN, fine_tune("sft", 0, "small-critic")),

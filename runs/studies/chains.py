@@ -8,9 +8,8 @@ from ...agents import AGENTS
 from . import timeline
 from .contenders import Contender, Grid
 from .engine import Study
-from .guidance import SMALL_UNET
 from .solvers import VP
-from .stages import Clone, Learn, Sample, Stage, fine_tune
+from .stages import SMALL_UNET, Clone, Learn, Sample, Stage, fine_tune
 from .world import Scoring
 
 # What an agent learns on where nothing was learned before that it could take up.

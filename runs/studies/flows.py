@@ -5,8 +5,8 @@ from __future__ import annotations
 from .agents import FINE_GRAIN
 from .contenders import Contender, Grid
 from .engine import Study
-from .guidance import LEARNED, SMALL_UNET, SOLVERS
-from .stages import Clone, Sample, Stage, fine_tune
+from .guidance import LEARNED, SOLVERS
+from .stages import SMALL_UNET, Clone, Sample, Stage, fine_tune
 from .world import Scoring
 
 PROCESSES = {"diffusion": "linear-1000", "flow": "flow"}

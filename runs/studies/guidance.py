@@ -8,10 +8,9 @@ from typing import Any
 from .agents import COARSE_GRAIN, FINE_GRAIN
 from .contenders import Contender, Grid
 from .engine import Study
-from .stages import Clone, Guide, Learn, Sample, fine_tune
+from .stages import SMALL_UNET, Clone, Guide, Learn, Sample, fine_tune
 from .world import Scoring
 
-SMALL_UNET: dict[str, Any] = {"body": "small-unet", "body_options": {"width": 16, "levels": 3}}
 NETWORKS = {
     "Digits": Clone("linear-1000", conditional=True, seed=0),
     "FashionMNIST": Clone("linear-1000", conditional=True, seed=0, **SMALL_UNET),

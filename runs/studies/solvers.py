@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .contenders import Contender, Grid
 from .engine import Study
-from .stages import Clone, Learn, Sample
+from .stages import SMALL_UNET, Clone, Guide, Learn, Sample, Stage
 from .world import LONG, MIXTURE, Scoring
 
 # The two kinds of network: a noise predictor of a thousand noisings, and EDM's.
@@ -163,41 +164,74 @@ BY_REWARD = {
     "RDPO": ("dpm-solver++-2m", Learn("rdpo")),
     "RDPO, cross-entropy": ("dpm-solver++-2m", Learn("rdpo", {"method": "cross-entropy"})),
 }
-OF_THE_NETWORK = {
-    "SFD": (Sample("ddim"), Learn("sfd")),
-    "PD": (Sample("ddim"), Learn("pd")),
-    "CD": (Sample("consistency"), Learn("cd")),
-    "solver learning, then SFD": (Sample("dpm-solver++-3m"), Learn("solver"), Learn("sfd")),
+OF_THE_NETWORK: dict[str, tuple[str, tuple[Learn, ...]]] = {
+    "SFD": ("ddim", (Learn("sfd"),)),
+    "PD": ("ddim", (Learn("pd"),)),
+    "CD": ("consistency", (Learn("cd"),)),
+    "solver learning, then SFD": ("dpm-solver++-3m", (Learn("solver"), Learn("sfd"))),
 }
 
 
-def _learned() -> Study:
-    envs = (MIXTURE, "SwissRoll", "Digits")
+def _learned(
+    title: str,
+    networks: dict[str, tuple[Stage, ...]],
+    scoring: Scoring,
+    metrics: tuple[str, ...],
+    seeds: tuple[int, ...] = (0,),
+    last: dict[str, Any] | None = None,
+) -> Study:
+    """Return the study of what is learned of a solver.
+
+    Args:
+        title: of the study.
+        networks: by environment, how each is made.
+        scoring: how samplers are scored.
+        metrics: columns between the error and what was returned.
+        seeds: of networks and learners.
+        last: what `Sample` is given for the times, if not the solvers' default ones.
+    """
+    sample = partial(Sample, **last or {})
     given = ("ddim", "dpm-solver++-2m", "dpm-solver++-3m", "unipc-2", "ipndm", "deis")
-    contenders = [Contender(solver, (VP, Sample(solver))) for solver in given]
-    contenders += [
-        Contender(label, (VP, Sample(solver), learn))
-        for label, (solver, learn) in (LEARNED | BY_REWARD).items()
-    ]
-    contenders += [
-        Contender(label, (VP, *stages), envs=envs[1:]) for label, stages in OF_THE_NETWORK.items()
-    ]
-    scoring = Scoring(20_000, held_out=1000, reference_steps=400, before=False)
-    return Study(
-        "What is learned of a solver, in few calls",
-        Grid(envs, tuple(contenders), (5, 8), (0, 1, 2), scoring),
-        (
-            "error",
-            "sliced_wasserstein_fresh",
-            "frechet_distance[digits-classifier]",
-            "returned",
-            "seconds",
-        ),
+    rows: dict[str, tuple[Stage, ...]] = {solver: (sample(solver),) for solver in given}
+    learned = LEARNED | BY_REWARD
+    rows |= {name: (sample(solver), learn) for name, (solver, learn) in learned.items()}
+    rows |= {name: (sample(solver), *learn) for name, (solver, learn) in OF_THE_NETWORK.items()}
+    # An exact network cannot be tuned.
+    tuned = tuple(env for env in networks if env != MIXTURE)
+    contenders = tuple(
+        Contender(label, (*networks[env], *stages), envs=(env,))
+        for label, stages in rows.items()
+        for env in (tuned if label in OF_THE_NETWORK else networks)
+    )
+    grid = Grid(tuple(networks), contenders, (5, 8), seeds, scoring)
+    return Study(title, grid, ("error", *metrics, "returned", "seconds"))
+
+
+def _of_images(env: str, conditional: bool, *metrics: str) -> Study:
+    """Return the study on 28 x 28 images, guided if it is conditional."""
+    clone = Clone("linear-1000", seed=0, conditional=conditional, **SMALL_UNET)
+    return _learned(
+        f"The same on {env}, with --data-dir" + (", guidance 2" if conditional else ""),
+        {env: (clone, Guide(2.0)) if conditional else (clone,)},
+        Scoring(2000, 256, reference_steps=100, before=False, conditional=conditional),
+        tuple(f"{name}[{env.lower()}-classifier]" for name in metrics),
+        # The pixels are clean enough at the first noising to stop there.
+        last=UNIFORM,
     )
 
 
 STUDIES = {
-    "solver-learning": _learned(),
+    "solver-learning": _learned(
+        "What is learned of a solver, in few calls",
+        {MIXTURE: (VP,), "SwissRoll": (VP,), "Digits": (VP,)},
+        Scoring(20_000, held_out=1000, reference_steps=400, before=False),
+        ("sliced_wasserstein_fresh", "frechet_distance[digits-classifier]"),
+        (0, 1, 2),
+    ),
+    "solver-learning-mnist": _of_images("MNIST", False, "frechet_distance"),
+    "solver-learning-fashion": _of_images(
+        "FashionMNIST", True, "frechet_distance", "class_accuracy"
+    ),
     "last-steps": _last_steps(),
     "dode": _distilled(
         "D-ODE solvers against their base solvers (Kim, Tang & Yu 2024)", STARTS, {"distilled": {}}
