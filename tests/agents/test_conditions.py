@@ -182,6 +182,13 @@ def test_rescaling_keeps_the_spread_of_the_answer_with_the_class():
     torch.testing.assert_close(half, (whole + guided) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_rescaling_is_left_out_with_guidance():
+    denoiser, x = make_denoiser(), torch.randn(4, 2)
+    view = denoiser.given(1, 6.0, rescale=0.5)
+    assert torch.equal(view.given(guidance=1.0)(x, 40), denoiser.given(1)(x, 40))
+    assert torch.equal(denoiser.given(1, rescale=0.0)(x, 40), denoiser.given(1)(x, 40))
+
+
 def test_rescaling_is_finite_where_there_is_no_spread():
     denoiser = Denoiser(ResidualMLP((2,), classes=3), PROCESS, drops=True)
     assert denoiser.given(1, 2.0, rescale=0.5)(torch.randn(3, 2), 40).isfinite().all()
@@ -233,6 +240,12 @@ def test_an_unconditional_denoiser_s_file_says_nothing_of_conditions():
         (lambda d: d.given(1, interval=(0.1, 2.0)), ValueError, "needs a guidance other than 1"),
         (lambda d: d.given(1, 1.0, interval=(0.1, 2.0)), ValueError, "guidance other than 1"),
         (lambda d: d.given(1, rescale=2.0), ValueError, r"rescale must lie in \[0, 1\]"),
+        (
+            lambda d: d.given(1, rescale=0.5),
+            ValueError,
+            "rescale is .* needs a guidance other than",
+        ),
+        (lambda d: d.given(1, 1.0, rescale=0.5), ValueError, "needs a guidance other than 1"),
         (lambda d: d.epsilon(torch.zeros(2, 2), 3), ValueError, "This denoiser is conditional"),
         (
             lambda d: d.given(torch.tensor([1])).epsilon(torch.zeros(2, 2), 3),
