@@ -239,7 +239,7 @@ def _without_inherited_terms(run: TrainSettings, argv: Sequence[str]) -> TrainSe
     named = {word.partition("=")[0].replace("_", "-") for word in argv}
     terms = {"--guidance-interval": "guidance_interval", "--guidance-rescale": "guidance_rescale"}
     inherited = [name for flag, name in terms.items() if flag not in named]
-    return dataclasses.replace(run, **dict.fromkeys(inherited))
+    return run.replace(**dict.fromkeys(inherited))
 
 
 def _check_stages(run: TrainSettings, argv: Sequence[str]) -> None:
@@ -316,7 +316,7 @@ def _with_own_options(base: Settings, named: Mapping[str, str | None]) -> Settin
         others = [
             name for name in names if named[f"{group}{name}"] not in (None, getattr(settings, name))
         ]
-        return dataclasses.replace(settings, **{f"{name}_options": None for name in others})
+        return settings.replace(**{f"{name}_options": None for name in others})
 
     return Settings(
         own(base.run, "schedule", "body"),
