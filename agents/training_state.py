@@ -192,7 +192,8 @@ class Trainee(Actor, ABC):
             env: the environment it was trained on, built again.
             device: where to put it; the environment's device by default.
             overrides: constructor arguments that differ or that JSON cannot hold, such as
-                `critic=...`; a foreign network body is passed as `body=...`.
+                `critic=...`; a foreign network body is passed as `body=...`. The file's
+                `solver_options` go with its own solver only.
 
         Raises:
             CheckpointError: a missing, corrupt or foreign file, another agent's, or another
@@ -226,7 +227,9 @@ class Trainee(Actor, ABC):
     ) -> AnyTrainee:
         """Build the agent that a file's header tells of, not trained yet."""
         with damage_named(path, CheckpointError):
-            settings = settings_of(cls, header, path)
+            settings: Any = settings_of(cls, header, path)
+            if overrides.get("solver", settings.solver) != settings.solver:
+                settings = settings.replace(solver_options=None)  # they are for the file's solver
             overrides.setdefault("seed", header["seed"])
         with damage_named(path, CheckpointError, "cannot be loaded here"):
             agent = cls(env, denoiser, settings, **overrides)

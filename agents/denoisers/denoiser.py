@@ -273,8 +273,8 @@ class Denoiser(nn.Module):
         Raises:
             TypeError: a condition of another kind.
             ValueError: an unconditional denoiser, a condition of another shape or that does not
-                exist, terms out of range, an interval without guidance, or guidance of a network
-                that was trained without dropped labels.
+                exist, terms out of range, an interval or a `rescale` without guidance, or guidance
+                of a network that was trained without dropped labels.
         """
         if self.conditioning is None:
             raise ValueError(
@@ -289,11 +289,17 @@ class Denoiser(nn.Module):
                 condition = condition if weight is None else condition.to(weight.device)
             changes["condition"] = condition
         conditioning = replace(self.conditioning, **changes)
-        if interval is not None and conditioning.guidance == 1:
-            raise ValueError(
-                "An interval says at which noise levels guidance holds: it needs a guidance other "
-                "than 1."
-            )
+        if conditioning.guidance == 1:
+            if interval is not None:
+                raise ValueError(
+                    "An interval says at which noise levels guidance holds: it needs a guidance "
+                    "other than 1."
+                )
+            if rescale:
+                raise ValueError(
+                    "rescale is the share of a guided answer that is rescaled: it needs a guidance "
+                    "other than 1."
+                )
         return self._view(conditioning)
 
     def under(self, condition: Tensor | None) -> Denoiser:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from ...common.checkpoint import CheckpointError
 from ...common.reading import damage_named, shown
 from ..denoisers.denoiser import Denoiser
@@ -28,6 +29,7 @@ _SETTINGS = ["model_index.json", "*config.json"]
 _MODELS = "UNet2DModel or DiTTransformer2DModel"
 
 
+@checked
 def from_pretrained(
     name_or_folder: str | Path,
     *,
@@ -111,7 +113,7 @@ def _warn_of_classes(network: Path, classes: int) -> None:
             f'{network} does not say whether its last class embedding means "no class": all '
             f"{classes} are taken for classes, which leaves no guidance; if it does, pass classes="
             f"{classes - 1}.",
-            stacklevel=3,  # the line that called from_pretrained
+            stacklevel=4,  # the line that called from_pretrained, which is wrapped
         )
 
 
@@ -170,7 +172,7 @@ def _read_settings(folder: Path) -> tuple[Path, Terms]:
         warnings.warn(
             f"{folder} holds a network without a scheduler_config.json: it is taken for one that "
             "predicts the noise of 1000 linear betas from 1e-4 to 0.02 and is clipped.",
-            stacklevel=3,  # the line that called from_pretrained
+            stacklevel=4,  # the line that called from_pretrained, which is wrapped
         )
         return network, terms_of_theirs("DDPMScheduler", {})
     return network, read_terms(scheduler / "scheduler_config.json")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Denoiser
@@ -46,6 +47,7 @@ class PlainGrid(NamedTuple):
     before_shift: list[float] | None
 
 
+@checked
 def plain_grid(table: Tableau) -> PlainGrid:
     """Return the noise levels that a table visits, for the solvers of other programs.
 

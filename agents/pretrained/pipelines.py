@@ -131,6 +131,7 @@ def export_pipeline(
     _write(folder, denoiser, body, scheduler, vae)
 
 
+@checked
 def pipeline_tableau(folder: str | Path) -> Tableau | None:
     """Read the table of a folder that `export_pipeline` or a `TableauScheduler` wrote.
 

@@ -28,6 +28,7 @@ from diffusers.schedulers.scheduling_utils import (
 )
 from torch import Tensor
 
+from ...common.arguments import checked
 from ...envs.processes.base import shaped
 from ...envs.schedules import Schedule
 from ..denoisers.denoiser import Denoiser
@@ -138,6 +139,7 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as
         self.set_timesteps()
 
     @classmethod
+    @checked
     def from_scheduler(
         cls,
         scheduler: Any,

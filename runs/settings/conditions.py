@@ -58,11 +58,17 @@ def under_terms(denoiser: Denoiser, terms: Terms) -> Denoiser:
     condition: Any = terms.condition
     _, guidance, interval, rescale = under
     kept = None if denoiser.conditioning is None else denoiser.conditioning.guidance
-    if interval is not None and (kept if guidance is None else guidance) == 1:
-        raise ValueError(
-            "--guidance-interval says at which noise levels guidance holds: it needs a --guidance "
-            "other than 1."
-        )
+    if (kept if guidance is None else guidance) == 1:
+        if interval is not None:
+            raise ValueError(
+                "--guidance-interval says at which noise levels guidance holds: it needs a "
+                "--guidance other than 1."
+            )
+        if rescale:
+            raise ValueError(
+                "--guidance-rescale is the share of a guided answer that is rescaled: it needs a "
+                "--guidance other than 1."
+            )
     if condition is None:
         return denoiser.given(guidance=guidance, interval=interval, rescale=rescale)
     if denoiser.conditions is not None:

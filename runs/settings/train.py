@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,8 @@ INHERITED = (
     *("env", "image_size", "inpaint", "conditional", "data_dir", "inception_weights"),
     *("guidance", "guidance_interval", "guidance_rescale", "condition"),
 )
+# What has options of its own.
+OPTIONED = ("solver", "schedule", "body")
 # Generators take twice as many; runs add a little to theirs.
 LAST_SEED = 2**63 - 1
 
@@ -227,10 +229,17 @@ def parse(argv: Sequence[str], agent: str | None = None) -> Settings:
     # A full id, fewstep/SwissRoll-v0, names the same environment.
     run = dataclasses.replace(flags.run, env=resolve_environment(flags.run.env))
     _check_stages(run, argv)
-    named = any(word.replace("_", "-").startswith("--guidance-interval") for word in argv)
-    if run.guidance == 1 and not named:  # an earlier run's interval was for its guidance
-        run = dataclasses.replace(run, guidance_interval=None)
-    return Settings(run, flags.agent, flags.pretrain)
+    return Settings(_without_inherited_terms(run, argv), flags.agent, flags.pretrain)
+
+
+def _without_inherited_terms(run: TrainSettings, argv: Sequence[str]) -> TrainSettings:
+    """Leave out what an earlier run says of its guidance, where there is none here."""
+    if run.guidance != 1:
+        return run
+    named = {word.partition("=")[0].replace("_", "-") for word in argv}
+    terms = {"--guidance-interval": "guidance_interval", "--guidance-rescale": "guidance_rescale"}
+    inherited = [name for flag, name in terms.items() if flag not in named]
+    return run.replace(**dict.fromkeys(inherited))
 
 
 def _check_stages(run: TrainSettings, argv: Sequence[str]) -> None:
@@ -249,8 +258,8 @@ def _check_stages(run: TrainSettings, argv: Sequence[str]) -> None:
 
 def _base(argv: Sequence[str], agent: str | None) -> Settings:
     """Read the flags that decide what the defaults of all the others are."""
-    names = ("env", "agent", "preset", "config", "solver", "body", "steps", "process")
-    chosen, _ = read_early(argv, *names, "denoiser", "start-from")
+    names = ("env", "agent", "preset", "config", "steps", "process", "denoiser", "start-from")
+    chosen, _ = read_early(argv, *names, *OPTIONED, "pretrain.solver")
     if agent is not None and chosen.agent not in (None, agent):
         if chosen.agent not in AGENTS:
             raise unknown_name("agent", chosen.agent, AGENTS)
@@ -272,9 +281,8 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
                 f"{chosen.config} holds the settings of agent '{base.run.agent}', not of "
                 f"'{wanted}': start that from its own defaults, without --config."
             )
-        return dataclasses.replace(
-            base, run=dataclasses.replace(base.run, config=Path(chosen.config))
-        )
+        run = dataclasses.replace(base.run, config=Path(chosen.config))
+        return _with_own_options(dataclasses.replace(base, run=run), vars(chosen))
     earlier = None if chosen.start_from is None else _earlier(Path(chosen.start_from))
     env = resolve_environment(chosen.env or (earlier.env if earlier else TrainSettings.env))
     # What is no number is refused where all flags are read.
@@ -291,10 +299,30 @@ def _base(argv: Sequence[str], agent: str | None) -> Settings:
     if earlier is not None:
         same = {name: getattr(earlier, name) for name in INHERITED}
         base = dataclasses.replace(base, run=dataclasses.replace(base.run, **same))
-    if chosen.solver not in (None, base.agent.solver):
-        # The preset's options are for its own solver.
-        base = dataclasses.replace(base, agent=base.agent.replace(solver_options=None))
-    return base
+    return _with_own_options(base, vars(chosen))
+
+
+def _with_own_options(base: Settings, named: Mapping[str, str | None]) -> Settings:
+    """Leave out the options of each solver, schedule or network that a flag names another of.
+
+    A preset's options, and a settings file's, are for the one that they came with.
+
+    Args:
+        base: what the other flags change.
+        named: what the flags name, None where they say nothing.
+    """
+
+    def own(settings: AnySettings, *names: str, group: str = "") -> Any:
+        others = [
+            name for name in names if named[f"{group}{name}"] not in (None, getattr(settings, name))
+        ]
+        return settings.replace(**{f"{name}_options": None for name in others})
+
+    return Settings(
+        own(base.run, "schedule", "body"),
+        own(base.agent, "solver"),
+        own(base.cloning, "solver", group="pretrain."),
+    )
 
 
 def _earlier(folder: Path) -> TrainSettings:

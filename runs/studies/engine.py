@@ -30,8 +30,8 @@ from .tables import present
 Record = dict[str, Any]
 # Of a study's title, records, columns and yardstick: its text in Markdown, and its picture.
 Presenter = Callable[[str, list[Record], Sequence[str], str | None], tuple[str, Any]]
-# What the record of a cell that failed has instead of scores.
-FAILED = "failed"
+# What the record of a cell that failed has instead of scores, and beside it if data are missing.
+FAILED, MISSING = "failed", "missing"
 
 
 class CellError(ValueError):
@@ -78,6 +78,7 @@ def run_study(study: Study, settings: BenchmarkSettings) -> str:
 
     Raises:
         CellError: a cell failed. The others were run, and the table shows them.
+        FileNotFoundError: data are not at hand. The table shows the cells that came before.
         PermissionError: the folder cannot be written.
     """
     cells, folder, text = study.cells(settings), settings.folder, ""
@@ -88,6 +89,9 @@ def run_study(study: Study, settings: BenchmarkSettings) -> str:
         text, picture = study.present(study.title, finished, study.columns, study.yardstick)
         write_atomically(folder / "table.md", lambda file: file.write_text(text + "\n"))
         save_figure(picture, folder / "plot.png")
+    for record in records:
+        if MISSING in record:  # which ended the study, whatever else failed
+            raise FileNotFoundError(record[FAILED])
     for cell, record in zip(cells, records, strict=True):
         if FAILED in record:
             count = f"{len(cells) - len(finished)} of {len(cells)} cells failed"
@@ -182,16 +186,17 @@ def _work(cells: Sequence[Cell], folder: Path, count: int | None) -> None:
 def _attempt(cell: Cell, folder: Path) -> bool:
     """Run a cell and write its record, or why it failed; return whether to go on to others."""
     console.rule(cell.key)
-    goes_on, debugs = True, bool(os.environ.get("FEWSTEP_DEBUG"))
+    debugs = bool(os.environ.get("FEWSTEP_DEBUG"))
     try:
         record = cell.run()
     except Exception as error:
-        goes_on = not isinstance(error, FileNotFoundError)
         record = {FAILED: str(error) or repr(error), "traceback": traceback.format_exc()}
-        if goes_on or debugs:  # else it is said at the end
+        if isinstance(error, FileNotFoundError):
+            record[MISSING] = True
+        if MISSING not in record or debugs:  # else it is said at the end
             console.out(record["traceback" if debugs else FAILED])
     write_json(cell.file(folder), record)
-    return goes_on
+    return MISSING not in record
 
 
 @contextmanager

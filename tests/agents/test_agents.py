@@ -144,6 +144,18 @@ def test_a_loaded_agent_samples_what_the_saved_one_does(
     assert changed.settings.batch_size == agent.settings.batch_size
 
 
+def test_a_file_s_solver_options_go_with_its_solver(mdp, make_denoiser, tmp_path):
+    options = {"variance": "small", "last_std": 0.1}
+    BehaviorCloning(mdp, make_denoiser(), solver_options=options).save(tmp_path / "agent")
+
+    def kept(**changes):
+        return BehaviorCloning.load(tmp_path / "agent", mdp, **changes).settings.solver_options
+
+    assert kept() == kept(solver="ancestral") == options
+    assert kept(solver="euler-ancestral") is None
+    assert kept(solver="euler-ancestral", solver_options={"eta": 0.5}) == {"eta": 0.5}
+
+
 def test_an_agent_with_a_foreign_body_is_loaded_with_it(
     mdp, make_mdp, process, tmp_path, generator
 ):

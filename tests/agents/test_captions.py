@@ -205,12 +205,14 @@ def test_the_shells_show_and_take_a_condition(kind):
     assert place_of(torch.tensor(shown)[None]).tolist() == [1]
 
 
-@pytest.mark.filterwarnings("ignore:.*symmetric and normalized")
-def test_the_checkers_of_gymnasium_and_stable_baselines_take_captions():
-    env = DiffusionEnv(make_mdp(steps=2))
+@pytest.mark.filterwarnings("ignore:.*symmetric and normalized", "ignore:.*Box observation space")
+@pytest.mark.parametrize("kind", [True, *KINDS])
+def test_the_checkers_of_gymnasium_and_stable_baselines_take_conditions(kind):
+    env = DiffusionEnv(make_mdp(kind, steps=2))
     check_env(env, skip_render_check=True)
     sb3_check_env(env)
-    assert isinstance(env.observation_space["condition"], gym.spaces.Box)
+    space = env.observation_space["condition"]
+    assert isinstance(space, gym.spaces.Discrete if kind is True else gym.spaces.Box)
 
 
 def test_known_coordinates_are_those_of_the_caption():

@@ -19,6 +19,7 @@ from fewstep.agents import (
     BehaviorCloning,
     CheckpointError,
     Denoiser,
+    DenoiserPolicy,
     ScheduleLearning,
     SolverLearning,
     SolverPolicy,
@@ -31,14 +32,19 @@ from fewstep.agents.solvers import make_solver
 from fewstep.common.conditions import Captions, Classes
 from fewstep.critics import IPMCritic, make_baseline, make_critic
 from fewstep.envs import (
+    DiffusionEnv,
     DiffusionMDP,
     DiffusionVectorEnv,
     DiscreteVP,
     Inpainting,
+    NumpyVectorEnv,
     RectifiedFlow,
+    SB3VecEnv,
     Schedule,
     Target,
+    make_target,
 )
+from fewstep.envs import make_mdp as make_named
 from fewstep.envs.mdp import no_reward
 
 pytestmark = pytest.mark.numeric
@@ -176,6 +182,13 @@ def test_rescaling_keeps_the_spread_of_the_answer_with_the_class():
     torch.testing.assert_close(half, (whole + guided) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_rescaling_is_left_out_with_guidance():
+    denoiser, x = make_denoiser(), torch.randn(4, 2)
+    view = denoiser.given(1, 6.0, rescale=0.5)
+    assert torch.equal(view.given(guidance=1.0)(x, 40), denoiser.given(1)(x, 40))
+    assert torch.equal(denoiser.given(1, rescale=0.0)(x, 40), denoiser.given(1)(x, 40))
+
+
 def test_rescaling_is_finite_where_there_is_no_spread():
     denoiser = Denoiser(ResidualMLP((2,), classes=3), PROCESS, drops=True)
     assert denoiser.given(1, 2.0, rescale=0.5)(torch.randn(3, 2), 40).isfinite().all()
@@ -227,6 +240,12 @@ def test_an_unconditional_denoiser_s_file_says_nothing_of_conditions():
         (lambda d: d.given(1, interval=(0.1, 2.0)), ValueError, "needs a guidance other than 1"),
         (lambda d: d.given(1, 1.0, interval=(0.1, 2.0)), ValueError, "guidance other than 1"),
         (lambda d: d.given(1, rescale=2.0), ValueError, r"rescale must lie in \[0, 1\]"),
+        (
+            lambda d: d.given(1, rescale=0.5),
+            ValueError,
+            "rescale is .* needs a guidance other than",
+        ),
+        (lambda d: d.given(1, 1.0, rescale=0.5), ValueError, "needs a guidance other than 1"),
         (lambda d: d.epsilon(torch.zeros(2, 2), 3), ValueError, "This denoiser is conditional"),
         (
             lambda d: d.given(torch.tensor([1])).epsilon(torch.zeros(2, 2), 3),
@@ -267,6 +286,65 @@ def test_a_conditional_environment_shows_the_classes_of_its_data():
     assert torch.equal(episodes.observe(torch.zeros(2000, 2), 0)["condition"], episodes.condition)
     rows = torch.tensor([3, 5])
     assert torch.equal(episodes.at(rows).condition, episodes.condition[rows])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The environment of the digits without conditions: of labelled samples, and of plain ones."""
+    known = make_target("Digits")
+    plain = Target("Digits", known.samples, held_out=known._held_out)
+    labelled = make_named("Digits", steps=3, conditional=False)
+    assert labelled.target.labels is not None and plain.labels is None
+    return labelled, make_named("Digits", steps=3, target=plain)
+
+
+SHELLS = {
+    "gymnasium": DiffusionEnv,
+    "vector": lambda mdp: DiffusionVectorEnv(mdp, 4),
+    "numpy": lambda mdp: NumpyVectorEnv(DiffusionVectorEnv(mdp, 4)),
+    "stable-baselines3": lambda mdp: SB3VecEnv(DiffusionVectorEnv(mdp, 4)),
+}
+
+
+def played(env, steps):
+    """What two episodes of random actions show and pay."""
+    source, seen = np.random.default_rng(0), []
+    vec = isinstance(env, SB3VecEnv)
+    if vec:
+        env.seed(5)
+    else:
+        env.reset(seed=5)
+    for _ in range(2):
+        observation = env.reset() if vec else env.reset()[0]
+        for _ in range(steps):
+            seen.append(observation)
+            action = source.normal(size=observation["sample"].shape).astype(np.float32)
+            observation, reward, *_ = env.step(action)
+            seen.append({**observation, "reward": reward})
+    return seen
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_labels_change_nothing_that_an_environment_without_conditions_shows(shell, digits):
+    """Nor what it pays, by its default reward."""
+    ours, theirs = (played(SHELLS[shell](mdp), mdp.steps) for mdp in digits)
+    assert any(np.any(np.asarray(shown.get("reward", 0.0))) for shown in ours)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() and "condition" not in one
+        for name, value in one.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
+
+
+def test_labels_change_nothing_that_a_target_draws_without_conditions(digits):
+    drawn = []
+    for mdp in digits:
+        generator = torch.Generator().manual_seed(0)
+        real = mdp.target.sample(50, generator), mdp.target.draw(50, generator, mdp.kind)[0]
+        passes, given = mdp.target.draw_in_passes(50, 1290, 3, generator, mdp.kind)
+        assert given is None
+        start = mdp.episodes(9, generator).initial(9, generator)
+        drawn.append([*real, passes, mdp.target.sample_fresh(50, 3), start, generator.get_state()])
+    assert all(torch.equal(*parts) for parts in zip(*drawn, strict=True))
 
 
 def test_a_reward_sees_the_classes():
@@ -371,6 +449,70 @@ def test_solvers_sample_a_guided_view_as_the_network_made_by_hand(name):
     assert SolverPolicy(table, view).nfe == 2 * table.nfe
 
 
+def shown_to(view, condition, n=6):
+    """An environment's observation, under the condition that a view waits for, if it does."""
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).numpy()
+    observation = {"sample": noise, "timestep": np.full((n, 1), 100, np.float32)}
+    return {**observation, "condition": np.full(n, condition)} if view.is_open else observation
+
+
+def waiting_pair(condition):
+    """The pair, of which the view is told the condition by each observation."""
+    view, by_hand = pair(condition)
+    return make_denoiser().given(guidance=view.conditioning.guidance), by_hand
+
+
+guided_pairs = pytest.mark.parametrize(
+    ("make", "condition"), [(pair, 1), (pair, CAPTION), (waiting_pair, 1)]
+)
+
+
+@guided_pairs
+@pytest.mark.parametrize("name", ["ancestral", "dpm-solver++-2m"])
+def test_a_solver_acts_on_a_guided_view_as_on_the_network_made_by_hand(name, make, condition):
+    schedule = Schedule.uniform(PROCESS, 4, end=0 if name == "ancestral" else 1)
+    paths = []
+    for denoiser in make(condition):
+        policy = SolverPolicy(make_solver(name, schedule), denoiser, shape=(2,))
+        observation, state = shown_to(denoiser, condition), None
+        generator, path = torch.Generator().manual_seed(1), []
+        for time in schedule.times[1:]:
+            action, state = policy.predict(observation, state, generator=generator)
+            path.append(action)
+            moved = {"sample": action, "timestep": np.full((6, 1), time, np.float32)}
+            observation = {**observation, **moved}
+        paths.append(path)
+    np.testing.assert_allclose(*paths, rtol=1e-3, atol=1e-3)
+
+
+@guided_pairs
+def test_a_policy_of_stable_baselines_acts_on_a_guided_view_as_on_the_network_made_by_hand(
+    make, condition
+):
+    """Actions, their densities, and how these change with the weights."""
+    found, weights = [], []
+    for denoiser in make(condition):
+        mdp = make_mdp(conditional=denoiser.is_open)
+        table = make_solver("ancestral", mdp.schedule, variance="small", last_std=0.1)
+        spaces = SB3VecEnv(DiffusionVectorEnv(mdp, 6))
+        policy = DenoiserPolicy(
+            spaces.observation_space, spaces.action_space, lambda _: 1e-3, denoiser, table
+        )
+        observation = shown_to(denoiser, condition)
+        torch.manual_seed(0)
+        mean, drawn = (policy.predict(observation, deterministic=flag)[0] for flag in (True, False))
+        asked = {name: torch.as_tensor(value) for name, value in observation.items()}
+        _, density, entropy = policy.evaluate_actions(asked, torch.zeros(6, 2))
+        density.mean().backward()
+        found.append([*map(torch.as_tensor, (mean, drawn)), density.detach(), entropy.detach()])
+        body = denoiser.body if denoiser.conditions is not None else denoiser.body.body
+        weights.append(torch.cat([part.grad.flatten() for part in body.parameters()]))
+    assert not torch.equal(*found[0][:2]) and weights[0].abs().max() > 0
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3 * float(weights[1].abs().max()))
+
+
 def test_an_agent_samples_each_class_that_it_is_asked_for():
     agent = SFT(make_mdp(), make_denoiser().given(guidance=2.0))
     noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
@@ -395,6 +537,26 @@ def test_an_agent_samples_each_class_that_it_is_asked_for():
 SMALL = {"batch_size": 16, "n_critic": 2, "learning_rate": 1e-3}
 # Small noise in the last step, and rounds of theta from the first on.
 CHAIN = {"solver_options": {"variance": "small", "last_std": 0.1}, "critic_rounds": 0}
+
+
+@pytest.mark.parametrize("kind", [BehaviorCloning, SFTPG, SFT, SFTV, VarianceLearning])
+def test_labels_change_nothing_that_an_agent_learns_without_conditions(kind, digits):
+    settings = {
+        BehaviorCloning: {"rounds": 2, "batch_size": 16},
+        VarianceLearning: {"kind": "sn", "rounds": 2, "batch_size": 8, "hidden": 8},
+    }.get(kind, {**SMALL, "rounds": 2, "critic_rounds": 0})
+    learned = []
+    for mdp in digits:
+        torch.manual_seed(0)
+        mdp = mdp.with_reward(no_reward)
+        denoiser = Denoiser(ResidualMLP((1, 8, 8), hidden=16, blocks=1), mdp.process)
+        before = copy.deepcopy(denoiser.state_dict())
+        agent = kind(mdp, denoiser, **settings).learn()
+        after = denoiser.state_dict()  # with the second head that variance learning gives it
+        same = [name for name in before if torch.equal(before[name], after[name])]
+        assert len(same) < len(after)
+        learned.append([agent.sample(5), *after.values(), agent.generator.get_state()])
+    assert all(torch.equal(*parts) for parts in zip(*learned, strict=True))
 
 
 def test_real_samples_under_conditions_of_others_count_as_fakes():
@@ -726,9 +888,6 @@ def test_bodies_without_classes_say_so():
 
 def test_stable_baselines_trains_a_conditional_policy():
     from stable_baselines3 import PPO
-
-    from fewstep.agents import DenoiserPolicy
-    from fewstep.envs import SB3VecEnv
 
     mdp = make_mdp(reward=lambda sample: -sample.square().sum(1))
     table = make_solver("ancestral", mdp.schedule, variance="small", last_std=0.1)

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from fewstep.agents import (
@@ -21,6 +22,8 @@ from fewstep.agents import (
 )
 from fewstep.agents.denoisers.bodies import new_denoiser
 from fewstep.agents.presets import preset
+from fewstep.agents.pretrained import from_edm, from_pretrained, pipeline_tableau, plain_grid
+from fewstep.agents.pretrained.scheduler import TableauScheduler
 from fewstep.agents.solvers import make_solver
 from fewstep.critics import MMDCritic, evaluate
 from fewstep.envs import (
@@ -99,6 +102,32 @@ def test_other_objects_are_refused_where_they_are_given(world, process):
     for build, said in cases:
         with pytest.raises(TypeError, match=said):
             build()
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda: from_pretrained(3), "name_or_folder must be a string or a path, got 3"),
+        (lambda: from_pretrained("a/b", download="no"), "download must be True or False, got 'no'"),
+        (lambda: from_pretrained("a/b", device=0), "device must be a string or a device, got 0"),
+        (lambda: from_pretrained("a/b", classes="10"), "classes must be a whole number or None"),
+        (lambda: from_pretrained("a/b", drops=1), "drops must be True or False or None, got 1"),
+        (
+            lambda: from_pretrained("a/b", class_embeddings=[[0.0]]),
+            "class_embeddings must be a Tensor or None, got",
+        ),
+        (lambda: from_edm("net"), "module must be a Module, got 'net'"),
+        (lambda: pipeline_tableau(None), "folder must be a string or a path, got None"),
+        (lambda: plain_grid("ddim"), "table must be a Tableau, got 'ddim'"),
+        (
+            lambda: TableauScheduler.from_scheduler(DDPMScheduler(), "ddim", "5"),
+            "steps must be a whole number or None, got '5'",
+        ),
+    ],
+)
+def test_what_is_no_pretrained_network_or_table_is_refused(ask, said):
+    with pytest.raises(TypeError, match=said):
+        ask()
 
 
 def test_what_cannot_be_evaluated_is_refused(world):

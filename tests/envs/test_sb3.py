@@ -51,6 +51,22 @@ def test_episodes_restart_by_themselves_whatever_the_mode_inside(make_vec, rewar
             assert info["TimeLimit.truncated"] is False
 
 
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_the_terminal_observation_has_the_condition_of_its_own_episode(make_vec, mode):
+    inside = make_vec("Digits", 16, steps=STEPS, conditional=True, autoreset_mode=mode)
+    env, plain = SB3VecEnv(inside), make_vec("Digits", 16, steps=STEPS, conditional=True)
+    first, second = (plain.reset(seed=seed)[0]["condition"] for seed in (3, None))
+    assert not torch.equal(first, second)
+    env.seed(3)
+    observation = env.reset()
+    for _ in range(STEPS):
+        np.testing.assert_array_equal(observation["condition"], first)
+        observation, _, _, infos = env.step(np.zeros((16, 1, 8, 8), np.float32))
+    ended = [info["terminal_observation"]["condition"] for info in infos]
+    np.testing.assert_array_equal(ended, first)
+    np.testing.assert_array_equal(observation["condition"], second)
+
+
 def test_infos_are_empty_before_the_end(env):
     env.reset()
     _, rewards, dones, infos = env.step(np.zeros((N, 2), np.float32))

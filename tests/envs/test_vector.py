@@ -137,6 +137,34 @@ def test_modes_continue_the_same_stream_of_noise(make_vec, random_action, mode):
     assert_same(observation, plain.reset()[0])
 
 
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_an_episode_is_shown_and_paid_for_under_its_own_condition(make_vec, random_action, mode):
+    def reward(sample, condition):
+        return condition.float()
+
+    settings = {"num_envs": 16, "conditional": True, "reward": reward}
+    env = make_vec("Digits", autoreset_mode=mode, **settings)
+    plain = make_vec("Digits", autoreset_mode="disabled", **settings)
+    first, second = (plain.reset(seed=seed)[0]["condition"] for seed in (5, None))
+    assert not torch.equal(first, second)
+    env.reset(seed=5)
+    results, last = run_episode(env, random_action)
+    assert all(torch.equal(result[0]["condition"], first) for result in results[:-1])
+    observation, paid, *_, info = results[-1]
+    assert torch.equal(paid, first.float())
+    if mode is AutoresetMode.SAME_STEP:
+        final, following = info["final_obs"], observation
+    else:
+        final = observation
+        begin = env.step if mode is AutoresetMode.NEXT_STEP else lambda _: env.reset()
+        following = begin(last)[0]
+    assert torch.equal(final["condition"], first)
+    assert torch.equal(following["condition"], second)
+    results, _ = run_episode(env, random_action)
+    assert torch.equal(results[0][0]["condition"], second)
+    assert torch.equal(results[-1][1], second.float())
+
+
 def test_observations_are_new_objects(make_vec):
     env = make_vec(autoreset_mode="SAME_STEP")
     action = torch.zeros(4, 2)

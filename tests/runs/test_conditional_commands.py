@@ -66,13 +66,20 @@ def test_its_samples_are_evaluated_with_another_guidance(tuned, fewstep, tmp_pat
     assert json.loads(scores.read_text())["nfe"] == 4
 
 
-def test_an_earlier_run_s_interval_is_left_out_with_its_guidance(tuned, tmp_path):
+def test_an_earlier_run_s_terms_are_left_out_with_its_guidance(tuned, tmp_path):
     config = json.loads((tuned / "config.json").read_text())
-    config["run"]["guidance_interval"] = [0.2, 5.0]
+    config["run"] |= {"guidance_interval": [0.2, 5.0], "guidance_rescale": 0.3}
     (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def terms(*flags):
+        run = parse(flags).run
+        return run.guidance_interval, run.guidance_rescale
+
     for source in (f"--config={tmp_path / 'config.json'}", f"--start-from={tmp_path}"):
-        assert parse([source, "--guidance=3"]).run.guidance_interval == (0.2, 5)
-        assert parse([source, "--guidance=1"]).run.guidance_interval is None
+        assert terms(source, "--guidance=3") == ((0.2, 5), 0.3)
+        assert terms(source, "--guidance=1") == (None, None)
+        # What is asked for here is refused where the denoiser is known.
+        assert terms(source, "--guidance=1", "--guidance_rescale=0.5") == (None, 0.5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--condition=3"]])
@@ -132,6 +139,10 @@ def test_a_conditional_network_is_analysed_under_the_data_s_conditions(cloned, f
         (["--conditional", "--guidance=-1"], "guidance"),
         (["--conditional", "--guidance=2", "--guidance-interval", "3", "1"], "0 <= low < high"),
         (["--conditional", "--guidance-interval", "0", "2"], "needs a --guidance other than 1"),
+        (
+            ["--conditional", "--guidance-rescale=0.5"],
+            "--guidance-rescale is the share of a guided",
+        ),
         (["--conditional", "--body=mlp"], "knows no classes"),
         (["--conditional", "--agent=behavior-cloning", "--guidance=3"], "trains under each"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -75,6 +76,34 @@ def test_a_preset_does_not_go_with_a_settings_file(finished, fewstep, capsys):
 def test_a_flag_beside_a_settings_file_wins(finished):
     config = f"--config={finished / 'config.json'}"
     assert parse([config, "--env=fewstep/Moons-v0", "--seed=3"]).run.env == "Moons"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "options", "other"),
+    [
+        ("agent", "solver", {"last_std": 0.1}, "euler"),
+        ("run", "schedule", {"rho": 5.0}, "uniform"),
+        ("run", "body", {"hidden": 16}, "residual-mlp"),
+        ("cloning", "solver", {"last_std": 0.1}, "euler"),
+    ],
+)
+def test_a_settings_file_s_options_go_with_what_they_are_of(
+    part, name, options, other, finished, tmp_path
+):
+    tree = json.loads((finished / "config.json").read_text())
+    own = {"solver": "ancestral", "schedule": "karras", "body": "mlp"}[name]
+    tree[part] |= {name: own, f"{name}_options": options}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    config, flag = f"--config={tmp_path / 'config.json'}", f"--{name}"
+    if part == "cloning":
+        flag = f"--pretrain.{name}"
+
+    def kept(*flags):
+        return getattr(getattr(parse([config, *flags]), part), f"{name}_options")
+
+    assert kept() == kept(f"{flag}={own}") == options
+    assert kept(f"{flag}={other}") is None
+    assert kept(flag, other, f"{flag}-options", "end", "1.0") == {"end": 1.0}
 
 
 def test_a_run_is_exported_as_of_its_own_environment(finished, fewstep, capsys, tmp_path):

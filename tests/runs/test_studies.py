@@ -257,12 +257,13 @@ def test_ppo_of_another_library_is_a_stage_like_any_other(tmp_path, fewstep, mon
     assert [again[record["contender"]]["sliced_wasserstein_fresh"] for record in ppo] == ends
 
 
-def test_a_failure_is_one_sentence_that_names_the_cell(tmp_path, fewstep, capsys):
+def test_missing_data_are_one_sentence_that_says_how_to_give_them(tmp_path, fewstep, capsys):
     flags = [f"--log-dir={tmp_path}", f"--data-dir={tmp_path}"]
     assert fewstep("benchmark", "mnist", *flags) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "4 of 4 cells failed, first mnist__1-generator-step__10__seed0: " in said
+    out, said = capsys.readouterr()
+    assert said.startswith("fewstep: MNIST is not at hand: ") and said.count("\n") == 1
     assert "--data-dir" in said
+    assert "not at hand" not in out
 
 
 def test_contenders_that_cannot_spend_the_calls_are_left_out(tmp_path, fewstep, capsys):

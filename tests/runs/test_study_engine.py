@@ -78,13 +78,23 @@ def test_a_failing_cell_is_named_and_the_others_are_kept(tmp_path):
 
 
 def test_data_that_are_not_at_hand_end_a_study(tmp_path):
+    """What is missing is all that is said, also where a cell before failed for another reason."""
     absent = partial(study_cells.absent, "MNIST is not at hand")
     settings = BenchmarkSettings(study="some", log_dir=tmp_path)
-    with pytest.raises(CellError, match="first b: MNIST is not at hand"):
-        run_study(study_of([cells_of(tmp_path)[0], Cell("b", absent), Cell("c", absent)]), settings)
+    bad, good = Cell("bad", partial(study_cells.failing, "no")), cells_of(tmp_path)
+    cells = [bad, good[0], Cell("b", absent), Cell("c", absent)]
+    with pytest.raises(FileNotFoundError, match=r"^MNIST is not at hand$"):
+        run_study(study_of(cells), settings)
     # The cell before it is kept, the one after it not tried.
     assert len(json.loads((settings.folder / "results.json").read_text())) == 1
     assert not (settings.folder / "cells" / "c.json").exists()
+    # It is tried again.
+    cells[2] = Cell("b", good[1].run)
+    with pytest.raises(FileNotFoundError, match=r"^MNIST is not at hand$"):
+        run_study(study_of(cells), settings)
+    cells[3] = Cell("c", good[2].run)
+    with pytest.raises(CellError, match="1 of 4 cells failed, first bad: no"):
+        run_study(study_of(cells), settings)
 
 
 @pytest.mark.slow  # likewise
