@@ -36,7 +36,7 @@ OF_512: dict[str, Any] = {"batch_size": 512, "rounds": 240}
 # What one run changes of the presets: the network, the agent, its settings.
 INGREDIENTS: dict[str, tuple[Clone, str, dict[str, Any]]] = {
     "SFT-PG (B)": (SHARED, "sft-pg", {}),
-    "V alone": (SHARED, "sft-pg", {"residual_baseline": False}),
+    "V = f + a residual": (SHARED, "sft-pg", {"residual_baseline": True}),
     "GAE lambda = 1": (SHARED, "sft-pg", {"gae_lambda": 1.0}),
     "all states for V": (SHARED, "sft-pg", {"baseline_states": 10}),
     "PPO ratio clip 0.2": (SHARED, "sft-pg", {"clip_range": 0.2}),
