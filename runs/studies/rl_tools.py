@@ -137,7 +137,6 @@ def _critic(mdp: DiffusionMDP, seed: int) -> IPMCritic:
         critic = IPMCritic(
             make_critic(shape),
             baseline=make_baseline(shape, mdp.steps),
-            residual_baseline=True,
             coefficient=1.0,
         )
     return critic.to(mdp.device)
