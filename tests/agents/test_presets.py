@@ -7,6 +7,7 @@ import torch
 from fewstep.agents import AGENTS, RDPO, SFTPG, BehaviorCloning, SolverLearning
 from fewstep.agents.denoisers.bodies import new_denoiser
 from fewstep.agents.presets import CLONING, FINE_TUNING, PROCESSES, SCHEDULES, preset
+from fewstep.agents.solver_learning.joint.presets import SOLVER_PRESETS
 from fewstep.agents.solvers import make_solver
 from fewstep.envs.mdp import no_reward
 from fewstep.envs.processes import make_process
@@ -57,6 +58,13 @@ def test_another_solver_leaves_the_preset_s_options():
     assert agent.settings.policy.log_density == "mean"  # the rest of the preset holds
     same = SFTPG.for_environment(mdp, new_denoiser(mdp), solver="ancestral")
     assert same.solver_options == {"variance": "small", "last_std": 0.05}
+
+
+@pytest.mark.parametrize("name", SOLVER_PRESETS)
+def test_a_published_preset_is_the_same_on_images_but_for_its_batches(name):
+    theirs, here = preset("SwissRoll", "solver", name).agent, preset("MNIST", "solver", name).agent
+    assert here == {**theirs, "batch_size": 50}
+    assert SolverLearning.Settings().replace(**here).batch_size == 50
 
 
 def test_an_environment_of_one_s_own_has_no_presets(make_mdp, make_denoiser):
