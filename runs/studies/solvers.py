@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from .contenders import Contender, Grid
@@ -190,7 +189,10 @@ def _learned(
         seeds: of networks and learners.
         last: what `Sample` is given for the times, if not the solvers' default ones.
     """
-    sample = partial(Sample, **last or {})
+
+    def sample(solver: str) -> Sample:
+        return Sample(solver, **(last or {}))
+
     given = ("ddim", "dpm-solver++-2m", "dpm-solver++-3m", "unipc-2", "ipndm", "deis")
     rows: dict[str, tuple[Stage, ...]] = {solver: (sample(solver),) for solver in given}
     learned = LEARNED | BY_REWARD
