@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from ...agents.base import Agent
 from ..reports.plots import Panels, timelines_figure
 from ..run.folder import read_record, write_json
-from .tables import COORDINATES, headline, markdown
+from .tables import COORDINATES, headline, markdown, with_seeing
 
 Point = dict[str, float]
 
@@ -110,7 +110,8 @@ def present(
     metric, rows = headline(columns), []
     for _, group in trained.groupby(COORDINATES, sort=False):
         row = {name: str(group[name].iloc[0]) for name in ("env", "contender", "calls")}
-        row |= {name: f"{group[name].median():.2e}" for name in columns if name in group}
+        shown = with_seeing(frame, columns)
+        row |= {name: f"{group[name].median():.2e}" for name in shown if name in group}
         levels = yard[yard["env"] == row["env"]].groupby("calls")[metric].median()
         reached = {f"as {yardstick}-{calls}": level for calls, level in levels.items()}
         row |= {name: _first(group["timeline"], metric, level) for name, level in reached.items()}
