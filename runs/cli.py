@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "agents": ("list", "list the agents and solvers"),
 }
 # Flags of others that a command does not have.
-LACKS = {"benchmark": ("--download", "--image-size")}
+LACKS = {"benchmark": ("--download",)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

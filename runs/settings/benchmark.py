@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from ...envs.targets.images import FOLDER_SIZE
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class BenchmarkSettings:
     steps: tuple[int, ...] | None = None
     """Network calls of a sample, if not the study's."""
     data_dir: Path | None = None
-    """Folder of the data files of studies on image sets."""
+    """Folder of the data files of studies on image sets; of studies on ImageFolder, your pictures."""
+    image_size: int | None = None
+    """Side in pixels to which ImageFolder's pictures are cropped and resized."""
     inception_weights: Path | None = None
     """Weights of torch-fidelity's Inception network, for FID on images of 32 pixels and more."""
     rounds: int | None = None
@@ -41,3 +46,11 @@ class BenchmarkSettings:
     def folder(self) -> Path:
         """The study's folder."""
         return self.log_dir / "benchmark" / self.study
+
+    def data_of(self, env: str) -> str:
+        """Name what an environment's data are: for `ImageFolder` the folder and the size, too."""
+        if env != "ImageFolder" or self.data_dir is None:
+            return env
+        folder = self.data_dir.expanduser().resolve()
+        size = self.image_size or FOLDER_SIZE
+        return f"{env}-{folder.name}-{size}-{zlib.crc32(bytes(folder)):08x}"

@@ -87,7 +87,8 @@ class Grid:
                             if settings.steps and (why := _refusal(each, env, calls)):
                                 left_out[f"{each.label} with {calls}"] = why
                                 continue
-                            parts = [env, each.solver, each.label, f"{calls}", f"seed{seed}"]
+                            data = settings.data_of(env)
+                            parts = [data, each.solver, each.label, f"{calls}", f"seed{seed}"]
                             parts += [f"rounds{settings.rounds}"] if settings.rounds else []
                             run = partial(each.run, env, seed, calls, self.scoring, settings)
                             cells.append(Cell("__".join(_slug(p) for p in parts if p), run))

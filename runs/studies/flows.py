@@ -5,7 +5,7 @@ from __future__ import annotations
 from .agents import FINE_GRAIN
 from .contenders import Contender, Grid
 from .engine import Study
-from .guidance import LEARNED, SOLVERS
+from .guidance import LEARNED, SOLVERS, at_own_times
 from .stages import SMALL_UNET, Clone, Sample, Stage, fine_tune
 from .world import Scoring
 
@@ -16,24 +16,14 @@ FINE_TUNED = {
 }
 
 
-def _at_own_times(process: str, stage: Stage) -> Stage:
-    """Let a flow's solver visit its default times: those named are whole noisings."""
-    if isinstance(stage, Sample) and process == "flow":
-        return Sample(stage.solver, stage.options)
-    return stage
-
-
 def _study(env: str, title: str, scoring: Scoring, columns: tuple[str, ...]) -> Study:
     body = SMALL_UNET if env in ("MNIST", "FashionMNIST") else {}
     chains: dict[str, tuple[Stage, ...]] = {label: (each,) for label, each in SOLVERS.items()}
     chains |= LEARNED | {"fine-tuned": FINE_TUNED[env]}
+    clones = {name: Clone(process, seed=0, **body) for name, process in PROCESSES.items()}
     contenders = tuple(
-        Contender(
-            label,
-            (Clone(process, seed=0, **body), *(_at_own_times(process, each) for each in stages)),
-            name,
-        )
-        for name, process in PROCESSES.items()
+        Contender(label, (clone, *at_own_times(clone, stages)), name)
+        for name, clone in clones.items()
         for label, stages in chains.items()
     )
     return Study(title, Grid((env,), contenders, (5, 10), (0,), scoring), columns)

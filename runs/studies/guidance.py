@@ -8,14 +8,16 @@ from typing import Any
 from .agents import COARSE_GRAIN, FINE_GRAIN
 from .contenders import Contender, Grid
 from .engine import Study
-from .stages import SMALL_UNET, Clone, Guide, Learn, Sample, fine_tune
+from .stages import COLOUR_UNET, SMALL_UNET, Clone, Guide, Learn, Sample, Stage, fine_tune
 from .world import Scoring
 
 NETWORKS = {
     "Digits": Clone("linear-1000", conditional=True, seed=0),
     "FashionMNIST": Clone("linear-1000", conditional=True, seed=0, **SMALL_UNET),
     "MNIST": Clone("linear-1000", conditional=True, seed=0, **SMALL_UNET),
+    "ImageFolder": Clone("flow", conditional=True, seed=0, **COLOUR_UNET),
 }
+BY_CAPTION = replace(NETWORKS["ImageFolder"], conditional="captions")
 GUIDANCES = (1.0, 2.0, 4.0)
 # The pixels of an image are clean enough at the first noising to stop there.
 TIMES: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}}
@@ -50,38 +52,47 @@ def _columns(env: str) -> tuple[str, ...]:
     return (*(f"{metric}[{features}]" for metric in of_images), "seconds")
 
 
-def _guided(env: str, guidance: float) -> list[Contender]:
-    name, network = f"w = {guidance:g}", (NETWORKS[env], Guide(guidance))
-    plain = [
-        Contender(label, (*network, sample), name, (env,)) for label, sample in SOLVERS.items()
-    ]
-    learned = [Contender(label, (*network, *rest), name, (env,)) for label, rest in LEARNED.items()]
-    return plain + learned
+def at_own_times(clone: Clone, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Let a flow's solvers visit their default times: those named here are whole noisings."""
+    if clone.process != "flow":
+        return stages
+    return tuple(
+        Sample(each.solver, each.options) if isinstance(each, Sample) else each for each in stages
+    )
 
 
-def _study(env: str, title: str) -> Study:
-    contenders = tuple(each for w in GUIDANCES for each in _guided(env, w))
+def _study(env: str, title: str, clone: Clone | None = None) -> Study:
+    clone = clone or NETWORKS[env]
+    chains: dict[str, tuple[Stage, ...]] = {label: (each,) for label, each in SOLVERS.items()}
+    contenders = tuple(
+        Contender(label, (clone, Guide(w), *at_own_times(clone, stages)), f"w = {w:g}", (env,))
+        for w in GUIDANCES
+        for label, stages in (chains | LEARNED).items()
+    )
+    scoring = replace(SCORING, conditional=clone.conditional)
     return Study(
         title,
-        Grid((env,), contenders, (5, 10), (0,), SCORING),
+        Grid((env,), contenders, (5, 10), (0,), scoring),
         ("evaluations", "error", *_columns(env)),
     )
 
 
-def _fine_tuned(env: str, title: str) -> Study:
+def _fine_tuned(env: str, title: str, clone: Clone | None = None) -> Study:
     """Return the study of fine-tuning at guidance 1 and 2, against where it starts."""
+    clone = clone or NETWORKS[env]
     fine = COARSE_GRAIN if env == "Digits" else FINE_GRAIN
     learners = {
         "sft": (fine, fine_tune("sft", 0)),
         "sft, half mismatched": (fine, fine_tune("sft", 0, mismatched=0.5)),
         "sft-v": (COARSE_GRAIN, fine_tune("sft-v", 0)),
+        "sft-pg": (COARSE_GRAIN, fine_tune("sft-pg", 0)),
     }
     contenders = tuple(
-        Contender(f"{label}, w = {w:g}", (NETWORKS[env], Guide(w), *stages))
+        Contender(f"{label}, w = {w:g}", (clone, Guide(w), *at_own_times(clone, stages)))
         for label, stages in learners.items()
         for w in (1.0, 2.0)
     )
-    scoring = replace(SCORING, held_out=0, before=True)
+    scoring = replace(SCORING, held_out=0, before=True, conditional=clone.conditional)
     return Study(title, Grid((env,), contenders, (5, 10), (0, 1, 2), scoring), _columns(env))
 
 
@@ -89,7 +100,15 @@ STUDIES = {
     "guidance": _study("Digits", "Guided digits in 5 and 10 calls: solvers and what is learned"),
     "guidance-fashion": _study("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
     "guidance-mnist": _study("MNIST", "The same on MNIST, with --data-dir"),
+    "guidance-folder": _study("ImageFolder", "The same on your folders of pictures, as classes"),
+    "guidance-captions": _study("ImageFolder", "The same under their captions", BY_CAPTION),
     "guided-sft": _fine_tuned("Digits", "Fine-tuning a conditional sampler of digits"),
     "guided-sft-fashion": _fine_tuned("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
     "guided-sft-mnist": _fine_tuned("MNIST", "The same on MNIST, with --data-dir"),
+    "guided-sft-folder": _fine_tuned(
+        "ImageFolder", "The same on your folders of pictures, as classes"
+    ),
+    "guided-sft-captions": _fine_tuned(
+        "ImageFolder", "The same under their captions", BY_CAPTION
+    ),
 }

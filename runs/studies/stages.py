@@ -81,6 +81,7 @@ class Clone:
         rounds: of cloning, if not the preset's.
         body: the network, if not the environment's; see `fewstep train --help`.
         body_options: of that network.
+        settings: of the cloning agent that differ from the preset's.
         conditional: whether it learns the classes of the data, or which conditions, see `Guide`.
     """
 
@@ -90,6 +91,7 @@ class Clone:
     rounds: int | None = None
     body: str | None = None
     body_options: Options | None = None
+    settings: Options = field(default_factory=dict)
     conditional: Conditional = False
 
     def __call__(self, world: World, calls: int) -> Sampler:
@@ -107,10 +109,12 @@ class Clone:
         if kind := kind_of(self.conditional):
             # As folders were named before there were other conditions than classes.
             what += ("conditional" if kind == "classes" else kind,)
-        folder = world.settings.folder.parent / "denoisers" / _name(world.env, "clone", seed, what)
+        what += (self.settings,) if self.settings else ()
+        name = _name(world.settings.data_of(world.env), "clone", seed, what)
+        folder = world.settings.folder.parent / "denoisers" / name
         mdp = world.mdp(process, conditional=self.conditional)
         new = new_denoiser(mdp, seed, budget.prediction, body, self.body_options)
-        agent = AGENTS[CLONER].for_environment(mdp, new, seed=seed, rounds=rounds)
+        agent = AGENTS[CLONER].for_environment(mdp, new, seed=seed, rounds=rounds, **self.settings)
         _train(agent, folder)
         denoiser = Denoiser.load(folder / agent.checkpoint_name, world.target.device)
         return Sampler(denoiser, denoiser, folder.name)
@@ -126,6 +130,13 @@ class Clone:
 
 # The network of images of 28 x 28, 277,000 weights: minutes of a CPU where others take hours.
 SMALL_UNET: Options = {"body": "small-unet", "body_options": {"width": 16, "levels": 3}}
+# Of a few thousand small pictures in colour: half an hour of a CPU.
+COLOUR_UNET: Options = {
+    "body": "small-unet",
+    "body_options": {"width": 24, "levels": 3},
+    "rounds": 3000,
+    "settings": {"learning_rate": 1e-3, "lr_schedule": "cosine", "ema": 0.999},
+}
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,10 @@ class World:
             return mixture(make_process(f"linear-{LONG}"), seed=self.seed)[1]
         device = resolve_device(self.settings.device)
         captions = kind_of(self.scoring.conditional) == "captions"
-        folder = self.settings.data_dir
-        return make_target(self.env, device=device, data_dir=folder, captions=captions)
+        folder, size = self.settings.data_dir, self.settings.image_size
+        return make_target(
+            self.env, device=device, data_dir=folder, image_size=size, captions=captions
+        )
 
     @cached_property
     def evaluation(self) -> Evaluation:
