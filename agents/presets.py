@@ -263,6 +263,7 @@ _OF_SMALL_IMAGES: dict[str, Values] = {
     "default": {**_SMALL_IMAGES_SOLVER, "rounds": 6},
     **{name: {**values, **_SMALL_IMAGES_SOLVER} for name, values in SOLVER_PRESETS.items()},
 }
+_COLOURED = ("CIFAR10", "CelebA64", "ImageFolder")
 FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("SwissRoll", "sft-pg", "default"): _ROLL_SFT_PG,
     ("SwissRoll", "sft-pg", "long"): _LONG_ROLL_SFT_PG,
@@ -308,13 +309,13 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("Moons", "dmd", "default"): _TOY_DMD,
     ("GaussianCluster", "dmd", "default"): {**_TOY_DMD, "rounds": 200},
     ("Digits", "dmd", "default"): _DIGITS_DMD,
-    **{
-        (env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000}
-        for env in ("CIFAR10", "CelebA64", "ImageFolder")
-    },
+    **{(env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000} for env in _COLOURED},
+    # Found on MNIST, tried on a folder of small colour pictures, and on neither CIFAR-10 nor faces.
+    **{(env, "sft", "default"): _SMALL_IMAGES_SFT for env in _COLOURED},
+    **{(env, "schedule", "default"): _SMALL_IMAGES_SCHEDULE for env in _COLOURED},
     **{
         (env, "solver", name): values
-        for env in ("MNIST", "FashionMNIST")
+        for env in ("MNIST", "FashionMNIST", *_COLOURED)
         for name, values in _OF_SMALL_IMAGES.items()
     },
 }
@@ -350,9 +351,7 @@ PROCESSES: dict[tuple[str, str], str] = {
 
 
 # The times that Fan & Lee (2023) start from on images.
-SCHEDULES: dict[tuple[str, str], str] = {
-    (env, "sft-pg"): "fast_dpm" for env in ("CIFAR10", "CelebA64", "ImageFolder")
-}
+SCHEDULES: dict[tuple[str, str], str] = {(env, "sft-pg"): "fast_dpm" for env in _COLOURED}
 
 
 # The networks that Ho et al.'s and Song et al.'s budgets are for.

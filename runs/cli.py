@@ -35,8 +35,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "envs": ("list", "list the environments"),
     "agents": ("list", "list the agents and solvers"),
 }
-# Flags of others that a command does not have.
-LACKS = {"benchmark": ("--download",)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +65,7 @@ def _run(arguments: list[str]) -> None:
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError, ImportError) as error:
-        _fail(error, 2, name)
+        _fail(error, 2)
     except RuntimeError as error:
         from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
 
@@ -75,11 +73,11 @@ def _run(arguments: list[str]) -> None:
             advice = "Take fewer samples, smaller batches or --device cpu."
             error = OutOfMemoryError(advice, f"in fewstep {name}")
         if isinstance(error, OutOfMemoryError | TrainingDivergedError):
-            _fail(error, 2, name)
+            _fail(error, 2)
         if not _lost_peer(error):
             raise
         with suppress(SystemExit):
-            _fail(error, 1, name)
+            _fail(error, 1)
         # Without the interpreter's end, at which the rest of the group may abort this process.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -127,9 +125,9 @@ def _warn(
     print(f"fewstep: warning: {_one_line(message)}", file=sys.stderr)
 
 
-def _one_line(message: object, without: Sequence[str] = ()) -> str:
+def _one_line(message: object) -> str:
     """Join a message's lines, name the flags behind it, and cut one that quotes a whole file."""
-    text = with_flags(" ".join(str(message).split()), without)
+    text = with_flags(" ".join(str(message).split()))
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
@@ -159,12 +157,12 @@ def _lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, LostPeerError)
 
 
-def _fail(error: Exception, code: int, command: str) -> None:
+def _fail(error: Exception, code: int) -> None:
     if os.environ.get("FEWSTEP_DEBUG"):
         raise error
     # Under torchrun all processes meet the same error; one of them says so.
     if os.environ.get("RANK", "0") == "0":
-        print(f"fewstep: {_one_line(error, LACKS.get(command, ()))}", file=sys.stderr)
+        print(f"fewstep: {_one_line(error)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -57,8 +57,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_numbers(settings: BenchmarkSettings) -> None:
     """Raise ValueError for a number that no cell can do anything with."""
-    counts = {"threads": settings.threads, "rounds": settings.rounds, "workers": settings.workers}
-    at_least(1, **{f"--{name}": count for name, count in counts.items()})
+    for name in ("threads", "rounds", "workers", "image_size"):
+        at_least(1, **{f"--{name.replace('_', '-')}": getattr(settings, name)})
     at_least(2, **{"--evaluation-samples": settings.evaluation_samples})
     for name in ("seeds", "steps"):
         if getattr(settings, name) == ():

@@ -32,7 +32,9 @@ class BenchmarkSettings:
     steps: tuple[int, ...] | None = None
     """Network calls of a sample, if not the study's."""
     data_dir: Path | None = None
-    """Folder of the data files of studies on image sets; of studies on ImageFolder, your pictures."""
+    """Folder of the data files of studies on image sets; of those on ImageFolder, your pictures."""
+    download: bool = False
+    """Fetch missing data files into that folder."""
     image_size: int | None = None
     """Side in pixels to which ImageFolder's pictures are cropped and resized."""
     inception_weights: Path | None = None

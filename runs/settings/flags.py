@@ -47,18 +47,12 @@ KINDS = (
 )
 
 
-def with_flags(message: str, without: Sequence[str] = ()) -> str:
-    """Return a message with the flags of what it names, if it does not name them itself.
-
-    Args:
-        message: of the library.
-        without: flags that the command does not have.
-    """
+def with_flags(message: str) -> str:
+    """Return a library's message with the flags of what it names, if it does not name them."""
     named = [
         flag
         for words, flag in FLAGS.items()
-        if re.search(rf"(?<![\w.]){re.escape(words)}(?!\w)", message)
-        and not (flag in message or flag in without)
+        if re.search(rf"(?<![\w.]){re.escape(words)}(?!\w)", message) and flag not in message
     ]
     return f"{message} ({'; '.join(named)})" if named else message
 

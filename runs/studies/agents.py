@@ -183,7 +183,7 @@ STUDIES = {
         columns=(),
     ),
     "images": _images("MNIST", "Fine-tuning on MNIST, which gradient and which critic"),
-    "images-fashion": _images("FashionMNIST", "The same on Fashion-MNIST"),
+    "images-fashion": _images("FashionMNIST", "Fine-tuning on Fashion-MNIST"),
     "samplers": Study(
         "Few-step samplers of one DDPM on the digits (the shape of Fan & Lee 2023, Table 3)",
         Grid(

@@ -76,8 +76,12 @@ class Grid:
         """Return the cells, without contenders that cannot spend the calls of the command's flags.
 
         Raises:
-            ValueError: no contender can.
+            ValueError: no contender can, or a size of images that are not resized.
         """
+        if settings.image_size and "ImageFolder" not in self.envs:
+            raise ValueError(
+                f"--image-size is for studies on ImageFolder; the size of {self.envs[0]} is fixed."
+            )
         cells, left_out = [], dict[str, str]()
         for env in self.envs:
             for seed in settings.seeds or self.seeds:

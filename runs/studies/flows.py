@@ -39,7 +39,7 @@ STUDIES = {
     ),
     "flows-fashion": _study(
         "FashionMNIST",
-        "The same of Fashion-MNIST, with --data-dir",
+        "A flow of Fashion-MNIST beside its diffusion model",
         Scoring(2000, held_out=256, reference_steps=100, before=False),
         (
             "error",

@@ -61,7 +61,7 @@ def at_own_times(clone: Clone, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     )
 
 
-def _study(env: str, title: str, clone: Clone | None = None) -> Study:
+def _study(env: str, of: str, clone: Clone | None = None) -> Study:
     clone = clone or NETWORKS[env]
     chains: dict[str, tuple[Stage, ...]] = {label: (each,) for label, each in SOLVERS.items()}
     contenders = tuple(
@@ -71,13 +71,13 @@ def _study(env: str, title: str, clone: Clone | None = None) -> Study:
     )
     scoring = replace(SCORING, conditional=clone.conditional)
     return Study(
-        title,
+        f"Guided {of} in 5 and 10 calls: solvers and what is learned",
         Grid((env,), contenders, (5, 10), (0,), scoring),
         ("evaluations", "error", *_columns(env)),
     )
 
 
-def _fine_tuned(env: str, title: str, clone: Clone | None = None) -> Study:
+def _fine_tuned(env: str, of: str, clone: Clone | None = None) -> Study:
     """Return the study of fine-tuning at guidance 1 and 2, against where it starts."""
     clone = clone or NETWORKS[env]
     fine = COARSE_GRAIN if env == "Digits" else FINE_GRAIN
@@ -93,22 +93,19 @@ def _fine_tuned(env: str, title: str, clone: Clone | None = None) -> Study:
         for w in (1.0, 2.0)
     )
     scoring = replace(SCORING, held_out=0, before=True, conditional=clone.conditional)
+    title = f"Fine-tuning a conditional sampler of {of}"
     return Study(title, Grid((env,), contenders, (5, 10), (0, 1, 2), scoring), _columns(env))
 
 
 STUDIES = {
-    "guidance": _study("Digits", "Guided digits in 5 and 10 calls: solvers and what is learned"),
-    "guidance-fashion": _study("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
-    "guidance-mnist": _study("MNIST", "The same on MNIST, with --data-dir"),
-    "guidance-folder": _study("ImageFolder", "The same on your folders of pictures, as classes"),
-    "guidance-captions": _study("ImageFolder", "The same under their captions", BY_CAPTION),
-    "guided-sft": _fine_tuned("Digits", "Fine-tuning a conditional sampler of digits"),
-    "guided-sft-fashion": _fine_tuned("FashionMNIST", "The same on Fashion-MNIST, with --data-dir"),
-    "guided-sft-mnist": _fine_tuned("MNIST", "The same on MNIST, with --data-dir"),
-    "guided-sft-folder": _fine_tuned(
-        "ImageFolder", "The same on your folders of pictures, as classes"
-    ),
-    "guided-sft-captions": _fine_tuned(
-        "ImageFolder", "The same under their captions", BY_CAPTION
-    ),
+    "guidance": _study("Digits", "digits"),
+    "guidance-fashion": _study("FashionMNIST", "Fashion-MNIST"),
+    "guidance-mnist": _study("MNIST", "MNIST"),
+    "guidance-folder": _study("ImageFolder", "pictures of your sub-folders"),
+    "guidance-captions": _study("ImageFolder", "pictures of your captions", BY_CAPTION),
+    "guided-sft": _fine_tuned("Digits", "digits"),
+    "guided-sft-fashion": _fine_tuned("FashionMNIST", "Fashion-MNIST"),
+    "guided-sft-mnist": _fine_tuned("MNIST", "MNIST"),
+    "guided-sft-folder": _fine_tuned("ImageFolder", "pictures of your sub-folders"),
+    "guided-sft-captions": _fine_tuned("ImageFolder", "pictures of your captions", BY_CAPTION),
 }

@@ -213,7 +213,7 @@ def _of_images(env: str, conditional: bool, *metrics: str) -> Study:
     """Return the study on 28 x 28 images, guided if it is conditional."""
     clone = Clone("linear-1000", seed=0, conditional=conditional, **SMALL_UNET)
     return _learned(
-        f"The same on {env}, with --data-dir" + (", guidance 2" if conditional else ""),
+        f"What is learned of a solver on {env}" + (", guidance 2" if conditional else ""),
         {env: (clone, Guide(2.0)) if conditional else (clone,)},
         Scoring(2000, 256, reference_steps=100, before=False, conditional=conditional),
         tuple(f"{name}[{env.lower()}-classifier]" for name in metrics),

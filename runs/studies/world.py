@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from ...envs.processes import NoiseProcess, make_process
 from ..reports.features import features_for, real_distances
 from ..settings.benchmark import BenchmarkSettings
 from ..settings.train import resolve_device
+from .engine import locked
 
 # The environment whose denoiser is exact instead of cloned; the noisings of a long process.
 MIXTURE, LONG = "Mixture", 1000
@@ -69,10 +71,17 @@ class World:
             return mixture(make_process(f"linear-{LONG}"), seed=self.seed)[1]
         device = resolve_device(self.settings.device)
         captions = kind_of(self.scoring.conditional) == "captions"
-        folder, size = self.settings.data_dir, self.settings.image_size
-        return make_target(
-            self.env, device=device, data_dir=folder, image_size=size, captions=captions
-        )
+        given = self.settings
+        # Of several workers one downloads.
+        with locked(given.folder / "locks" / "data") if given.download else nullcontext():
+            return make_target(
+                self.env,
+                device=device,
+                data_dir=given.data_dir,
+                download=given.download,
+                image_size=given.image_size,
+                captions=captions,
+            )
 
     @cached_property
     def evaluation(self) -> Evaluation:

@@ -10,11 +10,12 @@ from signal import SIGINT, raise_signal
 import numpy as np
 import pytest
 import torch
-from image_files import write_mnist
+from image_files import write_folder, write_mnist
 from stable_baselines3 import PPO
 
 from fewstep.agents import DODE, SFTPG, ScheduleLearning
 from fewstep.agents.base import Agent
+from fewstep.envs.targets import images
 from fewstep.runs.settings.benchmark import BenchmarkSettings
 from fewstep.runs.studies import STUDIES, agents, chains, timeline
 from fewstep.runs.studies.contenders import Contender
@@ -262,8 +263,18 @@ def test_missing_data_are_one_sentence_that_says_how_to_give_them(tmp_path, fews
     assert fewstep("benchmark", "mnist", *flags) == 2
     out, said = capsys.readouterr()
     assert said.startswith("fewstep: MNIST is not at hand: ") and said.count("\n") == 1
-    assert "--data-dir" in said
+    assert "--data-dir" in said and "--download" in said
     assert "not at hand" not in out
+
+
+def test_missing_data_are_fetched_if_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(images, "_provide", lambda *given: asked.append(given[-1]))
+    write_mnist(tmp_path)
+    for download in (True, False):
+        settings = BenchmarkSettings("mnist", tmp_path, data_dir=tmp_path, download=download)
+        assert len(World("MNIST", 0, Scoring(), settings).target) == 30
+    assert asked == [True, False]
 
 
 def test_contenders_that_cannot_spend_the_calls_are_left_out(tmp_path, fewstep, capsys):
@@ -317,3 +328,44 @@ def test_the_study_on_mnist(tmp_path, fewstep, shrink):
     table = (tmp_path / "benchmark" / "mnist" / "table.md").read_text()
     assert "5 generator steps, gamma 1" in table
     assert "frechet_distance[mnist-classifier]" in table
+
+
+@pytest.mark.parametrize("kind", ["folder", pytest.param("captions", marks=pytest.mark.slow)])
+def test_a_study_on_a_folder_of_pictures(kind, tmp_path, fewstep, shrink, capsys):
+    """Guided solvers and a fine-tuned network, by class and by caption; each folder has its own."""
+    pictures = tmp_path / "pictures"
+    write_folder(pictures)
+    names = sorted(str(file.relative_to(pictures)) for file in pictures.glob("*/*.png"))
+    (pictures / "captions.tsv").write_text("".join(f"{name}\ta picture\n" for name in names))
+    narrow = {"body_options": {"width": 8, "levels": 2}}
+
+    def small(study, *labels):
+        chosen = [c for c in STUDIES[study].cells.contenders if c.label in labels]
+        chosen = [with_settings(c, batch_size=4) for c in chosen if c.solver in ("", "w = 2")]
+        clones = [dataclasses.replace(c.stages[0], **narrow) for c in chosen]
+        contenders = tuple(
+            dataclasses.replace(c, stages=(clone, *c.stages[1:]))
+            for c, clone in zip(chosen, clones, strict=True)
+        )
+        scoring = dataclasses.replace(STUDIES[study].cells.scoring, held_out=4, reference_steps=2)
+        shrink(study, contenders=contenders, scoring=scoring)
+        flags = [f"--log-dir={tmp_path}", "--rounds=1", "--seeds=0", "--steps=3"]
+        return ["benchmark", study, *flags, f"--data-dir={pictures}", "--evaluation-samples=4"]
+
+    solvers = small(f"guidance-{kind}", "UniPC-2")
+    assert fewstep(*solvers, "--image-size=8") == 0
+    (record,) = records_of(tmp_path / "benchmark" / f"guidance-{kind}")
+    assert "RectifiedFlow" in record["process"] and record["evaluations"] == 6
+    assert "class_accuracy[imagefolder-classifier]" in record
+    tuned = small(f"guided-sft-{kind}", "sft, half mismatched, w = 1")
+    assert fewstep(*tuned, "--image-size=8") == 0
+    (record,) = records_of(tmp_path / "benchmark" / f"guided-sft-{kind}")
+    assert "frechet_distance[imagefolder-classifier] before" in record
+    denoisers = tmp_path / "benchmark" / "denoisers"
+    assert len(list(denoisers.iterdir())) == 1, "the two studies share their network"
+    # Of another size it is another network, and other cells.
+    assert fewstep(*solvers, "--image-size=12") == 0
+    assert len(list(denoisers.iterdir())) == 2
+    capsys.readouterr()
+    assert fewstep("benchmark", "guided-sft", f"--log-dir={tmp_path}", "--image-size=8") == 2
+    assert "the size of Digits is fixed" in capsys.readouterr().err
