@@ -13,16 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...common.arguments import check_value
-from ...common.checkpoint import CheckpointError, counter, load_checkpoint
+from ...common.checkpoint import counter
 from ...common.distributed import ALONE
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
-from ...common.reading import damage_named
-from ...envs import DiffusionMDP, Schedule
 from ..base import AnyAgent
 from ..denoisers.conditioning import Conditioning
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
+from ..finished_table import TakesTable, on_times_of
 from ..policy_gradient.execution import Execution, as_executed
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
@@ -37,7 +35,7 @@ GIVEN, DISTILLED = "given", "distilled"
 _NETWORKS = {GIVEN: "the network as it was given", DISTILLED: "the distilled network"}
 
 
-class NetworkDistillation(SolverAgent):
+class NetworkDistillation(TakesTable, SolverAgent):
     """Base of the agents that train the network for a few steps, by its own fine solver.
 
     A copy of the network stays as it was given: the teacher. On noise that is not trained on, the
@@ -52,9 +50,8 @@ class NetworkDistillation(SolverAgent):
         env: the environment; its schedule is the student's, its process gives the noise.
         denoiser: the network, trained in place.
         settings: see the agent's `Settings`.
-        tableau: a finished table that the student samples with, such as one that a solver agent
-            learned, where the agent takes one; its times replace the environment's.
-        arguments: single settings by name, and `Agent`'s remaining arguments.
+        arguments: single settings by name, `tableau` where the agent takes one (see `TakesTable`;
+            its times replace the environment's), and `Agent`'s remaining arguments.
 
     Attributes:
         follows_paths: whether each finished sample has a goal of its own; else only their
@@ -77,6 +74,7 @@ class NetworkDistillation(SolverAgent):
 
     data_parallel = True
     obeys_transitions = False
+    takes_tableau = False
     follows_paths: ClassVar[bool] = True
 
     settings: DistillationSettings
@@ -86,16 +84,8 @@ class NetworkDistillation(SolverAgent):
         env: Environment,
         denoiser: Denoiser,
         settings: Any = None,
-        *,
-        tableau: Tableau | None = None,
         **arguments: Any,
     ) -> None:
-        if tableau is not None and not self.takes_tableau:
-            raise ValueError(
-                f"{type(self).__name__} chooses its sampler by solver=...: give no tableau."
-            )
-        check_value("tableau", tableau, Tableau | None)
-        self._given_table = tableau
         self._given_terms = denoiser.conditioning
         super().__init__(env, denoiser, settings, **arguments)
         self._check_sampler()
@@ -183,24 +173,6 @@ class NetworkDistillation(SolverAgent):
     def networks(self) -> list[nn.Module]:
         """Return the networks whose calls are counted; the teacher's is one of its own."""
         return [*super().networks(), self.teacher]
-
-    def starting_tableau(self, denoiser: Denoiser) -> Tableau:
-        """Return the sampler, which training does not change."""
-        if self._given_table is not None:
-            return self._given_table
-        return super().starting_tableau(denoiser)
-
-    def tableau_on(self, schedule: Schedule) -> Tableau:
-        """Return the solver on another schedule.
-
-        Raises:
-            ValueError: the sampler is a finished table, which belongs to its own times.
-        """
-        if self._given_table is None:
-            return super().tableau_on(schedule)
-        raise ValueError(
-            f"'{self._given_table.name}' is a finished table, which carries over to no other times."
-        )
 
     def smaller(self) -> str:
         """See `Agent.smaller`."""
@@ -383,7 +355,7 @@ class NetworkDistillation(SolverAgent):
             "teacher": self.teacher.body.state_dict(),
             "teacher_given": None if terms is None else terms.to_config(),
             "given": None if self._given_terms is None else self._given_terms.to_config(),
-            "tableau": None if self._given_table is None else self._given_table.to_json(),
+            "tableau": self.table_state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -392,12 +364,7 @@ class NetworkDistillation(SolverAgent):
         Raises:
             CheckpointError: the student samples with another table.
         """
-        table = None if self._given_table is None else self._given_table.to_json()
-        if state["tableau"] != table:
-            raise CheckpointError(
-                "The checkpoint's student samples with another table than this one: give the "
-                "table that it was trained with."
-            )
+        self.check_table(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self._best.load_state(state)
         self._updates = counter(state, "updates", "the checkpoint")
@@ -407,17 +374,6 @@ class NetworkDistillation(SolverAgent):
         if state["teacher_given"] is not None:
             terms = Conditioning.from_config(state["teacher_given"])
             self.teacher.conditioning = terms.on(self.device)
-
-    @classmethod
-    def given_tableau(cls, path: str | Path) -> Tableau | None:
-        """See `Agent.given_tableau`.
-
-        Raises:
-            CheckpointError: a damaged file.
-        """
-        with damage_named(path, CheckpointError):
-            table = load_checkpoint(path)["state"]["tableau"]
-            return None if table is None else Tableau.from_json(table)
 
     @classmethod
     def _rebuilt(
@@ -431,21 +387,11 @@ class NetworkDistillation(SolverAgent):
     ) -> AnyAgent:
         """Build the agent with the table that its file holds, and the guidance that was given."""
         state = header["state"]
-        if state["tableau"] is not None:
-            overrides.setdefault("tableau", Tableau.from_json(state["tableau"]))
-            if hasattr(cls.Settings, "table"):  # where it came from, and what may be another now
-                overrides.setdefault("table", None)
+        if state["tableau"] is not None and hasattr(cls.Settings, "table"):
+            overrides.setdefault("table", None)  # where it came from, and what may be another now
         if state["given"] is not None:
             denoiser.conditioning = Conditioning.from_config(state["given"])
         return super()._rebuilt(header, path, env, denoiser, device, overrides)
-
-
-def on_times_of(mdp: DiffusionMDP, tableau: Tableau) -> DiffusionMDP:
-    """Return the decision process on a table's times, where its own are others."""
-    times = sorted(set(tableau.times.tolist()), reverse=True)
-    if times == mdp.schedule.times.tolist():
-        return mdp
-    return mdp.with_schedule(Schedule(mdp.process, times))
 
 
 def without_guidance(denoiser: Denoiser) -> Denoiser:

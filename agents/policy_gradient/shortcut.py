@@ -71,13 +71,7 @@ class ShortcutAgent(Agent):
     ) -> None:
         super().__init__(env, denoiser, settings, **arguments)
         optimizer, execution = self.settings.optimizer, self.settings.execution
-        self.policy = GaussianChain(
-            self.denoiser,
-            self._tableau,
-            self.settings.policy.learn_std,
-            execution.micro_batch_size,
-            getattr(self.settings.policy, "gradient_checkpointing", False),
-        ).to(self.device)
+        self.policy: Any = self._new_policy().to(self.device)
         self.optimizer = adam(self.policy.trained(), optimizer.betas)
         self.averaged = Averaged(self.policy, optimizer.ema)
         # Only what trains: the averaged network samples as any user of its file will.
@@ -100,6 +94,15 @@ class ShortcutAgent(Agent):
             self.replay = Replay(self.settings.critic_replay * self.settings.batch_size)
         # The agent's own decision process pays what the critic says; the caller's stays as it is.
         self.mdp = self.mdp.with_reward(self.critic)
+
+    def _new_policy(self) -> nn.Module:
+        """Return what acts: theta and the table."""
+        return GaussianChain(
+            self.denoiser,
+            self._tableau,
+            self.settings.policy.learn_std,
+            self.settings.execution.micro_batch_size,
+        )
 
     @property
     def timesteps_per_round(self) -> int:
@@ -255,7 +258,7 @@ class ShortcutAgent(Agent):
             **kept,
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict(),
-            "log_std": [self.policy.log_std, self.averaged.module.log_std],
+            "log_std": self._deviations(),
             "heads": [head.state_dict() for head in self._heads()],
         }
 
@@ -264,15 +267,18 @@ class ShortcutAgent(Agent):
         self.optimizer.load_state_dict(state["optimizer"])
         self.critic.load_state_dict(state["critic"])
         with torch.no_grad():
-            for parameter, value in zip(
-                (self.policy.log_std, self.averaged.module.log_std), state["log_std"], strict=True
-            ):
+            for parameter, value in zip(self._deviations(), state["log_std"], strict=True):
                 parameter.copy_(value)
         if self.replay is not None:
             self.replay.load_state(state.get("replay", {}), self.device)
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)
+
+    def _deviations(self) -> list[Tensor]:
+        """Return the standard deviations in training and the averaged ones, if it has any."""
+        policies = (self.policy, self.averaged.module)
+        return [policy.log_std for policy in policies if isinstance(policy, GaussianChain)]
 
     def _heads(self) -> list[torch.nn.Module]:
         """Return the second head in training and the averaged one, if the denoiser has any."""

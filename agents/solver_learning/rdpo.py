@@ -23,13 +23,15 @@ from ...envs import Schedule
 from ...envs.mdp import Reward
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
+from ..finished_table import on_clock_of
 from ..report import Panel, Report
+from ..samplers.table_chain import TableChain
 from ..samplers.tableau import Tableau
 from ..solvers import build_solver
 from .agent import TableAgent
-from .black_box.acting import ManyTables, TablePolicy
+from .black_box.acting import ManyTables
 from .black_box.distribution import CrossEntropy, PolicyGradient, TableDistribution
-from .black_box.rewards import earned, judged_by, on_table
+from .black_box.rewards import earned, judged_by
 from .black_box.settings import RDPOSettings
 from .black_box.space import TableSpace
 from .black_box.start import starting_parameters
@@ -104,7 +106,7 @@ class RDPO(TableAgent):
                 "Of the noise levels the first and the last stay fixed, and there are no others: "
                 "no times are left to learn; take more steps, or learn.times=False."
             )
-        on_table(self.mdp, self.base)
+        on_clock_of(self.mdp, self.base)
         self.family = TableFamily(self._build, self.mdp.schedule, learn)
         if table is not None:
             _check_plain(table)
@@ -183,12 +185,12 @@ class RDPO(TableAgent):
         mean = self.distribution.mean.detach().clone()
         vectors = self.distribution.draw(k, n, generator=self.generator, mirrored=True)
         tangent, shared = self.space.tangent(mean), self.space.table(mean)
-        mdp, moves = on_table(self.mdp, shared), self.family.moves_levels
+        mdp, moves = on_clock_of(self.mdp, shared), self.family.moves_levels
         before, rewards = self.generator.get_state(), []
         for drawn in vectors:
             # The same noise and conditions again.
             self.generator.set_state(before)
-            policy = ManyTables(shared, self.denoiser, tangent.at(drawn - mean), moves)
+            policy = ManyTables(self.denoiser, shared, tangent.at(drawn - mean), moves)
             rewards.append(earned(mdp, policy, n, self.generator))
         return vectors, torch.stack(rewards)
 
@@ -200,8 +202,8 @@ class RDPO(TableAgent):
         for drawn in vectors:
             self.generator.set_state(before)
             table = self.space.table(drawn)
-            policy = TablePolicy(table, self.denoiser)
-            rewards.append(earned(on_table(self.mdp, table), policy, n, self.generator).mean())
+            policy = TableChain(self.denoiser, table)
+            rewards.append(earned(on_clock_of(self.mdp, table), policy, n, self.generator).mean())
         return vectors, torch.stack(rewards)
 
     def judge(self, table: Tableau, noise: int = _REPORTING) -> Tensor:
@@ -212,7 +214,7 @@ class RDPO(TableAgent):
             noise: added to the seed of the noise; that to report on if not given.
         """
         generator = torch.Generator(self.device).manual_seed(self.seed + noise)
-        mdp, policy = on_table(self.mdp, table), TablePolicy(table, self.denoiser)
+        mdp, policy = on_clock_of(self.mdp, table), TableChain(self.denoiser, table)
         found, left = [], self.settings.held_out
         while left:
             # Of two samples at least, as a distance of distributions needs.

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...agents import AGENTS, Denoiser
 from ...agents.denoisers.bodies import new_denoiser
+from ...agents.finished_table import on_times_of
 from ...common.distributed import Processes
 from ...common.optimisation import seeded
 from ...envs import DiffusionMDP
@@ -21,7 +22,7 @@ from ..settings.train import (
     TrainSettings,
     defaults,
 )
-from .starting import on_its_times, starting_table
+from .starting import starting_table
 
 # Settings of a denoiser that the run clones itself.
 CLONED = ("body", "body_options", "prediction")
@@ -134,7 +135,7 @@ def build_mdp(
     if run.download and processes.first:
         processes.wait()
     table = starting_table(run, kept)
-    return mdp if table is None else on_its_times(mdp, table)
+    return mdp if table is None else on_times_of(mdp, table)
 
 
 def denoiser_of(mdp: DiffusionMDP, run: TrainSettings) -> Denoiser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...agents import Tableau
-from ...envs import DiffusionMDP, Schedule
 from ..settings.train import TrainSettings, defaults
 from .folder import tableau_file
 
@@ -21,12 +20,6 @@ def starting_table(run: TrainSettings, kept: Path | None = None) -> Tableau | No
         return None
     file = kept if kept is not None and kept.is_file() else tableau_file(run.start_from)
     return None if file is None else Tableau.load(file)
-
-
-def on_its_times(mdp: DiffusionMDP, table: Tableau) -> DiffusionMDP:
-    """Return the environment at a table's times, of which some repeat or rise (Heun's)."""
-    times = sorted(set(table.times.tolist()), reverse=True)
-    return mdp.with_schedule(Schedule(mdp.process, times))
 
 
 def _at_its_times(run: TrainSettings) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .contenders import Contender, Grid
 from .engine import Study
-from .stages import SMALL_UNET, Clone, Guide, Learn, Sample, Stage
+from .stages import SMALL_UNET, Clone, Guide, Learn, Sample, Stage, fine_tune
 from .world import LONG, MIXTURE, Scoring
 
 # The two kinds of network: a noise predictor of a thousand noisings, and EDM's.
@@ -163,11 +163,13 @@ BY_REWARD = {
     "RDPO": ("dpm-solver++-2m", Learn("rdpo")),
     "RDPO, cross-entropy": ("dpm-solver++-2m", Learn("rdpo", {"method": "cross-entropy"})),
 }
+GS_THEN_SFT = "gs, then SFT"
 OF_THE_NETWORK: dict[str, tuple[str, tuple[Learn, ...]]] = {
     "SFD": ("ddim", (Learn("sfd"),)),
     "PD": ("ddim", (Learn("pd"),)),
     "CD": ("consistency", (Learn("cd"),)),
     "solver learning, then SFD": ("dpm-solver++-3m", (Learn("solver"), Learn("sfd"))),
+    GS_THEN_SFT: ("dpm-solver++-3m", (Learn("solver", preset="gs"), fine_tune("sft", 0))),
 }
 
 
@@ -198,6 +200,9 @@ def _learned(
     learned = LEARNED | BY_REWARD
     rows |= {name: (sample(solver), learn) for name, (solver, learn) in learned.items()}
     rows |= {name: (sample(solver), *learn) for name, (solver, learn) in OF_THE_NETWORK.items()}
+    if scoring.conditional:  # a good picture of another class is a fake, too
+        *stages, _ = rows[GS_THEN_SFT]
+        rows[GS_THEN_SFT] = (*stages, fine_tune("sft", 0, mismatched=0.5))
     # An exact network cannot be tuned.
     tuned = tuple(env for env in networks if env != MIXTURE)
     contenders = tuple(

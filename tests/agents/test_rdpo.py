@@ -107,7 +107,7 @@ def test_each_episode_acts_by_its_own_table(solver):
     clock = mdp.with_schedule(Schedule(EDM, shared.times.tolist()))
 
     def ends(offsets):
-        policy, sample = ManyTables(shared, denoiser, tangent.at(offsets), moves=True), noise
+        policy, sample = ManyTables(denoiser, shared, tangent.at(offsets), moves=True), noise
         for step in range(clock.steps):
             action = policy.act(clock.observe(sample, step), step, torch.randn_like)
             sample = clock.transition(sample, action, step)

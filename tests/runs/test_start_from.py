@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.agents import SFD, SFTPG, Denoiser, Tableau
+from fewstep.agents import AGENTS, SFTPG, Denoiser, Tableau
 from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
@@ -18,6 +18,7 @@ SFD_FLAGS = [
     *("--agent=sfd", "--rounds=2", "--batch-size=8", "--held-out.size=8", "--fine.no-check"),
     *QUICK,
 ]
+SFT_FLAGS = ["--agent=sft", "--rounds=2", "--batch-size=8", *QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +44,17 @@ def solved(run):
     return run("--agent=solver", "--env=Moons", "--steps=3", *small, *cloning, *QUICK)
 
 
-def test_an_agent_takes_up_network_table_and_environment(solved, run):
-    folder = run(f"--start-from={solved}", *SFD_FLAGS)
+@pytest.mark.parametrize("flags", [SFD_FLAGS, SFT_FLAGS], ids=["sfd", "sft"])
+def test_an_agent_takes_up_network_table_and_environment(flags, solved, run):
+    folder = run(f"--start-from={solved}", *flags)
     assert json.loads((folder / "results.json").read_text())["env"] == "Moons"
     table, before = (Tableau.load(place / "tableau.json") for place in (folder, solved))
     assert table.to_json() == before.to_json()
     started, network = (Denoiser.load(p / "denoiser.safetensors") for p in (folder, solved))
     for ours, theirs in zip(started.parameters(), network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    agent = SFD.load(folder / "checkpoint.safetensors", build_mdp(_settings(folder)))
+    kind = AGENTS[flags[0].removeprefix("--agent=")]
+    agent = kind.load(folder / "checkpoint.safetensors", build_mdp(_settings(folder)))
     assert agent.tableau.to_json() == before.to_json()
 
 
@@ -66,10 +69,11 @@ def test_one_that_takes_no_table_has_its_times(solved, run):
     assert agent.nfe == 2
 
 
-def test_a_chain_resumes_when_the_earlier_run_is_gone(solved, run, fewstep, tmp_path):
+@pytest.mark.parametrize("flags", [SFD_FLAGS, SFT_FLAGS], ids=["sfd", "sft"])
+def test_a_chain_resumes_when_the_earlier_run_is_gone(flags, solved, run, fewstep, tmp_path):
     earlier = tmp_path / "earlier"
     shutil.copytree(solved, earlier)
-    whole = run(f"--start-from={earlier}", *SFD_FLAGS)
+    whole = run(f"--start-from={earlier}", *flags)
     ends = Denoiser.load(whole / "checkpoint.safetensors").state_dict()
     (whole / "checkpoint.safetensors").unlink()
     shutil.rmtree(earlier)

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from ....common.optimisation import TrainingDivergedError
 from ....critics.checks import check_rewards
-from ....envs import DiffusionMDP, Schedule
-from ....envs.mdp import Reward, no_reward
+from ....envs import DiffusionMDP
+from ....envs.mdp import Policy, Reward, no_reward
 from ...policy_gradient.buffer import Begun
-from ...samplers.tableau import Tableau
-from .acting import TablePolicy
 
 
 def judged_by(mdp: DiffusionMDP, reward: Reward | None) -> DiffusionMDP:
@@ -41,25 +39,8 @@ def judged_by(mdp: DiffusionMDP, reward: Reward | None) -> DiffusionMDP:
     return mdp.with_reward(own)
 
 
-def on_table(mdp: DiffusionMDP, table: Tableau) -> DiffusionMDP:
-    """Return the decision process whose clock is a table's.
-
-    Raises:
-        ValueError: the table asks twice at one time.
-    """
-    times = torch.tensor(table.times)
-    if not bool((times.diff() < 0).all()):
-        raise ValueError(
-            f"'{table.name}' asks the network twice at one time, and episodes go on in time: take "
-            "a multistep solver such as dpm-solver++-3m, unipc-2 or ipndm."
-        )
-    if torch.equal(times, mdp.schedule.times):
-        return mdp
-    return mdp.with_schedule(Schedule(mdp.process, times))
-
-
 @torch.no_grad()
-def earned(mdp: DiffusionMDP, policy: TablePolicy, n: int, generator: torch.Generator) -> Tensor:
+def earned(mdp: DiffusionMDP, policy: Policy, n: int, generator: torch.Generator) -> Tensor:
     """Play episodes; return their rewards (n,), float64 on the CPU.
 
     A sample that is not finite earns the least that a finite one did. A reward that remembers

@@ -1,0 +1,137 @@
+"""A finished table that an agent is given to sample with, and the environment at its times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ..common.arguments import check_value
+from ..common.checkpoint import CheckpointError, load_checkpoint
+from ..common.reading import damage_named
+from ..envs import DiffusionMDP, Schedule
+from .base import Agent
+from .denoisers.denoiser import Denoiser
+from .environments import Environment
+from .samplers.tableau import Tableau
+
+AnyTakesTable = TypeVar("AnyTakesTable", bound="TakesTable")
+
+
+class TakesTable(Agent):
+    """Base of the agents that train the network and may be given the table that samples.
+
+    A subclass puts `table_state()` in its `state` under "tableau", and calls `check_table` in its
+    `load_state`. Its files then hold the table, and `load` needs no other.
+
+    Args:
+        env: the environment.
+        denoiser: the network.
+        settings: see the agent's `Settings`.
+        tableau: a finished table, such as one that a solver agent learned; it wins over
+            `settings.solver`.
+        arguments: `Agent`'s remaining arguments.
+
+    Raises:
+        ValueError: a tableau for an agent that has its own.
+    """
+
+    takes_tableau: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        env: Environment,
+        denoiser: Denoiser,
+        settings: Any = None,
+        *,
+        tableau: Tableau | None = None,
+        **arguments: Any,
+    ) -> None:
+        if tableau is not None and not self.takes_tableau:
+            raise ValueError(
+                f"{type(self).__name__} chooses its sampler by solver=...: give no tableau."
+            )
+        check_value("tableau", tableau, Tableau | None)
+        self._given_table = tableau
+        super().__init__(env, denoiser, settings, **arguments)
+
+    def starting_tableau(self, denoiser: Denoiser) -> Tableau:
+        """Return the sampler, which training does not change."""
+        if self._given_table is not None:
+            return self._given_table
+        return super().starting_tableau(denoiser)
+
+    def tableau_on(self, schedule: Schedule) -> Tableau:
+        """Return the solver on another schedule.
+
+        Raises:
+            ValueError: the sampler is a finished table, which belongs to its own times.
+        """
+        if self._given_table is None:
+            return super().tableau_on(schedule)
+        raise ValueError(
+            f"'{self._given_table.name}' is a finished table, which carries over to no other times."
+        )
+
+    def table_state(self) -> str | None:
+        """Return the given table as JSON; None if there is none."""
+        return None if self._given_table is None else self._given_table.to_json()
+
+    def check_table(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError where a state is of training with another table."""
+        # Files of agents that took no table yet have none.
+        if state.get("tableau", self.table_state()) != self.table_state():
+            raise CheckpointError(
+                "The checkpoint's network samples with another table than this one: give the "
+                "table that it was trained with."
+            )
+
+    @classmethod
+    def given_tableau(cls, path: str | Path) -> Tableau | None:
+        """See `Agent.given_tableau`.
+
+        Raises:
+            CheckpointError: a damaged file.
+        """
+        with damage_named(path, CheckpointError):
+            table = load_checkpoint(path)["state"].get("tableau")
+            return None if table is None else Tableau.from_json(table)
+
+    @classmethod
+    def _rebuilt(
+        cls: type[AnyTakesTable],
+        header: Mapping[str, Any],
+        path: str | Path,
+        env: Environment,
+        denoiser: Denoiser,
+        device: str | torch.device | None,
+        overrides: dict[str, Any],
+    ) -> AnyTakesTable:
+        """Build the agent with the table that its file holds."""
+        if (table := header["state"].get("tableau")) is not None:
+            overrides.setdefault("tableau", Tableau.from_json(table))
+        return super()._rebuilt(header, path, env, denoiser, device, overrides)
+
+
+def on_times_of(mdp: DiffusionMDP, tableau: Tableau) -> DiffusionMDP:
+    """Return the decision process on a table's times, of which some may repeat or rise (Heun's)."""
+    times = sorted(set(tableau.times.tolist()), reverse=True)
+    if times == mdp.schedule.times.tolist():
+        return mdp
+    return mdp.with_schedule(Schedule(mdp.process, times))
+
+
+def on_clock_of(mdp: DiffusionMDP, tableau: Tableau) -> DiffusionMDP:
+    """Return the decision process whose every step is a row of a table.
+
+    Raises:
+        ValueError: the table asks twice at one time.
+    """
+    if (tableau.times[1:] >= tableau.times[:-1]).any():
+        raise ValueError(
+            f"'{tableau.name}' asks the network twice at one time, and episodes go on in time: take"
+            " a multistep solver such as dpm-solver++-3m, unipc-2 or ipndm."
+        )
+    return on_times_of(mdp, tableau)
