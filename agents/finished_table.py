@@ -29,13 +29,14 @@ class TakesTable(Agent):
     Args:
         env: the environment.
         denoiser: the network.
-        settings: see the agent's `Settings`.
+        settings: see the agent's `Settings`; `table`, if it has that, names the file of a table.
         tableau: a finished table, such as one that a solver agent learned; it wins over
             `settings.solver`.
         arguments: `Agent`'s remaining arguments.
 
     Raises:
-        ValueError: a tableau for an agent that has its own.
+        ValueError: a tableau for an agent that has its own, or two different ones.
+        FileNotFoundError: the file of the table is missing.
     """
 
     takes_tableau: ClassVar[bool] = True
@@ -59,9 +60,17 @@ class TakesTable(Agent):
 
     def starting_tableau(self, denoiser: Denoiser) -> Tableau:
         """Return the sampler, which training does not change."""
-        if self._given_table is not None:
-            return self._given_table
-        return super().starting_tableau(denoiser)
+        given, file = self._given_table, getattr(self.settings, "table", None)
+        # A training that goes on brings its table; the file that it came from may be gone.
+        if file is not None and (given is None or Path(file).is_file()):
+            named = Tableau.load(file)
+            if given is not None and named.to_json() != given.to_json():
+                raise ValueError(
+                    f"tableau='{given.name}' and table={file!r} are two different tables: give one "
+                    "of them."
+                )
+            self._given_table = given = given or named
+        return given or super().starting_tableau(denoiser)
 
     def tableau_on(self, schedule: Schedule) -> Tableau:
         """Return the solver on another schedule.
@@ -112,6 +121,8 @@ class TakesTable(Agent):
         """Build the agent with the table that its file holds."""
         if (table := header["state"].get("tableau")) is not None:
             overrides.setdefault("tableau", Tableau.from_json(table))
+            if hasattr(cls.Settings, "table"):  # where it came from, and what may be another now
+                overrides.setdefault("table", None)
         return super()._rebuilt(header, path, env, denoiser, device, overrides)
 
 

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from ...common.checkpoint import counter
 from ...common.distributed import ALONE
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
-from ..base import AnyAgent
 from ..denoisers.conditioning import Conditioning
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
-from ..finished_table import TakesTable, on_times_of
+from ..finished_table import AnyTakesTable, TakesTable, on_times_of
 from ..policy_gradient.execution import Execution, as_executed
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
@@ -377,18 +376,16 @@ class NetworkDistillation(TakesTable, SolverAgent):
 
     @classmethod
     def _rebuilt(
-        cls: type[AnyAgent],
+        cls: type[AnyTakesTable],
         header: Mapping[str, Any],
         path: str | Path,
         env: Environment,
         denoiser: Denoiser,
         device: str | torch.device | None,
         overrides: dict[str, Any],
-    ) -> AnyAgent:
+    ) -> AnyTakesTable:
         """Build the agent with the table that its file holds, and the guidance that was given."""
         state = header["state"]
-        if state["tableau"] is not None and hasattr(cls.Settings, "table"):
-            overrides.setdefault("table", None)  # where it came from, and what may be another now
         if state["given"] is not None:
             denoiser.conditioning = Conditioning.from_config(state["given"])
         return super()._rebuilt(header, path, env, denoiser, device, overrides)

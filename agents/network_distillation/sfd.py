@@ -11,7 +11,6 @@ call's graph is alive at a time, so memory does not grow with K.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,21 +59,6 @@ class SFD(NetworkDistillation):
         **arguments: Any,
     ) -> None:
         super().__init__(env, denoiser, settings, tableau=tableau, **arguments)
-
-    def starting_tableau(self, denoiser: Denoiser) -> Tableau:
-        """Return the sampler, which training does not change."""
-        if self.settings.table is not None:
-            if self._given_table is None:
-                self._given_table = Tableau.load(self.settings.table)
-            # A training that goes on brings its table; the file that it came from may be gone.
-            elif Path(self.settings.table).is_file():
-                named = Tableau.load(self.settings.table)
-                if named.to_json() != self._given_table.to_json():
-                    raise ValueError(
-                        f"tableau='{self._given_table.name}' and table={self.settings.table!r} are "
-                        "two different tables: give one of them."
-                    )
-        return super().starting_tableau(denoiser)
 
     def _train(self) -> dict[str, Tensor]:
         """Take the student's steps, with a gradient step after each."""

@@ -214,6 +214,9 @@ class PathwisePolicySettings(StdSettings):
 class SFTSettings(ShortcutSettings):
     """Settings of `SFT`; micro_batch_size bounds only the critic's rollouts."""
 
+    table: str | None = None
+    """File of a finished table, such as the tableau.json of a run of solver learning, that samples
+    instead of the solver; its times replace the environment's."""
     n_generator: int = bounded(1, least=1)
     """Steps of theta a round."""
     mismatched: float = bounded(0.0, least=0, below=1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...common.optimisation import frozen
 from ...envs.mdp import DiffusionMDP, Draw, Observation, Policy, Reward
@@ -76,7 +76,7 @@ class SFT(TakesTable, ShortcutAgent):
         last = self.settings.policy.gradient_steps or self.policy.steps
         self._cut = max(self.policy.steps - last, 0)
 
-    def _new_policy(self) -> nn.Module:
+    def _new_policy(self) -> GaussianChain | TableChain:
         """Return what acts: a Gaussian policy where the table is one, or the table itself."""
         table, policy = self._tableau, self.settings.policy
         size = self.settings.execution.micro_batch_size

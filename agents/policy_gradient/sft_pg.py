@@ -18,6 +18,7 @@ from torch import Tensor
 from ...envs.mdp import Reward
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
+from ..samplers.gaussian import GaussianChain
 from .buffer import Trajectories
 from .critic import Critic
 from .execution import as_executed
@@ -42,6 +43,7 @@ class SFTPG(ShortcutAgent):
     name = "sft-pg"
 
     settings: SFTPGSettings
+    policy: GaussianChain
     Settings = SFTPGSettings
 
     def __init__(

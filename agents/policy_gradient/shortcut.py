@@ -26,6 +26,7 @@ from ..base import Agent
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..samplers.gaussian import GaussianChain
+from ..samplers.table_chain import TableChain
 from ..samplers.tableau import Tableau
 from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
@@ -59,6 +60,7 @@ class ShortcutAgent(Agent):
     theta_acts = False
 
     settings: SFTPGSettings | SFTVSettings | SFTSettings
+    policy: GaussianChain | TableChain
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class ShortcutAgent(Agent):
     ) -> None:
         super().__init__(env, denoiser, settings, **arguments)
         optimizer, execution = self.settings.optimizer, self.settings.execution
-        self.policy: Any = self._new_policy().to(self.device)
+        self.policy = self._new_policy().to(self.device)
         self.optimizer = adam(self.policy.trained(), optimizer.betas)
         self.averaged = Averaged(self.policy, optimizer.ema)
         # Only what trains: the averaged network samples as any user of its file will.
@@ -95,7 +97,7 @@ class ShortcutAgent(Agent):
         # The agent's own decision process pays what the critic says; the caller's stays as it is.
         self.mdp = self.mdp.with_reward(self.critic)
 
-    def _new_policy(self) -> nn.Module:
+    def _new_policy(self) -> GaussianChain | TableChain:
         """Return what acts: theta and the table."""
         return GaussianChain(
             self.denoiser,
