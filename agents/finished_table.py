@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-
-import torch
+from typing import Any, ClassVar
 
 from ..common.arguments import check_value
 from ..common.checkpoint import CheckpointError, load_checkpoint
@@ -16,8 +14,6 @@ from .base import Agent
 from .denoisers.denoiser import Denoiser
 from .environments import Environment
 from .samplers.tableau import Tableau
-
-AnyTakesTable = TypeVar("AnyTakesTable", bound="TakesTable")
 
 
 class TakesTable(Agent):
@@ -109,21 +105,14 @@ class TakesTable(Agent):
             return None if table is None else Tableau.from_json(table)
 
     @classmethod
-    def _rebuilt(
-        cls: type[AnyTakesTable],
-        header: Mapping[str, Any],
-        path: str | Path,
-        env: Environment,
-        denoiser: Denoiser,
-        device: str | torch.device | None,
-        overrides: dict[str, Any],
-    ) -> AnyTakesTable:
-        """Build the agent with the table that its file holds."""
-        if (table := header["state"].get("tableau")) is not None:
-            overrides.setdefault("tableau", Tableau.from_json(table))
-            if hasattr(cls.Settings, "table"):  # where it came from, and what may be another now
-                overrides.setdefault("table", None)
-        return super()._rebuilt(header, path, env, denoiser, device, overrides)
+    def _remembered(cls, state: Mapping[str, Any], denoiser: Denoiser) -> dict[str, Any]:
+        """Return the table that a file's training had."""
+        known, table = super()._remembered(state, denoiser), state.get("tableau")
+        if table is None:
+            return known
+        # Where it came from may be gone, or another by now.
+        named = {"table": None} if hasattr(cls.Settings, "table") else {}
+        return {**known, **named, "tableau": Tableau.from_json(table)}
 
 
 def on_times_of(mdp: DiffusionMDP, tableau: Tableau) -> DiffusionMDP:

@@ -216,6 +216,16 @@ class Trainee(Actor, ABC):
             )
 
     @classmethod
+    def _remembered(cls, state: Mapping[str, Any], denoiser: Denoiser) -> dict[str, Any]:
+        """Return the constructor arguments that a file's training state holds, if it holds any.
+
+        Args:
+            state: what `state` returned.
+            denoiser: the file's network, which an agent may ask in another way than it was saved.
+        """
+        return {}
+
+    @classmethod
     def _rebuilt(
         cls: type[AnyTrainee],
         header: Mapping[str, Any],
@@ -231,6 +241,8 @@ class Trainee(Actor, ABC):
             if overrides.get("solver", settings.solver) != settings.solver:
                 settings = settings.replace(solver_options=None)  # they are for the file's solver
             overrides.setdefault("seed", header["seed"])
+            known = cls._remembered(header.get("state", {}), denoiser)
+            overrides = {**known, **overrides}
         with damage_named(path, CheckpointError, "cannot be loaded here"):
             agent = cls(env, denoiser, settings, **overrides)
         # "cuda" and "cuda:0" may be the same, so what counts is where a tensor would go.

@@ -7,7 +7,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from ...common.optimisation import Averaged, adam, learning_rate, set_learning_r
 from ..denoisers.conditioning import Conditioning
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
-from ..finished_table import AnyTakesTable, TakesTable, on_times_of
+from ..finished_table import TakesTable, on_times_of
 from ..policy_gradient.execution import Execution, as_executed
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
@@ -375,20 +374,11 @@ class NetworkDistillation(TakesTable, SolverAgent):
             self.teacher.conditioning = terms.on(self.device)
 
     @classmethod
-    def _rebuilt(
-        cls: type[AnyTakesTable],
-        header: Mapping[str, Any],
-        path: str | Path,
-        env: Environment,
-        denoiser: Denoiser,
-        device: str | torch.device | None,
-        overrides: dict[str, Any],
-    ) -> AnyTakesTable:
-        """Build the agent with the table that its file holds, and the guidance that was given."""
-        state = header["state"]
+    def _remembered(cls, state: Mapping[str, Any], denoiser: Denoiser) -> dict[str, Any]:
+        """Return the table that a file's training had; its guidance is given to the denoiser."""
         if state["given"] is not None:
             denoiser.conditioning = Conditioning.from_config(state["given"])
-        return super()._rebuilt(header, path, env, denoiser, device, overrides)
+        return super()._remembered(state, denoiser)
 
 
 def without_guidance(denoiser: Denoiser) -> Denoiser:
