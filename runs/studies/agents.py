@@ -87,6 +87,8 @@ T_MIN: dict[str, Any] = {"schedule": "uniform", "schedule_options": {"end": 1.0}
 # or six, with which the settings of all but SFT's default preset were chosen.
 FINE_GRAIN = Sample("ancestral", {"variance": "small", "last_std": 0.005}, "uniform")
 COARSE_GRAIN = Sample("ancestral", {"variance": "small", "last_std": 0.05}, "uniform")
+# A solver that adds none, to the first noising, where the pixels are clean enough.
+NO_GRAIN = Sample("unipc-2", {}, "uniform", {"end": 1.0})
 YARDSTICK = "DDPM, every noising"
 
 
@@ -108,6 +110,7 @@ def _images(env: str, title: str) -> Study:
     clone = Clone("linear-1000", seed=0, **SMALL_UNET)
     learners = {
         "SFT": (FINE_GRAIN, fine_tune("sft", 0)),
+        "SFT, from UniPC-2": (NO_GRAIN, fine_tune("sft", 0)),
         "SFT, small critic": (COARSE_GRAIN, fine_tune("sft", 0, "small-critic")),
         "SFT-V": (COARSE_GRAIN, fine_tune("sft-v", 0)),
         "SFT-PG": (COARSE_GRAIN, fine_tune("sft-pg", 0)),
