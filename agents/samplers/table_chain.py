@@ -62,6 +62,7 @@ class TableChain(nn.Module):
 
     def act(self, observation: Observation, step: int, draw: Draw) -> Tensor:
         """Return the next samples (N, *shape); see `fewstep.envs.mdp.Policy`."""
+        # One that reads its own state alone may begin anywhere.
         if step == 0 or self.tableau.one_step:
             self._states, self._outputs = {}, {}
         sample, denoiser = observation["sample"], self.denoiser.under(observation.get("condition"))
