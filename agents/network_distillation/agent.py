@@ -96,7 +96,7 @@ class NetworkDistillation(SolverAgent):
             )
         check_value("tableau", tableau, Tableau | None)
         self._given_table = tableau
-        self._given_terms = denoiser.conditioning
+        self._given_terms = check_value("denoiser", denoiser, Denoiser).conditioning
         super().__init__(env, denoiser, settings, **arguments)
         self._check_sampler()
         self.mdp = on_times_of(self.mdp, self._tableau)
