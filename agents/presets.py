@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..common.arguments import checked
 from ..common.names import unknown_name
 from ..common.settings import Settings
 from ..envs.registration import known_environment
@@ -358,6 +359,7 @@ SCHEDULES: dict[tuple[str, str], str] = {(env, "sft-pg"): "fast_dpm" for env in 
 BODIES: dict[str, str] = {"CIFAR10": "unet-cifar10", "CelebA64": "unet-celeba64"}
 
 
+@checked
 def recommended_agent(env: str, steps: int | None = None, process: str | None = None) -> str:
     """Return the name of the agent that `fewstep train` takes in an environment.
 
@@ -365,6 +367,9 @@ def recommended_agent(env: str, steps: int | None = None, process: str | None = 
         env: name of the environment.
         steps: number of steps; None: as many as the environment has by default, which is ten.
         process: name of the noise process; None: the environment's own.
+
+    Raises:
+        TypeError: a value of another type.
     """
     agent = RECOMMENDED.get(env, "sft-pg")
     # SFT-V collapses onto a part of the roll where the first samples are far from it, as they are
@@ -373,6 +378,7 @@ def recommended_agent(env: str, steps: int | None = None, process: str | None = 
     return "sft-pg" if untuned and agent == "sft-v" else agent
 
 
+@checked
 def preset(env: str, agent: str, name: str = "default") -> Preset:
     """Look up a preset; the default of an untuned pair is a plain one.
 
@@ -382,6 +388,7 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
         name: "default", or another that the pair has, such as "long".
 
     Raises:
+        TypeError: a value of another type.
         ValueError: an unknown agent, or a preset name that this environment and agent do not have.
     """
     env = known_environment(env) or env

@@ -13,14 +13,17 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .names import unknown_name
 from .reading import quoted
@@ -54,10 +57,12 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     """Return arguments as Python's own numbers, or refuse what the type hints exclude.
 
     Checked are hints of `bool`, `int`, `float`, `str`, `Literal`, `Path`, `None`, classes,
-    callables, tuples of these, dictionaries, and unions of them. A whole number passes for a
-    `float`, a NumPy scalar for a Python one and a list for a tuple; nothing but a flag passes for a
-    `bool`. Hints of other kinds accept everything, as do protocols that cannot be asked, and
-    classes that a module imports for type checkers alone.
+    callables, tuples and sequences of these, dictionaries, and unions of them. A whole number
+    passes for a `float`, a NumPy scalar or a tensor of no dimension for a Python number, a list for
+    a tuple, and a vector for a sequence of numbers; nothing but a flag passes for a `bool`, and no
+    string for a sequence. A protocol that cannot be asked accepts all that is callable if it is.
+    Hints of other kinds accept everything, as do classes that a module imports for type checkers
+    alone.
 
     Args:
         function: whose hints they are.
@@ -83,7 +88,7 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
     if choices and isinstance(value, str):
         raise unknown_name(name, value, choices)
     wanted = " or ".join(_described(part) for part in _parts(hint))
-    raise TypeError(f"{name} must be {wanted}, got {_given(value)}.")
+    raise TypeError(f"{name} must be {wanted}, got {given(value)}.")
 
 
 def check_fields(instance: Any, kind: Any) -> None:
@@ -132,6 +137,10 @@ def _converted(value: Any, hint: Any) -> Any:
         return value if value in same else _NOT
     if get_origin(hint) is tuple:
         return _converted_tuple(value, get_args(hint))
+    if get_origin(hint) is Sequence:
+        return _converted_sequence(value, get_args(hint)[0])
+    if _is_function(hint):
+        return value if callable(value) and not isinstance(value, type) else _NOT
     check = _CHECKS.get(get_origin(hint) or hint)
     if check is not None:
         return check(value)
@@ -155,6 +164,11 @@ def _is_protocol(hint: Any) -> bool:
     return getattr(hint, "_is_protocol", False)
 
 
+def _is_function(hint: Any) -> bool:
+    """Whether it is a protocol that cannot be asked, of objects that are called."""
+    return _is_protocol(hint) and not _is_class(hint) and "__call__" in vars(hint)
+
+
 def _converted_tuple(value: Any, hints: tuple[Any, ...]) -> Any:
     if not isinstance(value, tuple | list):
         return _NOT
@@ -166,18 +180,48 @@ def _converted_tuple(value: Any, hints: tuple[Any, ...]) -> Any:
     return _NOT if any(part is _NOT for part in found) else found
 
 
+def _converted_sequence(value: Any, hint: Any) -> Any:
+    """Return a sequence as it is, or a tuple where a part of it was a number of another library."""
+    if isinstance(value, np.ndarray | Tensor) and value.ndim:
+        value = tuple(value.tolist())
+    if isinstance(value, str | bytes | Mapping | np.ndarray | Tensor):
+        return _NOT
+    if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        return _NOT
+    found = tuple(_converted(part, hint) for part in value)
+    if any(part is _NOT for part in found):
+        return _NOT
+    same = all(new is old for new, old in zip(found, value, strict=True))
+    return value if same else found
+
+
 def _flag(value: Any) -> Any:
     return bool(value) if isinstance(value, bool | np.bool_) else _NOT
 
 
+def _scalar(value: Any) -> Any:
+    """Return an array or a tensor of no dimension, of which no gradient is asked, as a number."""
+    if not isinstance(value, np.ndarray | Tensor) or value.ndim:
+        return value
+    return value if getattr(value, "requires_grad", False) else value.item()
+
+
 def _whole(value: Any) -> Any:
+    value = _scalar(value)
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else _NOT
 
 
 def _number(value: Any) -> Any:
+    value = _scalar(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         return _NOT
     return value if isinstance(value, int | float) else float(value)
+
+
+def _path(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        return value
+    return Path(value) if isinstance(value, os.PathLike) else _NOT
 
 
 def _only(*kinds: type) -> Callable[[Any], Any]:
@@ -189,7 +233,7 @@ _CHECKS: dict[Any, Callable[[Any], Any]] = {
     int: _whole,
     float: _number,
     str: _only(str),
-    Path: _only(str, Path),
+    Path: _path,
     dict: _only(Mapping),
     Mapping: _only(Mapping),
     Callable: lambda value: value if callable(value) else _NOT,
@@ -217,12 +261,14 @@ def _described(hint: Any) -> str:
         if parts[-1] is Ellipsis:
             return f"a sequence of which each is {_described(parts[0])}"
         return f"({', '.join(map(_described, parts))})"
-    if _is_class(hint) and hint not in _NAMES:
+    if get_origin(hint) is Sequence:
+        return f"a sequence of which each is {_described(get_args(hint)[0])}"
+    if (_is_class(hint) or _is_function(hint)) and hint not in _NAMES:
         return _a(hint.__name__)
     return _NAMES.get(get_origin(hint) or hint, str(hint))
 
 
-def _given(value: Any) -> str:
+def given(value: Any) -> str:
     """Return a value as it is written, the name of its class if that is long."""
     written = repr(value)
     short = len(written) <= _LONGEST and "\n" not in written and not written.startswith("<")
@@ -235,7 +281,21 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 
 
-# -- numbers: each sentence names the setting, what it was and what is accepted --------------------
+# -- tensors and numbers: each sentence names the setting, what it was and what is accepted --------
+
+
+def as_tensor(name: str, values: Any) -> Tensor:
+    """Return a tensor of what holds numbers: a tensor, an array or a list.
+
+    Raises:
+        TypeError: it holds something else, or rows of several lengths.
+    """
+    try:
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be a tensor or an array of numbers, got {given(values)}."
+        ) from None
 
 
 def at_least(least: int, **values: float | None) -> None:

@@ -19,3 +19,11 @@ def is_vector(shape: Sequence[int]) -> bool:
 def is_image(shape: Sequence[int]) -> bool:
     """Whether samples of this shape are images, `(C, H, W)`."""
     return len(shape) == 3
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raise ValueError for the shape of a sample that holds nothing: `()`, or a side below 1."""
+    if not len(shape) or min(shape) < 1:
+        raise ValueError(
+            f"shape must hold at least one number, each at least 1, got {tuple(shape)}."
+        )

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.arguments import checked
+from ..common.arguments import at_least, checked
 from ..common.conditions import Conditions, as_conditions
 from ..common.precision import in_full_precision
-from ..common.shapes import is_image
+from ..common.shapes import check_shape, is_image
 from .projection import projection
 
 BaselineKind = Literal["mlp", "conv"]
@@ -79,6 +79,9 @@ class MLPCritic(nn.Module):
         bandwidths: of those, see `FourierFeatures`; so many frequencies of each.
         classes: of a conditional critic, see `projection`; None for an unconditional one.
         conditions: other conditions of a conditional critic, `Captions(64)` say.
+
+    Raises:
+        ValueError: an empty shape, a width below 1, or a negative number of layers or frequencies.
     """
 
     @checked
@@ -93,6 +96,9 @@ class MLPCritic(nn.Module):
         conditions: Conditions | None = None,
     ) -> None:
         super().__init__()
+        check_shape(shape)
+        at_least(1, hidden=hidden)
+        at_least(0, layers=layers, frequencies=frequencies)
         self.conditions = as_conditions(conditions, classes)
         self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
         widths = [self.features.width, *[hidden] * layers]
@@ -124,9 +130,10 @@ class ConvCritic(nn.Module):
         conditions: other conditions of a conditional critic, `Captions(64)` say.
 
     Raises:
-        ValueError: not the shape of an image, or one below 8 pixels.
+        ValueError: not the shape of an image, one below 8 pixels, or a width below 1.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -136,8 +143,10 @@ class ConvCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.conditions = as_conditions(conditions, classes)
+        check_shape(shape)
         if not is_image(shape) or min(shape[1:]) < 8:
             raise ValueError(f"ConvCritic needs images (C, H, W), H, W >= 8, got {tuple(shape)}.")
+        at_least(1, width=width)
         side = min(shape[1:])
         stages = int(math.log2(side // 4))
         if width is None:
@@ -174,7 +183,8 @@ class MLPBaseline(nn.Module):
         conditions: other conditions of a conditional baseline.
 
     Raises:
-        ValueError: no steps.
+        ValueError: no steps, an empty shape, a width below 1, or a negative number of layers or
+            frequencies.
     """
 
     @checked
@@ -191,10 +201,15 @@ class MLPBaseline(nn.Module):
     ) -> None:
         super().__init__()
         _check_steps(steps)
+        check_shape(shape)
+        widths = [hidden] * layers if isinstance(hidden, int) else list(hidden)
+        if not all(each >= 1 for each in widths):
+            raise ValueError(f"hidden must be at least 1, got {hidden}.")
+        at_least(0, layers=layers, frequencies=frequencies)
         self.steps, self.conditions = steps, as_conditions(conditions, classes)
         self.dimensions = len(shape)
         self.features = FourierFeatures(math.prod(shape), frequencies, bandwidths)
-        widths = [self.features.width, *([hidden] * layers if isinstance(hidden, int) else hidden)]
+        widths = [self.features.width, *widths]
         self.hidden = nn.ModuleList(_StepLinear(i, o, steps) for i, o in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
         self.projection = projection(self.conditions, widths[-1])
@@ -239,7 +254,7 @@ class ConvBaseline(nn.Module):
         conditions: other conditions of a conditional baseline.
 
     Raises:
-        ValueError: no steps, not the shape of an image, or one below 8 pixels.
+        ValueError: no steps, not the shape of an image, one below 8 pixels, or a width below 1.
     """
 
     @checked
@@ -254,7 +269,8 @@ class ConvBaseline(nn.Module):
         super().__init__()
         _check_steps(steps)
         self.steps, self.conditions = steps, as_conditions(conditions, classes)
-        critic = ConvCritic(shape, width or 64, conditions=self.conditions)
+        width = 64 if width is None else width
+        critic = ConvCritic(shape, width, conditions=self.conditions)
         self.layers, self.projection = critic.layers, critic.projection
         stages = [layer for layer in self.layers[:-1] if isinstance(layer, nn.Conv2d)]
         self.embeddings = nn.ParameterList(
@@ -322,6 +338,7 @@ class _StepLinear(nn.Module):
 FREQUENCIES = 32
 
 
+@checked
 def make_critic(
     shape: Sequence[int],
     width: int | None = None,
@@ -341,12 +358,17 @@ def make_critic(
         bandwidths: of the Fourier features of the `MLPCritic`; the other has none.
         classes: of a conditional critic; None for an unconditional one.
         conditions: other conditions of a conditional critic.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: an empty shape, an image below 8 pixels, or a width below 1.
     """
+    at_least(1, width=width)
     if is_image(shape):
         return ConvCritic(shape, width, classes, conditions)
     return MLPCritic(
         shape,
-        hidden=width or 128,
+        hidden=128 if width is None else width,
         frequencies=FREQUENCIES,
         bandwidths=bandwidths,
         classes=classes,
@@ -354,6 +376,7 @@ def make_critic(
     )
 
 
+@checked
 def make_baseline(
     shape: Sequence[int],
     steps: int,
@@ -373,6 +396,11 @@ def make_baseline(
         bandwidths: of the Fourier features for vectors.
         classes: of a conditional baseline; None for an unconditional one.
         conditions: other conditions of a conditional baseline.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: no steps, an empty shape, another kind, or of a `ConvBaseline` an image below 8
+            pixels or a width below 1.
     """
     if not is_image(shape):
         return MLPBaseline(

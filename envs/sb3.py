@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from ..common.arguments import at_least, check_value
 from .registration import make_registered
 from .single import NumpyObservation, to_numpy
 from .vector import DiffusionVectorEnv, observation_space
@@ -43,6 +44,8 @@ class SB3VecEnv(VecEnv):
 
     def __init__(self, env: DiffusionVectorEnv | str, num_envs: int = 1, **settings: Any) -> None:
         if isinstance(env, str):
+            num_envs = check_value("num_envs", num_envs, int)
+            at_least(1, num_envs=num_envs)
             settings.setdefault("autoreset_mode", AutoresetMode.DISABLED)
             made: Any = make_registered(env, num_envs, **settings).unwrapped
         elif settings:
@@ -50,7 +53,9 @@ class SB3VecEnv(VecEnv):
         else:
             made = getattr(env, "unwrapped", env)
         if not isinstance(made, DiffusionVectorEnv):
-            raise TypeError(f"SB3VecEnv needs a DiffusionVectorEnv; got {type(made).__name__}")
+            raise TypeError(
+                f"env must be a DiffusionVectorEnv or the id of one; got {type(made).__name__}"
+            )
         self.env = made
         super().__init__(made.num_envs, observation_space(made.mdp, (1,)), made.single_action_space)
 

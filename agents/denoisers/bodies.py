@@ -25,6 +25,7 @@ OF_CLASSES = tuple(UNET + preset for preset in PRESETS)
 CONTINUOUS_LEVELS = 64
 
 
+@checked
 def named_body(
     name: str | None,
     shape: Sequence[int],
@@ -45,6 +46,7 @@ def named_body(
         conditions: of a conditional body.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: an unknown name or option, a U-Net for vectors, or conditions for a body that
             knows none.
         ImportError: a U-Net of diffusers, which is not installed.

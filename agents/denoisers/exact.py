@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...common.arguments import at_least, check_seed, checked
 from ...envs import NoiseProcess, Target
 from .denoiser import Denoiser
 
@@ -25,26 +26,36 @@ class MixtureBody(nn.Module):
         std: their common standard deviation s, > 0.
         prediction: "epsilon" or "sample".
         weights: (M,) positive; equal by default.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: misshapen or non-finite means, a deviation or weights that are not positive, or
+            another prediction.
     """
 
     means: Tensor
     log_weights: Tensor
 
+    @checked
     def __init__(
         self,
         process: NoiseProcess,
         means: Tensor,
         std: float,
         prediction: str = "epsilon",
-        weights: Sequence[float] | None = None,
+        weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if means.ndim != 2 or not 0 < std < math.inf:
+        if means.ndim != 2 or not len(means) or not 0 < std < math.inf:
             raise ValueError("A mixture needs means (M, d) and a positive standard deviation.")
+        if not bool(means.isfinite().all()):
+            raise ValueError("The means of a mixture hold NaN or infinity.")
         if prediction not in ("epsilon", "sample"):
             raise ValueError(f"A mixture predicts 'epsilon' or 'sample', not {prediction!r}.")
         self.process, self.std, self.prediction = process, std, prediction
         shares = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
+        if shares.shape != means.shape[:1] or not bool((shares > 0).all()):
+            raise ValueError(f"weights must be {len(means)} positive numbers, one for each mean.")
         self.register_buffer("means", means)
         self.register_buffer("log_weights", (shares / shares.sum()).log().to(means))
         # Agents look for a denoiser's device in its parameters.
@@ -72,6 +83,7 @@ class MixtureBody(nn.Module):
         return mean + away * alpha * self.std**2 / variance
 
 
+@checked
 def mixture(
     process: NoiseProcess,
     *,
@@ -81,7 +93,14 @@ def mixture(
     std: float = 0.15,
     seed: int = 0,
 ) -> tuple[Denoiser, Target]:
-    """Return a mixture with random means of unit variance: its exact denoiser and the target."""
+    """Return a mixture with random means of unit variance: its exact denoiser and the target.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: as `MixtureBody`, or no components, dimensions or such a seed.
+    """
+    check_seed(seed)
+    at_least(1, components=components, dimension=dimension)
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(components, dimension, generator=generator, dtype=torch.float64)
 

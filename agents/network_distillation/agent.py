@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...common.arguments import check_value
 from ...common.checkpoint import counter
 from ...common.distributed import ALONE
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
@@ -84,7 +85,7 @@ class NetworkDistillation(TakesTable, SolverAgent):
         settings: Any = None,
         **arguments: Any,
     ) -> None:
-        self._given_terms = denoiser.conditioning
+        self._given_terms = check_value("denoiser", denoiser, Denoiser).conditioning
         super().__init__(env, denoiser, settings, **arguments)
         self._check_sampler()
         self.mdp = on_times_of(self.mdp, self._tableau)

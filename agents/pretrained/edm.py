@@ -41,8 +41,12 @@ class EDMBody(nn.Module):
 
     Args:
         module: see `from_edm`.
+
+    Raises:
+        TypeError: no module.
     """
 
+    @checked
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

@@ -93,6 +93,7 @@ class RDPO(TableAgent):
         table: Tableau | None = None,
         **arguments: Any,
     ) -> None:
+        check_value("critic", critic, Reward | None)
         check_value("table", table, Tableau | None)
         super().__init__(env, denoiser, *args, **arguments)
         settings, learn = self.settings, self.settings.learn

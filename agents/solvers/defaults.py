@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...common.arguments import checked
 from ...common.names import unknown_name
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import SCHEDULES, Schedule, make_schedule, schedule_options
 from ...envs.schedules.ends import default_first_time, is_clean
+from ..denoisers.denoiser import Denoiser
 from .table import SOLVERS, Options
 
-if TYPE_CHECKING:
-    from ..denoisers.denoiser import Denoiser
 
-
+@checked
 def default_solver_options(
     solver: str,
     denoiser: Denoiser | None = None,
@@ -45,6 +44,9 @@ def default_solver_options(
         given: options that the user chose; they get no default, and a chosen `variance` or
             `last_std` leaves the other to the solver.
         process: the noise process; that of the denoiser if None, as far as there is one.
+
+    Raises:
+        TypeError: a value of another type.
     """
     if solver not in SOLVERS:
         return {}

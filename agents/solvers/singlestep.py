@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from operator import index
 from typing import Literal, get_args
 
+from ...common.arguments import checked
 from ...common.names import unknown_name
 from ...envs.processes import NoiseProcess
 from ...envs.schedules import Schedule
@@ -22,6 +22,7 @@ from .rows import Node, Rows, check_budget, check_order, combine, difference, no
 SolverType = Literal["dpmsolver", "taylor"]
 
 
+@checked
 def singlestep_orders(nfe: int, order: int) -> list[int]:
     """Split a budget of network calls into blocks (the rule of "DPM-Solver-fast").
 
@@ -33,10 +34,11 @@ def singlestep_orders(nfe: int, order: int) -> list[int]:
         The orders of the blocks; they add up to `nfe`.
 
     Raises:
+        TypeError: no whole numbers.
         ValueError: no such order, or no budget.
     """
     check_order(order, (1, 2, 3), "DPM-Solver")
-    if index(nfe) < 1:
+    if nfe < 1:
         raise ValueError(f"The budget must be at least one network call; got {nfe}.")
     full, rest = divmod(nfe, order)
     if order == 3 and rest == 0:

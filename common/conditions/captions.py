@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_fields
 from .base import Conditions, Kind
 from .text import TextEncoder
 
@@ -36,6 +37,7 @@ class Captions(Conditions):
     length: int
 
     def __post_init__(self) -> None:
+        check_fields(self, Captions)
         if self.length < 1:
             raise ValueError(f"The length of captions must be at least 1, got {self.length}.")
 

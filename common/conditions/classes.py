@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_fields
 from .base import Conditions, Kind
 
 
@@ -30,6 +31,7 @@ class Classes(Conditions):
     count: int
 
     def __post_init__(self) -> None:
+        check_fields(self, Classes)
         if self.count < 1:
             raise ValueError(f"classes must be at least 1, got {self.count}.")
 

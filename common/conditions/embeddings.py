@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_fields
 from .base import Conditions, Kind
 
 
@@ -43,6 +44,7 @@ class Embeddings(Conditions):
     size: int
 
     def __post_init__(self) -> None:
+        check_fields(self, Embeddings)
         if self.size < 1:
             raise ValueError(f"The size of embeddings must be at least 1, got {self.size}.")
 

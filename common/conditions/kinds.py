@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import check_value, checked
 from ..names import unknown_name
 from .base import Conditions, Kind
 from .captions import Captions
@@ -45,7 +46,7 @@ def as_conditions(
     if classes is not None:
         if conditions is not None:
             raise ValueError("Give either classes or conditions, not both.")
-        return Classes(classes)
+        return Classes(check_value("classes", classes, int))
     if isinstance(conditions, Mapping):
         parts = dict(conditions)
         name = parts.pop("kind", None)
@@ -57,6 +58,7 @@ def as_conditions(
     return conditions
 
 
+@checked
 def condition_config(conditions: Conditions | None) -> dict[str, Any]:
     """Return the entry of a config that says which conditions there are: none without any.
 

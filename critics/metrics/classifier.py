@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...common.arguments import at_least, check_seed, checked
 from ...common.optimisation import seeded
 from ...common.reading import CONSTANTS, DAMAGE, parse_json, reason
-from ...common.shapes import is_image
+from ...common.shapes import check_shape, is_image
 from ...common.tensor_files import read_tensors, write_tensors
 from ..checks import check_finite, check_samples
 from .features import NetworkFeatures
@@ -54,7 +55,9 @@ class ClassifierFeatures(NetworkFeatures):
 
     DIMENSION = 64
 
+    @checked
     def __init__(self, name: str, shape: Sequence[int], classes: int) -> None:
+        check_shape(shape)
         if not is_image(shape) or min(shape[1:]) < 4:
             raise ValueError(
                 f"A classifier needs images (C, H, W), H and W at least 4, got {tuple(shape)}."
@@ -141,6 +144,7 @@ class ClassifierFeatures(NetworkFeatures):
         return classifier
 
 
+@checked
 def train_classifier(
     images: Tensor,
     labels: Tensor,
@@ -173,9 +177,12 @@ def train_classifier(
         weight_decay: of AdamW.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: misshapen or non-finite images, labels that do not fit them, fewer than two
-            classes, or a budget below one.
+            classes, a budget below one, or a rate or a decay that makes no sense.
     """
+    check_seed(seed)
+    at_least(0, learning_rate=learning_rate, weight_decay=weight_decay)
     check_samples("images", images)
     check_samples("held_out_images", held_out_images, images.shape[1:])
     for what, values in (("images", images), ("held_out_images", held_out_images)):

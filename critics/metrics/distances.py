@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...common.arguments import as_tensor, at_least, checked
 from ..checks import check_finite, check_samples
 from ..mmd import distances, kernel_mean, resolve_bandwidth
 
@@ -29,6 +30,8 @@ Array = NDArray[np.float64]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Seeds that NumPy knows, which draws the directions.
+_SEEDS = 2**32
 # Projections handled at once by a thread: 13 MB for 200,000 samples.
 _CHUNK = 8
 
@@ -48,15 +51,18 @@ class SlicedWasserstein:
         seed: of the directions.
 
     Raises:
-        ValueError: bad samples, p below 1, or no projections.
+        TypeError: a value of another type.
+        ValueError: bad samples, p below 1, no projections, or a seed out of range.
     """
 
+    @checked
     def __init__(
         self, real: Samples, p: float = 2, n_projections: int = 100, seed: int = 0
     ) -> None:
         _check_order(p)
-        if n_projections < 1:
-            raise ValueError(f"n_projections must be at least 1, got {n_projections}.")
+        at_least(1, n_projections=n_projections)
+        if not 0 <= seed < _SEEDS:
+            raise ValueError(f"seed must be at least 0 and below 2**32, got {seed}.")
         points = _points("real", real)
         self.p = p
         self.n_projections = n_projections
@@ -88,6 +94,7 @@ class SlicedWasserstein:
         return (total / self.n_projections) ** (1 / self.p)
 
 
+@checked
 def sliced_wasserstein(
     x: Samples, y: Samples, p: float = 2, n_projections: int = 100, seed: int = 0
 ) -> float:
@@ -95,9 +102,11 @@ def sliced_wasserstein(
 
     See `SlicedWasserstein` for the definition, the arguments and the errors.
     """
-    return SlicedWasserstein(y, p, n_projections, seed)(x)
+    a, b = _pair(x, y)
+    return SlicedWasserstein(b, p, n_projections, seed)(a)
 
 
+@checked
 def wasserstein(x: Samples, y: Samples, p: float = 1, max_samples: int = 5000) -> float:
     """Return the exact p-Wasserstein distance, Euclidean ground cost, by POT's network simplex.
 
@@ -108,6 +117,7 @@ def wasserstein(x: Samples, y: Samples, p: float = 1, max_samples: int = 5000) -
         max_samples: refuse more on a side: memory grows with N * M, time faster.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: bad samples, p below 1, or more than `max_samples`.
         RuntimeError: the solver gave up before the optimum.
     """
@@ -127,6 +137,7 @@ def wasserstein(x: Samples, y: Samples, p: float = 1, max_samples: int = 5000) -
     return float(total) ** (1 / p)
 
 
+@checked
 def mmd(x: Samples, y: Samples, kernel: str = "energy", bandwidth: float | None = None) -> float:
     """Return the maximum mean discrepancy, the root of the unbiased estimate of its square.
 
@@ -141,6 +152,7 @@ def mmd(x: Samples, y: Samples, kernel: str = "energy", bandwidth: float | None 
             to compare several sets.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: bad samples, fewer than two, an unknown kernel or a bad bandwidth.
     """
     a, b = (torch.from_numpy(points) for points in _pair(x, y))
@@ -159,6 +171,7 @@ def mmd(x: Samples, y: Samples, kernel: str = "energy", bandwidth: float | None 
     return max(0.0, mean_of_distinct(a) + mean_of_distinct(b) - 2 * mean(a, b)) ** 0.5
 
 
+@checked
 def floor(
     metric: Callable[[Samples, Samples], float],
     draw: Callable[[int, int], Samples],
@@ -173,7 +186,12 @@ def floor(
             target's `sample_fresh`.
         n: samples a set, as many as the sampler will be judged by.
         seed: of the first set; the second has seed + 1.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: no samples, or what the metric and `draw` refuse.
     """
+    at_least(1, n=n)
     return metric(draw(n, seed), draw(n, seed + 1))
 
 
@@ -211,7 +229,7 @@ def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 
 def _points(name: str, samples: Samples, shape: tuple[int, ...] | None = None) -> Array:
     """Check samples (N, *shape) and flatten them to float64 points (N, d)."""
-    tensor = torch.as_tensor(samples).detach().cpu()
+    tensor = as_tensor(name, samples).cpu()
     check_samples(name, tensor)
     check_finite(name, tensor)
     points = tensor.flatten(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...common.arguments import checked
 from ...common.reading import DAMAGE
 from .features import NetworkFeatures, foreign_weights, load_weights
 
@@ -46,6 +47,7 @@ class EfficientNetLite0(NetworkFeatures):
         ValueError: not a file of these weights, or one that carries code.
     """
 
+    @checked
     def __init__(self, path: str | Path | None = None) -> None:
         super().__init__(
             "efficientnet-lite0", "EfficientNet-Lite0 classifier of ImageNet, 1,280 features"

@@ -33,12 +33,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ...common.arguments import check_value, given
 from ...common.conditions import Conditional, kind_of
-from ...common.reading import quoted
 from ...common.shapes import is_image
 from ..checks import check_samples
 from .distances import SlicedWasserstein, mmd
-from .features import INCEPTION, FeatureExtractor
+from .features import INCEPTION, FeatureExtractor, check_extractor
 from .fidelity import FeatureDistances, extract
 from .manifold import Manifold
 from .two_sample import c2st
@@ -124,7 +124,7 @@ class _Measurement:
 def check_target(target: object) -> None:
     """Raise TypeError for what is no real distribution."""
     if not isinstance(target, Real) or isinstance(target, type):
-        raise TypeError(f"target must be a Target, as mdp.target is one, got {quoted(target)}.")
+        raise TypeError(f"target must be a Target, as mdp.target is one, got {given(target)}.")
 
 
 class Evaluation:
@@ -153,7 +153,8 @@ class Evaluation:
 
     Raises:
         ValueError: fewer than two samples, too few for a metric, or features of vectors.
-        TypeError: a target that is no `Target`, nor has its methods.
+        TypeError: a target that is no `Target`, nor has its methods, or another value of another
+            type.
     """
 
     def __init__(
@@ -165,11 +166,10 @@ class Evaluation:
         conditional: Conditional = False,
     ) -> None:
         check_target(target)
-        if features is not None and not callable(features):
-            raise TypeError(
-                "features must be a feature extractor, see features_for, or None, got "
-                f"{features!r}."
-            )
+        fresh_samples = check_value("fresh_samples", fresh_samples, int)
+        check_value("distances", distances, Callable)
+        if features is not None:
+            check_extractor("features", features)
         if fresh_samples < 2:
             raise ValueError(f"An evaluation needs at least two samples, got {fresh_samples}.")
         self._images = is_image(target.shape)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...common.arguments import checked, given
 from ...common.reading import DAMAGE
 from ..checks import check_finite, check_samples
 
@@ -40,6 +41,16 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return features (N, d) of images (N, C, H, W)."""
+
+
+def check_extractor(name: str, extractor: object) -> None:
+    """Raise TypeError for what is no feature extractor."""
+    called = callable(extractor) and not isinstance(extractor, type)
+    if not called or not hasattr(extractor, "name"):
+        raise TypeError(
+            f"{name} must be a feature extractor, which is called and has a name, as "
+            f"ClassifierFeatures is one, got {given(extractor)}."
+        )
 
 
 class NetworkFeatures(nn.Module, ABC):
@@ -99,6 +110,7 @@ class InceptionFeatures(NetworkFeatures):
         ValueError: not a file of these weights, or one that carries code.
     """
 
+    @checked
     def __init__(self, weights: str | Path | None = None) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -163,6 +175,7 @@ class Cifar10ResNet(NetworkFeatures):
     mean: Tensor
     std: Tensor
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         super().__init__(
             "cifar10-resnet20",

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ...common.arguments import as_tensor, checked
 from ...common.reading import DAMAGE, parse_json, reason
 from ...common.tensor_files import read_tensors, write_tensors
 from ..checks import check_finite, check_samples
-from .features import FeatureExtractor
+from .features import FeatureExtractor, check_extractor
 from .two_sample import c2st
 
 Samples = Tensor | NDArray
@@ -53,12 +54,15 @@ class FeatureDistances:
         statistics: their mean "mu" (d,) and covariance "sigma" (d, d), float64.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: misshapen, non-finite or too few images, or an extractor that returns no
             finite features (M, d).
     """
 
+    @checked
     def __init__(self, real: Samples, feature_extractor: FeatureExtractor) -> None:
         self.feature_extractor = feature_extractor
+        real = as_tensor("real", real)
         self._shape = tuple(real.shape[1:])
         self.features = extract("real", real, feature_extractor)
         self.statistics = _statistics(self.features)
@@ -143,6 +147,7 @@ class FeatureDistances:
         return distances
 
 
+@checked
 def fid(samples: Samples, real: Samples, *, feature_extractor: FeatureExtractor) -> float:
     """Return the squared Frechet distance of Gaussians fitted to the features of two sets.
 
@@ -157,12 +162,14 @@ def fid(samples: Samples, real: Samples, *, feature_extractor: FeatureExtractor)
         feature_extractor: see `FeatureExtractor`.
 
     Raises:
+        TypeError: a value of another type, or features that are no tensor.
         ValueError: misshapen, non-finite or too few images, or no finite features (N, d).
     """
     ours, theirs = _both(samples, real, feature_extractor)
     return _frechet(_statistics(ours), _statistics(theirs))
 
 
+@checked
 def kid(samples: Samples, real: Samples, *, feature_extractor: FeatureExtractor) -> float:
     """Return the kernel distance: MMD^2 of the features with kernel (x.y / d + 1)^3.
 
@@ -176,6 +183,7 @@ def kid(samples: Samples, real: Samples, *, feature_extractor: FeatureExtractor)
     return _kernel(*_both(samples, real, feature_extractor))
 
 
+@checked
 def precision_recall(
     samples: Samples, real: Samples, *, feature_extractor: FeatureExtractor
 ) -> tuple[float, float]:
@@ -207,9 +215,11 @@ def extract(
         shape: that one image must have; any if None.
 
     Raises:
+        TypeError: a value of another type, or features that are no tensor.
         ValueError: misshapen, non-finite or too few images, or no finite features (N, d).
     """
-    tensor = torch.as_tensor(images).detach()
+    check_extractor("feature_extractor", feature_extractor)
+    tensor = as_tensor(name, images)
     check_samples(name, tensor, shape)
     check_finite(name, tensor)
     if len(tensor) < 2:
@@ -217,6 +227,10 @@ def extract(
     parts = []
     for batch in tensor.split(_BATCH):
         features = feature_extractor(batch)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"feature_extractor must return a tensor (N, d), got a {type(features).__name__}."
+            )
         if features.ndim != 2 or len(features) != len(batch):
             raise ValueError(
                 f"{feature_extractor.name} must return features (N, d) of N images; it made "
@@ -229,6 +243,7 @@ def extract(
 
 
 def _both(samples: Samples, real: Samples, extractor: FeatureExtractor) -> tuple[Tensor, Tensor]:
+    real = as_tensor("real", real)
     theirs = extract("real", real, extractor)
     return extract("samples", samples, extractor, tuple(real.shape[1:])), theirs
 

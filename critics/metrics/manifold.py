@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ...common.arguments import as_tensor, check_fields, check_value
 from ..checks import check_finite, check_samples
 from .distances import Samples
 
@@ -27,11 +27,20 @@ class Manifold:
         curve: `(n,) in [0, 1] -> (n, D)`, the points of the curve at these fractions of its course.
         std: standard deviation of the data's noise around it, in the units of the samples.
         far: how many of these a sample may be away; farther, it is off the manifold.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a deviation or a distance that is not positive and finite.
     """
 
     curve: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     std: float
     far: float = 12.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, Manifold)
+        for name, value in (("std", self.std), ("far", self.far)):
+            _check_positive(name, value)
 
     @cached_property
     def _tree(self) -> Any:
@@ -45,7 +54,7 @@ class Manifold:
         Raises:
             ValueError: misshapen or non-finite samples.
         """
-        points = torch.as_tensor(samples).detach().cpu()
+        points = as_tensor("samples", samples).cpu()
         check_samples("samples", points, (self._tree.m,))
         check_finite("samples", points)
         return self._tree.query(points.double().numpy())[0]
@@ -57,7 +66,11 @@ class Manifold:
             samples: to be judged.
             far: in standard deviations of the data's noise; the manifold's own if None.
         """
-        far = self.far if far is None else far
-        if not 0 < far < math.inf:
-            raise ValueError(f"far must be positive and finite, got {far}.")
+        far = self.far if far is None else check_value("far", far, float)
+        _check_positive("far", far)
         return float((self.distance(samples) > far * self.std).mean())
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")

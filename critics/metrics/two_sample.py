@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.arguments import as_tensor, checked
 from ..checks import check_finite, check_samples
 from .distances import Samples
 
@@ -12,6 +13,7 @@ from .distances import Samples
 VOTERS, _SEED = 15, 2_017
 
 
+@checked
 def c2st(x: Samples, y: Samples, neighbours: int | None = None) -> float:
     """Return the held-out accuracy of a nearest-neighbour classifier between two sets, 0 to 1.
 
@@ -29,13 +31,11 @@ def c2st(x: Samples, y: Samples, neighbours: int | None = None) -> float:
             that set is tiny.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: bad samples, shapes that differ, fewer than two samples a side, or a number of
             voters that is not possible.
     """
-    # scikit-learn takes a second to import, so only those who need it pay.
-    from sklearn.neighbors import KNeighborsClassifier
-
-    sides = [torch.as_tensor(side).detach().cpu() for side in (x, y)]
+    sides = [as_tensor(name, side).cpu() for name, side in (("x", x), ("y", y))]
     for name, side, shape in zip("xy", sides, (None, tuple(sides[0].shape[1:])), strict=True):
         check_samples(name, side, shape)
         check_finite(name, side)
@@ -46,6 +46,9 @@ def c2st(x: Samples, y: Samples, neighbours: int | None = None) -> float:
         neighbours = min(VOTERS, half - 1 + half % 2)
     if not 1 <= neighbours <= half or neighbours % 2 == 0:
         raise ValueError(f"neighbours must be odd and 1 to {half}, got {neighbours}.")
+    # scikit-learn takes a second to import, so only those who need it pay.
+    from sklearn.neighbors import KNeighborsClassifier
+
     generator = torch.Generator().manual_seed(_SEED)
     shuffled = [_choose(side.flatten(1).double(), 2 * half, generator) for side in sides]
     learned = torch.cat([side[:half] for side in shuffled])

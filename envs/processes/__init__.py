@@ -36,6 +36,7 @@ def make_process(name: str) -> NoiseProcess:
     return PROCESSES[kind].named(name)
 
 
+@checked
 def as_process(process: NoiseProcess | str) -> NoiseProcess:
     """Return a noise process that is given as such, or by a name for `make_process`."""
     return process if isinstance(process, NoiseProcess) else make_process(process)

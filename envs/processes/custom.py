@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...common.arguments import checked
 from .base import NoiseProcess
 
 Coefficient = Callable[[Tensor], Tensor]
@@ -37,11 +38,12 @@ class CustomProcess(NoiseProcess):
 
     Raises:
         ValueError: A number is out of range, or the functions' log-SNR does not strictly decrease.
-        TypeError: They are no functions of tensors.
+        TypeError: They are no functions of tensors, or a value is of another type.
     """
 
     _named: ClassVar[dict[str, tuple[Coefficient, Coefficient]]] = {}
 
+    @checked
     def __init__(
         self,
         name: str,

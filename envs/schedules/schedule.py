@@ -307,11 +307,20 @@ def make_schedule(name: str, process: NoiseProcess, steps: int, **options: Any) 
     return Schedule(process, grid(process, steps, **options), recipe=_recipe(grid, options))
 
 
+@checked
 def schedule_options(name: str) -> list[str]:
-    """Names of the options of a named schedule."""
+    """Names of the options of a named schedule.
+
+    Raises:
+        TypeError: `name` is no string.
+        ValueError: No schedule has that name.
+    """
+    if name not in SCHEDULES:
+        raise unknown_name("schedule", name, SCHEDULES)
     return list(signature(SCHEDULES[name]).parameters)[2:]
 
 
+@checked
 def listed_times(name: str) -> list[float] | None:
     """Read a comma-separated list of times; None for a name, which has no comma.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.arguments import as_tensor
 from ...common.conditions import Captions, Classes, Conditions, Embeddings
 from ...common.conditions.captions import encode
 
@@ -43,7 +44,7 @@ def to_labels(values: Any, samples: Tensor | None, what: str) -> Tensor | None:
     """
     if values is None:
         return None
-    labels = torch.as_tensor(values)
+    labels = as_tensor(what, values)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{what} must be integers; got {labels.dtype}")
     count = 0 if samples is None else len(samples)
@@ -73,11 +74,11 @@ def known_captions(texts: Any, held_out: Any, counts: tuple[int, int], name: str
         ValueError: Not as many as there are samples.
     """
     parts = [texts] if held_out is None else [texts, held_out]
-    for part, count in zip(parts, counts, strict=False):
+    for what, part, count in zip(("captions", "held-out captions"), parts, counts, strict=False):
         if isinstance(part, str) or not isinstance(part, Sequence):
-            raise TypeError(f"captions of {name} must be a list of texts; got {part!r}")
+            raise TypeError(f"{what} of {name} must be a list of texts; got {part!r}")
         if bad := [text for text in part if not isinstance(text, str)]:
-            raise TypeError(f"captions of {name} must be texts; got {bad[0]!r}")
+            raise TypeError(f"{what} of {name} must be texts; got {bad[0]!r}")
         if len(part) != count:
             raise ValueError(f"{name} has {len(part)} captions for {count} samples")
     everyone = [text for part in parts for text in part]
@@ -94,7 +95,7 @@ def known_embeddings(values: Any, held_out: Any, counts: tuple[int, int], name: 
         TypeError: They are no numbers.
         ValueError: Not as many as there are samples, or not all of one length.
     """
-    shape = tuple(torch.as_tensor(values).shape)
+    shape = tuple(as_tensor(f"embeddings of {name}", values).shape)
     if len(shape) != 2:
         raise ValueError(f"embeddings of {name} must be (N, size); got {shape}")
     kind = Embeddings(shape[1])

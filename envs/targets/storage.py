@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.arguments import as_tensor
 from ...common.shapes import is_image
 
 
@@ -15,7 +16,7 @@ def to_stored(values: Any, what: str, own: bool = False) -> Tensor:
 
     With `own` the floats are a copy.
     """
-    samples = torch.as_tensor(values).detach()
+    samples = as_tensor(what, values)
     if samples.ndim < 2 or not samples.numel():
         raise ValueError(
             f"{what} must be a non-empty (N, *shape) array; got {tuple(samples.shape)}"

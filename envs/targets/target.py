@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.arguments import check_value, checked
 from ...common.conditions import Kind
 from ...common.shapes import is_image
 from ...critics.metrics.manifold import Manifold
@@ -76,9 +77,9 @@ class Target:
 
     Raises:
         ValueError: Samples are empty, not finite, or not of one shape; only one of the two sets is
-            bytes; labels, captions or embeddings do not fit their samples; or `flip` with samples
-            that are no images.
-        TypeError: Labels are not integers, captions not texts.
+            bytes; labels, captions or embeddings do not fit their samples, or are those of held-out
+            samples alone; or `flip` with samples that are no images.
+        TypeError: Labels are not integers, captions not texts, or a value is of another type.
     """
 
     def __init__(
@@ -97,6 +98,11 @@ class Target:
         flip: bool = False,
         manifold: Manifold | None = None,
     ) -> None:
+        # Samples and what goes with them are checked as they are stored.
+        check_value("name", name, str)
+        check_value("sampler", sampler, Sampler | None)
+        check_value("flip", flip, bool)
+        check_value("manifold", manifold, Manifold | None)
         self.name = name
         self.manifold = manifold
         self.has_samples = True
@@ -121,6 +127,12 @@ class Target:
         )
         self._known: dict[Kind, Known] = {}
         counts = len(self), 0 if self._held_out is None else len(self._held_out)
+        for what, training, other in (
+            ("captions", captions, held_out_captions),
+            ("embeddings", embeddings, held_out_embeddings),
+        ):
+            if training is None and other is not None:
+                raise ValueError(f"{name} has held-out {what}, and its training samples have none")
         if captions is not None:
             given = known_captions(captions, held_out_captions, counts, name)
             self._known["captions"] = given.to(self.device)
@@ -139,6 +151,7 @@ class Target:
         return cls(name, samples, held_out=held_out)
 
     @classmethod
+    @checked
     def from_sampler(
         cls,
         sampler: Sampler,

@@ -1,8 +1,15 @@
 """No argument of a constructor takes what its type hint excludes, whichever way it comes."""
 
+import builtins
+import dataclasses
+import importlib
 import inspect
 import json
+import pkgutil
+import re
+import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -12,13 +19,25 @@ import numpy as np
 import pytest
 import torch
 
+import fewstep.agents
+import fewstep.common
+import fewstep.critics
+import fewstep.envs
 from fewstep.agents import AGENTS, SFTPG, CheckpointError, Denoiser, DenoiserPolicy
 from fewstep.agents.denoisers.networks import MLP, ResidualMLP, SmallUNet
 from fewstep.agents.denoisers.variance_head import VarianceHead
 from fewstep.agents.solvers import SOLVERS
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.critics import IPMCritic, MMDCritic
-from fewstep.envs import DiffusionEnv, DiffusionVectorEnv, Schedule
+from fewstep.critics import ClassifierFeatures, FeatureExtractor, IPMCritic, MMDCritic
+from fewstep.critics.metrics.evaluation import Real
+from fewstep.envs import (
+    DiffusionEnv,
+    DiffusionMDP,
+    DiffusionVectorEnv,
+    NoiseProcess,
+    Schedule,
+    Target,
+)
 from fewstep.envs.registration import make_mdp
 from fewstep.envs.schedules import SCHEDULES
 from fewstep.envs.targets.known import make_target
@@ -73,9 +92,10 @@ class Stranger:
     """What no argument takes."""
 
 
-def fitting_value(hint):
+def fitting_value(hint, examples=None):
     """Return a value that a hint allows, of which nothing else needs to be true."""
     samples = {int: 1, float: 1.0, str: "", bool: True, tuple: (1.0, 1.0), NoneType: None}
+    samples |= {Sequence: (1, 8, 8), torch.Tensor: torch.ones(4, 1, 8, 8), **(examples or {})}
     kind = get_origin(parts(hint)[0]) or parts(hint)[0]
     return samples[kind] if kind in samples else Mock(spec=kind) if inspect.isclass(kind) else None
 
@@ -236,3 +256,96 @@ def test_a_schedule_without_a_flag_is_no_schedule_with_the_flag_no(process):
     with pytest.raises(TypeError, match="append_zero must be True or False, got 'no'"):
         Schedule.karras(process, 3, append_zero="no")
     assert torch.equal(Schedule.karras(process, 3).times, Schedule.karras(process, 3, rho=7).times)
+
+
+# -- everything that the packages export -----------------------------------------------------------
+
+# What the package makes, and nobody else: a table's line, and what functions return.
+MADE_BY_US = {"Solver", "Tableau", "Report", "PlainGrid", "OpenedPipeline"}
+# Arguments that only count beside another, of an id and of captions of the training samples; and
+# what an episode that has begun keeps, for which a new process is made in every rollout.
+UNREAD = {
+    ("SB3VecEnv", "num_envs"),
+    ("Target", "held_out_captions"),
+    ("Inpainting", "known"),
+}
+
+
+def exported():
+    """Return the functions and classes in the `__all__` of every package of the library, by name.
+
+    The command line is left out: its flags are fields of the settings that are checked above.
+    """
+    found = {}
+    for folder in (fewstep.common, fewstep.envs, fewstep.critics, fewstep.agents):
+        modules = pkgutil.walk_packages(folder.__path__, f"{folder.__name__}.")
+        names = [folder.__name__, *(module.name for module in modules if module.ispkg)]
+        for package in map(importlib.import_module, names):
+            for name in getattr(package, "__all__", ()):
+                found[name] = getattr(package, name)
+    return {
+        name: value
+        for name, value in found.items()
+        if inspect.isroutine(value)
+        or (
+            inspect.isclass(value)
+            and not inspect.isabstract(value)
+            and not getattr(value, "_is_protocol", False)
+            and not issubclass(value, Exception)
+        )
+    }
+
+
+class Known(dict):
+    """Names of a module; what it imports for type checkers alone is anything."""
+
+    def __missing__(self, name):
+        return getattr(builtins, name, Any)
+
+
+def named_arguments_of(build):
+    """Yield the name and the hint of every argument that has one which says something."""
+    fields = inspect.isclass(build) and dataclasses.is_dataclass(build)
+    owner = inspect.unwrap(build.__init__ if inspect.isclass(build) and not fields else build)
+    known = Known()
+    for each in reversed(build.__mro__ if fields else [owner]):
+        known |= vars(sys.modules[each.__module__])
+    hints = typing.get_type_hints(owner, localns=known)
+    for name, parameter in inspect.signature(build).parameters.items():
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            yield name, hints.get(name, Any)
+
+
+def test_everything_exported_says_what_it_takes(make_mdp, make_denoiser):
+    mdp, denoiser = make_mdp(), make_denoiser()
+    examples = {
+        DiffusionVectorEnv: mdp,
+        DiffusionMDP: mdp,
+        Target: mdp.target,
+        NoiseProcess: mdp.process,
+        Schedule: mdp.schedule,
+        Real: mdp.target,
+        Denoiser: denoiser,
+        FeatureExtractor: ClassifierFeatures("tiny", (1, 8, 8), 2),
+        Any: torch.ones(4, 2),
+    }
+    places = {name: build for name, build in exported().items() if name not in MADE_BY_US}
+    bad = []
+    for place, build in places.items():
+        hints = dict(named_arguments_of(build))
+        needed = {key: fitting_value(hints[key], examples) for key in filled(build, {})}
+        for name, hint in hints.items():
+            if Any in parts(hint) or (place, name) in UNREAD:
+                continue
+            told = "nothing"
+            try:
+                build(**{**needed, name: Stranger()})
+            except (TypeError, ValueError) as error:
+                told = str(error)
+            except Exception as error:
+                told = repr(error)
+            said = name.replace("held_out_", "held.out.")
+            if not re.fullmatch(rf"{said}( of \w*)? must be .* got .*Stranger.*", told):
+                bad.append(f"{place}({name}): {told}")
+    assert bad == []
+    assert len(places) > 90

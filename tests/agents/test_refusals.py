@@ -92,7 +92,10 @@ def test_other_objects_are_refused_where_they_are_given(world, process):
         (lambda: DiffusionMDP(3, process, mdp.schedule), "target must be a Target, got 3"),
         (lambda: DiffusionMDP(mdp.target, process, None), "schedule must be a Schedule, got None"),
         (lambda: mdp.with_reward(MMDCritic), "reward must be an instance; got the class MMD"),
-        (lambda: SB3VecEnv(None), "SB3VecEnv needs a DiffusionVectorEnv; got NoneType"),
+        (
+            lambda: SB3VecEnv(None),
+            "env must be a DiffusionVectorEnv or the id of one; got NoneType",
+        ),
         (lambda: NumpyVectorEnv(None), "env must be a DiffusionVectorEnv, got None"),
         (lambda: table.replace(process="ve"), "process must be a NoiseProcess, got 've'"),
         (lambda: new_denoiser(mdp.target), "mdp must be a DiffusionMDP, got"),
@@ -140,7 +143,7 @@ def test_what_cannot_be_evaluated_is_refused(world):
         evaluate(lambda n, generator: np.zeros((n, 2), np.float32), mdp.target, 10)
     with pytest.raises(TypeError, match=r"n must be a whole number, got 2\.5"):
         evaluate(samples, mdp.target, 2.5)
-    with pytest.raises(TypeError, match="features must be a feature extractor"):
+    with pytest.raises(TypeError, match="features must be a FeatureExtractor or None"):
         evaluate(samples, mdp.target, features="inception")
 
 

@@ -270,7 +270,7 @@ def test_a_signal_that_is_rounding_is_none():
 
 def test_functions_of_something_else_are_refused():
     for alpha in (lambda t: 1.0, 3.0):
-        with pytest.raises(TypeError, match="alpha must be a function of a float64 tensor"):
+        with pytest.raises(TypeError, match=r"alpha must be (a function of a float64|callable)"):
             CustomProcess("wrong", alpha, lambda t: t)
 
 
@@ -307,7 +307,7 @@ def test_an_unknown_kind_is_refused():
 
 @pytest.mark.parametrize("betas", [[], [[0.1]], [0.0], [1.1], [math.nan], [-0.1]])
 def test_bad_betas_are_refused(betas):
-    with pytest.raises(ValueError, match="beta"):
+    with pytest.raises((TypeError, ValueError), match="beta"):
         DiscreteVP(betas)
 
 

@@ -116,7 +116,7 @@ def test_images_without_a_render_mode_are_none(make_vec):
 
 
 def test_wrong_environments_are_refused(make_vec):
-    with pytest.raises(TypeError, match="needs a DiffusionVectorEnv; got SyncVectorEnv"):
+    with pytest.raises(TypeError, match="must be a DiffusionVectorEnv or the id of one; got Sync"):
         SB3VecEnv(gym.make_vec("CartPole-v1", 2, vectorization_mode="sync"))
     with pytest.raises(TypeError, match="no further settings; got steps"):
         SB3VecEnv(make_vec(), steps=3)

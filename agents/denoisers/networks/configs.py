@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ....common.arguments import checked
 from ....common.names import unknown_name
 from ....common.optimisation import seeded
 from .dit import DiT
@@ -65,6 +66,7 @@ def check_times(body: nn.Module, low: float, high: float) -> None:
     )
 
 
+@checked
 def body_from_config(
     config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
@@ -75,12 +77,14 @@ def body_from_config(
         weights: those that it is to take, see `built_for`; None builds whatever the config says.
 
     Raises:
+        TypeError: a value of another type, or an argument that the body does not have.
         ValueError: an unknown kind of body, or weights of another.
     """
     arguments = {key: value for key, value in config.items() if key != "kind"}
-    if config.get("kind") not in BODIES:
-        raise unknown_name("kind of body", config.get("kind"), BODIES)
-    kind = BODIES[config["kind"]]
+    name = config.get("kind")
+    if not isinstance(name, str) or name not in BODIES:
+        raise unknown_name("kind of body", name, BODIES)
+    kind = BODIES[name]
     return kind(**arguments) if weights is None else built_for(weights, kind, arguments)
 
 

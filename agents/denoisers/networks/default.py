@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ....common.arguments import checked
 from ....common.conditions import Conditions
 from ....common.shapes import is_image
 from .mlp import MLP
@@ -14,6 +15,7 @@ from .residual_mlp import ResidualMLP
 from .small_unet import SmallUNet
 
 
+@checked
 def make_body(
     shape: Sequence[int],
     levels: int,
@@ -30,6 +32,10 @@ def make_body(
         time_range: (low, high) of the network times where they are not 0 .. levels - 1; see
             `edm_time_range`.
         conditions: of a conditional network, which for vectors is a residual MLP.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: an empty shape, no levels of an MLP, or sides that a U-Net cannot halve.
     """
     if not is_image(shape) and conditions is None:
         return MLP(shape, levels, time_range=time_range)

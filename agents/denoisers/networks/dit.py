@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....common.arguments import at_least, checked
 from ....common.names import unknown_name
+from ....common.shapes import check_shape, is_image
 from .times import check_range
 from .unet import require_diffusers, unet_time
 
@@ -37,6 +39,7 @@ class DiT(nn.Module):
 
     Raises:
         ImportError: diffusers is not installed.
+        TypeError: a value of another type.
         ValueError: an unknown option, sides that are no squares of patches, or a bad `time_range`.
     """
 
@@ -46,6 +49,7 @@ class DiT(nn.Module):
     # "no class" is one more row of the embeddings than there are classes.
     knows_none = True
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -61,6 +65,10 @@ class DiT(nn.Module):
         for option in diffusers_options:
             if option not in known:
                 raise unknown_name("option of DiTTransformer2DModel", option, known)
+        check_shape(shape)
+        at_least(1, classes=classes)
+        if not is_image(shape):
+            raise ValueError(f"DiT is for samples (channels, size, size), got {tuple(shape)}.")
         channels, height, width = (int(size) for size in shape)
         if height != width:
             raise ValueError(f"DiT is for square samples, got {height}x{width}.")

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....common.arguments import checked
+from ....common.arguments import at_least, checked
 from ....common.precision import in_full_precision
+from ....common.shapes import check_shape
 from .times import check_range, shared, stretched
 
 
@@ -32,7 +33,8 @@ class MLP(nn.Module):
             levels - 1 (clamped there) and interpolate. None takes times as levels.
 
     Raises:
-        ValueError: `time_range` is not finite and increasing.
+        ValueError: an empty shape, a number below 1, or a `time_range` that is not finite and
+            increasing.
     """
 
     @checked
@@ -46,6 +48,8 @@ class MLP(nn.Module):
         time_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_shape(shape)
+        at_least(1, levels=levels, hidden=hidden, layers=layers)
         self.config = {
             "kind": "mlp",
             "shape": list(shape),

@@ -9,9 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....common.arguments import checked
+from ....common.arguments import at_least, checked
 from ....common.conditions import Conditions, as_conditions, condition_config
 from ....common.precision import in_full_precision
+from ....common.shapes import check_shape
 from .times import SinusoidalTime, check_range, shared
 
 
@@ -40,6 +41,9 @@ class ResidualMLP(nn.Module):
         conditions: Conditions | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_shape(shape)
+        at_least(1, hidden=hidden)
+        at_least(0, blocks=blocks)
         conditions = as_conditions(conditions, classes)
         self.config = {
             "kind": "residual-mlp",

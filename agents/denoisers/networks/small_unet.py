@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ....common.arguments import checked
 from ....common.conditions import Conditions, as_conditions, condition_config
 from ....common.precision import in_full_precision
+from ....common.shapes import check_shape, is_image
 from .times import SinusoidalTime, check_range, shared
 
 
@@ -67,6 +68,11 @@ class SmallUNet(nn.Module):
     ) -> None:
         super().__init__()
         conditions = as_conditions(conditions, classes)
+        check_shape(shape)
+        if not is_image(shape):
+            raise ValueError(f"SmallUNet is for images (C, H, W), got {tuple(shape)}.")
+        if width < 8 or width % 8:
+            raise ValueError(f"width must be a multiple of 8, got {width}.")
         channels, height, breadth = shape
         if not 1 <= levels <= _MOST_LEVELS:
             raise ValueError(f"levels must be 1 to {_MOST_LEVELS}, got {levels}.")

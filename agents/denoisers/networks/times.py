@@ -25,6 +25,8 @@ def check_range(time_range: Sequence[float] | None) -> list[float] | None:
     """Validate a range of times; JSON gives it as a list."""
     if time_range is None:
         return None
+    if len(time_range) != 2:
+        raise ValueError(f"time_range must be (low, high), got {tuple(time_range)}.")
     low, high = time_range
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"time_range must be finite and increasing, got {tuple(time_range)}.")

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....common.arguments import at_least, checked
 from ....common.conditions import as_conditions, condition_config
 from ....common.names import unknown_name
-from ....common.shapes import is_image
+from ....common.shapes import check_shape, is_image
 from .times import check_range, stretched
 
 
@@ -85,6 +86,7 @@ class UNet2D(nn.Module):
     config: dict[str, Any]
     time_range: list[float] | None
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
@@ -103,6 +105,8 @@ class UNet2D(nn.Module):
         for option in diffusers_options:
             if option not in known:
                 raise unknown_name("option of UNet2DModel", option, known)
+        check_shape(shape)
+        at_least(1, classes=classes)
         if not is_image(shape):
             raise ValueError(
                 f"UNet2D is for images, (channels, height, width); got shape {tuple(shape)}."
