@@ -155,7 +155,7 @@ def test_steps_must_be_a_whole_number():
     ("times", "complaint"),
     [
         ([3.0], "at least two"),
-        ([[3.0, 1.0]], "at least two"),
+        (torch.tensor([[3.0, 1.0]]), "at least two"),
         ([3.0, 4.0], r"strictly decrease; times\[0:2\]"),
         ([3.0, 1.0, 1.0], r"strictly decrease; times\[1:3\]"),
         ([3.0, math.nan], "finite"),
@@ -167,6 +167,8 @@ def test_steps_must_be_a_whole_number():
 def test_bad_times_are_refused(times, complaint):
     with pytest.raises(ValueError, match=complaint):
         Schedule(LINEAR, times)
+    with pytest.raises(TypeError, match="a sequence of which each is a number"):
+        Schedule(LINEAR, [times])
 
 
 def test_bad_options_are_refused():
