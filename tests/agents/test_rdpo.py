@@ -268,7 +268,7 @@ def test_it_starts_from_any_fitted_table(tmp_path):
         ("switch on one of learn.times", {f"learn_{name}": False for name in (
             "times", "factors", "weights", "shifts")}),
         ("unknown solver 'dpm'", {"solver": "dpm"}),
-        ("reward must be callable", {"critic": 3}),
+        ("critic must be callable", {"critic": 3}),
         ("clamps its predictions", {"solver": "ancestral", "solver_options": {"clip": True}}),
     ],
 )  # fmt: skip
