@@ -44,6 +44,8 @@ LEARNED = {
     "the same, then SFD": (Sample("dpm-solver++-3m", **TIMES), SOLVER, SFD),
 }
 SCORING = Scoring(2_000, held_out=256, reference_steps=100, before=False, conditional=True)
+# A folder holds few pictures out, and colour makes each sample dear.
+OF_A_FOLDER = replace(SCORING, samples=500, held_out=64, reference_steps=50)
 
 
 def _columns(env: str) -> tuple[str, ...]:
@@ -61,6 +63,11 @@ def at_own_times(clone: Clone, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     )
 
 
+def _scoring(env: str, clone: Clone, **changes: Any) -> Scoring:
+    scoring = OF_A_FOLDER if env == "ImageFolder" else SCORING
+    return replace(scoring, conditional=clone.conditional, **changes)
+
+
 def _study(env: str, of: str, clone: Clone | None = None) -> Study:
     clone = clone or NETWORKS[env]
     chains: dict[str, tuple[Stage, ...]] = {label: (each,) for label, each in SOLVERS.items()}
@@ -69,10 +76,9 @@ def _study(env: str, of: str, clone: Clone | None = None) -> Study:
         for w in GUIDANCES
         for label, stages in (chains | LEARNED).items()
     )
-    scoring = replace(SCORING, conditional=clone.conditional)
     return Study(
         f"Guided {of} in 5 and 10 calls: solvers and what is learned",
-        Grid((env,), contenders, (5, 10), (0,), scoring),
+        Grid((env,), contenders, (5, 10), (0,), _scoring(env, clone)),
         ("evaluations", "error", *_columns(env)),
     )
 
@@ -84,15 +90,15 @@ def _fine_tuned(env: str, of: str, clone: Clone | None = None) -> Study:
     learners = {
         "sft": (fine, fine_tune("sft", 0)),
         "sft, half mismatched": (fine, fine_tune("sft", 0, mismatched=0.5)),
-        "sft-v": (COARSE_GRAIN, fine_tune("sft-v", 0)),
-        "sft-pg": (COARSE_GRAIN, fine_tune("sft-pg", 0)),
     }
+    if env != "ImageFolder":  # where they have presets of their own
+        learners |= {name: (COARSE_GRAIN, fine_tune(name, 0)) for name in ("sft-v", "sft-pg")}
     contenders = tuple(
         Contender(f"{label}, w = {w:g}", (clone, Guide(w), *at_own_times(clone, stages)))
         for label, stages in learners.items()
         for w in (1.0, 2.0)
     )
-    scoring = replace(SCORING, held_out=0, before=True, conditional=clone.conditional)
+    scoring = _scoring(env, clone, held_out=0, before=True)
     title = f"Fine-tuning a conditional sampler of {of}"
     return Study(title, Grid((env,), contenders, (5, 10), (0, 1, 2), scoring), _columns(env))
 
