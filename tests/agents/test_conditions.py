@@ -781,6 +781,7 @@ def test_the_parts_of_schedule_learning_that_read_data_ask_under_its_classes(set
     assert agent.done and agent.sample(3).isfinite().all()
 
 
+@pytest.mark.slow
 def test_cloning_learns_the_classes_and_what_is_common_to_them():
     mdp = make_mdp(steps=10)
     denoiser = new_denoiser(mdp)

@@ -69,6 +69,7 @@ def test_one_that_takes_no_table_has_its_times(solved, run):
     assert agent.nfe == 2
 
 
+@pytest.mark.slow
 def test_the_times_alone_are_taken_over_by_name(solved, run):
     schedule = f"--schedule={solved / 'schedule.json'}"
     table = Tableau.load(run(f"--start-from={solved}", schedule, *SFT_FLAGS) / "tableau.json")
@@ -76,6 +77,7 @@ def test_the_times_alone_are_taken_over_by_name(solved, run):
     np.testing.assert_array_equal(table.times, Tableau.load(solved / "tableau.json").times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [SFD_FLAGS, SFT_FLAGS], ids=["sfd", "sft"])
 def test_a_chain_resumes_when_the_earlier_run_is_gone(flags, solved, run, fewstep, tmp_path):
     earlier = tmp_path / "earlier"

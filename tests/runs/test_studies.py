@@ -330,7 +330,8 @@ def test_the_study_on_mnist(tmp_path, fewstep, shrink):
     assert "frechet_distance[mnist-classifier]" in table
 
 
-@pytest.mark.parametrize("kind", ["folder", pytest.param("captions", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "captions"])
 def test_a_study_on_a_folder_of_pictures(kind, tmp_path, fewstep, shrink, capsys):
     """Guided solvers and a fine-tuned network, by class and by caption; each folder has its own."""
     pictures = tmp_path / "pictures"
