@@ -121,7 +121,10 @@ class ShortcutAgent(Agent):
     @property
     def tableau(self) -> Tableau:
         """The sampler, with the learned standard deviations when they are learned."""
-        return self.averaged.module.export() if self.settings.policy.learn_std else self._tableau
+        policy = self.averaged.module
+        if self.settings.policy.learn_std and isinstance(policy, GaussianChain):
+            return policy.export()
+        return self._tableau
 
     @torch.no_grad()
     def collect(self) -> Trajectories:
