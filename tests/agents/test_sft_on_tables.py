@@ -38,6 +38,7 @@ def walked(table, denoiser, noise, first):
     return states[-1]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("last", [None, 1, 3])
 @pytest.mark.parametrize("solver", TABLES)
 def test_the_gradient_is_autograd_s_through_the_table(solver, last, make_mdp, make_denoiser):
@@ -111,6 +112,7 @@ def test_what_cannot_be_trained_is_one_sentence(settings, message, make_mdp, mak
         SFT(make_mdp(), make_denoiser(), **SMALL, **settings)
 
 
+@pytest.mark.numeric
 def test_memory_and_portions_change_nothing(make_mdp, make_denoiser):
     """Checkpointing and micro-batches are the same training, to rounding."""
     ends = []
