@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -150,11 +151,15 @@ class SolverLearning(TableAgent):
         self._ball_noises: list[Tensor] | None = None
         self._table = self.base
 
-    def _teacher_of(self, base: Tableau, schedule: Schedule) -> Teacher:
-        """Return the teacher of a table on a schedule."""
+    def _teacher_of(
+        self, base: Tableau, schedule: Schedule, others: Sequence[Tableau] = ()
+    ) -> Teacher:
+        """Return the teacher of a table on a schedule, and of others between the same ends."""
         settings = self.settings
         options = settings.teacher_options or {}
-        return make_teacher(base, schedule, settings.teacher, options, settings.scale)
+        return make_teacher(
+            base, schedule, settings.teacher, options, settings.scale, others=others
+        )
 
     def _new_critic(self) -> IPMCritic:
         with seeded(self.seed):

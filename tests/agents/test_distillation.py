@@ -690,6 +690,39 @@ def test_the_times_of_a_teacher_refine_those_of_the_student(solver):
     assert set(schedule.times.tolist()) <= set(teacher.tableau.times)
 
 
+@PROCESSES
+def test_one_teacher_passes_the_times_of_many_students(process):
+    """Those of each are among its targets, whatever their grids; near rounding two are one."""
+    schedules = [make(process, 6) for make in SCHEDULES.values()]
+    schedules = [s for s in schedules if s.times[[0, -1]].tolist() == [process.t_max, 0.0]]
+    nudged = schedules[0].times.clone()
+    nudged[3] *= 1 + 1e-9
+    schedules.append(Schedule(process, nudged))
+    students = [make_solver("heun", schedule) for schedule in schedules]
+    assert len(students) >= 3
+    teacher = make_teacher(students[0], schedules[0], "heun", scale=20, others=students[1:])
+    wanted = np.concatenate([student.times[1:] for student in students])
+    times = teacher.tableau.times
+    np.testing.assert_allclose(times[list(teacher.targets)], wanted, rtol=2e-9)
+    steps = np.diff(np.unique(times))
+    assert len(steps) < 20 * 6 + len(wanted) and steps.min() > 1e-7 * process.t_min
+    # It leads there, too: of the second order, it comes as near as its steps are fine.
+    denoiser, _ = exact_mixture(process)
+    noise = process.prior_sample(
+        (20, 16), torch.Generator().manual_seed(0), dtype=torch.float64, t=process.t_max
+    )
+    here, there = (Schedule.karras(process, 6, rho=rho) for rho in (7, 4))
+    one, other = (make_solver("heun", schedule) for schedule in (here, there))
+    alone = make_teacher(other, there, "heun", scale=400).states(denoiser, noise)
+    missed = []
+    for scale in (20, 80):
+        teacher = make_teacher(one, here, "heun", scale=scale, others=[other])
+        states = teacher.states(denoiser, noise)
+        assert len(states) == one.steps + other.steps
+        missed.append(float((states[one.steps :] - alone).square().mean().sqrt()))
+    assert missed[1] < missed[0] / 8
+
+
 def test_index_alignment_is_the_official_table():
     """MATH.md 2.6, with the noise levels of the teacher's states and of the student's."""
     schedule = Schedule.uniform_torch(VP, 10)

@@ -21,6 +21,7 @@ from fewstep.agents import (
     Tableau,
 )
 from fewstep.agents.presets import preset, preset_settings
+from fewstep.agents.solver_learning.distillation.teacher import Teacher
 from fewstep.agents.solver_learning.joint.family import TableFamily
 from fewstep.agents.solver_learning.joint.features import SampleFeatures
 from fewstep.agents.solver_learning.joint.losses import EndLoss
@@ -31,6 +32,7 @@ from fewstep.agents.solver_learning.joint.settings import (
     SolverLearningSettings,
 )
 from fewstep.agents.solver_learning.joint.slopes import EndObjective
+from fewstep.agents.solver_learning.joint.starts import Starts
 from fewstep.agents.solver_learning.scheduling.pool import Batch
 from fewstep.agents.solvers import make_solver
 from fewstep.critics import ClassifierFeatures
@@ -603,8 +605,10 @@ def test_every_preset_learns_and_resumes_bit_for_bit(name, tmp_path, monkeypatch
 
 def test_a_start_that_errs_more_than_what_was_given_is_not_taken(monkeypatch):
     """Nor does a descent that finds nothing return it."""
-    module = "fewstep.agents.solver_learning.joint.starts.distilled_table"
-    monkeypatch.setattr(module, lambda base, *_: base.replace(scale=2 * base.scale))
+    module = "fewstep.agents.solver_learning.joint.starts.distilled_tables"
+    monkeypatch.setattr(
+        module, lambda bases, *_: [base.replace(scale=2 * base.scale) for base in bases]
+    )
     agent = SolverLearning(world(), known()[0], **SMALL, rounds=1)
     slope = agent.family.zeros()
     monkeypatch.setattr(
@@ -617,6 +621,27 @@ def test_a_start_that_errs_more_than_what_was_given_is_not_taken(monkeypatch):
     assert agent.returned == "given" and agent.tableau is agent.base
     assert agent.schedule is agent.mdp.schedule
     assert all(torch.equal(agent._kept[name], value) for name, value in slope.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_search_asks_one_teacher_for_the_states_of_all_grids(monkeypatch):
+    """All schedules are tried on one trajectory of it, and the best three on one a batch."""
+    asked = []
+    states = Teacher.states
+
+    def counted(self, denoiser, noise, device=None):
+        asked.append(len(self.targets))
+        return states(self, denoiser, noise, device)
+
+    agent = SolverLearning(world(), known()[0], **SMALL, rounds=1)
+    agent.make_batches()
+    monkeypatch.setattr(Teacher, "states", counted)
+    starts = Starts(agent.family, agent._build, agent._teacher_of, agent._pool, agent.denoiser)
+    best = starts.best("search", agent._objective)
+    steps, fitted = agent.base.steps, len(agent._pool.fitted)
+    assert len(best) == 3 and len(asked) == 1 + fitted
+    tried, *finalists = asked
+    assert tried >= 13 * steps and finalists == [3 * steps] * fitted
 
 
 def _done(agent):

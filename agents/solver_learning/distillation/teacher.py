@@ -33,6 +33,9 @@ Align = Literal["time", "index"]
 FINER_SOLVER, FINER_SCALE = "heun", 2
 CHECKED_NUMBERS, CHECKED_SAMPLES = 25_000, 25
 
+# Times that differ by less than this share are one: the states there differ by no more.
+SAME_TIME = 1e-6
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -65,6 +68,7 @@ def make_teacher(
     align: Align = "time",
     integer: bool = False,
     times: Sequence[float] | None = None,
+    others: Sequence[Tableau] = (),
 ) -> Teacher:
     """Build a teacher for a student's tableau.
 
@@ -81,6 +85,9 @@ def make_teacher(
         times: of the teacher, with "time", in place of those that refine the student's: where the
             student's are very uneven, a refinement is crude between two that lie far apart. The
             nearest of them are moved onto the student's.
+        others: tables between the same ends that it is to teach on the same way, with "time": the
+            nearest of its times are moved onto theirs, and its targets are the student's rows, then
+            those of each of them.
 
     Raises:
         ValueError: an unknown name, a scale below 1, a stochastic teacher, or index alignment on a
@@ -93,14 +100,16 @@ def make_teacher(
     if align == "time":
         nodes = np.unique(student.times)[::-1].copy()
         rho = schedule.recipe[1].get("rho", 7.0) if schedule.recipe else 7.0
+        fine: Any = times
         if times is None:
-            fine: Any = refine_times(
+            fine = refine_times(
                 schedule.process, nodes.tolist(), scale, schedule.spacing, integer, rho=rho
             )
-        else:
-            fine = _moved_onto(nodes, np.asarray(times))
+        taught = (student, *others)
+        if times is not None or others:
+            fine = _moved_onto(_distinct([table.times for table in taught]), np.asarray(fine))
         tableau = _on_every_time(solver, Schedule(schedule.process, fine), options or {})
-        targets = [_landing(tableau, time) for time in student.times[1:]]
+        targets = [_landing(tableau, time) for table in taught for time in table.times[1:]]
     else:
         if schedule.recipe is not None and schedule.recipe[0] in SUBSETS:
             # Whole noisings: there are no more of them than there are.
@@ -206,6 +215,14 @@ def _on_every_time(solver: str, schedule: Schedule, options: dict[str, Any]) -> 
     return make_solver(solver, schedule, **options)
 
 
+def _distinct(times: Sequence[np.ndarray]) -> np.ndarray:
+    """Return all times, descending, without those that differ from another by rounding only."""
+    found = np.unique(np.concatenate(times))[::-1]
+    # The last one stays, and an earlier one that it would hide goes.
+    apart = found[:-1] - found[1:] > SAME_TIME * found[:-1]
+    return found[np.append(apart, True)]
+
+
 def _moved_onto(nodes: np.ndarray, times: np.ndarray) -> list[float]:
     """Return the nodes, and descending times between them but for those nearest to a node."""
     inner = times[(times < nodes[0]) & (times > nodes[-1])]
@@ -216,4 +233,5 @@ def _moved_onto(nodes: np.ndarray, times: np.ndarray) -> list[float]:
 
 def _landing(tableau: Tableau, time: float) -> int:
     """Return the state that a step ends with at this time: the last one, stages come before it."""
-    return int(np.flatnonzero(tableau.times == time)[-1])
+    distance = np.abs(tableau.times - time)
+    return int(np.flatnonzero(distance == distance.min())[-1])

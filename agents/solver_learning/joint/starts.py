@@ -43,14 +43,14 @@ class Starts:
     Attributes:
         family: the tables.
         build: the base solver's builder.
-        teacher_of: a table and its schedule -> their teacher.
+        teacher_of: a table, its schedule and further tables -> their common teacher.
         pool: the noises.
         denoiser: the network.
     """
 
     family: TableFamily
     build: Builder
-    teacher_of: Callable[[Tableau, Schedule], Teacher]
+    teacher_of: Callable[..., Teacher]
     pool: Pool
     denoiser: Denoiser
 
@@ -64,22 +64,23 @@ class Starts:
             schedules += moved_schedules(kind, self.pool, self.denoiser, self.build(given))
         if len(schedules) > FINALISTS:
             few = [next(fitted[0].split(TRIED))]
-
-            def loss(schedule: Schedule) -> float:
-                table = self.family.table(self._on(schedule, few))
+            losses = []
+            for parameters in self._on(schedules, few):
+                table = self.family.table(parameters)
                 found = float(objective.contributions(self.denoiser, table, few).mean())
-                return found if math.isfinite(found) else math.inf
+                losses.append(found if math.isfinite(found) else math.inf)
+            order = sorted(range(len(schedules)), key=losses.__getitem__)
+            schedules = [schedules[i] for i in order[:FINALISTS]]
+        return self._on(schedules, fitted)
 
-            schedules = sorted(schedules, key=loss)[:FINALISTS]
-        return [self._on(schedule, fitted) for schedule in schedules]
-
-    def _on(self, schedule: Schedule, batches: Sequence[Batch]) -> Parameters:
-        """Return the parameters of the base solver on a schedule, with distilled weights."""
-        base, learn = self.build(schedule), self.family.learn
+    def _on(self, schedules: list[Schedule], batches: Sequence[Batch]) -> list[Parameters]:
+        """Return the parameters of the base solver on each schedule, with distilled weights."""
+        tables, learn = [self.build(schedule) for schedule in schedules], self.family.learn
         if learn.weights:
-            teacher = self.teacher_of(base, schedule)
-            base = distilled_table(base, teacher, batches, self.denoiser, learn.factors)
-        return self.family.parameters_of(schedule, base)
+            # A teacher for each would ask the network as many times more.
+            teacher = self.teacher_of(tables[0], schedules[0], tables[1:])
+            tables = distilled_tables(tables, teacher, batches, self.denoiser, learn.factors)
+        return list(map(self.family.parameters_of, schedules, tables))
 
 
 def moved_schedules(
@@ -115,32 +116,38 @@ def even_schedules(given: Schedule) -> list[Schedule]:
     return found
 
 
-def distilled_table(
-    base: Tableau,
+def distilled_tables(
+    bases: Sequence[Tableau],
     teacher: Teacher,
     batches: Sequence[Batch],
     denoiser: Denoiser,
     with_noise: bool,
-) -> Tableau:
-    """Return a base solver with D-ODE's weights on all outputs, fitted in closed form.
+) -> list[Tableau]:
+    """Return base solvers with D-ODE's weights on all outputs, fitted in closed form.
 
     Args:
-        base: the base solver.
-        teacher: its states are what the steps should lead to.
+        bases: the base solvers.
+        teacher: its states are what the steps should lead to, those of one table after the other.
         batches: the noises.
         denoiser: the network.
         with_noise: whether the first step may change its factor of the state, too.
     """
-    rows = directions(base, "all")
-    if not with_noise:
-        rows = [row[row[:, -1] == 0] for row in rows]
-    made = [
-        StepBatch(
-            batch.noise,
-            teacher.states(denoiser.under(batch.condition), batch.noise),
-            batch.condition,
+    states = [
+        # On the CPU: they are as many as the steps of all tables.
+        teacher.states(denoiser.under(batch.condition), batch.noise, "cpu").split(
+            [base.steps for base in bases]
         )
         for batch in batches
     ]
-    fits = fit(base, rows, denoiser, made, RIDGE)
-    return distilled(base, rows, [found.lambdas for found in fits])
+    made = []
+    for i, base in enumerate(bases):
+        rows = directions(base, "all")
+        if not with_noise:
+            rows = [row[row[:, -1] == 0] for row in rows]
+        taught = [
+            StepBatch(batch.noise, targets[i], batch.condition)
+            for batch, targets in zip(batches, states, strict=True)
+        ]
+        fits = fit(base, rows, denoiser, taught, RIDGE)
+        made.append(distilled(base, rows, [found.lambdas for found in fits]))
+    return made
