@@ -30,6 +30,8 @@ AGENTS = {
     "pd": [*DISTILLED, "--teacher-steps=8"],
     "cd": DISTILLED,
     "dmd": [*DISTILLED, "--n-fake=1"],
+    # A learned table, and the network that was trained for it.
+    "sft_after_solver": FINE_TUNED,
 }
 FRESH = """
 import sys
@@ -62,7 +64,12 @@ def test_a_fresh_process_draws_the_samples_of_every_agent(fewstep, tmp_path, mon
     np.save("noise.npy", noise.numpy())
     expected = {}
     for name, flags in AGENTS.items():
-        told = [f"--agent={name}", f"--denoiser={first}", f"--log-dir=runs/{name}", *flags]
+        agent, _, before = name.partition("_after_")
+        start = f"--denoiser={first}"
+        if before:
+            (earlier,) = (tmp_path / "runs" / before).iterdir()
+            start = f"--start-from={earlier}"
+        told = [f"--agent={agent}", start, f"--log-dir=runs/{name}", *flags]
         assert fewstep("train", *SMALL, *told) == 0, name
         (run,) = (tmp_path / "runs" / name).iterdir()
         assert fewstep("export", run, name) == 0

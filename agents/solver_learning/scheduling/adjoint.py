@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -202,7 +203,7 @@ def _descend(
     steps = len(states) - 1
     cotangents: dict[int, Tensor] = {steps - 1: cotangent}
     by_state: list[Tensor | None] = [None] * (steps + 1)
-    logs = torch.from_numpy(log_levels(tableau)) if by_level else None
+    told = _told(tableau, cotangent.device) if by_level else None
     rows = [dict(tableau.row(j).weights) for j in range(tableau.steps)]
     first_output = [min(row, default=j) for j, row in enumerate(rows)]
     for j in reversed(range(steps)):
@@ -221,13 +222,10 @@ def _descend(
         readers = [i for i in range(j, steps) if first_output[i] <= j]
         state = states[j].detach().requires_grad_()
         time, asked = None, [state]
+        if told is not None:
+            time = told.times[j].detach().requires_grad_()
+            asked.append(time)
         with torch.enable_grad():
-            if logs is not None:
-                # By the level, not by the time: a discrete process's times have kinks, its levels
-                # none.
-                level = logs[j].to(state.device).requires_grad_()
-                asked.append(level)
-                time = tableau.process.time_of_log_snr(-level)
             output = tableau.evaluate(denoiser, state, j, time)
         value = output.detach()
         pull = torch.zeros_like(value)
@@ -236,15 +234,47 @@ def _descend(
             pull.add_(cotangents[i], alpha=rows[i].get(j, 0.0))
         torch.autograd.backward(output, pull, inputs=[*asked, *parameters])
         assert state.grad is not None
-        if logs is not None:
-            total.levels[j] += 0.0 if level.grad is None else float(level.grad)
+        if told is not None and time is not None and time.grad is not None:
+            told.by_time[j] = time.grad
         _add(by_state, j, state.grad)
         del states[j + 1 :]
         for i in [i for i in cotangents if first_output[i] >= j]:
             del cotangents[i]
+    if told is not None:
+        total.levels[:] += told.by_level()
     start = by_state[0]
     assert start is not None
     return start
+
+
+class _Told(NamedTuple):
+    """The times that the network is told, as functions of the logarithms of their levels.
+
+    Attributes:
+        levels: (K,) those logarithms.
+        times: (K,) with their graph.
+        by_time: (K,) an error's derivatives.
+    """
+
+    levels: Tensor
+    times: Tensor
+    by_time: Tensor
+
+    def by_level(self) -> np.ndarray:
+        """Return the error's derivatives (K,) by the levels.
+
+        By the levels, not by the times: a discrete process's times have kinks, its levels none.
+        """
+        (found,) = torch.autograd.grad(self.times, self.levels, self.by_time)
+        return found.cpu().numpy()
+
+
+def _told(tableau: Tableau, device: torch.device) -> _Told:
+    """Return the times of all calls, with one graph for all of them."""
+    levels = torch.from_numpy(log_levels(tableau)).to(device).requires_grad_()
+    with torch.enable_grad():
+        times = tableau.process.time_of_log_snr(-levels)
+    return _Told(levels, times, torch.zeros_like(times))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
