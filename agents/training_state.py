@@ -49,12 +49,14 @@ class Trainee(Actor, ABC):
         rounds: rounds of training so far.
         generator: the source of the training's randomness.
         checkpoint_name: what a run calls the file that `save` writes.
+        budgets: names of the settings that say how many rounds it trains.
     """
 
     settings: Any
     name: ClassVar[str]
     Settings: ClassVar[type[Settings]]
     checkpoint_name: ClassVar[str] = "checkpoint.safetensors"
+    budgets: ClassVar[tuple[str, ...]] = ("rounds",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -75,6 +75,7 @@ class DODE(SolverAgent):
     name = "dode"
     obeys_transitions = False
     checkpoint_name = "tableau.json"
+    budgets = ("refine_steps",)
 
     settings: DODESettings
     Settings = DODESettings

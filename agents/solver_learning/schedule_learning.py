@@ -91,6 +91,7 @@ class ScheduleLearning(SolverAgent):
     name = "schedule"
     grid = "karras"
     obeys_transitions = False
+    budgets = ("schedule_rounds", "tuning_rounds")
 
     settings: ScheduleSettings
     Settings = ScheduleSettings

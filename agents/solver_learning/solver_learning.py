@@ -89,6 +89,7 @@ class SolverLearning(TableAgent):
     grid = "karras"
     obeys_transitions = False
     takes_features = True
+    budgets = ("descent_rounds",)
 
     settings: SolverLearningSettings
     Settings = SolverLearningSettings

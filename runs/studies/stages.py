@@ -258,8 +258,9 @@ class Learn:
     def _build(self, sampler: Sampler, world: World) -> Agent:
         settings: dict[str, Any] = dict(self.settings)
         kind = AGENTS[self.agent]
-        if world.settings.rounds and hasattr(kind.Settings(), "rounds"):
-            settings["rounds"] = world.settings.rounds
+        if quick := world.settings.rounds:
+            # A stage that the study leaves out, with 0 rounds, stays out.
+            settings |= {name: quick for name in kind.budgets if settings.get(name) != 0}
         if sampler.schedule is not None:
             settings["solver"], options = sampler.solver
             settings |= {"solver_options": dict(options)} if options else {}

@@ -13,7 +13,7 @@ import torch
 from image_files import write_folder, write_mnist
 from stable_baselines3 import PPO
 
-from fewstep.agents import DODE, SFTPG, ScheduleLearning
+from fewstep.agents import AGENTS, DODE, SFTPG, ScheduleLearning
 from fewstep.agents.base import Agent
 from fewstep.envs.targets import images
 from fewstep.runs.settings.benchmark import BenchmarkSettings
@@ -189,6 +189,24 @@ def test_quality_against_time_is_when_a_level_was_reached():
     assert rows["a"] == "| SwissRoll | a | 5 | 2.00e-01 | 0 | 4 s, 2.0e+01 | 4 s, 2.0e+01 |"
     assert rows["b"] == "| SwissRoll | b | 5 | 3.00e-01 | 2 s, 1.0e+01 | - | 4 s, 2.0e+01 |"
     assert len(picture.axes) == 1
+
+
+@pytest.mark.parametrize("name", sorted({*AGENTS} - {"behavior-cloning", "variance"}))
+def test_a_quick_look_shortens_every_training(tmp_path, name):
+    """But for a stage that is left out; D-ODE's rounds are its refinement's, Gamma's the noisings."""
+    world = quick_world(tmp_path, "SwissRoll", rounds=3)
+    start = run_chain([Clone("linear-1000"), Sample("ddim")], world, 4)
+    others = {"cd": "consistency", "dmd": "consistency"}
+    others |= dict.fromkeys(("sft", "sft-pg", "sft-v"), "ancestral")
+    sampler = dataclasses.replace(start, solver=(others.get(name, "ddim"), {}))
+    agent = Learn(name)._build(sampler, world)
+    if name == "dode":
+        assert agent.settings.refine_steps == 3
+    else:
+        # Two stages, and four halvings.
+        assert agent.budget == 3 * {"schedule": 2, "pd": 4}.get(name, 1)
+    if name == "schedule":
+        assert Learn(name, {"tuning_rounds": 0})._build(sampler, world).budget == 3
 
 
 def test_sft_pg_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, monkeypatch):
