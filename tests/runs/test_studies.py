@@ -193,7 +193,7 @@ def test_quality_against_time_is_when_a_level_was_reached():
 
 @pytest.mark.parametrize("name", sorted({*AGENTS} - {"behavior-cloning", "variance"}))
 def test_a_quick_look_shortens_every_training(tmp_path, name):
-    """But for a stage that is left out; D-ODE's rounds are its refinement's, Gamma's the noisings."""
+    """But for a stage that is left out; D-ODE's rounds are its refinement's, Gamma's noisings."""
     world = quick_world(tmp_path, "SwissRoll", rounds=3)
     start = run_chain([Clone("linear-1000"), Sample("ddim")], world, 4)
     others = {"cd": "consistency", "dmd": "consistency"}
