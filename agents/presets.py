@@ -259,10 +259,10 @@ _DIGITS_DMD: Values = {
 }
 # What fits 28 x 28 images and a small U-Net: 200 noises, in minutes on a CPU.
 _SMALL_IMAGES_SCHEDULE: Values = {"batch_size": 100, "schedule_rounds": 40, "tuning_batch_size": 64}
-_SMALL_IMAGES_SOLVER: Values = {"batch_size": 50}
 _OF_SMALL_IMAGES: dict[str, Values] = {
-    "default": {**_SMALL_IMAGES_SOLVER, "rounds": 6},
-    **{name: {**values, **_SMALL_IMAGES_SOLVER} for name, values in SOLVER_PRESETS.items()},
+    # A round of L-BFGS is a dozen gradients on all batches.
+    name: {**values, "batch_size": 50} | ({} if "rounds" in values else {"rounds": 6})
+    for name, values in {"default": {}, **SOLVER_PRESETS}.items()
 }
 _COLOURED = ("CIFAR10", "CelebA64", "ImageFolder")
 FINE_TUNING: dict[tuple[str, str, str], Values] = {

@@ -152,6 +152,7 @@ LEARNED = {
             ("ddss", "ddim"),
             ("gs", "dpm-solver++-3m"),
             ("gas", "dpm-solver++-3m"),
+            ("times", "dpm-solver++-2m"),
         )
     },
     "solver learning": ("dpm-solver++-3m", Learn("solver")),

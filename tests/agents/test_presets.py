@@ -63,7 +63,7 @@ def test_another_solver_leaves_the_preset_s_options():
 @pytest.mark.parametrize("name", SOLVER_PRESETS)
 def test_a_published_preset_is_the_same_on_images_but_for_its_batches(name):
     theirs, here = preset("SwissRoll", "solver", name).agent, preset("MNIST", "solver", name).agent
-    assert here == {**theirs, "batch_size": 50}
+    assert here == {"rounds": 6, **theirs, "batch_size": 50}
     assert SolverLearning.Settings().replace(**here).batch_size == 50
 
 

@@ -484,6 +484,7 @@ def test_presets_switch_on_what_their_papers_learn():
         "ddss": ("times", "factors", "weights"),
         "dyweight": ("weights", "shifts"),
         "stage-one": ("times",),
+        "times": ("times",),
     }
     forms = {"bns": ("noise", "free"), "ddss": ("steps", "free")}
     forms |= dict.fromkeys(("s4s", "s4s-alt", "dyweight"), ("steps", "shares"))
@@ -574,7 +575,7 @@ def test_what_is_returned_is_far_better_than_what_was_given(start, rounds):
         *("default", "gas", "ddss"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gs", "ld3", "bns", "s4s", "s4s-alt", "dyweight", "stage-one")
+            for name in ("gs", "ld3", "bns", "s4s", "s4s-alt", "dyweight", "stage-one", "times")
         ),
     ],
 )

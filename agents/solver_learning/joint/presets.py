@@ -1,4 +1,4 @@
-"""The published solver learners as settings of ours: what each switches on.
+"""The published solver learners as settings of ours, and the times alone: what each switches on.
 
 They are presets of `fewstep train --agent solver --preset NAME`, and of
 `SolverLearning.for_environment(env, denoiser, preset=NAME)`. What they say is which numbers are
@@ -84,4 +84,6 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
         "learn_weights": False,
         "learn_shifts": False,
     },
+    # Ours: the schedule alone, of any solver, by L-BFGS from the best of all starts.
+    "times": {"learn_factors": False, "learn_weights": False, "learn_shifts": False},
 }
