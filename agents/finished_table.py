@@ -19,8 +19,8 @@ from .samplers.tableau import Tableau
 class TakesTable(Agent):
     """Base of the agents that train the network and may be given the table that samples.
 
-    A subclass puts `table_state()` in its `state` under "tableau", and calls `check_table` in its
-    `load_state`. Its files then hold the table, and `load` needs no other.
+    A subclass puts `table_state()` in its `state` under "tableau". Its files then hold the table,
+    and `load` needs no other.
 
     Args:
         env: the environment.
@@ -84,14 +84,15 @@ class TakesTable(Agent):
         """Return the given table as JSON; None if there is none."""
         return None if self._given_table is None else self._given_table.to_json()
 
-    def check_table(self, state: Mapping[str, Any]) -> None:
-        """Raise CheckpointError where a state is of training with another table."""
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
+        """Refuse training with another table, which has other times, too; then take it over."""
         # Files of agents that took no table yet have none.
-        if state.get("tableau", self.table_state()) != self.table_state():
+        if tree["state"].get("tableau", self.table_state()) != self.table_state():
             raise CheckpointError(
-                "The checkpoint's network samples with another table than this one: give the "
-                "table that it was trained with."
+                f"{origin} is of a network that samples with another table than this one: give "
+                "the table that it was trained with."
             )
+        super()._restore(tree, origin)
 
     @classmethod
     def given_tableau(cls, path: str | Path) -> Tableau | None:

@@ -171,15 +171,6 @@ class SFT(TakesTable, ShortcutAgent):
         """See `ShortcutAgent.state`; and the table that it was given."""
         return {**super().state(), "tableau": self.table_state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned.
-
-        Raises:
-            CheckpointError: it samples with another table.
-        """
-        self.check_table(state)
-        super().load_state(state)
-
     def smaller(self) -> str:
         """See `Agent.smaller`."""
         return (

@@ -628,21 +628,29 @@ def test_a_start_that_errs_more_than_what_was_given_is_not_taken(monkeypatch):
 def test_the_search_asks_one_teacher_for_the_states_of_all_grids(monkeypatch):
     """All schedules are tried on one trajectory of it, and the best three on one a batch."""
     asked = []
-    states = Teacher.states
+    passed = Teacher.passed
 
     def counted(self, denoiser, noise, device=None):
         asked.append(len(self.targets))
-        return states(self, denoiser, noise, device)
+        return passed(self, denoiser, noise, device)
 
     agent = SolverLearning(world(), known()[0], **SMALL, rounds=1)
     agent.make_batches()
-    monkeypatch.setattr(Teacher, "states", counted)
+    monkeypatch.setattr(Teacher, "passed", counted)
     starts = Starts(agent.family, agent._build, agent._teacher_of, agent._pool, agent.denoiser)
     best = starts.best("search", agent._objective)
     steps, fitted = agent.base.steps, len(agent._pool.fitted)
     assert len(best) == 3 and len(asked) == 1 + fitted
     tried, *finalists = asked
     assert tried >= 13 * steps and finalists == [3 * steps] * fitted
+    # The coefficients of a multistep solver are for steps that are alike.
+    asked.clear()
+    agent = SolverLearning(world(), known()[0], **SMALL, rounds=1, teacher="dpm-solver++-3m")
+    starts = Starts(agent.family, agent._build, agent._teacher_of, agent._pool, agent.denoiser)
+    agent.make_batches()
+    asked.clear()
+    starts.best("search", agent._objective)
+    assert len(asked) >= 13 + 3 * fitted and set(asked) == {steps}
 
 
 def _done(agent):

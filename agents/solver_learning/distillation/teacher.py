@@ -52,11 +52,27 @@ class Teacher:
 
         They are kept on another device than the noise's where one is named.
         """
-        wanted: dict[int, Tensor] = {}
-        for index, state in enumerate(self.tableau.states(denoiser, noise)):
-            if index in self.targets:
-                wanted[index] = state.to(device)
-        return torch.stack([wanted[index] for index in self.targets])
+        found = self.passed(denoiser, noise, device)
+        return torch.stack([found[index] for index in self.targets])
+
+    @torch.no_grad()
+    def passed(
+        self, denoiser: Denoiser, noise: Tensor, device: torch.device | str | None = None
+    ) -> dict[int, Tensor]:
+        """Return each of those states (N, *shape) once, by its index."""
+        wanted = set(self.targets)
+        states = enumerate(self.tableau.states(denoiser, noise))
+        return {index: state.to(device) for index, state in states if index in wanted}
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether no step reads an output from before the state that it starts from.
+
+        Then its steps may be as uneven as those that pass the times of many tables.
+        """
+        weights = self.tableau.sparse_weights
+        starts = np.array([self.tableau.anchor(j) for j in range(self.tableau.steps)])
+        return bool((weights.columns >= starts[weights.rows]).all())
 
 
 def make_teacher(
@@ -87,11 +103,12 @@ def make_teacher(
             nearest of them are moved onto the student's.
         others: tables between the same ends that it is to teach on the same way, with "time": the
             nearest of its times are moved onto theirs, and its targets are the student's rows, then
-            those of each of them.
+            those of each of them. For a teacher that is `memoryless`; `orders` of its blocks are
+            those of the solver's name.
 
     Raises:
         ValueError: an unknown name, a scale below 1, a stochastic teacher, or index alignment on a
-            schedule without a recipe or with a teacher of more than one call a step.
+            schedule without a recipe, with a teacher of more than one call a step, or with others.
     """
     if align not in get_args(Align):
         raise unknown_name("align", align, get_args(Align))
@@ -106,11 +123,16 @@ def make_teacher(
                 schedule.process, nodes.tolist(), scale, schedule.spacing, integer, rho=rho
             )
         taught = (student, *others)
+        options = {**(options or {})}
+        if others:
+            options.pop("orders", None)
         if times is not None or others:
             fine = _moved_onto(_distinct([table.times for table in taught]), np.asarray(fine))
-        tableau = _on_every_time(solver, Schedule(schedule.process, fine), options or {})
+        tableau = _on_every_time(solver, Schedule(schedule.process, fine), options)
         targets = [_landing(tableau, time) for table in taught for time in table.times[1:]]
     else:
+        if others:
+            raise ValueError("align='index' compares with one student: give no others.")
         if schedule.recipe is not None and schedule.recipe[0] in SUBSETS:
             # Whole noisings: there are no more of them than there are.
             scale = min(scale, int(schedule.process.t_max) // student.steps)
@@ -232,6 +254,12 @@ def _moved_onto(nodes: np.ndarray, times: np.ndarray) -> list[float]:
 
 
 def _landing(tableau: Tableau, time: float) -> int:
-    """Return the state that a step ends with at this time: the last one, stages come before it."""
+    """Return the state that a step ends with at this time: the last one, stages come before it.
+
+    Raises:
+        ValueError: no step ends there.
+    """
     distance = np.abs(tableau.times - time)
+    if distance.min() > SAME_TIME * time:
+        raise ValueError(f"The teacher '{tableau.name}' does not pass the time {time:g}.")
     return int(np.flatnonzero(distance == distance.min())[-1])

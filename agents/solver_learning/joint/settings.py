@@ -44,7 +44,7 @@ class LearnSettings(Settings):
     initial noise and the outputs, as BNS does."""
     coefficients: Coefficients = "added"
     """added: p and W are the base solver's at the times as they are, plus what is learned (GS);
-    free: those at the times of the start, plus what is learned (BNS); shares: each step's sum of
+    free: those at the given times, plus what is learned (BNS); shares: each step's sum of
     weights is the base solver's at the times as they are, what each output has of it is free (S4S,
     DyWeight)."""
     space: Space = "rho"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -43,7 +44,7 @@ class Starts:
     Attributes:
         family: the tables.
         build: the base solver's builder.
-        teacher_of: a table, its schedule and further tables -> their common teacher.
+        teacher_of: a table, its schedule and, if any, further tables -> their common teacher.
         pool: the noises.
         denoiser: the network.
     """
@@ -75,12 +76,23 @@ class Starts:
 
     def _on(self, schedules: list[Schedule], batches: Sequence[Batch]) -> list[Parameters]:
         """Return the parameters of the base solver on each schedule, with distilled weights."""
-        tables, learn = [self.build(schedule) for schedule in schedules], self.family.learn
-        if learn.weights:
-            # A teacher for each would ask the network as many times more.
-            teacher = self.teacher_of(tables[0], schedules[0], tables[1:])
-            tables = distilled_tables(tables, teacher, batches, self.denoiser, learn.factors)
+        tables = [self.build(schedule) for schedule in schedules]
+        if self.family.learn.weights:
+            # A teacher for each asks the network as many times more, but a multistep solver needs
+            # steps that are alike.
+            if self.teacher_of(tables[0], schedules[0]).memoryless:
+                tables = self._taught(tables, schedules[0], batches)
+            else:
+                pairs = zip(tables, schedules, strict=True)
+                tables = [self._taught([table], times, batches)[0] for table, times in pairs]
         return list(map(self.family.parameters_of, schedules, tables))
+
+    def _taught(
+        self, tables: list[Tableau], schedule: Schedule, batches: Sequence[Batch]
+    ) -> list[Tableau]:
+        """Return tables with distilled weights, by one teacher on a refinement of a schedule."""
+        teacher = self.teacher_of(tables[0], schedule, tables[1:])
+        return distilled_tables(tables, teacher, batches, self.denoiser, self.family.learn.factors)
 
 
 def moved_schedules(
@@ -132,21 +144,20 @@ def distilled_tables(
         denoiser: the network.
         with_noise: whether the first step may change its factor of the state, too.
     """
-    states = [
+    passed = [
         # On the CPU: they are as many as the steps of all tables.
-        teacher.states(denoiser.under(batch.condition), batch.noise, "cpu").split(
-            [base.steps for base in bases]
-        )
+        teacher.passed(denoiser.under(batch.condition), batch.noise, "cpu")
         for batch in batches
     ]
-    made = []
-    for i, base in enumerate(bases):
+    targets, made = iter(teacher.targets), []
+    for base in bases:
+        own = list(islice(targets, base.steps))
         rows = directions(base, "all")
         if not with_noise:
             rows = [row[row[:, -1] == 0] for row in rows]
         taught = [
-            StepBatch(batch.noise, targets[i], batch.condition)
-            for batch, targets in zip(batches, states, strict=True)
+            StepBatch(batch.noise, torch.stack([found[i] for i in own]), batch.condition)
+            for batch, found in zip(batches, passed, strict=True)
         ]
         fits = fit(base, rows, denoiser, taught, RIDGE)
         made.append(distilled(base, rows, [found.lambdas for found in fits]))
