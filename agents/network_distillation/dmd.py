@@ -318,16 +318,20 @@ class DMD(NetworkDistillation):
             "critic": None if self.critic is None else self.critic.state_dict(),
         }
 
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
+        """Refuse training with a critic where there is none here, and the other way round."""
+        if (self.critic is None) != (tree["state"]["critic"] is None):
+            raise CheckpointError(
+                f"Of the training of {origin} and this one only one has a critic: take "
+                f"adversarial{'>' if self.critic is None else '='}0 for both."
+            )
+        super()._restore(tree, origin)
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
         self.fake.body.load_state_dict(state["fake"])
         self.fake_optimizer.load_state_dict(state["fake_optimizer"])
-        if (self.critic is None) != (state["critic"] is None):
-            raise CheckpointError(
-                "Of the checkpoint's training and this one only one has a critic: take "
-                f"adversarial{'>' if self.critic is None else '='}0 for both."
-            )
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
 

@@ -725,7 +725,9 @@ def test_one_teacher_passes_the_times_of_many_students(process):
         teacher = make_teacher(one, here, "heun", scale=scale, others=[other])
         states = teacher.states(denoiser, noise)
         assert len(states) == one.steps + other.steps
-        missed.append(float((states[one.steps :] - alone).square().mean().sqrt()))
+        # The median: a noise between two modes may end in another one.
+        each = (states[one.steps :] - alone).square().mean((0, 2)).sqrt()
+        missed.append(float(each.median()))
     assert missed[1] < missed[0] / 8
 
 

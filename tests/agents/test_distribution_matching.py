@@ -290,6 +290,8 @@ def test_a_killed_training_goes_on_bit_for_bit(adversarial, tmp_path):
 
         with pytest.raises(CheckpointError, match="trained with adversarial"):
             make(**{**terms, "adversarial": 0.0}).resume(tmp_path / "agent")
+        with pytest.raises(CheckpointError, match=r"^Of the training of .*agent and this one"):
+            DMD.load(tmp_path / "agent", resumed.mdp, body=Smooth(3), adversarial=0.0)
 
 
 def test_guidance_is_the_teacher_s_alone():
