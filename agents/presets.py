@@ -234,8 +234,10 @@ _SMALL_IMAGES_SFD: Values = {"rounds": 300, "batch_size": 64, "learning_rate": 1
 # A network that predicts the noise errs much in the clean sample where little signal is left.
 _TOY_PD: Values = {"rounds": 100, "batch_size": 128, "learning_rate": 1e-3, "weights": "snr"}
 _DIGITS_PD: Values = {"rounds": 100, "batch_size": 128, "learning_rate": 3e-4, "scale": 20}
+_SMALL_IMAGES_PD: Values = {"rounds": 40, "batch_size": 64, "learning_rate": 2e-4}
 _TOY_CD: Values = {"rounds": 150, "batch_size": 128, "learning_rate": 1e-3}
 _DIGITS_CD: Values = {"rounds": 60, "batch_size": 128, "learning_rate": 3e-4, "scale": 16}
+_SMALL_IMAGES_CD: Values = {"rounds": 70, "batch_size": 64, "learning_rate": 2e-4}
 # The network of the student's score follows twice as fast as the student moves: the best of eight
 # settings on the roll, where a student at 2e-3 got worse. The other environments borrow them.
 _TOY_DMD: Values = {
@@ -302,10 +304,14 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("Moons", "pd", "default"): _TOY_PD,
     ("GaussianCluster", "pd", "default"): _TOY_PD,
     ("Digits", "pd", "default"): _DIGITS_PD,
+    ("MNIST", "pd", "default"): _SMALL_IMAGES_PD,
+    ("FashionMNIST", "pd", "default"): _SMALL_IMAGES_PD,
     ("SwissRoll", "cd", "default"): _TOY_CD,
     ("Moons", "cd", "default"): _TOY_CD,
     ("GaussianCluster", "cd", "default"): _TOY_CD,
     ("Digits", "cd", "default"): _DIGITS_CD,
+    ("MNIST", "cd", "default"): _SMALL_IMAGES_CD,
+    ("FashionMNIST", "cd", "default"): _SMALL_IMAGES_CD,
     ("SwissRoll", "dmd", "default"): _TOY_DMD,
     ("Moons", "dmd", "default"): _TOY_DMD,
     ("GaussianCluster", "dmd", "default"): {**_TOY_DMD, "rounds": 200},
