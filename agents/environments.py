@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv
+from ..common.reading import shown
+from ..envs import ENVIRONMENTS, DiffusionMDP, DiffusionVectorEnv, Schedule
 from ..envs.registration import known_environment, make_registered
 from .solvers import default_schedule
 
@@ -49,6 +50,24 @@ def environment_identity(mdp: DiffusionMDP) -> dict[str, Any]:
         "schedule": schedule,
         "data": mdp.target.fingerprint,
     }
+
+
+def told_apart(key: str, there: object, here: object) -> tuple[str, str]:
+    """Return two values of an identity that differ as an error shows them: schedules in short."""
+    if key == "schedule":
+        found, wanted = _in_short(there), _in_short(here)
+        if found != wanted:  # else they differ in a digit that this leaves out
+            return found, wanted
+    return shown(there), shown(here)
+
+
+def _in_short(schedule: Any) -> str:
+    try:
+        found = Schedule.from_config(schedule)
+    except (KeyError, TypeError, ValueError):
+        return shown(schedule)
+    times = ", ".join(f"{time:.4g}" for time in found.times.tolist())
+    return shown(f"of {found.process!r} at {times}")
 
 
 def _default_settings(env: str, solver: str) -> dict[str, Any]:

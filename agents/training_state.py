@@ -26,7 +26,13 @@ from ..common.settings import Settings
 from ..envs import ENVIRONMENTS
 from .acting import Actor
 from .denoisers.denoiser import Denoiser
-from .environments import Environment, environment_identity, made_environment, name_of
+from .environments import (
+    Environment,
+    environment_identity,
+    made_environment,
+    name_of,
+    told_apart,
+)
 from .presets import LEARNERS, preset_settings
 from .presets import preset as look_up_preset
 
@@ -324,7 +330,7 @@ class Trainee(Actor, ABC):
         """Raise CheckpointError if a file's identity is not this agent's."""
         for key, value in self.identity().items():
             if key != "data" and there.get(key) != value:
-                found, wanted = shown(there.get(key)), shown(value)
+                found, wanted = told_apart(key, there.get(key), value)
                 raise CheckpointError(
                     f"{origin} was trained on another environment: {key} is {found}, here it is "
                     f"{wanted}."

@@ -100,6 +100,16 @@ CASES = {
         "conditional": True,
         "guidance": 2.0,
     },
+    "SFT, a learned table, micro-batches": {
+        "agent": "sft",
+        "settings": {
+            "batch_size": 32,
+            "learning_rate": 1.0,
+            "gradient_steps": 2,
+            "micro_batch_size": 7,
+        },
+        "learned": True,
+    },
     "SFT, gradient penalty": {
         "agent": "sft",
         "settings": {

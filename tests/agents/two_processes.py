@@ -25,6 +25,7 @@ from fewstep.agents import (
     ProgressiveDistillation,
 )
 from fewstep.agents.denoisers.networks import ResidualMLP
+from fewstep.agents.solvers import make_solver
 from fewstep.common.optimisation import seeded
 from fewstep.critics import MMDCritic
 from fewstep.envs import Target, make_mdp, make_target
@@ -62,6 +63,11 @@ def train(case: dict, count: int, rounds: int) -> dict[str, torch.Tensor]:
             settings[name] //= count
     if case.get("reward") == "mmd":
         settings["critic"] = MMDCritic(mdp.target.samples, max_real=64)
+    if case.get("learned"):
+        # Of all kinds that are learned: other weights, and times told that are not the states'.
+        base = make_solver("dpm-solver++-3m", mdp.schedule)
+        told = base.times[:-1] - [0.0, 0.1, 0.2, 0.1]
+        settings["tableau"] = base.replace(weights=1.02 * base.weights, asked_times=told)
     agent = AGENTS[case["agent"]](mdp, denoiser, **settings)
     # Adam divides by the size of the gradient: where that is rounding alone, so is its step. With a
     # large epsilon the steps are smooth in the gradients.
