@@ -259,8 +259,8 @@ _DIGITS_DMD: Values = {
     "critic_learning_rate": 5e-4,
     "scale": 16,
 }
-# What fits 28 x 28 images and a small U-Net, in minutes on a CPU: 200 noises, or 400 for Adam, which
-# takes one batch a step, so that more of them cost the teacher and the starts alone.
+# What fits 28 x 28 images and a small U-Net, in minutes on a CPU: 200 noises, or 400 for Adam,
+# which takes one batch a step, so that more of them cost the teacher and the starts alone.
 _SMALL_IMAGES_SCHEDULE: Values = {"batch_size": 100, "schedule_rounds": 40, "tuning_batch_size": 64}
 _OF_SMALL_IMAGES: dict[str, Values] = {
     # A round of L-BFGS is a dozen gradients on all batches.

@@ -50,10 +50,8 @@ class JointMMDCritic(MMDCritic):
         check_finite("real", real)
         if len(condition) != len(real):
             raise ValueError(f"{len(condition)} conditions were given for {len(real)} samples.")
-        self._points, self._shape = points, real.shape[1:]
-        vectors = points(condition)
-        apart = [_mean_distance(x[:_SCALED].to(real.dtype)) for x in (real.flatten(1), vectors)]
-        self.scale = apart[0] / apart[1] if min(apart) > 0 else 1.0
+        self._joined, self._shape = Joined(points, real.flatten(1), condition), real.shape[1:]
+        self.scale = self._joined.scale
         super().__init__(self._pairs_of(real, condition), kernel)
 
     def __call__(self, sample: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
@@ -66,8 +64,32 @@ class JointMMDCritic(MMDCritic):
 
     def _pairs_of(self, sample: Tensor, condition: Tensor) -> Tensor:
         check_samples("sample", sample, self._shape)
-        flat = sample.flatten(1)
-        return torch.cat([flat, self.scale * self._points(condition).to(flat)], dim=1)
+        return self._joined(sample.flatten(1), condition)
+
+
+class Joined:
+    """Samples together with their conditions, as vectors in which both vary as much.
+
+    Args:
+        points: gives conditions (N, ...) as vectors (N, E), see `Conditions.points`.
+        samples: real ones (M, D).
+        condition: theirs (M, ...).
+
+    Attributes:
+        scale: the factor on the conditions' vectors.
+    """
+
+    def __init__(
+        self, points: Callable[[Tensor], Tensor], samples: Tensor, condition: Tensor
+    ) -> None:
+        self._points = points
+        vectors = points(condition)
+        apart = [_mean_distance(x[:_SCALED].to(samples.dtype)) for x in (samples, vectors)]
+        self.scale = apart[0] / apart[1] if min(apart) > 0 else 1.0
+
+    def __call__(self, samples: Tensor, condition: Tensor) -> Tensor:
+        """Return (N, D + E) for samples (N, D) under conditions (N, ...)."""
+        return torch.cat([samples, self.scale * self._points(condition).to(samples)], dim=1)
 
 
 def _mean_distance(points: Tensor) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.checkpoint import CheckpointError
 from ...envs import Schedule
 from ...envs.schedules.spacings import refine_times
 from ..denoisers.denoiser import Denoiser
@@ -83,7 +84,10 @@ class ProgressiveDistillation(PairDistillation):
     @property
     def halving(self) -> int:
         """Which halving is being trained, 0 to `halvings` - 1."""
-        return min(self._updates // self.settings.rounds, self.halvings - 1)
+        return self._halving_after(self._updates, self.settings.rounds)
+
+    def _halving_after(self, updates: int, rounds: int) -> int:
+        return min(updates // rounds, self.halvings - 1)
 
     @property
     def _judging(self) -> bool:
@@ -126,6 +130,17 @@ class ProgressiveDistillation(PairDistillation):
             self.denoiser.body.load_state_dict(weights)
             self.optimizer.state.clear()
         return {**super()._train(), "halving": torch.tensor(float(self.halving))}
+
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
+        """Refuse rounds with which the training would be in another halving, of another teacher."""
+        there, here = tree["settings"]["rounds"], self.settings.rounds
+        then, now = (self._halving_after(tree["state"]["updates"], each) for each in (there, here))
+        if then != now:
+            raise CheckpointError(
+                f"{origin} is in halving {then + 1} of {self.halvings}, of {there} rounds each; "
+                f"with rounds={here} it would be in halving {now + 1}: take the file's rounds."
+            )
+        super()._restore(tree, origin)
 
     def _trajectories_on_grid(self) -> Trajectories:
         return self._trajectories(self._solvers[1], self.settings.batch_size, self.generator)

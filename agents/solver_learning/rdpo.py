@@ -239,7 +239,9 @@ class RDPO(TableAgent):
         learned = self.space.table(self._best)
         tables = {GIVEN: self.given, LEARNED: learned}
         losses = {name: -self.judge(table, _CHOOSING) for name, table in tables.items()}
-        self._keep(best_of(losses), self._best)
+        # Of one that judges samples by the others, a single reward says nothing.
+        by_lead = not hasattr(self.mdp.reward, "judge")
+        self._keep(best_of(losses, by_lead), self._best)
         self.rewards = {name: float(self.judge(table).mean()) for name, table in tables.items()}
         self.rewards["returned"] = self.rewards[self.returned]
         if self.returned == GIVEN:

@@ -54,16 +54,17 @@ def is_better(errors: Tensor, than: Tensor, by_lead: bool = True) -> bool:
     return mean > float(gain.std()) / math.sqrt(count) or lead > 2 * math.sqrt(count)
 
 
-def best_of(errors: Mapping[str, Tensor]) -> str:
+def best_of(errors: Mapping[str, Tensor], by_lead: bool = True) -> str:
     """Return the name of the sampler to keep.
 
     Args:
         errors: name -> (N,) errors from the same noises; the first is what there was before.
+        by_lead: see `is_better`.
 
     Returns:
         Of those that are better than the first (`is_better`) the one of least mean error, or the
         first.
     """
     first = next(iter(errors))
-    better = [name for name in errors if is_better(errors[name], errors[first])]
+    better = [name for name in errors if is_better(errors[name], errors[first], by_lead)]
     return min(better, key=lambda name: float(errors[name].mean()), default=first)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...common.arguments import check_value
-from ...common.checkpoint import counter
+from ...common.checkpoint import CheckpointError, counter
 from ...common.optimisation import frozen, learning_rate, seeded, set_learning_rate
 from ...critics import IPMCritic
 from ...envs import Schedule
@@ -58,7 +58,8 @@ class SolverLearning(TableAgent):
     A round is one update of what is learned. The agent keeps the base solver's table unless the
     table that it starts from, or a learned one, is better on noise that was not learned on, by what
     is minimised, and not by chance (`fewstep.agents.solver_learning.selection`). Compared are the
-    given table, the start, and the best that the descent met, or with a critic its last.
+    given table, the start, and the best that the descent met. With a critic it is the last that the
+    descent met, and the critic has no say: it learned to tell that table's samples alone.
 
     Timesteps are all network calls on single samples, those of the teacher and those that only
     measure among them. A resumed run asks the teacher again, and counts that again.
@@ -179,7 +180,7 @@ class SolverLearning(TableAgent):
     def _objective_on(self, draw: int) -> EndObjective:
         settings = self.settings.loss
         # Fixed real samples, by the seed alone: a resumed run draws them again.
-        loss = end_loss(settings, self._features, self.mdp.target, self.seed, draw)
+        loss = end_loss(settings, self._features, self.mdp, self.seed, draw)
         return EndObjective(self.family, loss, settings.adversarial)
 
     @cached_property
@@ -304,7 +305,7 @@ class SolverLearning(TableAgent):
         tables = {name: self.family.table(value) for name, value in parameters.items()}
         tables[GIVEN] = self.base
         held_out = {name: self._held_out(table) for name, table in tables.items()}
-        chosen = best_of(held_out)
+        chosen = best_of(held_out, by_lead=not self._judge.loss.coupled)
         self._keep(chosen, parameters[chosen], tables[chosen])
         self.losses = {name: float(losses.mean()) for name, losses in held_out.items()}
         self.errors |= {name: self._reported_error(table) for name, table in tables.items()}
@@ -325,8 +326,8 @@ class SolverLearning(TableAgent):
         self._table = self.family.table(parameters) if table is None else table
 
     def _held_out(self, table: Tableau) -> Tensor:
-        """Return a table's contributions to the loss (N,) on the noise that it is chosen by."""
-        return self._judge.contributions(self.denoiser, table, self._pool.held_out)
+        """Return a table's shares of the loss on the noise that it is chosen by."""
+        return self._judge.shares(self.denoiser, table, self._pool.held_out)
 
     @torch.no_grad()
     def _reported_error(self, table: Tableau) -> float:
@@ -376,7 +377,18 @@ class SolverLearning(TableAgent):
             "losses": self.losses,
             "ball": self._ball.noises if begun and self._ball is not None else None,
             "critic": None if self._critic is None else self._critic.state_dict(),
+            "features": None if self._features is None else self._features.probed,
         }
+
+    def _restore(self, tree: dict[str, Any], origin: str) -> None:
+        """Refuse to go on by other features than those that the training has descended in."""
+        there = tree["state"].get("features")  # older files do not say
+        if there is not None and self._features is not None and not self._features.are(there):
+            raise CheckpointError(
+                f"{origin} was trained with other features than '{self._features.name}' of here: "
+                "give it those that it was trained with, features=."
+            )
+        super()._restore(tree, origin)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""

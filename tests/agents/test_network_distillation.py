@@ -411,3 +411,17 @@ def test_a_table_that_asks_nothing_and_one_for_an_agent_that_has_its_own_are_ref
             kind.without_data(denoiser, mdp.schedule, (2,), states="data")
     with pytest.warns(UserWarning, match="is no better than"):
         SFD(mdp, denoiser, **{**FEW, "fine": {"solver": "ddim", "scale": 1}}).learn()
+
+
+@pytest.mark.parametrize("how", ["resume", "load"])
+def test_a_halving_goes_on_with_its_own_rounds(how, tmp_path):
+    mdp, denoiser = world()
+    settings = {**FEW, "rounds": 2, "teacher_steps": 16}
+    agent = learn_rounds(ProgressiveDistillation(mdp, denoiser, **settings), 3)
+    agent.save(tmp_path / "agent")
+    with pytest.raises(CheckpointError, match=r"/agent is in halving 2 of 2, of 2 rounds each; wi"):
+        if how == "load":
+            ProgressiveDistillation.load(tmp_path / "agent", mdp, body=Smooth(), rounds=4)
+        else:
+            settings["rounds"] = 4
+            ProgressiveDistillation(*world(), **settings).resume(tmp_path / "agent")

@@ -35,6 +35,7 @@ from fewstep.agents.solver_learning.joint.slopes import EndObjective
 from fewstep.agents.solver_learning.joint.starts import Starts
 from fewstep.agents.solver_learning.scheduling.pool import Batch
 from fewstep.agents.solvers import make_solver
+from fewstep.common.checkpoint import CheckpointError
 from fewstep.critics import ClassifierFeatures
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, RectifiedFlow, Schedule, Target
 from fewstep.envs.mdp import no_reward
@@ -517,19 +518,6 @@ def test_the_noise_form_is_the_same_sampler(solver, mixture, prior):
 
 
 @numeric
-def test_kid_is_the_unbiased_estimate(generator):
-    x, y = (torch.randn(50, 4, generator=generator(seed), dtype=torch.float64) for seed in (1, 2))
-    ours = EndLoss(LossSettings(distance="kid"), None, y).contributions(x, x)
-    mean = {}
-    for name, one, other in (("xx", x, x), ("yy", y, y), ("xy", x, y)):
-        values = (one @ other.T / 4 + 1) ** 3
-        own = values.diagonal().sum() if one is other else 0
-        mean[name] = float((values.sum() - own) / (50 * (49 if one is other else 50)))
-    expected = mean["xx"] + mean["yy"] - 2 * mean["xy"]
-    assert float(ours.mean()) == pytest.approx(expected, rel=1e-9)
-
-
-@numeric
 @pytest.mark.parametrize("distance", ["kid", "mmd"])
 def test_distances_of_distributions_go_through_parts(distance, case, monkeypatch, generator):
     """Their gradient does not depend on how many samples are stored at once."""
@@ -798,6 +786,10 @@ def test_the_critic_s_learning_rate_follows_its_schedule():
         ({"learn_weights": False, "start": "given", "coefficients": "free"}, "needs learn.weights"),
         ({"ball": 0.1}, "loss.ball needs 'adam'"),
         ({"adversarial": 0.1}, "loss.adversarial needs 'adam'"),
+        (
+            {"adversarial": 0.1, "optimizer": "adam", "batches": 1},
+            "batches must be at least 2, got 1",
+        ),
         ({"ema": 0.9}, "descent.ema averages"),
         ({"ball": 0.1, "distance": "kid", "optimizer": "adam"}, "has no use for it"),
         (
@@ -887,6 +879,20 @@ def test_samples_are_compared_in_features(monkeypatch):
         missed = [agent.tableau.sample(agent.denoiser, b.noise) - b.finished for b in batches]
     expected = float((3 * torch.cat(missed)[:, 0].double()).square().mean())
     assert agent.losses["returned"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_goes_on_in_its_own_features(tmp_path):
+    def make(weight):
+        told = {**LBFGS, "start": "given", "compared": "features"}
+        agent = SolverLearning(
+            short_world(), known()[0], features=lambda x: weight * x.double(), **told
+        )
+        return learn_rounds(agent, 1) if weight == 3 else agent
+
+    make(3).save(tmp_path / "agent")
+    with pytest.raises(CheckpointError, match="/agent was trained with other features than 'func"):
+        make(2).resume(tmp_path / "agent")
+    make(3.0).resume(tmp_path / "agent")
 
 
 def test_whole_times_only_are_enough_where_no_time_is_learned():

@@ -137,7 +137,7 @@ class TableDescent:
             rollouts = slope.rollouts[0]
             moved = ball.step(index, rollouts.by_noise)
             table = self.family.table(self.live)
-            now = objective.contributions(denoiser, table, [batch._replace(noise=moved)])
+            now = objective.shares(denoiser, table, [batch._replace(noise=moved)])
             ball.keep(index, moved, now < rollouts.contributions)
         return slope
 

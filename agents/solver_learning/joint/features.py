@@ -40,6 +40,10 @@ class SampleFeatures:
         shape: of one sample.
         device: where the samples are.
 
+    Attributes:
+        name: of the extractor.
+        probed: (2, d) on the CPU, the features of two samples that are always the same.
+
     Raises:
         ValueError: it does not take samples of this shape, returns no features (N, d), or has no
             gradient.
@@ -51,7 +55,7 @@ class SampleFeatures:
         self._extractor = extractor
         if isinstance(extractor, NetworkFeatures):
             extractor.to(device)
-        name = getattr(extractor, "name", type(extractor).__name__)
+        name = self.name = getattr(extractor, "name", type(extractor).__name__)
         probe = torch.linspace(-0.5, 0.5, 2 * torch.Size(shape).numel(), device=device)
         probe = probe.view(2, *shape).requires_grad_()
         wanted = getattr(extractor, "shape", None)
@@ -78,6 +82,16 @@ class SampleFeatures:
                 f"The features {name!r} have no gradient by the samples; a loss needs one, such as "
                 "`ClassifierFeatures` have."
             )
+        self.probed = found.detach().cpu()
+
+    def are(self, probed: Tensor) -> bool:
+        """Tell whether features of the same two samples are these, as far as devices agree."""
+        return probed.shape == self.probed.shape and torch.allclose(
+            probed.double(),
+            self.probed.double(),
+            rtol=1e-2,
+            atol=1e-3 * float(self.probed.abs().max()),
+        )
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Return features (N, d)."""

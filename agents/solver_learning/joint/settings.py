@@ -44,9 +44,9 @@ class LearnSettings(Settings):
     initial noise and the outputs, as BNS does."""
     coefficients: Coefficients = "added"
     """added: p and W are the base solver's at the times as they are, plus what is learned (GS);
-    free: those at the given times, plus what is learned (BNS); shares: each step's sum of
-    weights is the base solver's at the times as they are, what each output has of it is free (S4S,
-    DyWeight)."""
+    free: those at the given times, plus what is learned (BNS); shares: the sum of the base
+    solver's weights at the times as they are, times numbers that are free, at first each output's
+    share of it (S4S, DyWeight)."""
     space: Space = "rho"
     """The scale on which levels are parameters, as in schedule learning."""
 
@@ -72,7 +72,8 @@ class LossSettings(Settings):
     """l2 and huber compare each finished sample with the teacher's from the same noise: its mean
     square of a coordinate, or sqrt(that + huber_width^2) - huber_width. mmd (energy kernel) and kid
     (the kernel (a.b / d + 1)^3) compare the distribution of the finished samples with real ones,
-    without a bias from pairs of equal samples."""
+    without a bias from pairs of equal samples; under conditions that of samples together with
+    them."""
     compared: Compared = "samples"
     """What is compared: the samples, or what a feature extractor makes of them."""
     huber_width: float = bounded(0.03, above=0)
@@ -165,6 +166,11 @@ class SolverLearningSettings(AgentSettings):
             raise ValueError(
                 f"loss.ball forces a teacher's samples softly; loss.distance='{loss.distance}' has "
                 "no use for it."
+            )
+        if loss.adversarial and self.batches < 2:
+            raise ValueError(
+                "loss.adversarial compares with the teacher's samples from the noise of another "
+                f"batch: batches must be at least 2, got {self.batches}."
             )
         moving = {"loss.adversarial": loss.adversarial, "loss.ball": loss.ball}
         for name, used in moving.items():

@@ -102,14 +102,14 @@ class EndObjective:
         whole = self._coupled_pull(table, view, batch)
 
         def pull(ends: Tensor, rows: slice) -> tuple[float, Tensor]:
+            under = None if batch.condition is None else batch.condition[rows]
             if whole is None:
-                each, by_end = self._pulled(ends, batch.finished[rows], count)
+                each, by_end = self._pulled(ends, batch.finished[rows], under, count)
             else:
                 each, by_end = whole[0][rows], whole[1][rows]
             contributions[rows] = each
             if value is not None:
-                classes = None if batch.condition is None else batch.condition[rows]
-                by_end = by_end - self.adversarial / count * _ascent(value, ends, classes)
+                by_end = by_end - self.adversarial / count * _ascent(value, ends, under)
             return float(each.sum()) / count, by_end
 
         steps, by_level = table.steps, self.family.moves_levels
@@ -118,19 +118,20 @@ class EndObjective:
         return pulled.error, found, pulled.sensitivity
 
     @torch.no_grad()
-    def contributions(self, denoiser: Denoiser, table: Tableau, batches: Sequence[Batch]) -> Tensor:
-        """Return the contributions of a table's samples of some batches, (N,) on the CPU."""
-        found = []
-        for batch in batches:
-            ends = table.sample(denoiser.under(batch.condition), batch.noise)
-            found.append(self.loss.contributions(ends, batch.finished).double().cpu())
-        return torch.cat(found)
+    def shares(self, denoiser: Denoiser, table: Tableau, batches: Sequence[Batch]) -> Tensor:
+        """Return the loss's `EndLoss.shares` of a table's samples of all batches, on the CPU."""
+        ends = [table.sample(denoiser.under(batch.condition), batch.noise) for batch in batches]
+        goals = torch.cat([batch.finished for batch in batches])
+        under = [batch.condition for batch in batches if batch.condition is not None]
+        return self.loss.shares(torch.cat(ends), goals, torch.cat(under) if under else None)
 
-    def _pulled(self, ends: Tensor, goal: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _pulled(
+        self, ends: Tensor, goal: Tensor, condition: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor]:
         """Return contributions (n,), and the derivative of their sum / count by the ends."""
         leaf = ends.detach().requires_grad_()
         with torch.enable_grad():
-            each = self.loss.contributions(leaf, goal)
+            each = self.loss.contributions(leaf, goal, condition)
             (by_end,) = torch.autograd.grad(each.sum() / count, leaf)
         return each.detach().double().cpu(), by_end
 
@@ -147,7 +148,7 @@ class EndObjective:
                 table.sample(denoiser.at(slice(i, i + size)), noise[i : i + size])
                 for i in range(0, len(noise), size)
             ]
-        return self._pulled(torch.cat(parts), batch.finished, len(noise))
+        return self._pulled(torch.cat(parts), batch.finished, batch.condition, len(noise))
 
 
 def _ascent(value: Value, ends: Tensor, condition: Tensor | None) -> Tensor:

@@ -68,7 +68,7 @@ class Starts:
             losses = []
             for parameters in self._on(schedules, few):
                 table = self.family.table(parameters)
-                found = float(objective.contributions(self.denoiser, table, few).mean())
+                found = float(objective.shares(self.denoiser, table, few).mean())
                 losses.append(found if math.isfinite(found) else math.inf)
             order = sorted(range(len(schedules)), key=losses.__getitem__)
             schedules = [schedules[i] for i in order[:FINALISTS]]
