@@ -62,7 +62,8 @@ class Agent(Trainee):
         data_parallel: whether several processes can train it together.
         needs_denoiser: whether it starts from a trained network, rather than from nothing.
         takes_features: whether it may be given a feature extractor, `features=...`.
-        takes_tableau: whether it may be given a finished table to sample with, `tableau=...`.
+        takes_tableau: whether it may be given a finished table, `tableau=...`, to sample with or to
+            start from.
         grid: schedule that a run takes where none is named, if not the environment's.
         will_log: whether this round's metrics are logged, so that dear ones are computed only then.
     """

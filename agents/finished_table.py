@@ -1,4 +1,4 @@
-"""A finished table that an agent is given to sample with, and the environment at its times."""
+"""A finished table that an agent is given, and the environment at its times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .samplers.tableau import Tableau
 
 
 class TakesTable(Agent):
-    """Base of the agents that train the network and may be given the table that samples.
+    """Base of the agents that may be given a finished table, to sample with or to start from.
 
     A subclass puts `table_state()` in its `state` under "tableau". Its files then hold the table,
     and `load` needs no other.
@@ -55,7 +55,7 @@ class TakesTable(Agent):
         super().__init__(env, denoiser, settings, **arguments)
 
     def starting_tableau(self, denoiser: Denoiser) -> Tableau:
-        """Return the sampler, which training does not change."""
+        """Return the sampler before any training: the given table, or the solver's."""
         given, file = self._given_table, getattr(self.settings, "table", None)
         # A training that goes on brings its table; the file that it came from may be gone.
         if file is not None and (given is None or Path(file).is_file()):
@@ -89,8 +89,8 @@ class TakesTable(Agent):
         # Files of agents that took no table yet have none.
         if tree["state"].get("tableau", self.table_state()) != self.table_state():
             raise CheckpointError(
-                f"{origin} is of a network that samples with another table than this one: give "
-                "the table that it was trained with."
+                f"{origin} was trained with another table than the agent has here: give the one "
+                "that it was trained with."
             )
         super()._restore(tree, origin)
 

@@ -118,7 +118,7 @@ class Trainee(Actor, ABC):
             env = made_environment(env, solver)
         values = look_up_preset(name_of(env), cls.name, preset).agent
         shared = ("seed", "verbose", "tensorboard_log")
-        own = ("critic", "features", "table", "tableau")
+        own = ("critic", "features", "tableau")
         given = {key: settings.pop(key) for key in (*shared, *own) if key in settings}
         return cls(env, denoiser, preset_settings(cls.Settings, values, settings), **given)
 

@@ -23,7 +23,7 @@ from ...envs import Schedule
 from ...envs.mdp import Reward
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
-from ..finished_table import on_clock_of
+from ..finished_table import TakesTable, on_clock_of
 from ..report import Panel, Report
 from ..samplers.table_chain import TableChain
 from ..samplers.tableau import Tableau
@@ -44,7 +44,7 @@ GIVEN, LEARNED = "given", "learned"
 _CHOOSING, _REPORTING = 1_000_003, 2_000_003
 
 
-class RDPO(TableAgent):
+class RDPO(TakesTable, TableAgent):
     """Learn a few-step solver's numbers from the rewards of its finished samples alone.
 
     A round draws noises and plays each several times, under the same noise and with as many tables;
@@ -57,15 +57,14 @@ class RDPO(TableAgent):
     (`fewstep.agents.solver_learning.selection`).
 
     Args:
-        env: the environment; its schedule gives the number of steps and the ends, its reward is
-            maximised. Where no signal is left at its first time and times are learned, the log-SNR
-            -5.1 is taken.
+        env: the environment; its schedule gives the number of steps and the ends unless a table is
+            given, its reward is maximised. Where no signal is left at its first time and times are
+            learned, the log-SNR -5.1 is taken.
         denoiser: the network, which stays as it is.
         *args: the settings, see `RDPOSettings`.
         critic: a reward (N, *shape) -> (N,) instead of the environment's.
-        table: the table to start from, on the environment's schedule, such as another agent's;
-            None starts from the base solver's.
-        **arguments: single settings by name, and `Agent`'s remaining arguments.
+        **arguments: single settings by name, `tableau`, a finished table to start from (see
+            `TakesTable`; its times replace the environment's), and `Agent`'s remaining arguments.
 
     Attributes:
         returned: which table `tableau` is: "given" or "learned".
@@ -74,8 +73,8 @@ class RDPO(TableAgent):
 
     Raises:
         ValueError: no reward; settings that do not go together; a solver that clamps predictions or
-            asks twice at one time; too few calls, or noise levels to learn times; or a table that
-            is not on the environment's schedule, or not one of those that are drawn from.
+            asks twice at one time; too few calls, or noise levels to learn times; two different
+            tables; or one that is not among those that are drawn from.
     """
 
     name = "rdpo"
@@ -90,16 +89,19 @@ class RDPO(TableAgent):
         denoiser: Denoiser,
         *args: Any,
         critic: Reward | None = None,
-        table: Tableau | None = None,
         **arguments: Any,
     ) -> None:
         check_value("critic", critic, Reward | None)
-        check_value("table", table, Tableau | None)
         super().__init__(env, denoiser, *args, **arguments)
         settings, learn = self.settings, self.settings.learn
         self.mdp = judged_by(self.mdp, critic)
+        table = self._given_table
+        if table is not None:
+            table.check_process(self.denoiser)
+            _check_plain(table)
+            self.mdp = on_clock_of(self.mdp, table)
         if learn.times or learn.shifts:
-            self.mdp = self.mdp.with_schedule(with_signal(self.mdp.schedule))
+            self.mdp = self.mdp.with_schedule(self._with_signal(table))
         self.base = self._build(self.mdp.schedule)
         _check_plain(self.base)
         if learn.times and len(noise_levels(self.mdp.schedule)) < 3:
@@ -109,8 +111,6 @@ class RDPO(TableAgent):
             )
         on_clock_of(self.mdp, self.base)
         self.family = TableFamily(self._build, self.mdp.schedule, learn)
-        if table is not None:
-            _check_plain(table)
         self.given = self.base if table is None else table
         start = starting_parameters(self.family, self.mdp.schedule, table)
         self.space = TableSpace(self.family, start, settings.spread)
@@ -126,6 +126,16 @@ class RDPO(TableAgent):
         self._updates, self._most = 0, -math.inf
         self._best = self._kept = torch.zeros(self.space.size, dtype=torch.float64)
         self._table = self.given
+
+    def _with_signal(self, table: Tableau | None) -> Schedule:
+        """Return the schedule from where signal is left, which a given table has to be already."""
+        schedule = with_signal(self.mdp.schedule)
+        if table is not None and schedule != self.mdp.schedule:
+            raise ValueError(
+                f"'{table.name}' begins where no signal is left, at an infinite noise level that "
+                "no other can be measured by: give learn.times=False and learn.shifts=False."
+            )
+        return schedule
 
     def _build(self, schedule: Schedule) -> Tableau:
         return build_solver(self.solver, schedule, self.denoiser, **self.solver_options)
@@ -298,6 +308,7 @@ class RDPO(TableAgent):
             "rewards": self.rewards,
             "given": self.given.to_json(),
             "start": self.space.start,
+            "tableau": self.table_state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

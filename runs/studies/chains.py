@@ -17,6 +17,7 @@ SOLVERS = {
     "dode": "dpm-solver++-2m",
     "schedule": "dpm-solver++-2m",
     "solver": "dpm-solver++-3m",
+    "rdpo": "dpm-solver++-3m",
     "cd": "consistency",
     "sft-pg": "ancestral",
     "sft-v": "ancestral",
@@ -57,7 +58,10 @@ CHAINS = (
     ("schedule", "dode"),
     ("solver", "sfd"),
     ("solver", "sft"),
+    ("solver", "rdpo"),
+    ("pd", "sft"),
     ("solver", "sfd", "sft-v"),
+    ("solver", "sfd", "sft-pg"),
     ("solver", "sfd", "sft"),
 )
 

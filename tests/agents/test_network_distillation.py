@@ -116,7 +116,7 @@ def test_a_learned_table_is_followed(afs, tmp_path):
     named = SFD(mdp, copy.deepcopy(denoiser), table=str(tmp_path / "table.json"), **FEW)
     assert named.tableau.to_json() == table.to_json()
     assert named.schedule.times.tolist() == times
-    with pytest.raises(CheckpointError, match="/agent is of a network that samples with another"):
+    with pytest.raises(CheckpointError, match="/agent was trained with another table"):
         SFD(there, copy.deepcopy(denoiser), solver="ddim", **FEW).resume(tmp_path / "agent")
 
 

@@ -97,12 +97,15 @@ def test_an_id_is_made_for_the_preset_s_solver():
     assert np.array_equal(agent.base.times, plain.base.times)
 
 
-def test_a_table_to_start_from_is_no_setting():
+def test_a_table_to_start_from_goes_with_the_preset(tmp_path):
     mdp = make_mdp("Digits", steps=4, reward=lambda x: -x.square().flatten(1).sum(1))
     denoiser = new_denoiser(mdp)
     table = make_solver("ddim", mdp.schedule, denoiser)
-    agent = RDPO.for_environment(mdp, denoiser, solver="ddim", table=table)
-    assert np.array_equal(agent.given.weights, table.weights)
+    table = table.replace(weights=1.01 * table.weights)
+    table.save(tmp_path / "table.json")
+    for given in ({"tableau": table}, {"table": str(tmp_path / "table.json")}):
+        agent = RDPO.for_environment(mdp, denoiser, solver="ddim", **given)
+        assert np.array_equal(agent.given.weights, table.weights)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from rounds import learn_rounds
@@ -21,6 +22,7 @@ from fewstep.agents.solver_learning.black_box.settings import (
     PolicyGradientSettings,
 )
 from fewstep.agents.solvers import make_solver
+from fewstep.common.checkpoint import CheckpointError
 from fewstep.envs import DiffusionMDP, RectifiedFlow, Schedule
 from fewstep.envs.mdp import no_reward
 
@@ -233,31 +235,126 @@ def test_it_acts_in_the_environment(monkeypatch):
     assert seen == (["initial"] + ["transition"] * 4 + ["reward"]) * 4
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_it_starts_from_any_fitted_table(tmp_path):
-    mdp, denoiser = short(nearest)
+def learned_table(mdp, denoiser, **settings):
+    """A table with times, factors, weights and shifts of its own, after one step of a descent."""
     few = {"batch_size": 10, "batches": 1, "check_teacher": False, "rounds": 1, "scale": 2}
-    learned = SolverLearning(mdp, denoiser, start="given", optimizer="adam", **few)
+    learned = SolverLearning(mdp, denoiser, start="given", optimizer="adam", **{**few, **settings})
     learned.train_round()
     learned._keep("learned", learned._descent.copy())
-    there = mdp.with_schedule(learned.schedule)
-    agent = RDPO(there, denoiser, table=learned.tableau, **QUICK)
+    return learned.tableau
+
+
+def test_it_starts_from_any_fitted_table(tmp_path):
+    """Its times replace the environment's; what is drawn at the mean is the table."""
+    mdp, denoiser = short(nearest)
+    table = learned_table(mdp, denoiser)
+    assert table.asked_times is not None and mdp.schedule.times.tolist() != table.times.tolist()
+    agent = RDPO(mdp, denoiser, tableau=table, **QUICK)
+    assert agent.schedule.times.tolist() == agent.mdp.schedule.times.tolist()
+    assert agent.schedule.times.tolist() == table.times.tolist()
     drawn = agent.space.table(torch.zeros(agent.space.size, dtype=torch.float64))
     for name in ("scale", "weights", "evaluation_times"):
-        there_is, here = (torch.from_numpy(getattr(t, name)) for t in (learned.tableau, drawn))
-        torch.testing.assert_close(here, there_is, rtol=1e-9, atol=1e-9)
-    assert agent.tableau is learned.tableau
-    agent.learn()
-    agent.save(tmp_path / "agent")
-    again = RDPO.load(tmp_path / "agent", there, body=denoiser.body)
-    assert again.given.to_json() == learned.tableau.to_json()
-    assert again.tableau.to_json() == agent.tableau.to_json()
-    with pytest.raises(ValueError, match=r"other times than .* build the environment on that"):
-        RDPO(mdp, denoiser, table=learned.tableau)
-    with pytest.raises(ValueError, match=r"none of those that are drawn around .*its scale differ"):
-        RDPO(there, denoiser, table=learned.tableau, learn_factors=False, learn_weights=False)
+        np.testing.assert_allclose(getattr(drawn, name), getattr(table, name), 1e-9, 1e-9)
+    assert agent.tableau is agent.given is table
+    assert agent.starting_tableau(denoiser) is table
+    with pytest.raises(ValueError, match="is a finished table, which carries over to no other"):
+        agent.tableau_on(mdp.schedule)
+    table.save(tmp_path / "table.json")
+    named = RDPO(mdp, denoiser, table=str(tmp_path / "table.json"), **QUICK)
+    assert named.given.to_json() == table.to_json()
     fitted = DODE(mdp, denoiser, solver="dpm-solver++-3m", batch_size=20, batches=1).learn().tableau
-    assert RDPO(mdp, denoiser, table=fitted).given is fitted
+    assert RDPO(mdp, denoiser, tableau=fitted).given is fitted
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_goes_on_from_a_given_table_bit_for_bit(from_file, tmp_path):
+    """Loaded or resumed; the file that the table came from may be gone."""
+    table, file = learned_table(*short(nearest)), tmp_path / "table.json"
+
+    def make(**changes):
+        if from_file:
+            table.save(file)
+        given = {"table": str(file)} if from_file else {"tableau": table}
+        return RDPO(*short(nearest), **{**QUICK, **given, **changes})
+
+    whole = make().learn()
+    half = learn_rounds(make(), 2)
+    half.save(tmp_path / "half")
+    resumed = make()
+    file.unlink(missing_ok=True)
+    resumed.resume(tmp_path / "half")
+    loaded = RDPO.load(tmp_path / "half", short(nearest)[0], body=copy.deepcopy(known()[0].body))
+    assert RDPO.given_tableau(tmp_path / "half").to_json() == table.to_json()
+    for again in (resumed, loaded):
+        again.learn(reset_num_timesteps=False)
+        assert again.given.to_json() == table.to_json()
+        assert again.tableau.to_json() == whole.tableau.to_json()
+        assert (again.rewards, again.returned) == (whole.rewards, whole.returned)
+        torch.testing.assert_close(
+            again.distribution.state(), whole.distribution.state(), rtol=0, atol=0
+        )
+    other = RDPO(*short(nearest), tableau=table.replace(scale=1.01 * table.scale), **QUICK)
+    with pytest.raises(CheckpointError, match=r"/half was trained with another table than the"):
+        other.resume(tmp_path / "half")
+    if not from_file:
+        with pytest.raises(CheckpointError, match=r"/half was trained with another table than the"):
+            RDPO(*short(nearest), **QUICK).resume(tmp_path / "half")
+
+
+def test_the_solver_s_own_table_is_no_other_start():
+    mdp, denoiser = short(nearest)
+    plain = RDPO(mdp, denoiser, **QUICK)
+    given = RDPO(mdp, denoiser, tableau=plain.base, **QUICK)
+    torch.testing.assert_close(given.space.start, plain.space.start, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("missed", "learned", "settings"),
+    [
+        ("scale", {}, {"learn_factors": False, "learn_weights": False}),
+        ("evaluation_times", {}, {"learn_shifts": False}),
+        ("output", {"solver": "ddim"}, {}),
+        ("anchors", {"form": "noise"}, {}),
+    ],
+)
+def test_a_table_that_is_never_drawn_is_refused(missed, learned, settings):
+    mdp, denoiser = short(nearest)
+    table = learned_table(mdp, denoiser, **learned)
+    with pytest.raises(ValueError, match=f"drawn around .*: they differ in {missed}; take the"):
+        RDPO(mdp, denoiser, tableau=table, **settings)
+    form = {"form": learned["form"]} if "form" in learned else {}
+    solver = {"solver": learned["solver"]} if "solver" in learned else {}
+    assert RDPO(mdp, denoiser, tableau=table, **form, **solver).given is table
+
+
+def test_a_table_for_others_is_refused_in_a_sentence(tmp_path):
+    mdp, denoiser = short(nearest)
+    clamped = make_solver("ancestral", mdp.schedule, clip=True)
+    with pytest.raises(ValueError, match="clamps its predictions"):
+        RDPO(mdp, denoiser, solver="ancestral", tableau=clamped)
+    with pytest.raises(ValueError, match=r"asks the network twice at one time"):
+        RDPO(mdp, denoiser, tableau=make_solver("heun", mdp.schedule))
+    flow = RectifiedFlow()
+    without = make_solver("euler", Schedule.uniform(flow, 4))
+    with pytest.raises(ValueError, match="is made for RectifiedFlow"):
+        RDPO(mdp, denoiser, tableau=without)
+    flowing, there = Denoiser(denoiser.body, flow, "sample"), Schedule.uniform(flow, 4)
+    there = DiffusionMDP(mdp.target, flow, there, nearest)
+    with pytest.raises(
+        ValueError, match=r"'euler' begins where no signal is left, .*learn\.times="
+    ):
+        RDPO(there, flowing, solver="euler", tableau=without)
+    still = {"solver": "euler", "learn_times": False, "learn_shifts": False}
+    assert RDPO(there, flowing, tableau=without, **still).given is without
+    with pytest.raises(FileNotFoundError, match=r"No tableau at there\.json"):
+        RDPO(mdp, denoiser, table="there.json")
+    table = make_solver("dpm-solver++-3m", mdp.schedule)
+    table.save(tmp_path / "table.json")
+    with pytest.raises(ValueError, match="two different tables: give one of them"):
+        RDPO(mdp, denoiser, tableau=clamped, table=str(tmp_path / "table.json"))
+    with pytest.raises(TypeError, match="tableau must be"):
+        RDPO(mdp, denoiser, tableau="learned.json")
 
 
 @pytest.mark.parametrize(
@@ -276,9 +373,6 @@ def test_bad_input_is_refused_in_a_sentence(message, settings):
     mdp, denoiser = short(nearest)
     with pytest.raises((ValueError, TypeError), match=message):
         RDPO(mdp, denoiser, **settings)
-    clamped = make_solver("ancestral", mdp.schedule, clip=True)
-    with pytest.raises(ValueError, match="clamps its predictions"):
-        RDPO(mdp, denoiser, solver="ancestral", table=clamped)
     with pytest.raises(ValueError, match="there is none here: give the environment a reward"):
         RDPO.without_data(denoiser, mdp.schedule, (2,))
     assert RDPO.without_data(denoiser, mdp.schedule, (2,), critic=nearest).mdp.reward is nearest

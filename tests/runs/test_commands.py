@@ -207,6 +207,7 @@ def test_studies_are_listed(fewstep, capsys):
         (["train", "--agent=dode", "--solver=ancestral"], "distils deterministic solvers"),
         (["train", "--agent=pd", "--teacher-steps=12"], "10 steps times a power of two"),
         (["train", "--agent=sfd", "--table=nowhere.json"], "No tableau at nowhere.json"),
+        (["train", "--agent=rdpo", "--table=nowhere.json"], "No tableau at nowhere.json"),
         (
             ["train", "--agent=dode", "--solver-options", "eta", "1"],
             "distils deterministic solvers",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.agents import AGENTS, SFTPG, Denoiser, Tableau
+from fewstep.agents import AGENTS, RDPO, SFTPG, Denoiser, Tableau
+from fewstep.common.checkpoint import load_checkpoint
 from fewstep.runs.run.building import build_mdp
 from fewstep.runs.settings.train import Settings
 
@@ -19,6 +20,7 @@ SFD_FLAGS = [
     *QUICK,
 ]
 SFT_FLAGS = ["--agent=sft", "--rounds=2", "--batch-size=8", *QUICK]
+RDPO_FLAGS = ["--agent=rdpo", "--rounds=2", "--batch-size=8", "--held-out=20", *QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,34 @@ def test_an_agent_takes_up_network_table_and_environment(flags, solved, run):
     kind = AGENTS[flags[0].removeprefix("--agent=")]
     agent = kind.load(folder / "checkpoint.safetensors", build_mdp(_settings(folder)))
     assert agent.tableau.to_json() == before.to_json()
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.filterwarnings("ignore:RDPO made:UserWarning")
+def test_rdpo_draws_around_the_learned_table(by_file, solved, run, fewstep, tmp_path):
+    """Its own checkpoint has the table, whose file or run may be gone."""
+    earlier, before = tmp_path / "earlier", Tableau.load(solved / "tableau.json")
+    shutil.copytree(solved, earlier)
+    start = [f"--start-from={earlier}"]
+    if by_file:
+        start = [f"--denoiser={solved}", f"--table={earlier / 'tableau.json'}", "--env=Moons"]
+    folder = run(*start, *RDPO_FLAGS)
+    assert before.name.startswith("learned")
+    checkpoint = folder / "checkpoint.safetensors"
+    ends = load_checkpoint(checkpoint)["state"]
+    agent = RDPO.load(checkpoint, build_mdp(_settings(folder), kept=folder / "start.json"))
+    assert agent.given.to_json() == before.to_json()
+    assert agent.mdp.schedule.times.tolist() == before.times.tolist()
+    rewards = json.loads((folder / "results.json").read_text())["rewards"]
+    assert rewards["given"] == pytest.approx(float(agent.judge(before).mean()), rel=1e-5)
+    shutil.rmtree(earlier)
+    (folder / "results.json").unlink()
+    assert fewstep("train", f"--resume={folder}") == 0
+    if not by_file:  # a file that is named is needed until there is a checkpoint
+        checkpoint.unlink()
+        assert fewstep("train", f"--resume={folder}") == 0
+    again = load_checkpoint(checkpoint)["state"]
+    assert torch.equal(again["mean"], ends["mean"]) and again["tableau"] == before.to_json()
 
 
 def test_one_that_takes_no_table_has_its_times(solved, run):
@@ -97,6 +127,8 @@ def test_a_chain_resumes_when_the_earlier_run_is_gone(flags, solved, run, fewste
         (["--start-from=nowhere", "--agent=sfd"], "No run at nowhere to start from"),
         (["--start-from={run}", "--denoiser={run}", "--agent=sfd"], "Give one of --denoiser"),
         (["--start-from={run}", "--agent=behavior-cloning"], "starts from nothing"),
+        (["--start-from={run}", "--agent=rdpo", "--solver=ddim"], "they differ in output"),
+        (["--start-from={run}", "--agent=rdpo", "--learn.no-weights"], "they differ in weights"),
         (["--start-from={run}", "--agent=sfd", "--env=SwissRoll", "--process=ve"], "--process ve"),
     ],
 )

@@ -170,6 +170,63 @@ def test_a_chain_of_agents_is_scored_on_one_clock(tmp_path, learnt, monkeypatch)
     assert scored.items() <= lines[2][-1].items()
 
 
+@pytest.mark.parametrize("name", ["quality-time", "quality-time-digits"])
+def test_every_agent_takes_up_the_table_before_it_or_its_times(name):
+    """A policy has a solver of its own kind; what is learned of a table goes on with that."""
+    labels = {contender.label: contender.stages for contender in STUDIES[name].cells.contenders}
+    kinds = {
+        "solver > rdpo": ["dpm-solver++-3m", "solver", "rdpo"],
+        "pd > sft": ["ddim", "pd", "sft"],
+        "solver > sfd > sft-pg": ["dpm-solver++-3m", "solver", "sfd", "ancestral", "sft-pg"],
+    }
+    for label, stages in kinds.items():
+        found = [getattr(s, "agent", getattr(s, "solver", None)) for s in labels[label][1:]]
+        assert found == stages
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_chains_go_on_from_the_table_that_was_learned(tmp_path, fewstep, shrink, monkeypatch):
+    """RDPO draws around it, SFT trains the network for it, SFT-PG acts at its times."""
+    distilled = {"batch_size": 8, "held_out_size": 8, "fine_check": False}
+    solver = {"batch_size": 20, "batches": 1, "scale": 2, "start": "distilled", "optimizer": "adam"}
+    policy = {"batch_size": 8, "n_critic": 1}
+    smaller = {
+        "solver": Learn("solver", {**solver, "check_teacher": False}),
+        "rdpo": Learn("rdpo", {"batch_size": 8, "held_out": 20, "check_interval": 1}),
+        "pd": Learn("pd", {**distilled, "teacher_steps": 8}),
+        "sfd": Learn("sfd", distilled),
+        "sft": fine_tune("sft", 0, **policy),
+        "sft-pg": fine_tune("sft-pg", 0, **policy, n_generator=1, minibatch_size=8),
+    }
+    for name, stage in smaller.items():
+        monkeypatch.setitem(chains.STAGES, name, stage)
+    given, build = {}, Learn._build
+
+    def watched(self, sampler, world):
+        agent = build(self, sampler, world)
+        given[self.agent] = sampler, agent.starting_tableau(agent.denoiser)
+        return agent
+
+    monkeypatch.setattr(Learn, "_build", watched)
+    names = [("solver", "rdpo"), ("pd", "sft"), ("solver", "sfd", "sft-pg")]
+    assert set(names) < set(chains.CHAINS)
+    contenders = tuple(chains.chain(*each) for each in names)
+    shrink("quality-time", contenders=contenders, scoring=Scoring(**QUICK, timeline=True))
+    flags = [f"--log-dir={tmp_path}", "--rounds=2", "--seeds", "0", "--steps", "4"]
+    assert fewstep("benchmark", "quality-time", *flags) == 0
+    records = records_of(tmp_path / "benchmark" / "quality-time")
+    assert [record["contender"] for record in records] == [" > ".join(each) for each in names]
+    assert {record["calls"] for record in records} == {4}
+    for name in ("rdpo", "sfd", "sft"):
+        before, table = given[name]
+        assert table.to_json() == before.tableau.to_json()
+        assert table.name.startswith("learned") == (name != "sft")
+    assert given["sft"][1].name == "ddim"
+    before, table = given["sft-pg"]
+    assert table.name.startswith("ancestral")
+    np.testing.assert_array_equal(table.times, before.schedule.times)
+
+
 def test_quality_against_time_is_when_a_level_was_reached():
     """Of three contenders on a clock that was made up, in units of a training's first round."""
 

@@ -64,6 +64,10 @@ class RDPOSettings(AgentSettings):
 
     solver: str = "dpm-solver++-3m"
     """The base solver, any but those that clamp predictions or read a second head."""
+    table: str | None = None
+    """File of a finished table, such as the tableau.json of a run of solver learning, to start from
+    instead of the solver's own; the solver is the one that it was learned from. Its times replace
+    the environment's."""
     method: Method = "policy-gradient"
     """policy-gradient: each episode has a table of its own, and its reward moves the mean by the
     score function; cross-entropy: each table plays all of a round's episodes, and the best ones say

@@ -1,6 +1,8 @@
-"""The table that is drawn around first: the base solver's, or one that was fitted before."""
+"""The table that is drawn around first: the base solver's, or a finished one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from ..scheduling.adjoint import log_levels
 
 # Parameters are numbers divided by units and multiplied again.
 _ROUNDING = 1e-9
+# What decides which sampler a table is, beside its times.
+_FORM = ("output", "anchors", "asked")
+_NUMBERS = ("scale", "weights", "current", "evaluation_times", "noise")
 
 
 def starting_parameters(
@@ -25,28 +30,28 @@ def starting_parameters(
         table: on that schedule; None is the family's own.
 
     Raises:
-        ValueError: the table has other times, or another form than the family.
+        ValueError: the table is not one of the family.
     """
-    if table is None:
-        return family.zeros()
     base = family.reference
-    fits = table.times.shape == base.times.shape
-    if not fits or not np.allclose(table.times, base.times, rtol=1e-6, atol=0):
-        raise ValueError(
-            f"The table '{table.name}' has other times than '{base.name}' on the environment's "
-            "schedule: build the environment on that of the table."
-        )
+    # A table that the solver made itself is found to the bit.
+    if table is None or table.to_json() == base.to_json():
+        return family.zeros()
     made = family.parameters_of(schedule, table)
     if SHIFTS in made and table.asked_times is not None:
         made[SHIFTS] = torch.from_numpy(log_levels(table) - log_levels(base))
     drawn = family.table(made)
-    for name in ("scale", "weights", "current", "evaluation_times", "noise"):
-        there, here = getattr(table, name), getattr(drawn, name)
-        size = np.abs(there).max() or 1.0
-        if not np.allclose(there, here, rtol=0, atol=_ROUNDING * size):
+    for name in (*_FORM, *_NUMBERS):
+        if not _alike(getattr(table, name), getattr(drawn, name)):
             raise ValueError(
-                f"The table '{table.name}' is none of those that are drawn around "
-                f"'{base.name}': its {name} differ; take its own base solver, and learn what was "
-                "learned of it."
+                f"The table '{table.name}' is none of those that are drawn around '{base.name}': "
+                f"they differ in {name}; take the solver that it was learned from, solver=..., and "
+                "learn (learn.*) what was learned of it."
             )
     return made
+
+
+def _alike(there: Any, here: Any) -> bool:
+    """Tell whether two tables have the same in a field, numbers to rounding."""
+    if isinstance(there, str) or there.dtype.kind in "bi":
+        return np.array_equal(there, here)
+    return np.allclose(there, here, rtol=0, atol=_ROUNDING * (np.abs(there).max() or 1.0))
