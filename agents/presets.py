@@ -264,7 +264,8 @@ _DIGITS_DMD: Values = {
 _SMALL_IMAGES_SCHEDULE: Values = {"batch_size": 100, "schedule_rounds": 40, "tuning_batch_size": 64}
 _OF_SMALL_IMAGES: dict[str, Values] = {
     # A round of L-BFGS is a dozen gradients on all batches.
-    name: {**values, "batch_size": 50} | ({"batches": 8} if "rounds" in values else {"rounds": 6})
+    name: {**values, "batch_size": 50}
+    | ({"batches": 8} if values.get("optimizer") == "adam" else {"rounds": 6})
     for name, values in {"default": {}, **SOLVER_PRESETS}.items()
 }
 _COLOURED = ("CIFAR10", "CelebA64", "ImageFolder")
