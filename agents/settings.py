@@ -28,7 +28,7 @@ class OptimizerSettings(Settings):
 
     learning_rate: float = bounded(1e-3, least=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = bounded((0.9, 0.999), least=0, below=1)
     """Adam's decays of the first and second moments."""
     lr_schedule: RateSchedule = "constant"
     """How the learning rate falls over the training."""

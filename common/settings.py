@@ -5,13 +5,15 @@ a group whose fields may be groups themselves (`critic`, `optimizer`, `execution
 takes them as keywords, the command line as nested flags (`--critic.width`), config.json and the
 checkpoint as nested objects: all through this file, and none declares anything again.
 
-A number has its bounds beside its default: `width: int | None = bounded(None, least=1)`.
+A number has its bounds beside its default: `width: int | None = bounded(None, least=1)`; those of a
+tuple hold for each of its numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -31,7 +33,7 @@ def bounded(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declare a field of a number with its bounds; None, where the hint allows it, passes.
+    """Declare a field with the bounds of its number, or numbers; None, if allowed, passes.
 
     Args:
         default: the field's default.
@@ -162,20 +164,23 @@ def _check_group(name: str, value: Any, hint: Any) -> None:
 
 
 def _check_bounds(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number out of the bounds that `bounded` noted."""
+    """Raise ValueError for a number, or one of a tuple, out of the bounds that `bounded` noted."""
     if not limits or value is None:
         return
+    numbers = value if isinstance(value, tuple) else (value,)
     rules = (
-        ("least", "at least", lambda bound: value >= bound),
-        ("above", "above", lambda bound: value > bound),
-        ("most", "at most", lambda bound: value <= bound),
-        ("below", "below", lambda bound: value < bound),
+        ("least", "at least", operator.ge),
+        ("above", "above", operator.gt),
+        ("most", "at most", operator.le),
+        ("below", "below", operator.lt),
     )
     wanted = [(words, limits[key], holds) for key, words, holds in rules if limits[key] is not None]
-    if math.isfinite(value) and all(holds(bound) for _, bound, holds in wanted):
+    fits = all(holds(number, bound) for number in numbers for _, bound, holds in wanted)
+    if fits and all(map(math.isfinite, numbers)):
         return
     said = " and ".join(f"{words} {bound:g}" for words, bound, _ in wanted) or "finite"
-    raise ValueError(f"{name} must be {said}, got {value}.")
+    each = " each" if isinstance(value, tuple) else ""
+    raise ValueError(f"{name} must be {said}{each}, got {value}.")
 
 
 def _plain(value: Any) -> Any:

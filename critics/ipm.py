@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..common.arguments import checked
+from ..common.arguments import checked, fraction
 from ..common.distributed import Processes
 from ..common.names import unknown_name
 from ..common.precision import Precision, lower_precision
@@ -80,7 +80,7 @@ class IPMCritic(nn.Module):
             "gradient-penalty" 10, "weight-clip" 0.01, "r1" 0.05; the others have none.
         learning_rate: of f; Fan & Lee (2023) have 1e-3 for the toys, 1e-4 for images.
         baseline_learning_rate: of V.
-        betas: of Adam.
+        betas: of Adam, each in [0, 1).
         precision: "float32", or "bf16": the networks compute in bfloat16 where that is safe
             (autocast); weights and, in the networks of `make_critic` and `make_baseline`, the last
             layer stay float32.
@@ -93,8 +93,8 @@ class IPMCritic(nn.Module):
 
     Raises:
         ValueError: an unknown regulariser, a coefficient that makes no sense, "baseline" without a
-            baseline, "spectral-norm" of a network without linear or convolution layers, or of a
-            conditional one.
+            baseline, betas outside [0, 1), "spectral-norm" of a network without linear or
+            convolution layers, or of a conditional one.
     """
 
     offset: Tensor
@@ -118,6 +118,8 @@ class IPMCritic(nn.Module):
         processes: Processes | None = None,
     ) -> None:
         super().__init__()
+        for beta in betas:
+            fraction(with_one=False, betas=beta)
         self.precision = precision
         self.processes = Processes.current() if processes is None else processes
         self.coefficient = _resolve_coefficient(regularizer, coefficient)

@@ -41,7 +41,7 @@ class CriticSettings(Settings):
     a detail they see. See `FourierFeatures`."""
     learning_rate: float = bounded(1e-3, least=0)
     """Of f."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = bounded((0.9, 0.999), least=0, below=1)
     """Adam's decays of the first and second moments, for f and V."""
     lr_schedule: RateSchedule = "constant"
     """Of f and V."""

@@ -16,7 +16,7 @@ class Rate(Settings):
 
     rate: float = bounded(0.1, least=0)
     decay: float = bounded(0.0, least=0, below=1)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = bounded((0.9, 0.99), least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def test_an_unknown_name_is_refused_with_what_was_meant(changes, suggestion):
         ({"critic_rate": 0.0}, "rate must be above 0 and at most 1, got 0"),
         ({"critic_rate": 1.5}, "rate must be above 0 and at most 1, got 1.5"),
         ({"shift": float("nan")}, "shift must be finite, got nan"),
+        ({"betas": (1.5, 0.5)}, r"betas must be at least 0 and below 1 each, got \(1.5, 0.5\)"),
+        ({"betas": (0.5, float("nan"))}, "betas must be at least 0 and below 1 each"),
         ({"kind": "mpl"}, "unknown kind 'mpl'; did you mean 'mlp'"),
     ],
 )

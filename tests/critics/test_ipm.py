@@ -278,6 +278,7 @@ def test_images_and_two_learning_rates():
         ({"regularizer": "gradient-penalty", "coefficient": math.nan}, "positive and finite"),
         ({"regularizer": "weight-clip", "coefficient": 0.0}, "positive and finite"),
         ({"regularizer": "none", "coefficient": 1.0}, "has no coefficient"),
+        ({"regularizer": "none", "betas": (0.5, 1.0)}, r"betas must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_constructions(arguments, message):

@@ -33,7 +33,7 @@ class PolicyGradientSettings(Settings):
     """Of Adam on the mean, in standard deviations of the start; it falls on a cosine."""
     std_rate: float = bounded(0.1, least=0)
     """Of Adam on the logarithms of the standard deviations; 0 leaves them as they are."""
-    betas: tuple[float, float] = (0.8, 0.95)
+    betas: tuple[float, float] = bounded((0.8, 0.95), least=0, below=1)
     """Adam's decays of the first and second moments."""
     limit: float = bounded(4.0, above=0)
     """Advantages are cut at so many times their mean size: samples of a table that runs away would
