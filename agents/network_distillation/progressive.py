@@ -12,6 +12,7 @@ Then it is the teacher of n/2 steps.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ class ProgressiveDistillation(PairDistillation):
         arguments: single settings by name, and `Agent`'s remaining arguments.
 
     Raises:
-        ValueError: N is not K times a power of two, another solver than DDIM, or data is wanted
-            where there is none; see also `NetworkDistillation`.
+        ValueError: N is not K times a power of two, or so many that the first halving has nothing
+            to halve; another solver than DDIM, or data is wanted where there is none; see also
+            `NetworkDistillation`.
     """
 
     name = "pd"
@@ -65,6 +67,7 @@ class ProgressiveDistillation(PairDistillation):
     ) -> None:
         super().__init__(env, denoiser, settings, **arguments)
         self.halvings = halvings(self.mdp.steps, self.settings.teacher_steps)
+        self._check_halvings()
         self._made: tuple[int, Tableau, Teacher] | None = None
 
     def _check_sampler(self) -> None:
@@ -75,6 +78,27 @@ class ProgressiveDistillation(PairDistillation):
                 f"without afs, not '{self._tableau.name}'."
             )
         self._check_states()
+
+    def _check_halvings(self) -> None:
+        """Raise ValueError where the first halving, or any after it, has nothing to halve."""
+        counts = [len(self._grid(2**exponent)) for exponent in range(self.halvings + 1)]
+        split = [finer > coarser for coarser, finer in pairwise(counts)]
+        if all(split):
+            return
+        steps, possible = self.mdp.steps, split.index(False)
+        whole = self.settings.fine.integer_times
+        why = (
+            f"fine.integer_times leaves no more than {counts[possible] - 1} steps there"
+            if whole
+            else "its spacing does not split a step to time 0"
+        )
+        advice = f"take {'fewer' if whole else 'more'} steps"
+        if possible:
+            advice = f"take teacher_steps={steps * 2**possible} or less"
+        raise ValueError(
+            f"A teacher of {steps * 2**self.halvings} steps on the times of the environment's "
+            f"schedule has nothing to halve at first, since {why}: {advice}."
+        )
 
     @property
     def budget(self) -> int:
@@ -102,20 +126,20 @@ class ProgressiveDistillation(PairDistillation):
         """The student's table in this halving, and its teacher's with twice the steps."""
         if self._made is None or self._made[0] != self.halving:
             schedule, fine = self.mdp.schedule, self.settings.fine
-            factor = 2 ** (self.halvings - 1 - self.halving)
-            rho = 7.0 if schedule.recipe is None else schedule.recipe[1].get("rho", 7.0)
-            times = refine_times(
-                schedule.process,
-                schedule.times,
-                factor,
-                schedule.spacing,
-                fine.integer_times,
-                rho=rho,
-            )
+            times = self._grid(2 ** (self.halvings - 1 - self.halving))
             student = build_solver("ddim", Schedule(schedule.process, times))
             teacher = make_teacher(student, schedule, "ddim", scale=2, integer=fine.integer_times)
             self._made = self.halving, student, teacher
         return self._made[1:]
+
+    def _grid(self, factor: int) -> Tensor:
+        """Return the schedule's times, with so many steps for each of its own."""
+        schedule = self.mdp.schedule
+        rho = 7.0 if schedule.recipe is None else schedule.recipe[1].get("rho", 7.0)
+        whole = self.settings.fine.integer_times
+        return refine_times(
+            schedule.process, schedule.times, factor, schedule.spacing, whole, rho=rho
+        )
 
     @property
     def _times(self) -> Tensor:

@@ -386,6 +386,21 @@ def test_bad_input():
         SFD(mdp, denoiser, tableau=other)
 
 
+def test_halvings_that_have_nothing_to_halve_are_refused():
+    whole, chain = {"integer_times": True}, DiscreteVP.linear(100)
+    mdp = DiffusionMDP(world()[0].target, chain, Schedule.uniform(chain, 4), no_reward)
+    denoiser = Denoiser(Smooth(), chain)
+    with pytest.raises(ValueError, match=r"no more than 100 steps there: take teacher_steps=128 "):
+        ProgressiveDistillation(mdp, denoiser, teacher_steps=256, fine=whole)
+    assert ProgressiveDistillation(mdp, denoiser, teacher_steps=128, fine=whole).halvings == 5
+    every = mdp.with_schedule(Schedule.uniform(chain, 100))
+    with pytest.raises(ValueError, match=r"no more than 100 steps there: take fewer steps"):
+        ProgressiveDistillation(every, denoiser, teacher_steps=200, fine=whole)
+    single = mdp.with_schedule(Schedule.karras(chain, 1))
+    with pytest.raises(ValueError, match=r"does not split a step to time 0: take more steps"):
+        ProgressiveDistillation(single, denoiser, fine={"solver": "ddim"})
+
+
 def test_a_table_that_asks_nothing_and_one_for_an_agent_that_has_its_own_are_refused():
     mdp, denoiser = world()
     process = DiscreteVP.linear(1000)
