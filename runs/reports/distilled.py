@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .console import console
-from .plots import new_figure
+from .plots import logarithmic, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def errors_by_step(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     axis = axes[0, 0]
     for name, (_, errors) in curves.items():
         axis.plot(range(1, len(errors) + 1), errors, marker="o", markersize=4, label=name)
-    axis.set_yscale("log")
+    logarithmic(axis)
     axis.set_xlabel("step")
     axis.set_ylabel("mean squared error to the fine solver")
     axis.grid(alpha=0.3, which="both")

@@ -106,6 +106,12 @@ def trajectories_figure(rows: Mapping[str, tuple[Tensor, Sequence[float]]], real
     return figure
 
 
+def logarithmic(axis: Axes) -> None:
+    """Make the y axis of an axis with its curves logarithmic, if a number on it is positive."""
+    if any(np.nanmax(line.get_ydata(orig=False), initial=0) > 0 for line in axis.lines):
+        axis.set_yscale("log")
+
+
 def curve_figure(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
@@ -120,7 +126,7 @@ def curve_figure(
         axis.plot(steps, values, label=label, linewidth=1.5, marker=marker(values), markersize=4)
     if floor is not None:
         axis.axhline(floor, color=REAL, linestyle="--", linewidth=1, label="floor")
-    axis.set_yscale("log")
+    logarithmic(axis)
     axis.ticklabel_format(axis="x", scilimits=(-3, 4))
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -148,7 +154,7 @@ def timelines_figure(panels: Panels, x: str) -> Figure:
             axis.annotate(label, (0.99, level), fontsize=7, color=REAL, **place)
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(left=0)
-        axis.set_yscale("log")
+        logarithmic(axis)
         axis.set_title(title)
         axis.set_xlabel(x)
         axis.set_ylabel(y)
@@ -172,6 +178,8 @@ def panels_figure(panels: Sequence[tuple[Panel, Mapping[str, Curve]]]) -> Figure
             # Small numbers are read best on a plain axis.
             if max((abs(value) for _, y in curves.values() for value in y), default=0.0) > 5:
                 axis.set_yscale("symlog", linthresh=2)
+        elif panel.scale == "log":
+            logarithmic(axis)
         else:
             axis.set_yscale(panel.scale)
         axis.grid(alpha=0.3)

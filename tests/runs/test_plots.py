@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fewstep.agents.report import Panel
+from fewstep.runs.reports.distilled import errors_by_step
 from fewstep.runs.reports.plots import (
     correlation_figure,
     curve_figure,
@@ -17,6 +18,8 @@ from fewstep.runs.reports.plots import (
     panels_figure,
     paths_figure,
     samples_figure,
+    save_figure,
+    timelines_figure,
     trajectories_figure,
 )
 
@@ -54,6 +57,25 @@ def test_panels_are_drawn_each_with_its_curves():
     assert second.get_legend() is None
     assert (first.get_yscale(), second.get_yscale()) == ("log", "symlog")
     assert all(tick == round(tick) for tick in first.get_xticks())
+
+
+def test_what_is_zero_everywhere_has_a_plain_axis_and_no_warning(recwarn, tmp_path):
+    """Matplotlib cannot take logarithms of nothing but zeros, and warns."""
+    zero = {"error": ([0.0, 1.0], [0.0, 0.0])}
+    figures = [
+        curve_figure(zero, x="calls", y="metric", floor=0.0),
+        panels_figure([(Panel("error", "round", scale="log"), zero)]),
+        panels_figure([(Panel("error", "round", scale="log"), {"nothing": ([], [])})]),
+        timelines_figure({("error", "mean square"): (zero, {})}, "seconds"),
+        errors_by_step(zero),
+    ]
+    for figure in figures:
+        save_figure(figure, tmp_path / "figure.png")
+    assert [figure.axes[0].get_yscale() for figure in figures] == ["linear"] * 5
+    partly = curve_figure({"error": ([0.0, 1.0], [0.0, 0.5])}, x="calls", y="metric")
+    save_figure(partly, tmp_path / "figure.png")
+    assert partly.axes[0].get_yscale() == "log"
+    assert not recwarn.list
 
 
 def test_small_numbers_have_a_plain_axis_and_many_curves_a_legend_beside_it():
