@@ -269,6 +269,9 @@ _OF_SMALL_IMAGES: dict[str, Values] = {
     for name, values in {"default": {}, **SOLVER_PRESETS}.items()
 }
 _COLOURED = ("CIFAR10", "CelebA64", "ImageFolder")
+# The preset with a small critic of its own, where the default one judges with a denoiser.
+SMALL_CRITIC = "small-critic"
+
 FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("SwissRoll", "sft-pg", "default"): _ROLL_SFT_PG,
     ("SwissRoll", "sft-pg", "long"): _LONG_ROLL_SFT_PG,
@@ -290,8 +293,8 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("FashionMNIST", "sft", "default"): _SMALL_IMAGES_SFT,
     ("MNIST", "sft", "long"): _LONG_IMAGES_SFT,
     ("FashionMNIST", "sft", "long"): _LONG_IMAGES_SFT,
-    ("MNIST", "sft", "small-critic"): _SMALL_CRITIC_SFT,
-    ("FashionMNIST", "sft", "small-critic"): _SMALL_CRITIC_SFT,
+    ("MNIST", "sft", SMALL_CRITIC): _SMALL_CRITIC_SFT,
+    ("FashionMNIST", "sft", SMALL_CRITIC): _SMALL_CRITIC_SFT,
     ("MNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
     ("FashionMNIST", "sft-v", "default"): _SMALL_IMAGES_SFT_V,
     ("SwissRoll", "sfd", "default"): _TOY_SFD,
@@ -403,14 +406,20 @@ def preset(env: str, agent: str, name: str = "default") -> Preset:
     if agent not in LEARNERS:
         raise unknown_name("agent", agent, LEARNERS)
     cloning = CLONING.get(env, {"rounds": 2000})
-    everywhere = NAMED.get(agent, {})
-    known = {"default", *everywhere} | {key[2] for key in FINE_TUNING if key[:2] == (env, agent)}
+    known = preset_names(env, agent)
     if name not in known:
         raise unknown_name(f"preset of {agent} on {env}", name, known)
     body = BODIES.get(env)
     prediction = "epsilon" if body else None
     if agent == "behavior-cloning":
         return Preset(cloning, cloning, body=body, prediction=prediction)
-    values = FINE_TUNING.get((env, agent, name), everywhere.get(name, {}))
+    values = FINE_TUNING.get((env, agent, name), NAMED.get(agent, {}).get(name, {}))
     process, schedule = (table.get((env, agent)) for table in (PROCESSES, SCHEDULES))
     return Preset(values, cloning, process, schedule, body, prediction)
+
+
+def preset_names(env: str, agent: str) -> set[str]:
+    """Return the names of the presets that an agent has in an environment of ours or another."""
+    env = known_environment(env) or env
+    own = {name for place, learner, name in FINE_TUNING if (place, learner) == (env, agent)}
+    return {"default", *NAMED.get(agent, {}), *own}

@@ -8,6 +8,7 @@ from typing import Any
 from ...agents import AGENTS, Denoiser
 from ...agents.denoisers.bodies import new_denoiser
 from ...agents.finished_table import on_times_of
+from ...agents.presets import SMALL_CRITIC, preset_names
 from ...common.distributed import Processes
 from ...common.optimisation import seeded
 from ...envs import DiffusionMDP
@@ -23,6 +24,9 @@ from ..settings.train import (
     defaults,
 )
 from .starting import starting_table
+
+# What a denoiser that cannot be a critic is refused with.
+_OWN_CRITIC = "critic_network='own'"
 
 # Settings of a denoiser that the run clones itself.
 CLONED = ("body", "body_options", "prediction")
@@ -87,7 +91,12 @@ def check(settings: Settings) -> DiffusionMDP:
             f"{run.denoiser or run.start_from} is conditional: give {flag} for an environment of "
             f"{kind}, or one condition, --condition {'3' if kind == 'classes' else '...'}."
         )
-    AGENTS[run.agent](mdp, denoiser, settings.agent, **taken_up(run))
+    try:
+        AGENTS[run.agent](mdp, denoiser, settings.agent, **taken_up(run))
+    except ValueError as error:
+        if _OWN_CRITIC in str(error) and SMALL_CRITIC in preset_names(run.env, run.agent):
+            error.args = (f"{error} Or take --preset {SMALL_CRITIC}, whose critic is such a one.",)
+        raise
     return mdp
 
 

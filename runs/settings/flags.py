@@ -16,7 +16,7 @@ FLAGS = {
     "batch_size": "--batch-size",
     "body_options": "--body NAME --body-options",
     "buffer='cpu'": "--execution.buffer cpu",
-    "critic_network='own'": "--critic.network own, or --preset small-critic",
+    "critic_network='own'": "--critic.network own",
     "data_dir": "--data-dir",
     "download=True": "--download",
     "gradient_checkpointing": "--policy.gradient-checkpointing",
@@ -26,6 +26,8 @@ FLAGS = {
     "kind='sn'": "--agent variance --kind sn",
     "kind='step'": "--schedule-options kind step",
     "last_std=0.001": "--solver ancestral --solver-options last_std 0.001",
+    "learn.shifts=False": "--learn.no-shifts",
+    "learn.times=False": "--learn.no-times",
     "use an earlier one": "in a run folder delete it: --resume then goes on from the stage before",
     "pass classes": "--classes",
     "micro_batch_size": "--execution.micro-batch-size, in the first stage "

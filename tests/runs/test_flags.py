@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.agents.presets import FINE_TUNING, preset_names
 from fewstep.runs.run import folder as run_folder
 from fewstep.runs.run.run import Run
 from fewstep.runs.settings.train import Settings, parse
@@ -32,6 +33,11 @@ SENTENCES = {
     "train --guidance-interval=1": "--guidance-interval must be two numbers, got '1'.",
     "train --guidance-interval": "--guidance-interval needs two numbers.",
     "train --optimizer.betas 1 x": "--optimizer.betas must be two numbers, got '1 x'.",
+    "train --optimizer.betas 1.5 0.5": "--optimizer.betas must be at least 0 and below 1 each, got",
+    "train --agent rdpo --gradient.betas 0.5 1": "--gradient.betas must be at least 0 and below 1",
+    "train --agent solver --preset gas --critic.network denoiser": (
+        "take critic_network='own'. (--critic.network own)\n"
+    ),
     "train --solver-options a b c": "--solver-options must be KEY VALUE pairs, got 'a b c'.",
     "train --download maybe": "--download takes no value, got 'maybe'.",
     "train --rounds 5 6": "'6' belongs to no flag: leave it out.",
@@ -48,6 +54,16 @@ SENTENCES = {
     "export x /dev/null": "Cannot write a pipeline to /dev/null: it is a file.",
     "benchmark memory --log-dir /dev/null": "/dev/null is no writable folder.",
 }
+
+
+def test_a_preset_with_a_critic_of_its_own_is_advised_where_there_is_one(
+    fewstep, capsys, monkeypatch
+):
+    assert {"default", "small-critic"} <= preset_names("MNIST", "sft")
+    monkeypatch.setitem(FINE_TUNING, ("SwissRoll", "sft", "small-critic"), {})
+    flags = ["--env=SwissRoll", "--agent=sft", "--critic.network=denoiser"]
+    assert fewstep("train", *flags) == 2
+    assert "take --preset small-critic" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", SENTENCES)
