@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..common.arguments import at_least, checked
 from ..common.checkpoint import not_finite
 from ..common.distributed import Processes
-from ..common.optimisation import OutOfMemoryError, TrainingDivergedError, is_out_of_memory
+from ..common.optimisation import OutOfMemoryError, is_out_of_memory
 from .denoisers.denoiser import Denoiser
 from .environments import Environment
 from .report import Report
@@ -296,12 +296,12 @@ class Agent(Trainee):
         values = torch.stack([value.detach().float() for value in metrics.values()])
         if not values.isfinite().all():
             bad = [key for key, ok in zip(metrics, values.isfinite(), strict=True) if not ok]
-            raise TrainingDivergedError(", ".join(bad), self.num_timesteps)
+            raise self.diverged(", ".join(bad))
 
     def _check_state(self) -> None:
         # A round's metrics are those from before its last step, which may be the one that diverged.
         if (name := not_finite(self.tree())) is not None:
-            raise TrainingDivergedError(name, self.num_timesteps)
+            raise self.diverged(name)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         for key, value in metrics.items():

@@ -134,6 +134,14 @@ class Trainee(Actor, ABC):
         """Return the name of the solver that samples."""
         return self.settings.solver
 
+    def step_sizes(self) -> list[str]:
+        """Return the settings to lower where training diverges, dotted: those that it reads."""
+        return ["optimizer.learning_rate"] if hasattr(self.settings, "optimizer") else []
+
+    def diverged(self, quantity: str) -> TrainingDivergedError:
+        """Return the error that says what became NaN or infinite, and what to lower."""
+        return TrainingDivergedError(quantity, self.num_timesteps, lower=self.step_sizes())
+
     def save(self, path: str | Path) -> None:
         """Write everything that resuming needs to one safetensors file, atomically.
 
@@ -145,7 +153,7 @@ class Trainee(Actor, ABC):
         try:
             save_checkpoint(path, self.tree())
         except NotFiniteError as error:
-            raise TrainingDivergedError(error.name, self.num_timesteps) from None
+            raise self.diverged(error.name) from None
 
     def tree(self) -> dict[str, Any]:
         """Return everything that resuming needs, as `save` writes it and `restore` reads it."""

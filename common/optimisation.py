@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -31,13 +31,22 @@ class TrainingDivergedError(RuntimeError):
         quantity: what became NaN or infinite.
         timesteps: after how many.
         message: says it in other words, where something else happened.
+        lower: the settings to lower, by name; none if it is not known which were read.
     """
 
-    def __init__(self, quantity: str, timesteps: int, message: str | None = None) -> None:
+    def __init__(
+        self,
+        quantity: str,
+        timesteps: int,
+        message: str | None = None,
+        *,
+        lower: Sequence[str] = (),
+    ) -> None:
+        advice = f" Lower {' or '.join(lower)}." if lower else ""
         super().__init__(
             message
             or f"Training went non-finite: {quantity} is NaN or infinite after {timesteps} "
-            "timesteps. Lower the learning rate or the clip; checkpoints written before are good."
+            f"timesteps.{advice} Checkpoints written before are good."
         )
         self.quantity = quantity
 

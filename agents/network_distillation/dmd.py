@@ -127,6 +127,13 @@ class DMD(NetworkDistillation):
         # Processes that train together draw the noise of the steps together.
         self._quiet = self._tableau.replace(noise=np.zeros(self._tableau.steps))
 
+    def step_sizes(self) -> list[str]:
+        """Return the learning rates of the student, the network of its samples and the critic."""
+        sizes = super().step_sizes()
+        if self.settings.fake_learning_rate is not None:
+            sizes.append("fake_learning_rate")
+        return sizes if self.critic is None else [*sizes, "critic.learning_rate"]
+
     def _check_sampler(self) -> None:
         table = self._tableau
         table.check_process(self.denoiser)

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...common.optimisation import (
-    Averaged,
-    TrainingDivergedError,
-    adam,
-    learning_rate,
-    set_learning_rate,
-)
+from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
+from ...critics import RewardCritic
 from ...envs.mdp import DiffusionMDP, Reward
 from ..base import Agent
 from ..denoisers.denoiser import Denoiser
@@ -86,6 +81,10 @@ class ShortcutAgent(Agent):
         self._critic_optimizer = getattr(self.critic, "optimizer", None)
         groups = self._critic_optimizer.param_groups if self._critic_optimizer else []
         self._critic_rates = [group["lr"] for group in groups]
+        # The first is f's, unless f is a reward and only V learns.
+        of_f = [] if isinstance(self.critic, RewardCritic) else ["critic.learning_rate"]
+        names = [*of_f, "critic.baseline_learning_rate"][: len(groups)]
+        self._critic_step_sizes = [] if self.critic is critic else names
         self.replay: Replay | None = None
         if self.settings.critic_replay:
             if self.settings.critic.regularizer == "baseline":
@@ -105,6 +104,10 @@ class ShortcutAgent(Agent):
             self.settings.policy.learn_std,
             self.settings.execution.micro_batch_size,
         )
+
+    def step_sizes(self) -> list[str]:
+        """Return the learning rates of theta, and of the critic unless it brought its own."""
+        return [*super().step_sizes(), *self._critic_step_sizes]
 
     @property
     def timesteps_per_round(self) -> int:
@@ -155,7 +158,7 @@ class ShortcutAgent(Agent):
         settings, states, steps = self.settings, None, None
         # On a GPU we do not wait for the answer: there it shows in the critic's metrics.
         if self.device.type == "cpu" and not trajectories.states[-1].isfinite().all():
-            raise TrainingDivergedError("rollout/sample", self.num_timesteps)
+            raise self.diverged("rollout/sample")
         batches = list(trajectories.batches())
         for number in range(settings.critic_passes * len(batches)):
             real, given = self._draw_real(number)

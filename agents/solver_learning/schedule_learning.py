@@ -118,7 +118,13 @@ class ScheduleLearning(SolverAgent):
         self.teacher = self._new_teacher()
         if settings.gradient != "none":
             probed = self.denoiser.under_some()
-            check_differentiable(probed, like.times[:-1].tolist(), self.mdp.shape)
+            check_differentiable(
+                probed,
+                like.times[:-1].tolist(),
+                self.mdp.shape,
+                learner="Schedule learning",
+                instead="take gradient='none' with start='trajectory-dp' or 'diffusion-dp'",
+            )
         # Stage two changes the network; the teacher is the network as it was given.
         self._original = self.denoiser
         if settings.tuning.rounds:
@@ -229,6 +235,13 @@ class ScheduleLearning(SolverAgent):
         return self.finished
 
     # -- learning ------------------------------------------------------------------------------
+
+    def step_sizes(self) -> list[str]:
+        """Return the learning rates of the stages that there are."""
+        sizes = []
+        if self.settings.gradient != "none" and self.settings.schedule_rounds:
+            sizes.append("schedule_learning_rate")
+        return [*sizes, "tuning.learning_rate"] if self.settings.tuning.rounds else sizes
 
     def train_round(self) -> dict[str, Tensor]:
         """Update the levels, or where their stage is done the denoiser; then both anew."""

@@ -83,7 +83,8 @@ class SolverLearning(TableAgent):
     Raises:
         ValueError: settings that do not go together; a stochastic solver; too few calls for the
             base solver, or too few noise levels to learn times; features that do not fit the
-            samples; or a network that is not differentiable in its time, where that is learned.
+            samples; or a network that does not take them, or is not differentiable in its time,
+            where that is learned.
     """
 
     name = "solver"
@@ -120,14 +121,21 @@ class SolverLearning(TableAgent):
             )
         levels = len(noise_levels(self.mdp.schedule))
         if learn.times and levels < 3:
+            there = "is 1 noise level" if levels == 1 else f"are {levels} noise levels"
             raise ValueError(
-                f"There are {levels} noise levels, of which the first and the last stay fixed: no "
-                "times are left to learn; take more steps, or learn.times=False."
+                f"There {there}, and the first and the last stay fixed: no times are left to "
+                "learn; take more steps, or learn.times=False."
             )
         self.family = TableFamily(self._build, self.mdp.schedule, learn)
         if self.family.moves_levels:
             probed = self.denoiser.under_some()
-            check_differentiable(probed, self.base.times[:-1].tolist(), self.mdp.shape)
+            check_differentiable(
+                probed,
+                self.base.times[:-1].tolist(),
+                self.mdp.shape,
+                learner="Solver learning",
+                instead="take learn.times=False and learn.shifts=False",
+            )
         self.teacher = self._teacher_of(self.base, self.mdp.schedule)
         last = dataclasses.replace(self.teacher, targets=self.teacher.targets[-1:])
         self._pool = Pool(
@@ -228,6 +236,13 @@ class SolverLearning(TableAgent):
         return self.finished
 
     # -- learning ------------------------------------------------------------------------------
+
+    def step_sizes(self) -> list[str]:
+        """Return the rates of adam's descent, of the noises in their balls, and of the critic."""
+        sizes = [f"descent.{name}" for name in self._descent.rate_names]
+        if self.settings.loss.ball:
+            sizes.append("loss.ball_rate")
+        return sizes if self._critic is None else [*sizes, "critic.learning_rate"]
 
     def train_round(self) -> dict[str, Tensor]:
         """Update what is learned; compare on held-out noise now and then, and choose at the end."""

@@ -99,6 +99,10 @@ class VarianceLearning(Agent):
         clip = bool(self.solver_options.get("clip", True))
         return ancestral(self.mdp.schedule, "small", clip=clip)
 
+    def step_sizes(self) -> list[str]:
+        """Return the learning rate of a head; Gamma is a mean, and has none."""
+        return [] if self.settings.kind == "gamma" else super().step_sizes()
+
     @property
     def timesteps_per_round(self) -> int:
         """One call on each sample of the batch."""

@@ -18,7 +18,6 @@ from stable_baselines3.common.logger import Figure, HParam
 from torch import Tensor
 from tqdm import tqdm
 
-from ...agents import TrainingDivergedError
 from ...agents.base import Agent
 from ...critics.metrics.evaluation import NOISE_SEED, Evaluation, Sampler
 from ..reports.plots import conditions_shown, pictured, samples_figure
@@ -121,7 +120,7 @@ class Monitor(BaseCallback):
         scores = self.evaluation.quick(
             finite(
                 lambda n, generator, **under: self.model.sample(n, generator=generator, **under),
-                self.model.num_timesteps,
+                self.model,
             )
         )
         self.bar.set_postfix_str(f"sliced W2 {scores['sliced_wasserstein']:.2e}")
@@ -140,18 +139,18 @@ class Monitor(BaseCallback):
         self.logger.dump(self.model.num_timesteps)
 
 
-def finite(sample: Sampler, timesteps: int) -> Sampler:
+def finite(sample: Sampler, agent: Agent) -> Sampler:
     """Return a sampler that raises TrainingDivergedError instead of giving NaN or infinity.
 
     Args:
-        sample: of the agent in training.
-        timesteps: its denoiser calls so far.
+        sample: of the agent.
+        agent: in training, or trained.
     """
 
     def draw(n: int, generator: torch.Generator, **under: Any) -> Tensor:
         samples = sample(n, generator, **under)
         if not samples.isfinite().all():
-            raise TrainingDivergedError("a sample", timesteps)
+            raise agent.diverged("a sample")
         return samples
 
     return draw

@@ -214,8 +214,7 @@ class Run:
         """Say how to go on after divergence: a resumed run would repeat it, step by step."""
         first_stage = agent.name != self.settings.run.agent
         prefix = "--pretrain." if first_stage else "--"
-        rates = [n for n in flat(agent.settings.to_tree()) if n.endswith("learning_rate")]
-        flags = " or ".join(prefix + name.replace("_", "-") for name in rates)
+        flags = " or ".join(prefix + name.replace("_", "-") for name in agent.step_sizes())
         config = shlex.quote(str(self.folder.path / "config.json"))
         start = f"fewstep train --config {config}"
         run = self.settings.run
@@ -245,7 +244,7 @@ class Run:
             name: sampler_of(*each, tuple(self.mdp.shape), self.mdp)
             for name, each in samplers.items()
         }
-        draw["after"] = finite(draw["after"], agent.num_timesteps)
+        draw["after"] = finite(draw["after"], agent)
         scores = {name: self.evaluation(draw[name]) for name in draw}
         self._pictures(samplers)
         show_report(agent.report(), self.folder)

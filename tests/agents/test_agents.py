@@ -25,6 +25,7 @@ from fewstep.agents import (
 from fewstep.agents.denoisers.networks import MLP, make_body
 from fewstep.agents.solvers import ancestral, ddim
 from fewstep.common.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.critics import RewardCritic
 from fewstep.envs import (
     DiffusionEnv,
     DiffusionVectorEnv,
@@ -310,6 +311,30 @@ def test_a_critic_gone_wrong_is_named(kind, make_agent):
     with pytest.raises(TrainingDivergedError, match=r"critic_loss.* NaN or infinite") as caught:
         agent.learn(rounds(agent, 5))
     assert "critic_loss" in caught.value.quantity
+
+
+OWN_CRITIC = RewardCritic(lambda sample: -sample.square().sum(1))
+OF_CRITIC, OF_BASELINE = "critic.learning_rate", "critic.baseline_learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("kind", "critic", "others"),
+    [
+        ("cloning", {}, []),
+        ("sft", {}, [OF_CRITIC]),
+        ("sft-pg", {}, [OF_CRITIC, OF_BASELINE]),
+        ("sft", {"critic": OWN_CRITIC.reward}, []),
+        ("sft-pg", {"critic": OWN_CRITIC.reward}, [OF_BASELINE]),
+        ("sft", {"critic": OWN_CRITIC}, []),
+    ],
+)
+def test_what_to_lower_after_divergence_is_what_the_agent_trains_by(
+    kind, critic, others, make_agent
+):
+    agent = make_agent(kind, **critic)
+    names = ["optimizer.learning_rate", *others]
+    assert agent.step_sizes() == names
+    assert f"Lower {' or '.join(names)}." in str(agent.diverged("train/loss"))
 
 
 @pytest.mark.parametrize("settings", [{"n_generator": 1}, {"n_generator": 2}, {"ema": 0.0}])

@@ -1228,13 +1228,15 @@ def test_programmes_refuse_bad_counts(count, worlds, mixture, prior, draw_clean,
 
 # ------------------------------------------------------------------------------ the probe
 
+ADVICE = {"learner": "L", "instead": "stop"}
+
 
 class Timed(nn.Module):
     """A body that embeds what a function makes of its time."""
 
-    def __init__(self, embed):
+    def __init__(self, embed, size=2):
         super().__init__()
-        self.embed, self.table, self.out = embed, nn.Embedding(1000, 2), nn.Linear(2, 2)
+        self.embed, self.table, self.out = embed, nn.Embedding(1000, size), nn.Linear(size, size)
 
     def forward(self, sample, time):
         return self.out(sample) + self.embed(self, time)
@@ -1257,7 +1259,7 @@ class Timed(nn.Module):
 def test_networks_with_a_smooth_time_are_accepted(make_body, prediction, t, shape):
     body = make_body()
     process = EDM if prediction == "edm" else VP
-    check_differentiable(Denoiser(body, process, prediction), [t, t / 2.5], shape)
+    check_differentiable(Denoiser(body, process, prediction), [t, t / 2.5], shape, **ADVICE)
     assert all(weight.grad is None for weight in body.parameters())
 
 
@@ -1266,7 +1268,8 @@ def test_a_table_of_times_may_be_flat_at_its_ends(process):
     prediction = "epsilon" if process == VP else "edm"
     body = MLP((2,), 1000, time_range=time_range_of(prediction, process))
     denoiser = Denoiser(body, process, prediction)
-    check_differentiable(denoiser, Schedule.karras(process, 6).times[:-1].tolist(), (2,))
+    times = Schedule.karras(process, 6).times[:-1].tolist()
+    check_differentiable(denoiser, times, (2,), **ADVICE)
 
 
 COARSE = {
@@ -1281,21 +1284,27 @@ COARSE = {
 @pytest.mark.parametrize("how", COARSE)
 def test_networks_that_look_their_time_up_are_refused(how):
     denoiser = Denoiser(Timed(COARSE[how]), VP)
-    with pytest.raises(ValueError, match=r"(?s)differentiable.*Interpolate.*gradient='none'.*dp"):
-        check_differentiable(denoiser, [500.5, 37.5], (2,))
+    with pytest.raises(ValueError, match=r"(?s)^L needs.*differentiable.*Interpolate.*or stop\.$"):
+        check_differentiable(denoiser, [500.5, 37.5], (2,), **ADVICE)
+
+
+def test_a_network_that_does_not_take_the_samples_is_not_called_rough():
+    for body in (ResidualMLP((3,), 16, 1), Timed(COARSE["lookup"], 3)):
+        with pytest.raises(ValueError, match=r"does not take samples of shape \(2,\), whatever"):
+            check_differentiable(Denoiser(body, VP), [500.5, 37.5], (2,), **ADVICE)
 
 
 @pytest.mark.parametrize("coarse", [torch.round, torch.floor])
 def test_networks_that_round_their_time_are_refused(coarse):
     denoiser = Denoiser(Timed(lambda _, time: coarse(time).sin().unsqueeze(1)), VP)
     with pytest.raises(ValueError, match=r"round.*Interpolate"):
-        check_differentiable(denoiser, [500.5, 37.5], (2,))
+        check_differentiable(denoiser, [500.5, 37.5], (2,), **ADVICE)
 
 
 def test_a_lookup_s_own_words_are_passed_on():
     denoiser = Denoiser(Timed(COARSE["lookup"]), VP)
     with pytest.raises(ValueError, match=r"refuses a time that is no whole number \(.*[Ii]nd"):
-        check_differentiable(denoiser, [500.5, 37.5], (2,))
+        check_differentiable(denoiser, [500.5, 37.5], (2,), **ADVICE)
 
 
 # ------------------------------------------------------------------------------ stage two

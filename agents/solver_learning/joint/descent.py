@@ -22,6 +22,14 @@ from .slopes import EndObjective, Slope, Value
 # parameters alone.
 ITERATIONS = 10
 
+# The setting of Adam's rate on each of the parameters.
+_RATES = {
+    TIMES: "times_rate",
+    SHIFTS: "shifts_rate",
+    FACTORS: "coefficients_rate",
+    WEIGHTS: "coefficients_rate",
+}
+
 # Adam's step grows over so many updates, as that of schedule learning.
 WARM_UP = 20
 
@@ -186,15 +194,15 @@ class TableDescent:
         group = groups[self.updates // self.settings.alternate % 2]
         return [name for name in self.live if name in group]
 
+    @property
+    def rate_names(self) -> list[str]:
+        """The names of the rates that act, each once; none of lbfgs, whose line search finds it."""
+        if self.settings.optimizer == "lbfgs":
+            return []
+        return list(dict.fromkeys(_RATES[name] for name in self.live))
+
     def _rates(self) -> list[float]:
-        settings = self.settings
-        rates = {
-            TIMES: settings.times_rate,
-            SHIFTS: settings.shifts_rate,
-            FACTORS: settings.coefficients_rate,
-            WEIGHTS: settings.coefficients_rate,
-        }
-        return [rates[name] for name in self.live]
+        return [getattr(self.settings, _RATES[name]) for name in self.live]
 
     def _new_adam(self) -> torch.optim.Adam:
         return torch.optim.Adam([{"params": [value]} for value in self.live.values()])
@@ -216,12 +224,14 @@ class TableDescent:
         levels = self.family.levels(self.live)
         apart = bool((levels[:-1] > (1 + LEAST_GAP) * levels[1:]).all())
         if not (apart and all(bool(value.isfinite().all()) for value in self.live.values())):
+            lower = " or ".join(f"descent.{name}" for name in self.rate_names)
+            advice = f" Lower {lower}." if lower else ""
             raise TrainingDivergedError(
                 "a number of the table",
                 self.updates,
                 f"Solver learning diverged: after round {self.updates} a number of its table is "
-                "not finite, or two noise levels are the same. Lower the rates of descent; "
-                "checkpoints written before are good.",
+                f"not finite, or two noise levels are the same.{advice} Checkpoints written before "
+                "are good.",
             )
 
     def state(self) -> dict[str, Any]:
