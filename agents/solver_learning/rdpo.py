@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...common.arguments import check_value
 from ...common.checkpoint import counter
+from ...common.optimisation import TrainingDivergedError
 from ...envs import Schedule
 from ...envs.mdp import Reward
 from ..denoisers.denoiser import Denoiser
@@ -33,9 +34,9 @@ from .black_box.acting import ManyTables
 from .black_box.distribution import CrossEntropy, PolicyGradient, TableDistribution
 from .black_box.rewards import earned, judged_by
 from .black_box.settings import RDPOSettings
-from .black_box.space import TableSpace
+from .black_box.space import TableSpace, Tangent
 from .black_box.start import starting_parameters
-from .joint.family import TableFamily
+from .joint.family import FACTORS, SHIFTS, TIMES, WEIGHTS, TableFamily
 from .scheduling.levels import level_of_time, noise_levels, with_signal
 from .selection import best_of
 
@@ -155,9 +156,10 @@ class RDPO(TakesTable, TableAgent):
         what = f"the {self.returned} table"
         if not self.finished or "returned" not in self.rewards:
             return f"Training is not over; so far there is {what}."
+        returned, given = (_shown(self.rewards[name]) for name in ("returned", GIVEN))
         return (
-            f"Returned, as the best on held-out noise: {what}. Mean reward: "
-            f"{self.rewards['returned']:.4g}, of what was given {self.rewards[GIVEN]:.4g}."
+            f"Returned, as the best on held-out noise: {what}. Mean reward: {returned}, of what "
+            f"was given {given}."
         )
 
     @property
@@ -172,12 +174,24 @@ class RDPO(TakesTable, TableAgent):
 
     # -- learning ------------------------------------------------------------------------------
 
+    def step_sizes(self) -> list[str]:
+        """Return the spreads of what is learned, and of the policy gradient also its rates."""
+        names = ("learning_rate", "std_rate")
+        moved = names if self.settings.method == "policy-gradient" else ()
+        return [*self._spreads, *(f"gradient.{name}" for name in moved)]
+
+    @property
+    def _spreads(self) -> list[str]:
+        of = {TIMES: "times", FACTORS: "coefficients", WEIGHTS: "coefficients", SHIFTS: "shifts"}
+        return list(dict.fromkeys(f"spread.{of[name]}" for name in self.space.start))
+
     def train_round(self) -> dict[str, Tensor]:
         """Draw tables, act with them under the same noise, and follow what they earned."""
         if self._updates == 0:
             self._most = float(self.judge(self.given, _CHOOSING).mean())
         by_tables = self.settings.method == "cross-entropy"
         vectors, rewards = self._play_tables() if by_tables else self._play_episodes()
+        rewards = self._with_worst(rewards)
         done = self._updates / self.settings.rounds
         metrics = self._learner.update(vectors, rewards, done)
         metrics["reward"] = float(rewards.mean())
@@ -191,11 +205,14 @@ class RDPO(TakesTable, TableAgent):
         return {f"train/{key}": torch.tensor(value) for key, value in metrics.items()}
 
     def _play_episodes(self) -> tuple[Tensor, Tensor]:
-        """Give each episode a table of its own; return vectors (k, n, D) and rewards (k, n)."""
+        """Give each episode a table of its own; return vectors (k, n, D) and rewards (k, n).
+
+        Rewards are NaN where no sample under a noise is finite.
+        """
         k, n = self.settings.compared, self.settings.noises
         mean = self.distribution.mean.detach().clone()
         vectors = self.distribution.draw(k, n, generator=self.generator, mirrored=True)
-        tangent, shared = self.space.tangent(mean), self.space.table(mean)
+        tangent, shared = self._around(mean)
         mdp, moves = on_clock_of(self.mdp, shared), self.family.moves_levels
         before, rewards = self.generator.get_state(), []
         for drawn in vectors:
@@ -206,16 +223,62 @@ class RDPO(TakesTable, TableAgent):
         return vectors, torch.stack(rewards)
 
     def _play_tables(self) -> tuple[Tensor, Tensor]:
-        """Let each table play all episodes; return vectors (k, D) and mean rewards (k,)."""
+        """Let each table play all episodes; return vectors (k, D) and mean rewards (k,).
+
+        Rewards are NaN where no sample of a table is finite, or a vector has no table.
+        """
         k, n = self.settings.compared, self.settings.noises
         vectors = self.distribution.draw(k, generator=self.generator)
         before, rewards = self.generator.get_state(), []
         for drawn in vectors:
+            try:
+                table = self.space.table(drawn)
+            except ValueError:
+                rewards.append(torch.tensor(math.nan, dtype=torch.float64))
+                continue
             self.generator.set_state(before)
-            table = self.space.table(drawn)
             policy = TableChain(self.denoiser, table)
             rewards.append(earned(on_clock_of(self.mdp, table), policy, n, self.generator).mean())
         return vectors, torch.stack(rewards)
+
+    def _around(self, mean: Tensor) -> tuple[Tangent, Tableau]:
+        """Return the tangent at the mean, and its table.
+
+        Raises:
+            TrainingDivergedError: it has none.
+        """
+        try:
+            return self.space.tangent(mean), self.space.table(mean)
+        except ValueError:
+            raise self._mean_diverged("levels coincide, or its numbers are not finite") from None
+
+    def _with_worst(self, rewards: Tensor) -> Tensor:
+        """Return rewards with the least of them in place of NaN.
+
+        Raises:
+            TrainingDivergedError: all are NaN.
+        """
+        earning = ~rewards.isnan()
+        if not bool(earning.any()):
+            raise TrainingDivergedError(
+                "every reward",
+                self.num_timesteps,
+                f"None of the tables drawn in round {self._updates + 1} can be compared: their "
+                f"levels coincide, or their samples run away. {self._advice}",
+            )
+        return torch.where(earning, rewards, rewards[earning].min())
+
+    def _mean_diverged(self, what: str) -> TrainingDivergedError:
+        lower = " or ".join(self.step_sizes())
+        return TrainingDivergedError(
+            "the mean",
+            self.num_timesteps,
+            f"RDPO diverged: after round {self._updates} the mean table's {what}. Lower {lower}.",
+        )
+
+    @property
+    def _advice(self) -> str:
+        return f"Draw closer tables, by a smaller {' or '.join(self._spreads)}."
 
     def judge(self, table: Tableau, noise: int = _REPORTING) -> Tensor:
         """Return what a table earns on fixed noise, (settings.held_out,) float64.
@@ -223,6 +286,10 @@ class RDPO(TakesTable, TableAgent):
         Args:
             table: any.
             noise: added to the seed of the noise; that to report on if not given.
+
+        Raises:
+            ValueError: none of the given table's samples is finite.
+            TrainingDivergedError: likewise of another.
         """
         generator = torch.Generator(self.device).manual_seed(self.seed + noise)
         mdp, policy = on_clock_of(self.mdp, table), TableChain(self.denoiser, table)
@@ -232,12 +299,20 @@ class RDPO(TakesTable, TableAgent):
             size = left if left <= self.settings.batch_size + 1 else self.settings.batch_size
             found.append(earned(mdp, policy, size, generator))
             left -= size
-        return torch.cat(found)
+        rewards = torch.cat(found)
+        if not bool(rewards.isnan().all()):
+            return self._with_worst(rewards)
+        if table is self.given:
+            raise ValueError(
+                f"The samples of the table to start from, '{table.name}', are all NaN or infinite, "
+                "or too far away to be compared: take another solver, schedule or network."
+            )
+        raise self._mean_diverged("samples run away")
 
     def _compare(self) -> float:
         """Return the mean's reward on held-out noise; remember the best."""
         mean = self.distribution.mean.detach().clone()
-        table = self.space.table(mean)
+        table = self._around(mean)[1]
         reward = float(self.judge(table, _CHOOSING).mean())
         if reward > self._most:
             self._best, self._most = mean, reward
@@ -257,8 +332,8 @@ class RDPO(TakesTable, TableAgent):
         if self.returned == GIVEN:
             warnings.warn(
                 f"RDPO made {self.given.name} earn no more beyond chance: it is kept. On held-out "
-                f"noise its reward was {-float(losses[GIVEN].mean()):.4g}, that of the learned "
-                f"table {-float(losses[LEARNED].mean()):.4g}. More rounds or noises may help.",
+                f"noise its reward was {_shown(-float(losses[GIVEN].mean()))}, that of the learned "
+                f"table {_shown(-float(losses[LEARNED].mean()))}. More rounds or noises may help.",
                 stacklevel=2,
             )
 
@@ -324,6 +399,11 @@ class RDPO(TakesTable, TableAgent):
         start = {name: value.cpu() for name, value in state["start"].items()}
         self.space = TableSpace(self.family, start, self.settings.spread)
         self._keep(state["returned"], self._kept)
+
+
+def _shown(reward: float) -> str:
+    """Return a reward as it is read; 0 has no sign."""
+    return f"{reward + 0.0:.4g}"
 
 
 def _check_plain(table: Tableau) -> None:

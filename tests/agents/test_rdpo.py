@@ -9,7 +9,14 @@ import torch
 from rounds import learn_rounds
 from schedule_worlds import EDM, known, worth
 
-from fewstep.agents import DODE, RDPO, Denoiser, SolverLearning, Tableau
+from fewstep.agents import (
+    DODE,
+    RDPO,
+    Denoiser,
+    SolverLearning,
+    Tableau,
+    TrainingDivergedError,
+)
 from fewstep.agents.solver_learning.black_box.acting import ManyTables
 from fewstep.agents.solver_learning.black_box.distribution import (
     CrossEntropy,
@@ -400,6 +407,82 @@ def test_a_sample_that_is_not_finite_earns_the_least(monkeypatch):
     monkeypatch.setattr(DiffusionMDP, "rollout", torn)
     rewards = agent.judge(agent.given)
     assert rewards.isfinite().all() and rewards[3] == rewards[:17].min()
+
+
+def test_a_drawn_table_without_samples_earns_the_least():
+    """Its levels coincide: it plays nothing, and the others play the same noise."""
+    mdp, denoiser = short(nearest)
+    agent = RDPO(mdp, denoiser, method="cross-entropy", **QUICK)
+    table, seen = agent.space.table, []
+
+    def torn(vector):
+        seen.append(vector)
+        if len(seen) in (1, 16):
+            raise ValueError("the times of a schedule must strictly decrease")
+        return table(vector)
+
+    agent.space.table = torn
+    vectors, rewards = agent._play_tables()
+    assert len(vectors) == len(rewards) == 16
+    assert rewards.isnan().nonzero().flatten().tolist() == [0, 15]
+    filled = agent._with_worst(rewards)
+    assert filled[0] == filled[15] == filled.min() == rewards[1:15].min()
+
+
+FAR = [
+    ("policy-gradient", {"spread_times": 1e6}),
+    ("cross-entropy", {"spread_times": 1e6}),
+    ("policy-gradient", {"spread_coefficients": 1e25}),
+    ("cross-entropy", {"spread_coefficients": 1e25}),
+]
+
+
+@pytest.mark.parametrize(("method", "spread"), FAR)
+@pytest.mark.parametrize("reward", [None, nearest])
+def test_tables_that_are_all_too_far_away_name_the_spread(method, spread, reward):
+    mdp, denoiser = short(reward)
+    agent = RDPO(mdp, denoiser, method=method, learn_shifts=False, **spread, **QUICK)
+    # The policy gradient has its linearised tables, and may still take a step from them.
+    said = r"(None of the tables drawn|the mean table's).* spread.times or spread.coefficients\b"
+    with pytest.raises(TrainingDivergedError, match=said) as caught:
+        for _ in range(3):
+            agent.train_round()
+    assert "shifts" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tables_some_of_which_have_coinciding_levels_are_learned_from():
+    mdp, denoiser = short(nearest)
+    agent = RDPO(mdp, denoiser, method="cross-entropy", spread_times=10.0, **QUICK).learn()
+    assert agent.sample(3).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_to_lower_after_divergence_is_what_the_method_reads(method):
+    mdp, denoiser = short(nearest)
+    agent = RDPO(mdp, denoiser, method=method, learn_times=False, learn_shifts=False, **QUICK)
+    rates = ["gradient.learning_rate", "gradient.std_rate"]
+    assert agent.step_sizes() == [
+        "spread.coefficients",
+        *(rates if method == "policy-gradient" else []),
+    ]
+
+
+def test_a_start_without_finite_samples_is_refused():
+    mdp, denoiser = short(nearest)
+    agent = RDPO(mdp, denoiser, **QUICK)
+    agent.given = agent.given.replace(scale=agent.given.scale * 1e20)
+    with pytest.raises(ValueError, match=r"The samples of the table to start from, .* are all NaN"):
+        agent.learn()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_reward_of_zero_has_no_sign():
+    mdp, denoiser = short(lambda sample: -0.0 * sample[:, 0].abs())
+    agent = RDPO(mdp, denoiser, **QUICK)
+    with pytest.warns(UserWarning, match=r"its reward was 0, that of the learned table 0\."):
+        agent.learn()
+    assert agent.verdict.endswith("Mean reward: 0, of what was given 0.")
 
 
 @pytest.mark.parametrize("solver", ["ancestral", "unipc-2", "dpm-solver-2"])

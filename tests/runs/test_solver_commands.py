@@ -214,3 +214,30 @@ def test_a_warning_is_one_line(tmp_path, distilled, fewstep, monkeypatch, capsys
     said = capsys.readouterr().err
     assert "fewstep: warning: the teacher is no better\n" in said
     assert "UserWarning" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "named", "others"),
+    [
+        (
+            "--agent=solver --descent.optimizer=adam --descent.rounds=3 --descent.times-rate=1e6 "
+            "--batch-size=8 --batches=1 --scale=2 --start=given",
+            "--descent.times-rate or --descent.coefficients-rate or --descent.shifts-rate.",
+            "critic",
+        ),
+        (
+            "--agent=rdpo --method=cross-entropy --spread.coefficients=1e30 --learn.no-shifts "
+            "--batch-size=8 --held-out=8",
+            "--spread.times or --spread.coefficients.",
+            "gradient",
+        ),
+    ],
+)
+def test_divergence_names_only_flags_that_the_run_reads(
+    flags, named, others, fewstep, tmp_path, capsys
+):
+    cloning = [*CLONING, "--env=SwissRoll", "--steps=4"]
+    assert fewstep("train", *flags.split(), *cloning, f"--log-dir={tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert f"and a smaller {named}\n" in said
+    assert others not in said.replace(str(tmp_path), "").partition("fewstep: ")[2]

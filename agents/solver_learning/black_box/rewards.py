@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....common.optimisation import TrainingDivergedError
 from ....critics.checks import check_rewards
 from ....envs import DiffusionMDP
 from ....envs.mdp import Policy, Reward, no_reward
@@ -39,12 +39,17 @@ def judged_by(mdp: DiffusionMDP, reward: Reward | None) -> DiffusionMDP:
     return mdp.with_reward(own)
 
 
+# Squared distances between samples of a greater norm overflow float32.
+_FARTHEST = 1e18
+
+
 @torch.no_grad()
 def earned(mdp: DiffusionMDP, policy: Policy, n: int, generator: torch.Generator) -> Tensor:
     """Play episodes; return their rewards (n,), float64 on the CPU.
 
-    A sample that is not finite earns the least that a finite one did. A reward that remembers
-    what it judged, as the default does, begins anew.
+    A sample that is not finite, or so far away that distances to it overflow, earns the least
+    that another one did; where all are such, they earn NaN. A reward that remembers what it
+    judged, as the default does, begins anew.
 
     Args:
         mdp: on the policy's times.
@@ -53,19 +58,14 @@ def earned(mdp: DiffusionMDP, policy: Policy, n: int, generator: torch.Generator
         generator: source of their noise and conditions.
 
     Raises:
-        ValueError: the reward is not finite for a finite sample.
-        TrainingDivergedError: no sample is finite.
+        ValueError: the reward is not finite for a sample that is.
     """
     begun = Begun()
     samples = mdp.rollout(policy, n, generator, recorder=begun)
-    sound = samples.flatten(1).isfinite().all(1)
+    # The norm of one that is not finite is not either, nor below any bound.
+    sound = samples.flatten(1).norm(dim=1) <= _FARTHEST
     if not bool(sound.any()):
-        raise TrainingDivergedError(
-            "every sample",
-            0,
-            "The samples of a table are all NaN or infinite: draw closer ones, by smaller "
-            "spread.times and spread.coefficients.",
-        )
+        return torch.full((n,), math.nan, dtype=torch.float64)
     if hasattr(mdp.reward, "forget"):
         mdp.reward.forget()  # type: ignore[union-attr]
     # One such sample would spoil what a distance of distributions says of all.
