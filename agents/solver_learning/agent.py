@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ...common.arguments import checked
 from ...envs import DiffusionMDP, Schedule, Target
 from ...envs.mdp import no_reward
 from ..base import Agent
@@ -30,6 +31,7 @@ class SolverAgent(Agent):
     errors: dict[str, float]
 
     @classmethod
+    @checked
     def without_data(
         cls: type[AnySolverAgent],
         denoiser: Denoiser,
@@ -44,7 +46,13 @@ class SolverAgent(Agent):
             schedule: gives the number of steps and the ends, on the denoiser's process.
             shape: of one sample.
             settings: the constructor's keyword arguments.
+
+        Raises:
+            TypeError: an argument of another type.
+            ValueError: a shape with a number below 1, or what the constructor raises.
         """
+        if not all(size >= 1 for size in shape):
+            raise ValueError(f"shape must have numbers of at least 1, got {shape}.")
         target = Target.without_samples(shape, next(denoiser.parameters()).device)
         mdp = DiffusionMDP(target, denoiser.process, schedule, no_reward)
         return cls(mdp, denoiser, **settings)

@@ -13,12 +13,14 @@ from schedule_worlds import EDM, fresh_noise, known, network, short_world, truth
 from torch import nn
 
 from fewstep.agents import (
+    DODE,
     RDPO,
     Denoiser,
     ScheduleLearning,
     SolverLearning,
     SolverPolicy,
     Tableau,
+    TrainingDivergedError,
 )
 from fewstep.agents.presets import preset, preset_settings
 from fewstep.agents.solver_learning.distillation.teacher import Teacher
@@ -810,8 +812,11 @@ def test_too_few_calls_are_refused():
     two = world(Schedule(EDM, [80.0, 0.002]))
     with pytest.raises(ValueError, match="needs at least 3 network calls"):
         SolverLearning(two, known()[0], **SMALL)
-    with pytest.raises(ValueError, match=r"no times are left to learn; take more steps"):
+    with pytest.raises(ValueError, match=r"are 2 noise levels.*no times are left to learn; take"):
         SolverLearning(two, known()[0], solver="ddim", **SMALL)
+    one = world(Schedule(EDM, [80.0, 0.0]))
+    with pytest.raises(ValueError, match=r"There is 1 noise level, and the first"):
+        SolverLearning(one, known()[0], solver="ddim", **SMALL)
     SolverLearning(two, known()[0], solver="ddim", learn_times=False, **SMALL)
     shifts = {f"learn_{name}": False for name in ("times", "factors", "weights")}
     for kind in (SolverLearning, RDPO):
@@ -846,6 +851,66 @@ def test_data_are_needed_for_a_distance_to_them():
     SolverLearning.without_data(denoiser, Schedule.karras(EDM, 5), (2,))
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "complaint"),
+    [
+        ({"denoiser": None}, TypeError, "denoiser must be a Denoiser, got None"),
+        ({"schedule": [80.0, 0.0]}, TypeError, r"schedule must be a Schedule, got \[80.0, 0.0\]"),
+        ({"shape": 2}, TypeError, "shape must be a sequence of which each is a whole number"),
+        (
+            {"shape": (2, 0.5)},
+            TypeError,
+            "shape must be a sequence of which each is a whole number",
+        ),
+        ({"shape": (0,)}, ValueError, r"shape must have numbers of at least 1, got \(0,\)"),
+    ],
+)
+@pytest.mark.parametrize("agent", [DODE, RDPO, ScheduleLearning, SolverLearning])
+def test_bad_arguments_of_learning_without_data_are_refused(agent, changes, kind, complaint):
+    usual = {"denoiser": network(), "schedule": Schedule.karras(EDM, 5), "shape": (2,)}
+    with pytest.raises(kind, match=complaint):
+        agent.without_data(**{**usual, **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            {"optimizer": "adam"},
+            ["descent.times_rate", "descent.coefficients_rate", "descent.shifts_rate"],
+        ),
+        (
+            {"optimizer": "adam", "learn_times": False, "learn_shifts": False, "ball": 0.1},
+            ["descent.coefficients_rate", "loss.ball_rate"],
+        ),
+        (
+            {
+                "optimizer": "adam",
+                "adversarial": 0.1,
+                "learn_factors": False,
+                "learn_weights": False,
+                "learn_shifts": False,
+                "start": "given",
+            },
+            ["descent.times_rate", "critic.learning_rate"],
+        ),
+        ({}, []),
+    ],
+)
+def test_what_to_lower_after_divergence_is_what_the_training_reads(settings, named):
+    agent = SolverLearning(world(), known()[0], **{**SMALL, **settings})
+    assert agent.step_sizes() == named
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_divergence_names_the_rates_that_act():
+    settings = {"rounds": 5, "times_rate": 1e6, "learn_shifts": False}
+    agent = SolverLearning(world(), known()[0], **{**ADAM, **settings})
+    lower = r"Lower descent\.times_rate or descent\.coefficients_rate\. Checkpoints"
+    with pytest.raises(TrainingDivergedError, match=lower):
+        agent.learn()
+
+
 def test_features_that_do_not_fit_are_refused():
     classifier = ClassifierFeatures("digits", (1, 8, 8), 10)
     classifier.freeze()
@@ -857,6 +922,17 @@ def test_features_that_do_not_fit_are_refused():
         SampleFeatures(lambda x: x, (1, 8, 8), "cpu")
     with pytest.raises(ValueError, match="no gradient"):
         SampleFeatures(lambda x: x.detach().flatten(1), (2,), "cpu")
+    with pytest.raises(TypeError, match=r"features 'function' must be a tensor .*got None"):
+        SampleFeatures(lambda x: None, (2,), "cpu")
+    with pytest.raises(ValueError, match=r"features 'function' do not take .*KeyError: 'layer'"):
+        SampleFeatures(lambda x: {}["layer"], (2,), "cpu")
+    with pytest.raises(ValueError, match=r"features 'function' hold NaN or infinity"):
+        SampleFeatures(lambda x: x.flatten(1) * math.nan, (2,), "cpu")
+    later = SampleFeatures(lambda x: x.flatten(1).log() if len(x) > 2 else x, (2,), "cpu")
+    with pytest.raises(ValueError, match=r"features 'function' hold NaN or infinity"):
+        later(torch.full((3, 2), -1.0))
+    # What ran away is not the features' fault.
+    assert later(torch.full((3, 2), -math.inf)).isnan().all()
     features = SampleFeatures(classifier, (1, 8, 8), "cpu")
     images = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(features(images), classifier(images))
@@ -911,7 +987,8 @@ def test_whole_times_only_are_enough_where_no_time_is_learned():
 
     denoiser = Denoiser(Table(), process)
     settings = {**LBFGS, "learn_times": False, "learn_shifts": False, "teacher": "ddim"}
-    with pytest.raises(ValueError, match="differentiable in its noise level"):
+    advice = r"^Solver learning needs .*take learn\.times=False and learn\.shifts=False\.$"
+    with pytest.raises(ValueError, match=advice):
         SolverLearning(mdp, denoiser, **SMALL)
     agent = SolverLearning(mdp, denoiser, solver="ddim", **{**settings, "scale": 1})
     assert not agent.family.moves_levels
