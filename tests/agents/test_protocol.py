@@ -62,6 +62,29 @@ def same_weights(one, other):
     return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+OPTIMIZER, CRITIC = "optimizer.learning_rate", "critic.learning_rate"
+LOWERED = {
+    ("behavior-cloning",): [OPTIMIZER],
+    ("sfd",): [OPTIMIZER],
+    ("dode",): [],
+    ("dmd",): [OPTIMIZER],
+    ("dmd", "fake_learning_rate", 1e-3): [OPTIMIZER, "fake_learning_rate"],
+    ("dmd", "adversarial", 0.1): [OPTIMIZER, CRITIC],
+    ("schedule",): ["schedule_learning_rate", "tuning.learning_rate"],
+    ("schedule", "tuning_rounds", 0): ["schedule_learning_rate"],
+    ("schedule", "gradient", "none"): ["tuning.learning_rate"],
+    ("variance",): [],
+    ("variance", "kind", "npr"): [OPTIMIZER],
+}
+
+
+@pytest.mark.parametrize("case", LOWERED)
+def test_what_to_lower_after_divergence_is_what_the_agent_reads(case, agent_of):
+    name, *change = case
+    changes = dict([change]) if change else {}
+    assert agent_of(name, **changes).step_sizes() == LOWERED[case]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", BUDGETS)
 def test_learn_trains_until_the_agent_s_own_budget_is_done(name, agent_of):
