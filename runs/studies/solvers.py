@@ -146,6 +146,7 @@ LEARNED = {
         f"solver learning, {name}": (solver, Learn("solver", preset=name))
         for name, solver in (
             ("ld3", "unipc-2"),
+            ("s4s", "dpm-solver++-3m"),
             ("s4s-alt", "dpm-solver++-3m"),
             ("bns", "euler"),
             ("dyweight", "ipndm"),
