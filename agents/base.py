@@ -12,6 +12,7 @@ One timestep is one denoiser call on one sample.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from abc import abstractmethod
@@ -234,12 +235,20 @@ class Agent(Trainee):
         return min(done / whole, 1.0) if whole else 0.0
 
     @property
-    def last_round(self) -> bool:
-        """Whether `learn` ends with the round that comes, or is being done, if that is known."""
+    def planned(self) -> float:
+        """How many rounds there are when `learn` ends; infinite if that is not known.
+
+        Asked within a round, before the round's own calls are counted.
+        """
         if self._goal is None:
-            return self.rounds + 1 >= self.budget
-        calls = self.timesteps_per_round
-        return calls is not None and self.num_timesteps + calls >= self._goal
+            return self.budget
+        calls, left = self.timesteps_per_round, self._goal - self.num_timesteps
+        return math.inf if calls is None else self.rounds + math.ceil(left / calls)
+
+    @property
+    def last_round(self) -> bool:
+        """Whether `learn` ends with the round that comes, if that is known; see `planned`."""
+        return self.rounds + 1 >= self.planned
 
     @property
     def _over(self) -> bool:

@@ -140,6 +140,46 @@ class Averaged(Generic[Module]):
             torch._foreach_lerp_(averages, live, 1 - decay)
 
 
+class Snapshot:
+    """The weights that an averaged module had at a time, to be given back.
+
+    Args:
+        average: whose weights are kept.
+        live: the module in training, whose average it is; it gets them, too.
+
+    Attributes:
+        weights: what was kept; None before the first time.
+    """
+
+    def __init__(self, average: nn.Module, live: nn.Module) -> None:
+        self._average, self._live = average, live
+        self.weights: dict[str, torch.Tensor] | None = None
+
+    def take(self) -> None:
+        """Keep the average's weights as they are now."""
+        self.weights = {name: w.clone() for name, w in self._average.state_dict().items()}
+
+    def show(self) -> None:
+        """Give the average what was kept, and leave the module in training as it is."""
+        assert self.weights is not None
+        self._average.load_state_dict(self.weights)
+
+    def give_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give both what was kept; an optimizer whose weights change forgets what it remembers."""
+        assert self.weights is not None
+        now = self._average.state_dict()
+        if any(not torch.equal(now[name], kept) for name, kept in self.weights.items()):
+            self.show()
+            self._live.load_state_dict(self.weights)
+            # What it remembers belongs to other weights, and may not be finite.
+            optimizer.state.clear()
+
+    def load(self, weights: dict[str, torch.Tensor] | None) -> None:
+        """Keep weights from a file, whose tensors are on the CPU."""
+        now = self._average.state_dict()
+        self.weights = weights and {name: weights[name].to(w.device) for name, w in now.items()}
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Initialise modules reproducibly: seed torch's global generator inside, restore it outside."""

@@ -332,6 +332,7 @@ class DiffusionMDP:
         processes: Processes = ALONE,
         groups: int = 1,
         even: bool = False,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Play `n` whole episodes; gradients flow through them unless the caller forbids it.
 
@@ -347,12 +348,14 @@ class DiffusionMDP:
             groups: The episodes are so many batches, each of which is shared out in equal parts.
             even: Spread the noise of every state evenly over each of these batches, see
                 `even_normal`.
+            condition: See `episodes`; with several processes those of all episodes.
 
         Returns:
             The finished samples `(n, *shape)`.
         """
         everyone, spread = n * processes.count, {"even_groups": groups} if even else {}
-        episodes = self.episodes(everyone, generator)
+        given = {} if condition is None else {"condition": condition}
+        episodes = self.episodes(everyone, generator, **given)
         sample = self.initial(everyone, generator, **spread)
         if processes.count > 1:
             mine = processes.share(torch.arange(everyone, device=sample.device), groups=groups)

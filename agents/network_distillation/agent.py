@@ -23,10 +23,10 @@ from ..finished_table import TakesTable, on_times_of
 from ..policy_gradient.execution import Execution, as_executed
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
+from ..selection import coordinate_errors
 from ..solver_learning.agent import SolverAgent, comparison
 from ..solver_learning.best import BestNetwork
 from ..solver_learning.distillation.teacher import Teacher, judge_teacher, make_teacher
-from ..solver_learning.selection import coordinate_errors
 from .held_out import HeldOut, Trajectories, draw_trajectories, pieces
 from .settings import DistillationSettings
 
@@ -40,7 +40,7 @@ class NetworkDistillation(TakesTable, SolverAgent):
     A copy of the network stays as it was given: the teacher. On noise that is not trained on, the
     agent compares the averaged network with the best one so far, and in the end returns the best,
     or the network as it was given unless another errs less, not by chance
-    (`fewstep.agents.solver_learning.selection`).
+    (`fewstep.agents.selection`).
 
     Timesteps are all network calls on single samples, those of the teacher and those that only
     measure among them.

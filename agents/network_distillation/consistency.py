@@ -20,8 +20,8 @@ from torch import Tensor
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..samplers.tableau import Tableau
+from ..selection import coordinate_errors
 from ..solver_learning.distillation.teacher import Teacher
-from ..solver_learning.selection import coordinate_errors
 from ..solvers import build_solver
 from .held_out import Trajectories, pieces
 from .pairs import Pair, PairDistillation, column, ddim_step

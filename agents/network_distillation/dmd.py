@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from ...common.checkpoint import CheckpointError
 from ...common.optimisation import adam, learning_rate, seeded, set_learning_rate
 from ...critics import IPMCritic
+from ...critics.energy import energy_errors
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..policy_gradient.critic import learned_critic
 from ..samplers.tableau import Tableau
 from ..solvers import build_solver
 from .agent import NetworkDistillation, without_guidance
-from .energy import energy_errors
 from .held_out import Trajectories, pieces
 from .pairs import column
 from .settings import DMDSettings

@@ -14,8 +14,8 @@ from ...envs import Schedule
 from ..denoisers.denoiser import Denoiser
 from ..samplers.sampling import evaluations_of
 from ..samplers.tableau import Tableau
+from ..selection import coordinate_errors
 from ..solver_learning.distillation.teacher import make_teacher
-from ..solver_learning.selection import coordinate_errors
 from .own import own_samples
 from .prompts import Prompts
 from .settings import DistilSettings

@@ -98,6 +98,17 @@ class PolicySettings(Settings):
 
 
 @dataclass(frozen=True)
+class LookSettings(Settings):
+    """What the averaged sampler is judged by on the way, unless a reward is given; see `Looks`."""
+
+    size: int = bounded(512, least=2)
+    """How many samples, against as many real ones, choose; as many more confirm."""
+    looks: int = bounded(10, least=0)
+    """How often the averaged sampler is looked at; 0 returns the last one whatever it is, and so
+    does a training in which theta moves for fewer rounds."""
+
+
+@dataclass(frozen=True)
 class RolloutExecutionSettings(ExecutionSettings):
     """How the networks are run, and where the trajectories lie."""
 
@@ -137,6 +148,7 @@ class ShortcutSettings(AgentSettings):
     """Leave less to chance: spread the noise of each batch of trajectories evenly (`even_normal`),
     and take real samples in passes without replacement. Where samples are nearly right, what f sees
     of them is mostly the chance of a batch."""
+    held_out: LookSettings = field(default_factory=LookSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,9 +21,8 @@ from ..environments import Environment
 from ..finished_table import TakesTable, on_clock_of
 from ..samplers.gaussian import GaussianChain
 from ..samplers.table_chain import TableChain
-from .buffer import Begun
+from .buffer import Begun, Trajectories
 from .critic import Critic
-from .execution import as_executed
 from .settings import SFTSettings
 from .shortcut import ShortcutAgent
 
@@ -101,18 +100,12 @@ class SFT(TakesTable, ShortcutAgent):
         calls = settings.n_critic * sum(asked) + settings.n_generator * sum(played)
         return calls * settings.batch_size * self.processes.count
 
-    @as_executed
-    def train_round(self) -> dict[str, Tensor]:
-        """Do one round.
+    def improve(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Take n_generator steps along the critic's gradient through the chain.
 
         Raises:
             ValueError: the reward has no gradient with respect to the sample.
         """
-        self.anneal()
-        trajectories = self.collect()
-        metrics = self.train_critic(trajectories)
-        if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
-            return metrics
         batches = list(trajectories.batches())
         for number in range(self.settings.n_generator):
             with frozen(self.critic_network):
@@ -128,8 +121,7 @@ class SFT(TakesTable, ShortcutAgent):
                 self.optimizer.zero_grad()
                 loss.backward()
             grad_norm = self.descend()
-        self.average()
-        return {**metrics, "train/policy_loss": loss.detach(), "train/grad_norm": grad_norm}
+        return {"train/policy_loss": loss.detach(), "train/grad_norm": grad_norm}
 
     def with_mismatches(
         self, fake: Tensor, condition: Tensor, real: Tensor, given: Tensor

@@ -21,7 +21,6 @@ from ..environments import Environment
 from ..samplers.gaussian import GaussianChain
 from .buffer import Trajectories
 from .critic import Critic
-from .execution import as_executed
 from .settings import SFTPGSettings
 from .shortcut import ShortcutAgent
 
@@ -72,15 +71,9 @@ class SFTPG(ShortcutAgent):
                 f"most {transitions // settings.n_generator}, or larger batches."
             )
 
-    @as_executed
-    def train_round(self) -> dict[str, Tensor]:
-        """Do one round of S.7."""
+    def improve(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Take n_generator steps along the policy gradient, each on a minibatch of transitions."""
         settings = self.settings
-        self.anneal()
-        trajectories = self.collect()
-        metrics = self.train_critic(trajectories)
-        if self.rounds < settings.critic_rounds:  # the critic learns alone at first
-            return metrics
         advantages = self.advantages(trajectories)
         weighted = (self._step_weights.unsqueeze(1) * advantages).flatten()
         minibatches = trajectories.minibatches(
@@ -109,11 +102,11 @@ class SFTPG(ShortcutAgent):
                 densities.append(log_density.detach())
             grad_norm = self.descend()
             updated.append(densities)
-        self.average()
+        metrics = {"train/policy_loss": loss, "train/grad_norm": grad_norm}
         if self.will_log:
             after = self._log_densities(trajectories, minibatches[0])
             metrics |= self._divergence(old[0], updated[0], after)
-        return {**metrics, "train/policy_loss": loss, "train/grad_norm": grad_norm}
+        return metrics
 
     def policy_loss(self, log_density: Tensor, advantage: Tensor, old: Tensor | None) -> Tensor:
         """Return the surrogate whose gradient is S.4's, or PPO's clipped one with `clip_range`.

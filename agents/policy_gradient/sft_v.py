@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.optimisation import frozen
 from ...envs.mdp import DiffusionMDP
-from .execution import as_executed
+from .buffer import Trajectories
 from .settings import SFTVSettings
 from .shortcut import ShortcutAgent
 
@@ -40,18 +40,12 @@ class SFTV(ShortcutAgent):
     settings: SFTVSettings
     Settings = SFTVSettings
 
-    @as_executed
-    def train_round(self) -> dict[str, Tensor]:
-        """Do one round.
+    def improve(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Take n_generator steps, each up the values of the states of one batch.
 
         Raises:
             ValueError: the reward has no gradient with respect to the sample.
         """
-        self.anneal()
-        trajectories = self.collect()
-        metrics = self.train_critic(trajectories)
-        if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
-            return metrics
         share = 1 / (self.settings.batch_size * self.policy.steps)
         for number in range(self.settings.n_generator):
             self.optimizer.zero_grad()
@@ -62,8 +56,7 @@ class SFTV(ShortcutAgent):
                     part.backward()
                     loss += part.detach()
             grad_norm = self.descend()
-        self.average()
-        return {**metrics, "train/policy_loss": loss, "train/grad_norm": grad_norm}
+        return {"train/policy_loss": loss, "train/grad_norm": grad_norm}
 
     def value_after(self, episodes: DiffusionMDP, states: Tensor, step: int) -> Tensor:
         """Act once, reparametrised; return the value (n,) of where that leads.

@@ -3,29 +3,33 @@
 Shortcut fine-tuning (Fan & Lee 2023) alternates: n_critic critic steps with the sampler fixed, then
 n_generator steps of the sampler with the critic fixed, descending the integral probability metric
 Phi(p_0^theta, q_0) (MATH.md S.1, S.7). The three agents differ in the gradient of the second
-part only.
+part only. Which average is returned is chosen on held-out noise (`Looks`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
-from ...critics import RewardCritic
+from ...critics import IPMCritic, RewardCritic
 from ...envs.mdp import DiffusionMDP, Reward
 from ..base import Agent
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
+from ..report import Panel, Report
 from ..samplers.gaussian import GaussianChain
 from ..samplers.table_chain import TableChain
 from ..samplers.tableau import Tableau
 from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
-from .execution import Execution
+from .execution import Execution, as_executed
+from .looks import EARLIER, GIVEN, LAST, Looks, energy_distances
 from .replay import Replay
 from .settings import (
     CriticAndBaselineSettings,
@@ -35,9 +39,20 @@ from .settings import (
     ShortcutSettings,
 )
 
+_RETURNED = {
+    LAST: "the last average",
+    EARLIER: "the average after round {}, from where on samples went away from the data",
+    GIVEN: "the sampler as it was given, from where samples only went away from the data",
+}
+
 
 class ShortcutAgent(Agent):
     """Base of SFT-PG, SFT-V and SFT.
+
+    A learned critic is no measure of progress, as it moves along. So the averaged sampler is
+    compared with data on noise that is not trained on, by the energy distance, ten times on the way
+    (`held_out.looks`). In the end an earlier one is returned where the last is farther from the
+    data, not by chance (`Looks`). Where a reward is maximised, the last is returned.
 
     Args:
         env: the environment, in which the agent acts: its own `initial`, `observe`, `transition`
@@ -48,6 +63,14 @@ class ShortcutAgent(Agent):
         critic: f and V, instead of both: a `Critic`, or a reward function (N, *shape) -> (N,),
             which is maximised as it is.
         arguments: see `Agent`: single settings by name, seed, verbose, tensorboard_log.
+
+    Attributes:
+        critic: f and V.
+        returned: which sampler samples when training is over: the "last" average, an "earlier" one,
+            or the one that was "given".
+        errors: energy distances to real samples, on noise that was neither trained on nor chosen
+            by: of the sampler as it was "given", of the "last" average and of what is "returned";
+            empty where nothing was compared.
     """
 
     data_parallel = True
@@ -95,6 +118,8 @@ class ShortcutAgent(Agent):
             self.replay = Replay(self.settings.critic_replay * self.settings.batch_size)
         # The agent's own decision process pays what the critic says; the caller's stays as it is.
         self.mdp = self.mdp.with_reward(self.critic)
+        agree = partial(self.processes.any, device=self.device)
+        self._looks = Looks(self.averaged, self._distances, agree)
 
     def _new_policy(self) -> GaussianChain | TableChain:
         """Return what acts: theta and the table."""
@@ -104,6 +129,32 @@ class ShortcutAgent(Agent):
             self.settings.policy.learn_std,
             self.settings.execution.micro_batch_size,
         )
+
+    @abstractmethod
+    def improve(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Take a round's steps of theta, after the critic's; return what to log."""
+
+    @as_executed
+    def train_round(self) -> dict[str, Tensor]:
+        """Do one round (MATH.md S.7): roll out, train the critic, then theta.
+
+        Raises:
+            ValueError: theta follows the reward's gradient, and the reward has none.
+        """
+        last, interval = self.last_round, self._interval()
+        self.anneal()
+        trajectories = self.collect()
+        metrics = self.train_critic(trajectories)
+        if self.rounds < self.settings.critic_rounds:  # the critic learns alone at first
+            return metrics
+        if interval and not self._looks.begun:
+            self._looks.begin()
+        metrics |= self.improve(trajectories)
+        moved = self.rounds - self.settings.critic_rounds
+        self.averaged.update(moved)
+        if interval and (last or (moved + 1) % interval == 0):
+            metrics["train/held_out_error"] = self._look(last)
+        return metrics
 
     def step_sizes(self) -> list[str]:
         """Return the learning rates of theta, and of the critic unless it brought its own."""
@@ -243,9 +294,68 @@ class ShortcutAgent(Agent):
         self.optimizer.step()
         return norm
 
-    def average(self) -> None:
-        """Let the averaged sampler follow, after a round in which theta moved."""
-        self.averaged.update(self.rounds - self.settings.critic_rounds)
+    # -- which average is returned ---------------------------------------------------------------
+
+    @property
+    def returned(self) -> str:
+        """Which sampler samples when training is over."""
+        return self._looks.returned
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Energy distances to real samples on held-out noise."""
+        return self._looks.errors
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on what is returned, and why; empty where nothing was compared."""
+        if not self.errors:
+            return ""
+        if "returned" not in self.errors:
+            return "Training is not over; nothing was chosen yet."
+        what = _RETURNED[self.returned].format(self._looks.round)
+        shown = ", ".join(f"{name} {error:.2e}" for name, error in self.errors.items())
+        return f"Returned: {what}. Energy distance on held-out noise: {shown}."
+
+    def _interval(self) -> int:
+        """Return the rounds of theta between two looks; 0 if there are none."""
+        looks, moving = self.settings.held_out.looks, self.planned - self.settings.critic_rounds
+        # What follows a reward goes where that leads.
+        compares = looks and isinstance(self.critic, IPMCritic) and moving < math.inf
+        return int(max(moving, 0)) // looks if compares else 0
+
+    def _look(self, last: bool) -> Tensor:
+        """Compare the averaged sampler with data; choose after the last round. Return D, 0-d."""
+        shares = self._looks.look(self.rounds + 1)
+        if last:
+            self._looks.finish(shares, self.optimizer)
+        return shares.mean()
+
+    def _distances(self, part: int) -> Tensor:
+        """Return the shares (N,) of the averaged sampler's energy distance to real samples.
+
+        Args:
+            part: which noise and which real samples.
+        """
+        settings = self.settings
+        return energy_distances(
+            self.averaged.module,
+            self.mdp,
+            settings.held_out.size,
+            settings.n_critic * settings.batch_size,
+            seed=2 * self.seed + part,
+        )
+
+    def report(self) -> Report:
+        """Return the distances to data, and how they went."""
+        if not self.errors:
+            return Report()
+        logged = {"energy distance on held-out noise": "train/held_out_error"}
+        panels = [Panel("distance to data", "round", logged=logged, scale="log")]
+        results = {"errors": self.errors, "returned": self.returned}
+        return Report(self.verdict, results, figures={"held_out.png": panels})
+
+    # -- learning rates and checkpoints ----------------------------------------------------------
 
     def anneal(self) -> None:
         """Set this round's learning rates; theta's rises over the first rounds of a raw critic."""
@@ -266,6 +376,7 @@ class ShortcutAgent(Agent):
             **kept,
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict(),
+            "looks": self._looks.state(),
             "log_std": self._deviations(),
             "heads": [head.state_dict() for head in self._heads()],
         }
@@ -279,6 +390,9 @@ class ShortcutAgent(Agent):
                 parameter.copy_(value)
         if self.replay is not None:
             self.replay.load_state(state.get("replay", {}), self.device)
+        # Files from before there were looks have none.
+        if "looks" in state:
+            self._looks.load_state(state["looks"])
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)

@@ -25,6 +25,7 @@ from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..report import Panel, Report
 from ..samplers.tableau import Tableau
+from ..selection import best_of, is_better
 from .agent import SolverAgent, comparison
 from .distillation.files import read_distilled, write_distilled
 from .distillation.fit import StepFit, best_constant, fit, noise_errors
@@ -32,7 +33,6 @@ from .distillation.forms import CONSTANT, directions, distilled
 from .distillation.pool import Pool
 from .distillation.refine import Refiner
 from .distillation.teacher import judge_teacher, make_teacher
-from .selection import best_of, is_better
 from .settings import DODESettings
 
 GIVEN, DISTILLED, REFINED = "given", "distilled", "refined"
@@ -48,7 +48,7 @@ class DODE(SolverAgent):
 
     The first round is the fit, each later one a round of the refinement, if there is one. The agent
     keeps the base solver's table unless the distilled one errs less on noise that was not fitted,
-    and that unless a refined one does, not by chance (`fewstep.agents.solver_learning.selection`).
+    and that unless a refined one does, not by chance (`fewstep.agents.selection`).
     What counts is the finished sample's distance from the teacher's, not the steps'. `returned`
     says which table it is.
 

@@ -28,6 +28,7 @@ from ..finished_table import TakesTable, on_clock_of
 from ..report import Panel, Report
 from ..samplers.table_chain import TableChain
 from ..samplers.tableau import Tableau
+from ..selection import best_of
 from ..solvers import build_solver
 from .agent import TableAgent
 from .black_box.acting import ManyTables
@@ -38,7 +39,6 @@ from .black_box.space import TableSpace, Tangent
 from .black_box.start import starting_parameters
 from .joint.family import FACTORS, SHIFTS, TIMES, WEIGHTS, TableFamily
 from .scheduling.levels import level_of_time, noise_levels, with_signal
-from .selection import best_of
 
 GIVEN, LEARNED = "given", "learned"
 # Added to the seed: noise to choose by, and noise to report on.
@@ -55,7 +55,7 @@ class RDPO(TakesTable, TableAgent):
 
     What is returned is the mean, a plain table: the best that was met on noise that was not learned
     on, or the given one unless that is better, and not by chance
-    (`fewstep.agents.solver_learning.selection`).
+    (`fewstep.agents.selection`).
 
     Args:
         env: the environment; its schedule gives the number of steps and the ends unless a table is

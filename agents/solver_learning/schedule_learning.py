@@ -58,7 +58,7 @@ class ScheduleLearning(SolverAgent):
 
     Each stage keeps what there was before it unless it found something better: the error of
     finished samples from the pretrained network's fine solver, on noise that was not learned on,
-    has to fall, and not by chance (`fewstep.agents.solver_learning.selection`). Compared are the
+    has to fall, and not by chance (`fewstep.agents.selection`). Compared are the
     environment's own schedule, the start, and the best levels that the descent met; then the
     network before and during its tuning, whatever that minimises. `returned` and `tuned` say what
     it was. With target="data" nothing is compared: what was learned last is returned, and may be

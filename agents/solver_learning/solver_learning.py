@@ -27,6 +27,7 @@ from ..environments import Environment
 from ..policy_gradient.critic import learned_critic
 from ..report import Report
 from ..samplers.tableau import Tableau
+from ..selection import best_of, coordinate_errors
 from .agent import TableAgent, comparison
 from .distillation.teacher import Teacher, judge_teacher, make_teacher
 from .joint.ball import Ball
@@ -42,7 +43,6 @@ from .joint.starts import Starts
 from .scheduling.levels import noise_levels, with_signal
 from .scheduling.pool import Batch, Pool
 from .scheduling.probe import check_differentiable
-from .selection import best_of, coordinate_errors
 
 GIVEN, START, LEARNED = "given", "start", "learned"
 _TABLES = {
@@ -57,7 +57,7 @@ class SolverLearning(TableAgent):
 
     A round is one update of what is learned. The agent keeps the base solver's table unless the
     table that it starts from, or a learned one, is better on noise that was not learned on, by what
-    is minimised, and not by chance (`fewstep.agents.solver_learning.selection`). Compared are the
+    is minimised, and not by chance (`fewstep.agents.selection`). Compared are the
     given table, the start, and the best that the descent met. With a critic it is the last that the
     descent met, and the critic has no say: it learned to tell that table's samples alone.
 

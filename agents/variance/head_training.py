@@ -13,7 +13,7 @@ from ...common.optimisation import Averaged, adam, learning_rate, seeded, set_le
 from ...envs import DiffusionMDP
 from ..denoisers.denoiser import Denoiser
 from ..denoisers.variance_head import HeadInputs, VarianceHead
-from ..solver_learning.selection import is_better
+from ..selection import is_better
 from .held_out import Noised
 from .learner import GIVEN, LEARNED, VarianceLearner
 from .settings import VarianceSettings

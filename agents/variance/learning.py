@@ -44,7 +44,7 @@ class VarianceLearning(Agent):
 
     What was given is the Gamma or the head that the denoiser had, or else DDPM's variance, and that
     of Gaussian data. What is learned takes its place if its loss, the squares above, is less on
-    held-out samples, and not by chance (`fewstep.agents.solver_learning.selection`): Gamma's when
+    held-out samples, and not by chance (`fewstep.agents.selection`): Gamma's when
     all samples were met, a head's now and then. Both are compared when `learn` ends.
 
     Timesteps are the calls on the samples that are learned from.

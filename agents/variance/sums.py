@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...envs import DiffusionMDP
 from ..denoisers.denoiser import Denoiser
-from ..solver_learning.selection import is_better
+from ..selection import is_better
 from .held_out import Noised
 from .learner import GIVEN, LEARNED, VarianceLearner
 from .settings import VarianceSettings

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...agents import Denoiser, Tableau
 from ...agents.denoisers.exact import mixture
 from ...agents.samplers.sampling import sampler_of
-from ...agents.solver_learning.selection import coordinate_errors
+from ...agents.selection import coordinate_errors
 from ...agents.solvers import make_solver
 from ...common.conditions import Conditional, kind_of
 from ...critics.metrics.evaluation import Evaluation

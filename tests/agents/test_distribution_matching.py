@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fewstep.agents import DMD, Denoiser
 from fewstep.agents.network_distillation.dmd import Noising
-from fewstep.agents.network_distillation.energy import energy_errors
+from fewstep.critics.energy import energy_errors
 
 numeric = pytest.mark.numeric
 FEW = {**FEW, "n_fake": 2, "scale": 2}

@@ -7,10 +7,10 @@ import torch
 from schedule_worlds import known, world
 
 from fewstep.agents import RDPO, SolverLearning
+from fewstep.agents.selection import best_of, is_better
 from fewstep.agents.solver_learning import rdpo, solver_learning
 from fewstep.agents.solver_learning.joint.losses import EndLoss, end_loss
 from fewstep.agents.solver_learning.joint.settings import LossSettings
-from fewstep.agents.solver_learning.selection import best_of, is_better
 from fewstep.critics import MMDCritic
 from fewstep.critics.joint import JointMMDCritic
 from fewstep.envs import make_mdp

@@ -22,6 +22,7 @@ from fewstep.agents import (
 )
 from fewstep.agents.denoisers.exact import mixture
 from fewstep.agents.denoisers.networks import ResidualMLP
+from fewstep.agents.selection import best_of, coordinate_errors, is_better
 from fewstep.agents.solver_learning.scheduling.amplification import (
     _Costs,
     _Products,
@@ -29,7 +30,6 @@ from fewstep.agents.solver_learning.scheduling.amplification import (
     amplified_programmes,
 )
 from fewstep.agents.solver_learning.scheduling.rollout import path_of
-from fewstep.agents.solver_learning.selection import best_of, coordinate_errors, is_better
 from fewstep.agents.solvers import make_solver
 from fewstep.common.optimisation import TrainingDivergedError
 from fewstep.envs import VE, DiffusionMDP, DiscreteVP, Schedule

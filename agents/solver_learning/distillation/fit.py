@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
-from ..selection import coordinate_errors
+from ...selection import coordinate_errors
 from .forms import distilled
 
 # Constants tried for the forms with one lambda for all steps.

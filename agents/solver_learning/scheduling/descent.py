@@ -13,7 +13,7 @@ from torch import Tensor
 from ....common.optimisation import TrainingDivergedError, frozen, learning_rate, set_learning_rate
 from ....envs import Schedule
 from ...denoisers.denoiser import Denoiser
-from ..selection import best_of
+from ...selection import best_of
 from ..settings import ScheduleSettings
 from .levels import LevelMap, noise_levels, schedule_at
 from .objective import Objective, Slope
@@ -60,7 +60,7 @@ class Descent:
 
     A stage ends with the schedule that errs least on held-out noise: that from before, the one that
     the stage was to start from, or the best that it met; see
-    `fewstep.agents.solver_learning.selection`.
+    `fewstep.agents.selection`.
 
     Args:
         objective: what the levels should make small; its schedule is where they start on a grid.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....envs.schedules import Schedule
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
-from ..selection import coordinate_errors
+from ...selection import coordinate_errors
 from .adjoint import backpropagate, by_log_level
 from .levels import schedule_at
 from .pool import Batch

@@ -26,7 +26,7 @@ class Tuning:
 
     A stage that is judged ends with the network that errs least on held-out noise: the one from
     before the stage, or an average on the way that is better; see
-    `fewstep.agents.solver_learning.selection`.
+    `fewstep.agents.selection`.
 
     What is minimised is the finished samples' distance from the teacher's, through the whole chain.
 

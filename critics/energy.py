@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...critics.mmd import distances
-from .held_out import pieces
+from .mmd import distances
 
 # Distances held at once: 32 MB in float64.
 _CHUNK = 2**22
@@ -21,8 +20,8 @@ def energy_errors(samples: Tensor, goal: Tensor, condition: Tensor | None = None
     """Return each pair's share of the energy distance, (N,) float64 on the CPU.
 
     Their mean is the unbiased estimate (Gretton et al. 2012, Eq. 4), which may be a little below 0;
-    their standard deviation over sqrt(N) is its standard error to first order, so that
-    `selection.is_better` can tell a smaller distance from chance.
+    their standard deviation over sqrt(N) is its standard error to first order, so that a smaller
+    distance can be told from chance.
 
     Args:
         samples: (N, *shape), N >= 2.
@@ -47,7 +46,9 @@ def energy_errors(samples: Tensor, goal: Tensor, condition: Tensor | None = None
         return (found.square() + apart * other).sqrt()
 
     shares = []
-    for rows in pieces(count, max(_CHUNK // count, 1)):
+    size = max(_CHUNK // count, 1)
+    for first in range(0, count, size):
+        rows = slice(first, min(first + size, count))
         pairs = between(x, y, rows) + between(y, x, rows)
         pairs = pairs - between(x, x, rows) - between(y, y, rows)
         # No pair meets itself.

@@ -1,0 +1,151 @@
+"""Looks: which average of a training is returned, the last or one that was nearer to the data.
+
+What a critic teaches may undo itself: the shares of the data's modes drift while single samples get
+better, and a training that goes on can end farther from the data than it was on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.optimisation import Averaged, Snapshot
+from ...critics.energy import energy_errors
+from ...envs.mdp import DiffusionMDP, Policy
+from ..selection import is_better
+
+GIVEN, EARLIER, LAST = "given", "earlier", "last"
+# Two sets of noise and real samples: one is compared with on the way, the other in the end alone.
+CHOOSING, CONFIRMING = 0, 1
+# Added to the seed of what is held out, which shares no numbers with training or evaluation.
+_SEED = 40_001
+
+
+class Looks:
+    """The nearest sampler so far, which replaces the last one only where that is farther for sure.
+
+    The last average is returned unless the nearest one on the way was nearer by more than a
+    standard error, and is so by more than two on noise and data that nothing was chosen by: the
+    least of several measured distances is too small, and what this distance does not see gets
+    better with time.
+
+    Args:
+        averaged: the sampler in training, and the average of its weights, which is looked at.
+        distances: returns the shares (N,) of the averaged sampler's distance to data, on one of the
+            two sets.
+        agree: returns the same answer on all processes that train together.
+
+    Attributes:
+        returned: "last", or "earlier", or "given", the sampler that there was before.
+        errors: mean distances on the second set: of the sampler as it was "given", of the "last"
+            one and of what is "returned"; the latter two when training is over.
+        round: after how many rounds the nearest so far was looked at; None: it is the given one.
+    """
+
+    def __init__(
+        self,
+        averaged: Averaged[Any],
+        distances: Callable[[int], Tensor],
+        agree: Callable[[bool], bool],
+    ) -> None:
+        self._averaged, self._distances, self._agree = averaged, distances, agree
+        self._nearest = self._snapshot()
+        self._least: Tensor | None = None
+        self.returned, self.errors = LAST, dict[str, float]()
+        self.round: int | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a sampler to compare with."""
+        return self._least is not None
+
+    def begin(self) -> None:
+        """Look at the sampler as it was given, before it moves."""
+        self.returned, self.errors = LAST, {GIVEN: float(self._distances(CONFIRMING).mean())}
+        self._keep(self._distances(CHOOSING), None)
+
+    def look(self, rounds: int) -> Tensor:
+        """Look at the averaged sampler after so many rounds; return its shares (N,)."""
+        now = self._distances(CHOOSING)
+        assert self._least is not None
+        if self._agree(float(now.mean()) < float(self._least.mean())):
+            self._keep(now, rounds)
+        return now
+
+    def finish(self, now: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Take the nearest sampler in the place of the last one, where it is nearer for sure.
+
+        Args:
+            now: what the last `look` returned.
+            optimizer: it forgets what belongs to weights that are replaced.
+        """
+        last = self._distances(CONFIRMING)
+        self.errors |= {LAST: float(last.mean()), "returned": float(last.mean())}
+        assert self._least is not None
+        if self._agree(is_better(self._least, now, by_lead=False)):
+            nearest = self._confirmed()
+            if self._agree(is_better(nearest, last, by_lead=False, deviations=2.0)):
+                self._nearest.give_back(optimizer)
+                self.returned = GIVEN if self.round is None else EARLIER
+                self.errors["returned"] = float(nearest.mean())
+        self._nearest.weights = self._least = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what is remembered."""
+        return {
+            "nearest": self._nearest.weights,
+            "least": self._least,
+            "round": self.round,
+            "returned": self.returned,
+            "errors": self.errors,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self._nearest.load(state["nearest"])
+        self._least, self.round = state["least"], state["round"]
+        self.returned, self.errors = state["returned"], dict(state["errors"])
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self._averaged.module, self._averaged.live)
+
+    def _keep(self, shares: Tensor, rounds: int | None) -> None:
+        self._nearest.take()
+        self._least, self.round = shares, rounds
+
+    def _confirmed(self) -> Tensor:
+        """Return the nearest sampler's shares on the second set; the last one is there again."""
+        end = self._snapshot()
+        end.take()
+        self._nearest.show()
+        shares = self._distances(CONFIRMING)
+        end.show()
+        return shares
+
+
+@torch.no_grad()
+def energy_distances(
+    policy: Policy, mdp: DiffusionMDP, size: int, at_once: int, seed: int
+) -> Tensor:
+    """Return the shares (N,) of a policy's energy distance to real samples, see `energy_errors`.
+
+    Noise and real samples are always the same for a seed, and drawing them changes no training.
+    Under conditions samples have those of the real ones.
+
+    Args:
+        policy: acts.
+        mdp: the environment, which has training samples.
+        size: N, samples on either side.
+        at_once: most of them that are played at once.
+        seed: of noise and real samples.
+    """
+    generator = torch.Generator(mdp.device).manual_seed(_SEED + seed)
+    real, condition = mdp.target.draw(size, generator, mdp.kind)
+    played = []
+    for rows in torch.arange(size, device=real.device).split(at_once):
+        under = None if condition is None else condition[rows]
+        played.append(mdp.rollout(policy, len(rows), generator, condition=under))
+    return energy_errors(torch.cat(played), real, condition)
