@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .callbacks import Callback
 
 AnyAgent = TypeVar("AnyAgent", bound="Agent")
+# A metric that some rounds have, those in which an agent compares what it learns: they are logged.
+MEASURED = "train/held_out_error"
 
 
 class Agent(Trainee):
@@ -177,7 +179,8 @@ class Agent(Trainee):
             total_timesteps: how many calls, at least 0, rounded up to whole rounds; added to those
                 done when `reset_num_timesteps` is False. None goes on until the agent is `done`.
             callback: Stable-Baselines3 callbacks; `on_step` is called once a round.
-            log_interval: rounds between two log entries, at least 1.
+            log_interval: rounds between two log entries, at least 1; rounds in which what is
+                learned is compared on held-out noise are logged, too.
             tb_log_name: name of the TensorBoard run; the agent's name by default.
             reset_num_timesteps: start counting (and the learning-rate schedule) anew.
             progress_bar: show one.
@@ -210,7 +213,7 @@ class Agent(Trainee):
             metrics = self.processes.mean(metrics)
             self.rounds += 1
             self._check_finite(metrics)
-            if self.will_log or self._over:
+            if self.will_log or self._over or MEASURED in metrics:
                 self._log(metrics)
             callbacks.update_locals(locals())
             stop = not callbacks.on_step()

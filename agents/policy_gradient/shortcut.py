@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
 from ...critics import IPMCritic, RewardCritic
 from ...envs.mdp import DiffusionMDP, Reward
-from ..base import Agent
+from ..base import MEASURED, Agent
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..report import Panel, Report
@@ -153,7 +153,7 @@ class ShortcutAgent(Agent):
         moved = self.rounds - self.settings.critic_rounds
         self.averaged.update(moved)
         if interval and (last or (moved + 1) % interval == 0):
-            metrics["train/held_out_error"] = self._look(last)
+            metrics[MEASURED] = self._look(last)
         return metrics
 
     def step_sizes(self) -> list[str]:
@@ -314,8 +314,9 @@ class ShortcutAgent(Agent):
         if "returned" not in self.errors:
             return "Training is not over; nothing was chosen yet."
         what = _RETURNED[self.returned].format(self._looks.round)
-        shown = ", ".join(f"{name} {error:.2e}" for name, error in self.errors.items())
-        return f"Returned: {what}. Energy distance on held-out noise: {shown}."
+        returned, given, last = (f"{self.errors[name]:.2e}" for name in ("returned", GIVEN, LAST))
+        of_last = "" if self.returned == LAST else f", of the last average {last}"
+        return f"Returned: {what}. Energy distance: {returned}, of what was given {given}{of_last}."
 
     def _interval(self) -> int:
         """Return the rounds of theta between two looks; 0 if there are none."""
@@ -350,8 +351,8 @@ class ShortcutAgent(Agent):
         """Return the distances to data, and how they went."""
         if not self.errors:
             return Report()
-        logged = {"energy distance on held-out noise": "train/held_out_error"}
-        panels = [Panel("distance to data", "round", logged=logged, scale="log")]
+        # Near the data the estimate may be below 0.
+        panels = [Panel("energy distance to data", "round", logged={"average": MEASURED})]
         results = {"errors": self.errors, "returned": self.returned}
         return Report(self.verdict, results, figures={"held_out.png": panels})
 

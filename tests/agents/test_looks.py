@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from rounds import learn_rounds
+from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from fewstep.agents import SFT, SFTPG, SFTV
@@ -154,8 +155,13 @@ def test_looks_are_spread_over_the_rounds_in_which_theta_moves(
     found, look = [], Looks.look
     monkeypatch.setattr(Looks, "look", lambda self, n: found.append(n) or look(self, n))
     settings = {**FEW, "rounds": rounds, "critic_rounds": critic_rounds}
-    SFT(make_mdp(), make_denoiser(), **settings).learn()
+    agent, logger = SFT(make_mdp(), make_denoiser(), **settings), Logger(None, [])
+    logged, dump = [], logger.dump
+    agent.set_logger(logger)
+    monkeypatch.setattr(logger, "dump", lambda step: logged.append(agent.rounds) or dump(step))
+    agent.learn()
     assert found == looked
+    assert set(looked) <= set(logged)  # the picture shows them all
     # The same, if the training is told in calls.
     found.clear()
     agent = SFT(make_mdp(), make_denoiser(), **{**settings, "rounds": 1000})
