@@ -162,7 +162,7 @@ class ShortcutAgent(Agent):
 
     @property
     def timesteps_per_round(self) -> int:
-        """The calls of acting, those of all processes: batches of K steps."""
+        """The calls of acting, those of all processes: batches of K steps, without the looks'."""
         settings = self.settings
         batches = settings.n_critic + (settings.n_generator if self.theta_acts else 0)
         return batches * settings.batch_size * self.policy.steps * self.processes.count
