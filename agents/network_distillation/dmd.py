@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...common.checkpoint import CheckpointError
 from ...common.optimisation import adam, learning_rate, seeded, set_learning_rate
 from ...critics import IPMCritic
-from ...critics.energy import energy_errors
+from ...critics.energy import EnergyDistance
 from ..denoisers.denoiser import Denoiser
 from ..environments import Environment
 from ..policy_gradient.critic import learned_critic
@@ -296,19 +296,24 @@ class DMD(NetworkDistillation):
     def _errors_of(self, denoiser: Denoiser, held_out: Trajectories) -> Tensor:
         # All networks get the same noise on the way.
         fresh = torch.Generator(self.device).manual_seed(self.seed + 1)
-        ends = self._ends(denoiser, held_out, fresh)
-        return energy_errors(ends, held_out.states[-1], held_out.condition)
+        return self._distances(self._ends(denoiser, held_out, fresh), held_out)
+
+    def _distances(self, ends: Tensor, held_out: Trajectories) -> Tensor:
+        """Return the shares of the energy distance between finished samples and the goals."""
+        points = None if self.mdp.conditions is None else self.mdp.conditions.points
+        to_goal = EnergyDistance(held_out.states[-1], held_out.condition, points)
+        return to_goal.shares(ends, held_out.condition)
 
     def _judge_teacher(self) -> float:
         """Warn of a fine solver that is none; return the energy distance of its own samples."""
         super()._judge_teacher()
         held_out = self._held_out.reported
         assert held_out is not None
-        noise, goal = held_out.states
+        noise = held_out.states[0]
         under = self.teacher.under(held_out.condition)
         rows = pieces(len(noise), self.settings.execution.micro_batch_size)
         ends = torch.cat([self.fine.states(under.at(r), noise[r])[-1] for r in rows])
-        return float(energy_errors(ends, goal, held_out.condition).mean())
+        return float(self._distances(ends, held_out).mean())
 
     def _comparison(self) -> str:
         returned, given = self.errors["returned"], self.errors["given"]

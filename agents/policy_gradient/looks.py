@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common.optimisation import Averaged, Snapshot
-from ...critics.energy import energy_errors
+from ...critics.energy import EnergyDistance
 from ...envs.mdp import DiffusionMDP, Policy
 from ..selection import is_better
 
@@ -22,6 +22,8 @@ GIVEN, EARLIER, LAST = "given", "earlier", "last"
 CHOOSING, CONFIRMING = 0, 1
 # Added to the seed of what is held out, which shares no numbers with training or evaluation.
 _SEED = 40_001
+# Real samples for each one that is played: they cost no network call, and are chance, too.
+REAL = 4
 
 
 class Looks:
@@ -34,8 +36,8 @@ class Looks:
 
     Args:
         averaged: the sampler in training, and the average of its weights, which is looked at.
-        distances: returns the shares (N,) of the averaged sampler's distance to data, on one of the
-            two sets.
+        distances: returns the shares of the averaged sampler's distance to data on one of the two
+            sets, numbers whose mean it is, see `EnergyDistance.shares`.
         agree: returns the same answer on all processes that train together.
 
     Attributes:
@@ -68,7 +70,7 @@ class Looks:
         self._keep(self._distances(CHOOSING), None)
 
     def look(self, rounds: int) -> Tensor:
-        """Look at the averaged sampler after so many rounds; return its shares (N,)."""
+        """Look at the averaged sampler after so many rounds; return its shares."""
         now = self._distances(CHOOSING)
         assert self._least is not None
         if self._agree(float(now.mean()) < float(self._least.mean())):
@@ -126,26 +128,37 @@ class Looks:
         return shares
 
 
-@torch.no_grad()
-def energy_distances(
-    policy: Policy, mdp: DiffusionMDP, size: int, at_once: int, seed: int
-) -> Tensor:
-    """Return the shares (N,) of a policy's energy distance to real samples, see `energy_errors`.
+class HeldOut:
+    """Noise and real samples that a policy is judged by, always the same for a seed.
 
-    Noise and real samples are always the same for a seed, and drawing them changes no training.
-    Under conditions samples have those of the real ones.
+    Drawing them changes no training.
 
     Args:
-        policy: acts.
         mdp: the environment, which has training samples.
-        size: N, samples on either side.
-        at_once: most of them that are played at once.
+        size: N, how many samples a policy plays.
+        at_once: most of them at once.
         seed: of noise and real samples.
     """
-    generator = torch.Generator(mdp.device).manual_seed(_SEED + seed)
-    real, condition = mdp.target.draw(size, generator, mdp.kind)
-    played = []
-    for rows in torch.arange(size, device=real.device).split(at_once):
-        under = None if condition is None else condition[rows]
-        played.append(mdp.rollout(policy, len(rows), generator, condition=under))
-    return energy_errors(torch.cat(played), real, condition)
+
+    def __init__(self, mdp: DiffusionMDP, size: int, at_once: int, seed: int) -> None:
+        self._mdp, self._size, self._at_once = mdp, size, at_once
+        generator = torch.Generator(mdp.device).manual_seed(_SEED + seed)
+        real, self._condition = mdp.target.draw(REAL * size, generator, mdp.kind)
+        points = None if mdp.conditions is None else mdp.conditions.points
+        self._to_real = EnergyDistance(real, self._condition, points)
+        self._noise = generator.get_state()
+
+    @torch.no_grad()
+    def shares(self, policy: Policy) -> Tensor:
+        """Return the shares of a policy's energy distance to the real samples, (N + M,).
+
+        Under conditions it plays those of the first N real samples.
+        """
+        generator = torch.Generator(self._mdp.device)
+        generator.set_state(self._noise)
+        under = None if self._condition is None else self._condition[: self._size]
+        played = []
+        for rows in torch.arange(self._size, device=self._mdp.device).split(self._at_once):
+            condition = None if under is None else under[rows]
+            played.append(self._mdp.rollout(policy, len(rows), generator, condition=condition))
+        return self._to_real.shares(torch.cat(played), under)

@@ -101,8 +101,8 @@ class PolicySettings(Settings):
 class LookSettings(Settings):
     """What the averaged sampler is judged by on the way, unless a reward is given; see `Looks`."""
 
-    size: int = bounded(512, least=2)
-    """How many samples, against as many real ones, choose; as many more confirm."""
+    size: int = bounded(1000, least=2)
+    """How many samples, against four times as many real ones, choose; as many more confirm."""
     looks: int = bounded(10, least=0)
     """How often the averaged sampler is looked at; 0 returns the last one whatever it is, and so
     does a training in which theta moves for fewer rounds."""

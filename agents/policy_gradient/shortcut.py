@@ -29,7 +29,7 @@ from ..samplers.tableau import Tableau
 from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
 from .execution import Execution, as_executed
-from .looks import EARLIER, GIVEN, LAST, Looks, energy_distances
+from .looks import EARLIER, GIVEN, LAST, HeldOut, Looks
 from .replay import Replay
 from .settings import (
     CriticAndBaselineSettings,
@@ -120,6 +120,7 @@ class ShortcutAgent(Agent):
         self.mdp = self.mdp.with_reward(self.critic)
         agree = partial(self.processes.any, device=self.device)
         self._looks = Looks(self.averaged, self._distances, agree)
+        self._held_out: dict[int, HeldOut] = {}
 
     def _new_policy(self) -> GaussianChain | TableChain:
         """Return what acts: theta and the table."""
@@ -333,19 +334,16 @@ class ShortcutAgent(Agent):
         return shares.mean()
 
     def _distances(self, part: int) -> Tensor:
-        """Return the shares (N,) of the averaged sampler's energy distance to real samples.
+        """Return the shares of the averaged sampler's energy distance to real samples.
 
         Args:
             part: which noise and which real samples.
         """
-        settings = self.settings
-        return energy_distances(
-            self.averaged.module,
-            self.mdp,
-            settings.held_out.size,
-            settings.n_critic * settings.batch_size,
-            seed=2 * self.seed + part,
-        )
+        if part not in self._held_out:
+            settings, seed = self.settings, 2 * self.seed + part
+            at_once = settings.n_critic * settings.batch_size  # as when it acts
+            self._held_out[part] = HeldOut(self.mdp, settings.held_out.size, at_once, seed)
+        return self._held_out[part].shares(self.averaged.module)
 
     def report(self) -> Report:
         """Return the distances to data, and how they went."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fewstep.agents import DMD, Denoiser
 from fewstep.agents.network_distillation.dmd import Noising
-from fewstep.critics.energy import energy_errors
+from fewstep.critics.energy import EnergyDistance
 
 numeric = pytest.mark.numeric
 FEW = {**FEW, "n_fake": 2, "scale": 2}
@@ -176,38 +176,6 @@ def test_on_a_gaussian_the_gradient_is_that_of_the_divergence(tau):
 # -- what is returned ------------------------------------------------------------------------------
 
 
-@numeric
-def test_shares_of_the_energy_distance(generator):
-    """Their mean is the unbiased estimate; their spread says how far it is off, by repetition."""
-    source = generator(0)
-    x, y = torch.randn(2, 40, 3, generator=source)
-    x, y = x.double(), y.double() + 0.3
-    label = torch.arange(40) % 2
-    for condition in (None, label):
-        apart = 0 if condition is None else 2 * y.double().var(0).sum()
-
-        def k(a, b, other, apart=apart):
-            return ((a - b).double().square().sum() + apart * other).sqrt()
-
-        total = 0.0
-        for i in range(40):
-            for j in range(40):
-                if i != j:
-                    other = float(label[i] != label[j])
-                    total += k(x[i], y[j], other) + k(y[i], x[j], other)
-                    total -= k(x[i], x[j], other) + k(y[i], y[j], other)
-        shares = energy_errors(x, y, condition)
-        assert float(shares.mean()) == pytest.approx(float(total) / 40 / 39, rel=1e-9)
-    draws = []
-    for _ in range(200):
-        x, y = torch.randn(2, 100, 2, generator=source)
-        shares = energy_errors(x, y + 1)
-        draws.append((float(shares.mean()), float(shares.std()) / 10))
-    means, errors = np.array(draws).T
-    # The spread of 200 draws is known to 5 %.
-    assert means.std() == pytest.approx(errors.mean(), rel=0.2)
-
-
 class Learner(nn.Module):
     """The exact network of a Gaussian at first, that can become another."""
 
@@ -243,7 +211,7 @@ def test_what_is_reported_is_the_energy_distance_of_the_sampler_s_samples():
     ends = agent.tableau.sample(
         agent.sampling_denoiser, noise, generator=torch.Generator().manual_seed(4)
     )
-    assert float(energy_errors(ends, goal).mean()) == agent.errors["returned"]
+    assert float(EnergyDistance(goal).shares(ends).mean()) == agent.errors["returned"]
 
 
 def test_what_makes_it_worse_is_not_returned():

@@ -1,6 +1,7 @@
 """Which average of a shortcut fine-tuning is returned: the last, unless it left the data."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from fewstep.agents import SFT, SFTPG, SFTV
 from fewstep.agents.policy_gradient import looks as choice
-from fewstep.agents.policy_gradient.looks import CHOOSING, CONFIRMING, Looks, energy_distances
+from fewstep.agents.policy_gradient.looks import CHOOSING, CONFIRMING, HeldOut, Looks
 from fewstep.agents.selection import is_better
 from fewstep.common.optimisation import Averaged, adam
 from fewstep.envs import make_mdp
@@ -217,8 +218,9 @@ def test_only_the_distribution_of_the_data_is_near(conditional):
     wrong = [Ends(mdp.target, shift=0.2)] + ([Ends(mdp.target, others=1)] if conditional else [])
     # In pieces as in one.
     for at_once in (100, 400):
-        right = energy_distances(Ends(mdp.target), mdp, 400, at_once, seed=0)
-        assert abs(float(right.mean())) < 4 * float(right.std()) / 20
+        held_out = HeldOut(mdp, 400, at_once, seed=0)
+        right = held_out.shares(Ends(mdp.target))
+        chance = float(right.std()) / math.sqrt(len(right))
+        assert abs(float(right.mean())) < 4 * chance
         for policy in wrong:
-            shares = energy_distances(policy, mdp, 400, at_once, seed=0)
-            assert float(shares.mean()) > 10 * float(shares.std()) / 20
+            assert float(held_out.shares(policy).mean()) > 10 * chance

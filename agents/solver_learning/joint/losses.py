@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ....critics.energy import first_order
 from ....critics.joint import Joined
 from ....critics.mmd import distances
 from ....envs import DiffusionMDP
@@ -82,9 +83,8 @@ class EndLoss:
         """Return numbers whose mean is the loss, and that tell it from chance; float64 on the CPU.
 
         The standard deviation over the root of their number is the loss's standard error: those of
-        a distance of distributions are (N + M,), the first-order part of each sample and of each
-        real one (Hoeffding), so that differences between two samplers on the same noise and real
-        samples have theirs, too. Other losses have their contributions (N,).
+        a distance of distributions are (N + M,), see `first_order`. Other losses have their
+        contributions (N,).
 
         Args:
             ends: see `contributions`, as the others.
@@ -94,12 +94,7 @@ class EndLoss:
         if self._real is None:
             return self.contributions(ends, goal).double().cpu()
         own, to_real = self._kernels(ends, condition, self._real)
-        of_samples = (own - to_real.mean(1)).double().cpu()
-        of_real = (self._real_own.to(to_real) - to_real.mean(0)).double().cpu()
-        # u_i + v_m over independent i and m, as one set: each part is scaled up by its share of it.
-        count = len(of_samples) + len(of_real)
-        scaled = [2 * count / len(part) * (part - part.mean()) for part in (of_samples, of_real)]
-        return of_samples.mean() + of_real.mean() + torch.cat(scaled)
+        return first_order(own - to_real.mean(1), self._real_own.to(to_real) - to_real.mean(0))
 
     def _kernels(
         self, ends: Tensor, condition: Tensor | None, real: Tensor
