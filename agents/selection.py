@@ -26,7 +26,7 @@ def coordinate_errors(samples: Tensor, goal: Tensor) -> Tensor:
     return (samples.double() - goal.to(samples.device).double()).square().flatten(1).mean(1).cpu()
 
 
-def is_better(errors: Tensor, than: Tensor, by_lead: bool = True, deviations: float = 1.0) -> bool:
+def is_better(errors: Tensor, than: Tensor, by_lead: bool = True) -> bool:
     """Tell whether errors are smaller in the mean, and not by chance.
 
     By more than one standard error of their mean difference, or for so many more than half of the
@@ -38,7 +38,6 @@ def is_better(errors: Tensor, than: Tensor, by_lead: bool = True, deviations: fl
         than: (N,) of the old one, from the same noises.
         by_lead: whether the second counts; not for shares of a distance of distributions, of which
             single ones say nothing.
-        deviations: how many standard errors the difference has to exceed.
 
     Returns:
         False also where the new errors are not finite; True where only the old ones are not.
@@ -52,8 +51,7 @@ def is_better(errors: Tensor, than: Tensor, by_lead: bool = True, deviations: fl
     if count < 2 or mean <= 0:
         return mean > 0
     lead = int((gain > 0).sum()) - int((gain < 0).sum()) if by_lead else 0
-    chance = deviations * float(gain.std()) / math.sqrt(count)
-    return mean > chance or lead > 2 * math.sqrt(count)
+    return mean > float(gain.std()) / math.sqrt(count) or lead > 2 * math.sqrt(count)
 
 
 def best_of(errors: Mapping[str, Tensor], by_lead: bool = True) -> str:

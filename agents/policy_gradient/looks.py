@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...common.optimisation import Averaged, Snapshot
 from ...critics.energy import EnergyDistance
+from ...critics.metrics.features import FeatureExtractor
+from ...critics.metrics.fidelity import extract
 from ...envs.mdp import DiffusionMDP, Policy
 from ..selection import is_better
 
@@ -30,9 +32,9 @@ class Looks:
     """The nearest sampler so far, which replaces the last one only where that is farther for sure.
 
     The last average is returned unless the nearest one on the way was nearer by more than a
-    standard error, and is so by more than two on noise and data that nothing was chosen by: the
-    least of several measured distances is too small, and what this distance does not see gets
-    better with time.
+    standard error, and is so on noise and data that nothing was chosen by, too: the least of
+    several measured distances is too small, and what this distance does not see gets better with
+    time.
 
     Args:
         averaged: the sampler in training, and the average of its weights, which is looked at.
@@ -89,7 +91,7 @@ class Looks:
         assert self._least is not None
         if self._agree(is_better(self._least, now, by_lead=False)):
             nearest = self._confirmed()
-            if self._agree(is_better(nearest, last, by_lead=False, deviations=2.0)):
+            if self._agree(is_better(nearest, last, by_lead=False)):
                 self._nearest.give_back(optimizer)
                 self.returned = GIVEN if self.round is None else EARLIER
                 self.errors["returned"] = float(nearest.mean())
@@ -138,14 +140,22 @@ class HeldOut:
         size: N, how many samples a policy plays.
         at_once: most of them at once.
         seed: of noise and real samples.
+        features: what samples are compared in; None compares the samples themselves.
     """
 
-    def __init__(self, mdp: DiffusionMDP, size: int, at_once: int, seed: int) -> None:
-        self._mdp, self._size, self._at_once = mdp, size, at_once
+    def __init__(
+        self,
+        mdp: DiffusionMDP,
+        size: int,
+        at_once: int,
+        seed: int,
+        features: FeatureExtractor | None = None,
+    ) -> None:
+        self._mdp, self._size, self._at_once, self._features = mdp, size, at_once, features
         generator = torch.Generator(mdp.device).manual_seed(_SEED + seed)
         real, self._condition = mdp.target.draw(REAL * size, generator, mdp.kind)
         points = None if mdp.conditions is None else mdp.conditions.points
-        self._to_real = EnergyDistance(real, self._condition, points)
+        self._to_real = EnergyDistance(*self._seen(real, self._condition), points)
         self._noise = generator.get_state()
 
     @torch.no_grad()
@@ -161,4 +171,11 @@ class HeldOut:
         for rows in torch.arange(self._size, device=self._mdp.device).split(self._at_once):
             condition = None if under is None else under[rows]
             played.append(self._mdp.rollout(policy, len(rows), generator, condition=condition))
-        return self._to_real.shares(torch.cat(played), under)
+        return self._to_real.shares(*self._seen(torch.cat(played), under))
+
+    def _seen(self, samples: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return what is compared, and the conditions where it is."""
+        if self._features is None:
+            return samples, condition
+        seen = extract("samples", samples, self._features)
+        return seen, None if condition is None else condition.to(seen.device)

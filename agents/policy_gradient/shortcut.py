@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
+from ...common.shapes import is_image
 from ...critics import IPMCritic, RewardCritic
+from ...critics.metrics.features import FeatureExtractor, check_extractor
 from ...envs.mdp import DiffusionMDP, Reward
 from ..base import MEASURED, Agent
 from ..denoisers.denoiser import Denoiser
@@ -52,7 +54,8 @@ class ShortcutAgent(Agent):
     A learned critic is no measure of progress, as it moves along. So the averaged sampler is
     compared with data on noise that is not trained on, by the energy distance, ten times on the way
     (`held_out.looks`). In the end an earlier one is returned where the last is farther from the
-    data, not by chance (`Looks`). Where a reward is maximised, the last is returned.
+    data, not by chance (`Looks`). Images are compared in features, if there are some: in pixels
+    their brightness decides. Where a reward is maximised, the last is returned.
 
     Args:
         env: the environment, in which the agent acts: its own `initial`, `observe`, `transition`
@@ -62,7 +65,13 @@ class ShortcutAgent(Agent):
         settings: see the agent's `Settings`.
         critic: f and V, instead of both: a `Critic`, or a reward function (N, *shape) -> (N,),
             which is maximised as it is.
+        features: what images are compared in, such as `ClassifierFeatures`; without any the last
+            average of a sampler of images is returned.
         arguments: see `Agent`: single settings by name, seed, verbose, tensorboard_log.
+
+    Raises:
+        TypeError: features that are no extractor.
+        ValueError: features for samples that are no images.
 
     Attributes:
         critic: f and V.
@@ -74,6 +83,7 @@ class ShortcutAgent(Agent):
     """
 
     data_parallel = True
+    takes_features = True
     # Whether theta's own steps act in the environment, too.
     theta_acts = False
 
@@ -87,9 +97,18 @@ class ShortcutAgent(Agent):
         settings: ShortcutSettings | None = None,
         *,
         critic: Critic | Reward | None = None,
+        features: FeatureExtractor | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(env, denoiser, settings, **arguments)
+        if features is not None:
+            check_extractor("features", features)
+            if not is_image(self.mdp.shape):
+                raise ValueError(
+                    f"features are for images; samples of shape {tuple(self.mdp.shape)} are "
+                    "compared as they are: give none."
+                )
+        self._features = features
         optimizer, execution = self.settings.optimizer, self.settings.execution
         self.policy = self._new_policy().to(self.device)
         self.optimizer = adam(self.policy.trained(), optimizer.betas)
@@ -319,12 +338,19 @@ class ShortcutAgent(Agent):
         of_last = "" if self.returned == LAST else f", of the last average {last}"
         return f"Returned: {what}. Energy distance: {returned}, of what was given {given}{of_last}."
 
+    @property
+    def _compared(self) -> str:
+        """What is compared with data."""
+        return "samples" if self._features is None else self._features.name
+
     def _interval(self) -> int:
         """Return the rounds of theta between two looks; 0 if there are none."""
         looks, moving = self.settings.held_out.looks, self.planned - self.settings.critic_rounds
         # What follows a reward goes where that leads.
-        compares = looks and isinstance(self.critic, IPMCritic) and moving < math.inf
-        return int(max(moving, 0)) // looks if compares else 0
+        compares = isinstance(self.critic, IPMCritic) and bool(looks) and moving < math.inf
+        if not compares or (self._features is None and is_image(self.mdp.shape)):
+            return 0
+        return int(max(moving, 0)) // looks
 
     def _look(self, last: bool) -> Tensor:
         """Compare the averaged sampler with data; choose after the last round. Return D, 0-d."""
@@ -342,7 +368,8 @@ class ShortcutAgent(Agent):
         if part not in self._held_out:
             settings, seed = self.settings, 2 * self.seed + part
             at_once = settings.n_critic * settings.batch_size  # as when it acts
-            self._held_out[part] = HeldOut(self.mdp, settings.held_out.size, at_once, seed)
+            size = settings.held_out.size
+            self._held_out[part] = HeldOut(self.mdp, size, at_once, seed, self._features)
         return self._held_out[part].shares(self.averaged.module)
 
     def report(self) -> Report:
@@ -375,7 +402,7 @@ class ShortcutAgent(Agent):
             **kept,
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict(),
-            "looks": self._looks.state(),
+            "looks": {**self._looks.state(), "compared": self._compared},
             "log_std": self._deviations(),
             "heads": [head.state_dict() for head in self._heads()],
         }
@@ -389,9 +416,10 @@ class ShortcutAgent(Agent):
                 parameter.copy_(value)
         if self.replay is not None:
             self.replay.load_state(state.get("replay", {}), self.device)
-        # Files from before there were looks have none.
-        if "looks" in state:
-            self._looks.load_state(state["looks"])
+        # Distances in other features are none to compare with; older files have no looks.
+        looks = state.get("looks", {})
+        if looks.get("compared") == self._compared:
+            self._looks.load_state(looks)
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)

@@ -20,6 +20,7 @@ from ...common.distributed import Processes
 from ...common.optimisation import TrainingDivergedError
 from ...common.shapes import is_vector
 from ...critics.metrics.evaluation import NOISE_SEED, Evaluation
+from ...critics.metrics.features import FeatureExtractor
 from ...envs import DiffusionMDP
 from ..reports.console import console, print_results
 from ..reports.features import features_for, real_distances
@@ -99,9 +100,7 @@ class Run:
         console.out(f"Curves: tensorboard --logdir {shlex.quote(str(self.folder.path.parent))}")
         self.evaluation = self.features = None
         if self.processes.first:
-            self.features = features_for(
-                self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
-            )
+            self.features = self._new_features()
             self.evaluation = Evaluation(
                 self.mdp.target,
                 run.evaluation_samples,
@@ -109,6 +108,9 @@ class Run:
                 real_distances,
                 self.mdp.conditional,
             )
+        self.processes.wait()  # for features that the first may have trained
+        if AGENTS[run.agent].takes_features and not self.processes.first:
+            self.features = self._new_features()
         if not AGENTS[run.agent].needs_denoiser:
             agent, before = self.clone(), None
         else:
@@ -119,6 +121,12 @@ class Run:
             agent = self.finetune()
             before = self._cloned(self.mdp.device)
         return self.report(before, agent) if self.processes.first else {}
+
+    def _new_features(self) -> FeatureExtractor | None:
+        run = self.settings.run
+        return features_for(
+            self.mdp.target, inception_weights=run.inception_weights, data_dir=run.data_dir
+        )
 
     # -- stages --------------------------------------------------------------------------------
 

@@ -266,6 +266,8 @@ class Learn:
             settings |= {"solver_options": dict(options)} if options else {}
         if kind.takes_tableau and sampler.tableau is not None:
             settings["tableau"] = sampler.tableau  # a learned one, perhaps
+        if kind.takes_features:
+            settings["features"] = world.features
         return kind.for_environment(
             world.mdp(
                 sampler.denoiser.process, sampler.schedule, conditional=sampler.denoiser.waits_for

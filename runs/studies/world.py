@@ -16,6 +16,7 @@ from ...agents.selection import coordinate_errors
 from ...agents.solvers import make_solver
 from ...common.conditions import Conditional, kind_of
 from ...critics.metrics.evaluation import Evaluation
+from ...critics.metrics.features import FeatureExtractor
 from ...envs import DiffusionMDP, Schedule, Target, make_target
 from ...envs.mdp import no_reward
 from ...envs.processes import NoiseProcess, make_process
@@ -86,13 +87,17 @@ class World:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The metrics of the distance to the data."""
+        samples = self.settings.evaluation_samples or self.scoring.samples
+        conditional = self.scoring.conditional
+        return Evaluation(self.target, samples, self.features, real_distances, conditional)
+
+    @cached_property
+    def features(self) -> FeatureExtractor | None:
+        """What images are compared in."""
         given = self.settings
-        features = features_for(
+        return features_for(
             self.target, inception_weights=given.inception_weights, data_dir=given.data_dir
         )
-        samples = given.evaluation_samples or self.scoring.samples
-        conditional = self.scoring.conditional
-        return Evaluation(self.target, samples, features, real_distances, conditional)
 
     def mdp(
         self,
