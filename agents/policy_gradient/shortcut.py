@@ -31,7 +31,8 @@ from ..samplers.tableau import Tableau
 from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
 from .execution import Execution, as_executed
-from .looks import EARLIER, GIVEN, LAST, HeldOut, Looks
+from .held_out import HeldOut
+from .looks import Looks
 from .replay import Replay
 from .settings import (
     CriticAndBaselineSettings,
@@ -40,12 +41,6 @@ from .settings import (
     SFTVSettings,
     ShortcutSettings,
 )
-
-_RETURNED = {
-    LAST: "the last average",
-    EARLIER: "the average after round {}, from where on samples went away from the data",
-    GIVEN: "the sampler as it was given, from where samples only went away from the data",
-}
 
 
 class ShortcutAgent(Agent):
@@ -329,14 +324,7 @@ class ShortcutAgent(Agent):
     @property
     def verdict(self) -> str:
         """One sentence on what is returned, and why; empty where nothing was compared."""
-        if not self.errors:
-            return ""
-        if "returned" not in self.errors:
-            return "Training is not over; nothing was chosen yet."
-        what = _RETURNED[self.returned].format(self._looks.round)
-        returned, given, last = (f"{self.errors[name]:.2e}" for name in ("returned", GIVEN, LAST))
-        of_last = "" if self.returned == LAST else f", of the last average {last}"
-        return f"Returned: {what}. Energy distance: {returned}, of what was given {given}{of_last}."
+        return self._looks.verdict
 
     @property
     def _compared(self) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 from fewstep.agents import SFT, SFTPG, SFTV, Denoiser
 from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.policy_gradient import looks as choice
-from fewstep.agents.policy_gradient.looks import CHOOSING, CONFIRMING, HeldOut, Looks
+from fewstep.agents.policy_gradient.held_out import HeldOut
+from fewstep.agents.policy_gradient.looks import CHOOSING, CONFIRMING, Looks
 from fewstep.common.optimisation import Averaged, adam
 from fewstep.envs import make_mdp
 
