@@ -404,10 +404,11 @@ class ShortcutAgent(Agent):
                 parameter.copy_(value)
         if self.replay is not None:
             self.replay.load_state(state.get("replay", {}), self.device)
-        # Distances in other features are none to compare with; older files have no looks.
-        looks = state.get("looks", {})
-        if looks.get("compared") == self._compared:
-            self._looks.load_state(looks)
+        # Older files have no looks.
+        if (looks := state.get("looks")) is not None:
+            # With a distance in other features there is nothing to compare.
+            same = looks["compared"] == self._compared
+            self._looks.load_state(looks if same else {**looks, "nearest": None, "least": None})
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)
