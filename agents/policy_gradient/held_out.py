@@ -57,7 +57,10 @@ class HeldOut:
         for rows in torch.arange(self._size, device=self._mdp.device).split(self._at_once):
             condition = None if under is None else under[rows]
             played.append(self._mdp.rollout(policy, len(rows), generator, condition=condition))
-        return self._to_real.shares(*self._seen(torch.cat(played), under))
+        samples = torch.cat(played)
+        if not samples.isfinite().all():  # of which an extractor would complain
+            return torch.full((self._size,), torch.nan, dtype=torch.float64)
+        return self._to_real.shares(*self._seen(samples, under))
 
     def _seen(self, samples: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return what is compared, and the conditions where it is."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...common.optimisation import Averaged, adam, learning_rate, set_learning_rate
 from ...common.shapes import is_image
 from ...critics import IPMCritic, RewardCritic
-from ...critics.metrics.features import FeatureExtractor, check_extractor
+from ...critics.metrics.features import FeatureExtractor, check_extractor, check_takes
 from ...envs.mdp import DiffusionMDP, Reward
 from ..base import MEASURED, Agent
 from ..denoisers.denoiser import Denoiser
@@ -66,7 +66,7 @@ class ShortcutAgent(Agent):
 
     Raises:
         TypeError: features that are no extractor.
-        ValueError: features for samples that are no images.
+        ValueError: features for samples that are no images, or for images of another shape.
 
     Attributes:
         critic: f and V.
@@ -103,6 +103,7 @@ class ShortcutAgent(Agent):
                     f"features are for images; samples of shape {tuple(self.mdp.shape)} are "
                     "compared as they are: give none."
                 )
+            check_takes(features, self.mdp.shape)
         self._features = features
         optimizer, execution = self.settings.optimizer, self.settings.execution
         self.policy = self._new_policy().to(self.device)

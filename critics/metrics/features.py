@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,17 @@ def check_extractor(name: str, extractor: object) -> None:
         raise TypeError(
             f"{name} must be a feature extractor, which is called and has a name, as "
             f"ClassifierFeatures is one, got {given(extractor)}."
+        )
+
+
+def check_takes(extractor: Any, shape: Sequence[int]) -> None:
+    """Raise ValueError for an extractor that says that it takes samples of another shape."""
+    wanted = getattr(extractor, "shape", None)
+    if wanted is not None and tuple(wanted) != tuple(shape):
+        name = getattr(extractor, "name", type(extractor).__name__)
+        raise ValueError(
+            f"The features {name!r} are of samples of shape {tuple(wanted)}, these have "
+            f"{tuple(shape)}."
         )
 
 

@@ -14,8 +14,8 @@ from fewstep.agents.denoisers.networks import ResidualMLP
 from fewstep.agents.policy_gradient import looks as choice
 from fewstep.agents.policy_gradient.held_out import HeldOut
 from fewstep.agents.policy_gradient.looks import CHOOSING, CONFIRMING, Looks
-from fewstep.common.optimisation import Averaged, adam
-from fewstep.envs import make_mdp
+from fewstep.common.optimisation import Averaged, TrainingDivergedError, adam
+from fewstep.envs import make_mdp as make_mdp_of
 
 numeric = pytest.mark.numeric
 SHARES = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -199,7 +199,7 @@ class Brightness:
 
 def test_images_are_compared_in_features_or_not_at_all(leaving, tmp_path):
     leaving(SFT, 0)
-    mdp = make_mdp("Digits", steps=2)
+    mdp = make_mdp_of("Digits", steps=2)
     settings = {**FEW, "rounds": 3, "width": 4}
 
     def made(features):
@@ -231,6 +231,29 @@ def test_features_that_do_not_fit_are_refused(make_mdp, make_denoiser):
         SFT(make_mdp(), make_denoiser(), features=Brightness())
     with pytest.raises(TypeError, match="features must be a feature extractor"):
         SFTPG(make_mdp(), make_denoiser(), features=3)
+    mdp, large = make_mdp_of("Digits", steps=2), Brightness()
+    large.shape = (1, 28, 28)
+    body = ResidualMLP(mdp.shape, hidden=8, blocks=1)
+    with pytest.raises(ValueError, match="'brightness' are of samples of shape"):
+        SFT(mdp, Denoiser(body, mdp.process, "sample"), features=large)
+
+
+def test_a_sampler_that_ran_away_is_called_diverged(monkeypatch):
+    """Not images that an extractor does not take."""
+    monkeypatch.setattr(SFT, "improve", run_away)
+    mdp = make_mdp_of("Digits", steps=2)
+    body = ResidualMLP(mdp.shape, hidden=8, blocks=1)
+    denoiser = Denoiser(body, mdp.process, "sample")
+    agent = SFT(mdp, denoiser, features=Brightness(), **{**FEW, "rounds": 3, "width": 4})
+    with pytest.raises(TrainingDivergedError, match="held_out_error"):
+        agent.learn()
+
+
+def run_away(agent, _trajectories):
+    with torch.no_grad():
+        for weight in agent.averaged.module.denoiser.parameters():
+            weight.mul_(torch.inf)
+    return {"train/policy_loss": torch.zeros(()), "train/grad_norm": torch.zeros(())}
 
 
 class Ends:
@@ -253,7 +276,7 @@ class Ends:
 @numeric
 @pytest.mark.parametrize("conditional", [False, True])
 def test_only_the_distribution_of_the_data_is_near(conditional):
-    mdp = make_mdp("Digits", steps=2, conditional=conditional)
+    mdp = make_mdp_of("Digits", steps=2, conditional=conditional)
     wrong = [Ends(mdp.target, shift=0.2)] + ([Ends(mdp.target, others=1)] if conditional else [])
     # In pieces as in one.
     for at_once in (100, 400):

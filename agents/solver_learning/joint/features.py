@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....common.arguments import given
 from ....common.shapes import is_image
-from ....critics.metrics.features import NetworkFeatures
+from ....critics.metrics.features import NetworkFeatures, check_takes
 
 # Samples as far away come of a table that diverges; their cubes still fit into float32.
 _RAN_AWAY = 1e12
@@ -63,12 +63,7 @@ class SampleFeatures:
             extractor.to(device)
         probe = torch.linspace(-0.5, 0.5, 2 * torch.Size(shape).numel(), device=device)
         probe = probe.view(2, *shape).requires_grad_()
-        wanted = getattr(extractor, "shape", None)
-        if wanted is not None and tuple(wanted) != tuple(shape):
-            raise ValueError(
-                f"The features {self.name!r} are of samples of shape {tuple(wanted)}, these have "
-                f"{tuple(shape)}."
-            )
+        check_takes(extractor, shape)
         try:
             with torch.enable_grad():
                 found = self._asked(probe)
