@@ -61,7 +61,7 @@ class Looks:
     @property
     def begun(self) -> bool:
         """Whether there is a sampler to compare with."""
-        return self._least is not None
+        return self._nearest.weights is not None
 
     @property
     def verdict(self) -> str:
@@ -76,16 +76,19 @@ class Looks:
         return f"Returned: {what}. Energy distance: {returned}, of what was given {given}{of_last}."
 
     def begin(self) -> None:
-        """Look at the sampler as it was given, before it moves."""
-        self.returned, self.errors = LAST, {GIVEN: float(self._distances(CONFIRMING).mean())}
-        self._keep(self._distances(CHOOSING), None)
+        """Remember the sampler as it was given, before it moves."""
+        self.returned, self.errors, self.round = LAST, {}, None
+        self._nearest.take()
 
     def look(self, rounds: int) -> Tensor:
         """Look at the averaged sampler after so many rounds; return its shares."""
+        if self._least is None:  # the first time at the given one, too
+            self._least = self._of_nearest(CHOOSING)
+            self.errors[GIVEN] = float(self._of_nearest(CONFIRMING).mean())
         now = self._distances(CHOOSING)
-        assert self._least is not None
         if self._agree(float(now.mean()) < float(self._least.mean())):
-            self._keep(now, rounds)
+            self._nearest.take()
+            self._least, self.round = now, rounds
         return now
 
     def finish(self, now: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -99,7 +102,7 @@ class Looks:
         self.errors |= {LAST: float(last.mean()), "returned": float(last.mean())}
         assert self._least is not None
         if self._agree(is_better(self._least, now, by_lead=False)):
-            nearest = self._confirmed()
+            nearest = self._of_nearest(CONFIRMING)
             if self._agree(is_better(nearest, last, by_lead=False)):
                 self._nearest.give_back(optimizer)
                 self.returned = GIVEN if self.round is None else EARLIER
@@ -125,15 +128,11 @@ class Looks:
     def _snapshot(self) -> Snapshot:
         return Snapshot(self._averaged.module, self._averaged.live)
 
-    def _keep(self, shares: Tensor, rounds: int | None) -> None:
-        self._nearest.take()
-        self._least, self.round = shares, rounds
-
-    def _confirmed(self) -> Tensor:
-        """Return the nearest sampler's shares on the second set; the last one is there again."""
-        end = self._snapshot()
-        end.take()
+    def _of_nearest(self, part: int) -> Tensor:
+        """Return the shares of the nearest sampler; the averaged one is as it was again."""
+        now = self._snapshot()
+        now.take()
         self._nearest.show()
-        shares = self._distances(CONFIRMING)
-        end.show()
+        shares = self._distances(part)
+        now.show()
         return shares

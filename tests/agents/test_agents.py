@@ -457,8 +457,7 @@ def test_nfe_is_counted_in_network_calls(kind, make_agent, count_calls):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_timesteps_are_the_calls_that_training_acts_with(kind, make_agent, count_calls):
-    # Looking at held-out samples is no acting.
-    agent = make_agent(kind, **({} if kind.startswith("cloning") else {"looks": 0}))
+    agent = make_agent(kind)
     calls = count_calls(agent.denoiser.body)
     agent.train_round()
     assert agent.num_timesteps == agent.timesteps_per_round
