@@ -132,7 +132,8 @@ class Looks:
         """Return the shares of the nearest sampler; the averaged one is as it was again."""
         now = self._snapshot()
         now.take()
-        self._nearest.show()
-        shares = self._distances(part)
-        now.show()
-        return shares
+        try:
+            self._nearest.show()
+            return self._distances(part)
+        finally:
+            now.show()

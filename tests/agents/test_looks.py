@@ -88,6 +88,21 @@ def test_processes_that_train_together_return_the_same():
     assert looks.returned == "last"
 
 
+def test_a_look_that_fails_leaves_the_average_as_it_was():
+    live = nn.Linear(1, 1, bias=False)
+    averaged = Averaged(live, 0.5)
+
+    def fail(part):
+        raise KeyboardInterrupt
+
+    looks = Looks(averaged, fail, bool)
+    looks.begin()
+    nn.init.constant_(averaged.module.weight, 7.0)
+    with pytest.raises(KeyboardInterrupt):
+        looks.look(1)
+    assert averaged.module.weight.item() == 7.0
+
+
 @pytest.mark.parametrize("kind", [SFT, SFTPG, SFTV])
 def test_looking_changes_no_training(kind, make_mdp, make_denoiser, monkeypatch):
     monkeypatch.setattr(choice, "is_better", lambda *_, **__: False)
