@@ -1,8 +1,9 @@
-"""What every test shares: how many threads a test process may take."""
+"""What every test shares: the threads that a test process may take, and its random numbers."""
 
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +12,34 @@ import pytest
 # This stands before any test imports torch, which reads the variable once.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a person try other random numbers than the suite's own."""
+    parser.addoption("--seed", type=int, default=0, help="of the tests' global random numbers")
+
+
+def _seed(config: pytest.Config) -> None:
+    import numpy
+    import torch
+
+    seed = config.getoption("--seed")
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002 - libraries draw from it
+    torch.manual_seed(seed)
+
+
+# A network that a test does not seed itself is the same in each run: what passes once passes again.
+# Modules are seeded, too, as they make what their tests are parametrised by.
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Give each module the same random numbers, whatever was collected before it."""
+    _seed(collector.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give each test the same random numbers, its fixtures included, whatever ran before it."""
+    _seed(item.config)
 
 
 @pytest.fixture
