@@ -61,13 +61,16 @@ def test_another_solver_leaves_the_preset_s_options():
 
 
 @pytest.mark.parametrize("name", SOLVER_PRESETS)
-def test_a_published_preset_is_the_same_on_images_but_for_its_batches(name):
+def test_a_published_preset_is_the_same_on_images_but_for_batches_and_features(name):
     theirs, here = preset("SwissRoll", "solver", name).agent, preset("MNIST", "solver", name).agent
     told = SolverLearning.Settings().replace(**here)
     # Adam takes one batch a step, so that more of them cost it little.
     many = {"batches": 8} if told.descent.optimizer == "adam" else {"rounds": 6}
-    assert here == {**theirs, "batch_size": 50, **many}
+    # The kernel distance is one of features wherever there are some.
+    seen = {"compared": "features"} if told.loss.distance == "kid" else {}
+    assert here == {**theirs, "batch_size": 50, **many, **seen}
     assert told.batch_size == 50
+    assert preset("Digits", "solver", name).agent == {**theirs, **seen}
 
 
 def test_an_environment_of_one_s_own_has_no_presets(make_mdp, make_denoiser):
