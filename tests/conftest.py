@@ -6,7 +6,12 @@ import os
 import random
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples in each run, as of all else that is random here.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # Each worker of pytest-xdist has a core of its own: more threads would wait for each other.
 # This stands before any test imports torch, which reads the variable once.

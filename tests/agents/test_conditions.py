@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from norms import assert_close_by_norm
 from torch import nn
 
 from fewstep.agents import (
@@ -47,7 +48,8 @@ from fewstep.envs import (
 from fewstep.envs import make_mdp as make_named
 from fewstep.envs.mdp import no_reward
 
-pytestmark = pytest.mark.numeric
+# A fit on few noises may be of no use, and says so.
+pytestmark = [pytest.mark.filterwarnings("ignore:Distillation made"), pytest.mark.numeric]
 
 PROCESS = DiscreteVP.linear(100)
 CLASSES, CAPTION = Classes(3), "red dot"
@@ -608,12 +610,9 @@ def test_distilling_on_a_guided_view_is_distilling_on_the_network_made_by_hand(c
         DODE(make_mdp(conditional=False), each, solver="ddim", batch_size=32, batches=4).learn()
         for each in pair(condition)
     ]
-    torch.testing.assert_close(
-        torch.tensor(agents[0].tableau.weights),
-        torch.tensor(agents[1].tableau.weights),
-        rtol=1e-2,
-        atol=1e-3,
-    )
+    # Of what was fitted: what is returned may be the given table with both.
+    fitted = [np.concatenate(agent.lambdas) for agent in agents]
+    np.testing.assert_allclose(*fitted, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("condition", [1, pytest.param(CAPTION, marks=pytest.mark.slow)])
@@ -672,8 +671,8 @@ def test_variances_of_a_guided_view_are_those_of_the_network_made_by_hand(kind, 
     for each in pair(condition):
         VarianceLearning(make_mdp(conditional=False), each, kind=kind, **few).learn()
         head = each.head.state_dict().values() if each.head is not None else [each.gamma]
-        learned.append(torch.cat([part.flatten().double() for part in head]))
-    torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-4)
+        learned.append([part.double() for part in head])
+    assert_close_by_norm(*learned, rtol=5e-4)
 
 
 FRESH = {

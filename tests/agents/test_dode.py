@@ -15,7 +15,8 @@ from torch import nn
 
 from fewstep.agents import DODE, CheckpointError, Denoiser, SolverPolicy, Tableau
 from fewstep.agents.denoisers.exact import mixture as exact_mixture
-from fewstep.agents.solver_learning.distillation.fit import GRID, final_error
+from fewstep.agents.selection import is_better
+from fewstep.agents.solver_learning.distillation.fit import GRID, final_error, noise_errors
 from fewstep.agents.solver_learning.distillation.forms import directions, distilled
 from fewstep.agents.solvers import make_solver
 from fewstep.envs import (
@@ -117,14 +118,15 @@ def test_learn_does_what_is_planned(solver, refine):
         assert_same_tables(agent.tableau, table)
     if solver == "heun":
         return  # six steps on this grid: the base is as good as what twenty noises can teach it
-    # It helps, on other noise too, against the ODE itself.
+    # It does no harm, on other noise too, against the ODE itself: to five standard errors.
     noise, exact = fine_samples()
 
-    def error(table):
-        return float((table.sample(DENOISER, noise) - exact).square().mean())
+    def errors(table):
+        return (table.sample(DENOISER, noise) - exact).square().mean(1).double()
 
-    assert error(agent.tableau) <= error(agent.base)
-    assert (error(agent.tableau) == error(agent.base)) == (agent.returned == "given")
+    change = errors(agent.tableau) - errors(agent.base)
+    assert float(change.mean()) <= 5 * float(change.std()) / math.sqrt(len(change))
+    assert bool(change.any()) == (agent.returned != "given")
 
 
 @pytest.mark.parametrize(
@@ -179,8 +181,9 @@ def test_same_seed_same_table(settings):
         agents.append(trained(seed=3, **settings))
     assert_same_tables(*(agent.tableau for agent in agents))
     assert agents[0].errors == agents[1].errors
+    # What is returned may be the given table with either seed.
     other = trained(seed=4, **settings)
-    assert not np.array_equal(other.tableau.weights, agents[0].tableau.weights)
+    assert not np.array_equal(np.concatenate(other.lambdas), np.concatenate(agents[0].lambdas))
 
 
 @pytest.mark.parametrize("settings", [SMALL, {**LONGER, "batches": 2}])
@@ -215,7 +218,12 @@ def test_the_refinement_never_does_harm_on_held_out_noise(solver):
         final_error(table, DENOISER, held_out)
         for table in (greedy_table(agent), agent.tableau, agent.base)
     )
-    assert refined <= greedy and refined <= given
+    assert refined <= given
+    # A fit that is no better than what was given, but by chance, is no start of the refinement.
+    base, fit = (
+        noise_errors(table, DENOISER, held_out) for table in (agent.base, greedy_table(agent))
+    )
+    assert refined <= greedy or not is_better(fit, base)
     assert agent.errors["returned"] == agent.errors[agent.returned]
     assert agent.errors["returned"] == final_error(agent.tableau, DENOISER, reported)
     # What judges takes no part in the fit: as many batches more, and a quarter as many noises.

@@ -179,7 +179,7 @@ def test_a_stage_two_of_no_use_leaves_the_network_as_it_was():
         denoiser,
         solver="ddim",
         start="environment",
-        tuning_learning_rate=0.3,
+        tuning_learning_rate=3,
         **{**FEW, "schedule_rounds": 0, "tuning_rounds": 60, "tuning_batch_size": 30},
     )
     agent.learn()
@@ -397,7 +397,7 @@ def test_a_programme_that_sees_the_end_leaves_the_noisy_levels_alone():
         torch.Generator().manual_seed(1),
     ):
         assert len(levels) == 10 and (levels.diff() < 0).all()
-        assert int((levels > 10).sum()) <= 4
+        assert int((levels > 10).sum()) <= 5
 
 
 def test_how_many_trajectories_are_stored_does_not_change_what_the_programme_finds(monkeypatch):

@@ -828,16 +828,17 @@ def test_too_few_calls_are_refused():
 def test_a_single_jump_of_a_consistency_model_is_learned():
     """It adds no noise: one call has a factor and a weight to learn, and a teacher."""
     two = world(Schedule(EDM, [80.0, 0.002]))
-    settings = {**SMALL, "batch_size": 50, "learn_times": False, "rounds": 2}
+    settings = {**SMALL, "batch_size": 200, "learn_times": False, "rounds": 2}
     agent = SolverLearning(two, known()[0], solver="consistency", **settings).learn()
     assert agent.returned != "given"
-    assert agent.losses["returned"] < agent.losses["given"] / 2
+    assert agent.losses["returned"] < 0.6 * agent.losses["given"]  # .42 to .47 with six seeds
 
 
 @pytest.mark.filterwarnings("ignore:Solver learning made:UserWarning")
 def test_a_teacher_no_better_than_the_student_is_said():
     """Euler's steps, as many as the student's, have nothing to teach to a linear multistep."""
-    settings = {**ADAM, "teacher": "euler", "scale": 1, "check_teacher": True, "rounds": 1}
+    settings = {**ADAM, "teacher": "euler", "scale": 1, "check_teacher": True}
+    settings |= {"rounds": 1, "batch_size": 200}  # 1.2 times as much and more, with six seeds
     agent = SolverLearning(world(), known()[0], solver="ipndm", **settings)
     with pytest.warns(UserWarning, match=r"The teacher euler of 6 calls is no better than ipndm-4"):
         agent.learn()

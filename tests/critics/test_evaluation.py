@@ -91,16 +91,16 @@ def test_evaluate_is_the_evaluation_with_the_floors_and_the_cost():
 
 def test_arrays_are_compared_with_one_half_of_real_arrays():
     source = torch.Generator().manual_seed(0)
-    real, ours = torch.randn(400, 2, generator=source), torch.randn(100, 2, generator=source)
+    real, ours = torch.randn(4000, 2, generator=source), torch.randn(1000, 2, generator=source)
     report = evaluate((ours + 1).numpy(), real.numpy())
     assert report["sliced_wasserstein"].value == pytest.approx(
-        sliced_wasserstein(ours + 1, real[::2][:100]), rel=1e-6
+        sliced_wasserstein(ours + 1, real[::2][:1000]), rel=1e-6
     )
     # A shift by (1, 1) in root mean square over the directions.
     assert report["sliced_wasserstein_fresh"].value == pytest.approx(1, rel=0.2)
     assert report["mmd"].value > 5 * report["mmd"].floor
     assert report["mmd"].floor < 3 * mmd(real[::2], real[1::2]) + 0.1
-    assert {score.samples for score in report.values()} == {100}
+    assert {score.samples for score in report.values()} == {1000}
 
 
 @pytest.mark.parametrize(

@@ -205,12 +205,15 @@ def test_spectral_norm_of_each_layer_is_one_and_a_reward_call_changes_nothing(sh
     network = make_critic(shape)
     critic = IPMCritic(network, "spectral-norm")
     real, fake, _ = batch(shape=shape)
-    for _ in range(100):  # power iteration needs some
+    # Power iteration needs some, and follows weights that go on learning at a distance.
+    for group in critic.optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(500):
         critic.update(real, fake)
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     for layer in layers:
         norm = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), ord=2)
-        assert float(norm) == pytest.approx(1, abs=0.05)
+        assert float(norm) == pytest.approx(1, abs=5e-3)
     before = copy.deepcopy(network.state_dict())
     assert torch.equal(critic(fake), critic(fake))
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
@@ -218,18 +221,28 @@ def test_spectral_norm_of_each_layer_is_one_and_a_reward_call_changes_nothing(sh
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 def test_training_separates_two_gaussians(regularizer):
-    critic = build(regularizer)
-    # The first gap is left out: it is of initial weights that were not clipped yet.
-    gaps = [critic.update(*batch(64, 64))["ipm_gap"] for _ in range(60)]
-    assert gaps[-1] > gaps[1]
+    # Clipped at the default .01, three layers leave next to nothing of f.
+    coefficient = 0.3 if regularizer == "weight-clip" else None
+    critic = build(regularizer, coefficient=coefficient, learning_rate=3e-3)
+    for _ in range(100):
+        critic.update(*batch(64, 64))
     real, fake, _ = batch(500, 500)
-    assert critic(real).mean() > critic(fake).mean()
+    f = critic(torch.cat([real, fake]))
+    assert f[:500].mean() - f[500:].mean() > f.std()
 
 
 def test_baseline_learns_the_expected_reward():
-    critic = build("none", learning_rate=0.0, baseline_learning_rate=1e-2)
-    losses = [critic.update(*batch(64, 64))["baseline_loss"] for _ in range(150)]
-    assert losses[-1] < 0.3 * losses[0]
+    """f = x + y of N(-1, I) is N(-2, 2), and half of its variance is known behind such noise."""
+    critic = IPMCritic(
+        Linear([1.0, 1.0]),
+        "none",
+        baseline=MLPBaseline((2,), K, hidden=16),
+        learning_rate=0.0,
+        baseline_learning_rate=1e-2,
+    )
+    losses = [float(critic.update(*batch(64, 256))["baseline_loss"]) for _ in range(200)]
+    assert losses[0] > 3 * K  # of V = 0 it would be 6
+    assert sum(losses[-20:]) / 20 == pytest.approx(K, rel=0.2)
     values = critic.value(torch.randn(K, 5, 2))
     assert values.shape == (K, 5)
 

@@ -186,7 +186,7 @@ def test_all_noise_of_an_even_rollout_is_spread_over_each_batch(mdp):
     recorder = Keeping()
     mdp.rollout(Jumping(), 150, rng(), recorder=recorder, groups=3, even=True)
     means = torch.stack(recorder.kept).unflatten(1, (3, 50)).mean(2)
-    assert means.abs().max() < 0.03  # by chance the standard deviation is 0.14 and more
+    assert means.abs().max() < 0.05  # by chance the standard deviation is 0.14 and more
     start = torch.distributions.Normal(0, 1).cdf(recorder.kept[0].unflatten(0, (3, 50)))
     assert torch.equal((50 * start).floor().sort(1)[0][0, :, 0], torch.arange(50.0))
 

@@ -39,7 +39,7 @@ def test_a_run_leaves_a_schedule_and_shows_it(learned):
     table = Tableau.load(learned / "tableau.json")
     np.testing.assert_array_equal(table.times, schedule.times)
     results = json.loads((learned / "results.json").read_text())
-    assert results["errors"]["learned"] < results["errors"]["given"]
+    assert results["errors"]["returned"] < results["errors"]["given"]
     np.testing.assert_allclose(results["levels"], schedule.times[:-1])
     mdp = build_mdp(Settings.from_json(learned / "config.json"))
     agent = ScheduleLearning.load(learned / "checkpoint.safetensors", mdp)

@@ -133,8 +133,11 @@ def test_resume_after_sigkill_gives_the_same_weights_bit_for_bit(tmp_path, fewst
         folder = wait_for_new_checkpoint(killed, process)
         time.sleep(moments.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        ended = process.wait()
         arguments = ["--resume", str(folder)]
+        if ended == 0:
+            break  # a fast machine was done meanwhile
+        assert ended == -signal.SIGKILL
     assert fewstep("train", *arguments) == 0
     (original,) = undisturbed.iterdir()
     for name in ("denoiser.safetensors", "checkpoint.safetensors"):
