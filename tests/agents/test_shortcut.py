@@ -320,7 +320,7 @@ def test_micro_batches_of_a_value_gradient_share_its_mean(make_v):
         agent.collect = lambda kept=trajectories: kept
         agent.train_round()
         gradients.append([weight.grad for weight in agent.denoiser.parameters()])
-    assert_close_by_norm(*gradients)
+    assert_close_by_norm(*gradients, rtol=1e-4)  # rounding alone makes 2e-6 to 2e-5
 
 
 def test_the_environment_pays_what_the_critic_says(make_pg, generator):
