@@ -268,8 +268,6 @@ _OF_SMALL_IMAGES: dict[str, Values] = {
     | ({"batches": 8} if values.get("optimizer") == "adam" else {"rounds": 6})
     for name, values in {"default": {}, **SOLVER_PRESETS}.items()
 }
-# The paper's distance is one of features; that of pixels does not see what a picture shows.
-_OF_SMALL_IMAGES["ddss"]["compared"] = "features"
 _COLOURED = ("CIFAR10", "CelebA64", "ImageFolder")
 # The preset with a small critic of its own, where the default one judges with a denoiser.
 SMALL_CRITIC = "small-critic"
@@ -323,7 +321,6 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
     ("Moons", "dmd", "default"): _TOY_DMD,
     ("GaussianCluster", "dmd", "default"): {**_TOY_DMD, "rounds": 200},
     ("Digits", "dmd", "default"): _DIGITS_DMD,
-    ("Digits", "solver", "ddss"): {**SOLVER_PRESETS["ddss"], "compared": "features"},
     **{(env, "sft-pg", "default"): {**_IMAGES_SFT_PG, "rounds": 1000} for env in _COLOURED},
     # Found on MNIST, tried on a folder of small colour pictures, and on neither CIFAR-10 nor faces.
     **{(env, "sft", "default"): _SMALL_IMAGES_SFT for env in _COLOURED},
@@ -332,6 +329,13 @@ FINE_TUNING: dict[tuple[str, str, str], Values] = {
         (env, "solver", name): values
         for env in ("MNIST", "FashionMNIST", *_COLOURED)
         for name, values in _OF_SMALL_IMAGES.items()
+    },
+    # The paper's distance is one of features; that of pixels does not see what a picture shows.
+    # Where all images have labels, a classifier's are at hand.
+    ("Digits", "solver", "ddss"): {**SOLVER_PRESETS["ddss"], "compared": "features"},
+    **{
+        (env, "solver", "ddss"): {**_OF_SMALL_IMAGES["ddss"], "compared": "features"}
+        for env in ("MNIST", "FashionMNIST", "CIFAR10")
     },
 }
 

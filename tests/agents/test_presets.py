@@ -66,11 +66,12 @@ def test_a_published_preset_is_the_same_on_images_but_for_batches_and_features(n
     told = SolverLearning.Settings().replace(**here)
     # Adam takes one batch a step, so that more of them cost it little.
     many = {"batches": 8} if told.descent.optimizer == "adam" else {"rounds": 6}
-    # The kernel distance is one of features wherever there are some.
+    # The kernel distance is one of features wherever there are some for certain.
     seen = {"compared": "features"} if told.loss.distance == "kid" else {}
     assert here == {**theirs, "batch_size": 50, **many, **seen}
     assert told.batch_size == 50
     assert preset("Digits", "solver", name).agent == {**theirs, **seen}
+    assert preset("ImageFolder", "solver", name).agent == {**theirs, "batch_size": 50, **many}
 
 
 def test_an_environment_of_one_s_own_has_no_presets(make_mdp, make_denoiser):

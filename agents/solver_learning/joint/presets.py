@@ -56,8 +56,8 @@ SOLVER_PRESETS: dict[str, dict[str, Any]] = {
     "s4s": {**_S4S, "learn_times": False},
     # S4S-Alt: by turns with the times themselves.
     "s4s-alt": {**_S4S, "alternate": 20},
-    # Watson et al. 2022: all numbers of a sampler, by the kernel distance to data, of images in
-    # features (see `fewstep.agents.presets`); without noise.
+    # Watson et al. 2022: all numbers of a sampler, by the kernel distance to data, of images with
+    # labels in features (see `fewstep.agents.presets`); without noise.
     "ddss": {
         **_ADAM,
         "solver": "ddim",
