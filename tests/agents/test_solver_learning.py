@@ -35,7 +35,7 @@ from fewstep.agents.solver_learning.joint.settings import (
 )
 from fewstep.agents.solver_learning.joint.slopes import EndObjective
 from fewstep.agents.solver_learning.joint.starts import Starts
-from fewstep.agents.solver_learning.scheduling.pool import Batch
+from fewstep.agents.solver_learning.scheduling.pool import Batch, joined
 from fewstep.agents.solvers import make_solver
 from fewstep.common.checkpoint import CheckpointError
 from fewstep.critics import ClassifierFeatures
@@ -533,6 +533,49 @@ def test_distances_of_distributions_go_through_parts(distance, case, monkeypatch
         slopes.append(objective.slope(denoiser, parameters, [Batch(noise, goal, goal)]))
     for name, value in slopes[0].gradient.items():
         torch.testing.assert_close(slopes[1].gradient[name], value, rtol=1e-9, atol=1e-12)
+
+
+@numeric
+def test_a_gradient_is_the_same_for_batches_that_are_joined(case, generator, monkeypatch):
+    """In their order, with their conditions, and in fewer batches of one size only."""
+    denoiser, family, parameters, *_ = case("smooth", "gs")
+    objective = EndObjective(family, EndLoss(LossSettings(), None, None))
+    shape, source = (4, 5, 2), generator(3)
+    noise, goal = (torch.randn(shape, generator=source, dtype=torch.float64) for _ in range(2))
+    apart = [Batch(x, y, y) for x, y in zip(noise, goal, strict=True)]
+    slopes = [objective.slope(denoiser, parameters, each) for each in (apart, joined(apart))]
+    assert [len(slope.rollouts) for slope in slopes] == [4, 1]
+    assert slopes[1].loss == pytest.approx(slopes[0].loss, rel=1e-12)
+    for name, value in slopes[0].gradient.items():
+        torch.testing.assert_close(slopes[1].gradient[name], value, rtol=1e-10, atol=1e-13)
+    asked = [batch._replace(condition=torch.full((5,), i)) for i, batch in enumerate(apart)]
+    where = "fewstep.agents.solver_learning.scheduling.pool.JOINED_NUMBERS"
+    for most, sizes in ((10**6, [20]), (39, [10, 10]), (9, [5] * 4)):
+        monkeypatch.setattr(where, most)
+        found = joined(asked)
+        assert [len(batch.noise) for batch in found] == sizes
+        assert torch.equal(torch.cat([batch.noise for batch in found]), noise.flatten(0, 1))
+        conditions = torch.cat([batch.condition for batch in found])
+        assert torch.equal(conditions, torch.arange(4).repeat_interleave(5))
+
+
+def test_lbfgs_asks_small_samples_of_all_batches_together(monkeypatch):
+    """A distance of distributions is one of each batch, and adam takes one batch a round."""
+    asked, evaluate = [], Tableau.evaluate
+
+    def counted(self, denoiser, x, *rest):
+        asked.append(len(x))
+        return evaluate(self, denoiser, x, *rest)
+
+    mmd = {"distance": "mmd", "real_samples": 10}
+    for settings, rows in ((LBFGS, 40), ({**LBFGS, **mmd}, 20), (ADAM, 20)):
+        agent = SolverLearning(world(), known()[0], **{**settings, "start": "given"})
+        batches = agent.make_batches()
+        monkeypatch.setattr(Tableau, "evaluate", counted)
+        asked.clear()
+        agent._descent.update(agent._objective, agent.denoiser, batches[:2])
+        monkeypatch.setattr(Tableau, "evaluate", evaluate)
+        assert set(asked) == {rows}
 
 
 # ------------------------------------------------------------------------------------- the agent

@@ -12,7 +12,7 @@ from ....common.optimisation import TrainingDivergedError, frozen, learning_rate
 from ...denoisers.denoiser import Denoiser
 from ...samplers.tableau import Tableau
 from ..scheduling.descent import LEAST_GAP
-from ..scheduling.pool import Batch
+from ..scheduling.pool import Batch, joined
 from .ball import Ball
 from .family import FACTORS, SHIFTS, TIMES, WEIGHTS, Parameters, TableFamily
 from .settings import DescentSettings
@@ -152,6 +152,8 @@ class TableDescent:
     def _quasi_newton(
         self, objective: EndObjective, denoiser: Denoiser, batches: list[Batch]
     ) -> Slope:
+        if not objective.loss.coupled:
+            batches = joined(batches)
         names = self._turn()
         before = {name: value.detach().clone() for name, value in self.live.items()}
         lbfgs = torch.optim.LBFGS(

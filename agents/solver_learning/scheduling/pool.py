@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,10 @@ from ....common.portions import portions
 from ....envs import DiffusionMDP, Schedule
 from ...denoisers.denoiser import Denoiser
 from ..distillation.teacher import Teacher
+
+# Batches are joined up to so many numbers of noise. Where samples are small, the operations around
+# a network cost more than it does, and they are as many for a thousand samples as for one.
+JOINED_NUMBERS = 2**16
 
 
 class Batch(NamedTuple):
@@ -34,6 +38,19 @@ class Batch(NamedTuple):
         """Yield the batch in parts of so many samples."""
         for parts in portions(self, size):
             yield Batch(*parts)
+
+
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the samples of batches of one size in fewer batches of one size, in their order."""
+    most = max(JOINED_NUMBERS // batches[0].noise.numel(), 1)
+    size = max(n for n in range(1, len(batches) + 1) if n <= most and len(batches) % n == 0)
+    groups = (batches[i : i + size] for i in range(0, len(batches), size))
+    return [_one(group) for group in groups]
+
+
+def _one(batches: Sequence[Batch]) -> Batch:
+    parts = (None if each[0] is None else torch.cat(each) for each in zip(*batches, strict=True))
+    return Batch(*parts)
 
 
 @dataclass
