@@ -24,6 +24,10 @@ from ..denoisers.denoiser import Denoiser
 _APART = 2**40
 
 
+class NoRepresentationError(ValueError):
+    """The body of a denoiser cannot judge, as it shows nothing of what it sees on the way."""
+
+
 class NoisedCritic(nn.Module):
     """Critic f(x_0) of noised samples, for `IPMCritic`.
 
@@ -39,7 +43,8 @@ class NoisedCritic(nn.Module):
         levels: least and greatest noise, sigma / alpha. Least noise shows grain, much hides shapes.
 
     Raises:
-        ValueError: a body without that, or noise levels between which the process has none.
+        NoRepresentationError: a body without that, a ValueError.
+        ValueError: noise levels between which the process has none.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class NoisedCritic(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(getattr(denoiser.body, "representation", None)):
-            raise ValueError(
+            raise NoRepresentationError(
                 f"{type(denoiser.body).__name__} has no `representation`, which a denoiser as "
                 "critic needs, as our networks for images and diffusers' U-Nets have: take "
                 "critic_network='own'."

@@ -8,6 +8,7 @@ from typing import Any
 from ...agents import AGENTS, Denoiser
 from ...agents.denoisers.bodies import new_denoiser
 from ...agents.finished_table import on_times_of
+from ...agents.policy_gradient.noised_critic import NoRepresentationError
 from ...agents.presets import SMALL_CRITIC, preset_names
 from ...common.distributed import Processes
 from ...common.optimisation import seeded
@@ -24,9 +25,6 @@ from ..settings.train import (
     defaults,
 )
 from .starting import starting_table
-
-# What a denoiser that cannot be a critic is refused with.
-_OWN_CRITIC = "critic_network='own'"
 
 # Settings of a denoiser that the run clones itself.
 CLONED = ("body", "body_options", "prediction")
@@ -93,8 +91,8 @@ def check(settings: Settings) -> DiffusionMDP:
         )
     try:
         AGENTS[run.agent](mdp, denoiser, settings.agent, **taken_up(run))
-    except ValueError as error:
-        if _OWN_CRITIC in str(error) and SMALL_CRITIC in preset_names(run.env, run.agent):
+    except NoRepresentationError as error:
+        if SMALL_CRITIC in preset_names(run.env, run.agent):
             error.args = (f"{error} Or take --preset {SMALL_CRITIC}, whose critic is such a one.",)
         raise
     return mdp

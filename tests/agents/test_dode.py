@@ -357,7 +357,10 @@ def test_a_changed_digit_is_refused_by_who_goes_on_from_it(tmp_path):
     assert_same_tables(DODE.load(path, world(), denoiser=DENOISER).tableau, agent.tableau)
 
 
-@pytest.mark.parametrize(("solver", "stops"), [("ddim", (1, 3, 7)), ("heun", (0, 3))])
+@pytest.mark.parametrize(
+    ("solver", "stops"),
+    [("ddim", (1, 3, 7)), pytest.param("heun", (0, 3), marks=pytest.mark.slow)],
+)
 def test_a_resumed_refinement_is_the_uninterrupted_one(solver, stops, tmp_path):
     settings = {**REFINED, "batches": 2}
     whole = DODE(world(), DENOISER, solver=solver, **settings)

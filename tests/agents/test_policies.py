@@ -47,6 +47,7 @@ def make_ppo(vec_env, policy_kwargs, **settings):
     return PPO(DenoiserPolicy, vec_env, policy_kwargs=policy_kwargs, **settings)
 
 
+@pytest.mark.slow
 def test_ppo_of_sb3_raises_the_reward_of_a_sampler(make_vec_env, parts):
     """The reward is minus the squared distance to (1, 1): -4 for noise, -25 for this network."""
     settings = {"learning_rate": 3e-3, "n_epochs": 4, "gamma": 1.0, "gae_lambda": 1.0}

@@ -137,6 +137,7 @@ def trained(tmp_path_factory) -> dict[int, list[dict[str, torch.Tensor]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_do_what_one_does_with_twice_the_batch(name, trained):
     (one,), (first, second) = trained[1], trained[2]

@@ -87,6 +87,7 @@ def test_a_schedule_brings_its_process(learned, tmp_path, fewstep):
     assert Denoiser.load(folder / "denoiser.safetensors").process == VE()
 
 
+@pytest.mark.slow
 def test_a_run_is_interrupted_in_either_stage_and_resumed(learned, tmp_path, fewstep, monkeypatch):
     common = [*AGENT, f"--denoiser={learned}", "--evaluation-samples=100"]
     assert fewstep("train", *common, f"--log-dir={tmp_path / 'whole'}") == 0

@@ -68,6 +68,7 @@ def test_evaluate_and_sample_use_the_run_s_tableau(distilled, tmp_path, fewstep)
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
 
 
+@pytest.mark.slow
 def test_refinement_is_interrupted_and_resumed(distilled, tmp_path, fewstep, monkeypatch):
     flags = ["--agent=dode", "--batches=1", "--refine=end-to-end", "--refine-steps=6"]
     common = [*flags, f"--denoiser={distilled}", "--evaluation-samples=500", "--evaluations=1"]

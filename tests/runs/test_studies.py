@@ -70,6 +70,7 @@ def records_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_study_of_solvers_runs_and_resumes(tmp_path, fewstep, shrink, learnt):
     grid = STUDIES["dode-align"].cells
     shrink("dode-align", envs=(MIXTURE,), scoring=Scoring(**QUICK))

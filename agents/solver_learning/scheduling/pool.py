@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ def joined(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _one(batches: Sequence[Batch]) -> Batch:
-    parts = (None if each[0] is None else torch.cat(each) for each in zip(*batches, strict=True))
+    parts: Iterator[Any] = (
+        None if each[0] is None else torch.cat(each) for each in zip(*batches, strict=True)
+    )
     return Batch(*parts)
 
 
