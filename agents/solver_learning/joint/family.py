@@ -88,7 +88,8 @@ class TableFamily:
         if learn.form == "noise":
             self._build, self._stack = (lambda schedule: in_noise_form(build(schedule))), None
         self.reference = self._build(given)
-        self._latest = given, self.reference
+        # Levels, and the times and the base solver's table there, that were asked for last.
+        self._latest = torch.empty(0), given, self.reference
         if self.reference.steps == 1 and not (learn.times or learn.factors or learn.weights):
             raise ValueError(
                 "Nothing is left to learn: the first network call is told its own level, and there "
@@ -163,9 +164,7 @@ class TableFamily:
 
     def schedule(self, parameters: Mapping[str, Tensor]) -> Schedule:
         """Return the times of the states."""
-        if self._map is None:
-            return self.given
-        return schedule_at(self.levels(parameters), self.given)
+        return self._base(parameters)[0]
 
     def numbers(self, parameters: Mapping[str, Tensor], base: Numbers | None = None) -> Numbers:
         """Return the table's numbers, differentiable in the parameters.
@@ -194,7 +193,7 @@ class TableFamily:
 
     def table(self, parameters: Mapping[str, Tensor], numbers: Numbers | None = None) -> Tableau:
         """Return the table of parameters, whose numbers may be known already."""
-        base = self._base_table(parameters)
+        _, base = self._base(parameters)
         with torch.no_grad():
             found = self.numbers(parameters) if numbers is None else numbers
         told = base.evaluation_times.copy()
@@ -228,16 +227,19 @@ class TableFamily:
         if self._map is None:
             return numbers_of(self.reference)
         logs = self._map.levels(parameters[TIMES]).log()
-        base, schedule = self._base_table(parameters), self.schedule(parameters)
+        schedule, base = self._base(parameters)
         follow = self.learn.coefficients != "free"
         return Numbers(*_BaseNumbers.apply(logs, base, schedule, self._build, self._stack, follow))
 
-    def _base_table(self, parameters: Mapping[str, Tensor]) -> Tableau:
-        """Return the base solver's table on the times of parameters; the last one is kept."""
-        schedule = self.schedule(parameters)
-        if self._latest[0] != schedule:
-            self._latest = schedule, self._build(schedule)
-        return self._latest[1]
+    def _base(self, parameters: Mapping[str, Tensor]) -> tuple[Schedule, Tableau]:
+        """Return the times of parameters, and the base solver's table there; the last are kept."""
+        if self._map is None:
+            return self.given, self.reference
+        levels = self.levels(parameters)
+        if not torch.equal(levels, self._latest[0]):
+            schedule = schedule_at(levels, self.given)
+            self._latest = levels, schedule, self._build(schedule)
+        return self._latest[1:]
 
     def _sums(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the base solver's sums of weights (K, 1)."""
