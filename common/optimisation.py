@@ -174,6 +174,16 @@ class Snapshot:
             # What it remembers belongs to other weights, and may not be finite.
             optimizer.state.clear()
 
+    def between(self, end: Snapshot, way: float) -> Snapshot:
+        """Return what lies on the way from here (0) to another snapshot (1) of the same module."""
+        assert self.weights is not None and end.weights is not None
+        made = Snapshot(self._average, self._live)
+        made.weights = {
+            name: self.weights[name].lerp(there, way) if there.is_floating_point() else there
+            for name, there in end.weights.items()
+        }
+        return made
+
     def load(self, weights: dict[str, torch.Tensor] | None) -> None:
         """Keep weights from a file, whose tensors are on the CPU."""
         now = self._average.state_dict()

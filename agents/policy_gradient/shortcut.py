@@ -32,7 +32,7 @@ from .buffer import Trajectories
 from .critic import CRITIC_TAGS, Critic, critic_of
 from .execution import Execution, as_executed
 from .held_out import HeldOut
-from .looks import Looks
+from .looks import FOUND, Looks
 from .replay import Replay
 from .settings import (
     CriticAndBaselineSettings,
@@ -49,8 +49,9 @@ class ShortcutAgent(Agent):
     A learned critic is no measure of progress, as it moves along. So the averaged sampler is
     compared with data on noise that is not trained on, by the energy distance, ten times on the way
     (`held_out.looks`). In the end an earlier one is returned where the last is farther from the
-    data, not by chance (`Looks`). Images are compared in features, if there are some: in pixels
-    their brightness decides. Where a reward is maximised, the last is returned.
+    data, not by chance; or weights between those and the given ones, where they are nearer
+    (`Looks`). Images are compared in features, if there are some: in pixels their brightness
+    decides. Where a reward is maximised, the last is returned.
 
     Args:
         env: the environment, in which the agent acts: its own `initial`, `observe`, `transition`
@@ -72,6 +73,7 @@ class ShortcutAgent(Agent):
         critic: f and V.
         returned: which sampler samples when training is over: the "last" average, an "earlier" one,
             or the one that was "given".
+        way: how far its weights are on the way from the given ones to those, 0 to 1.
         errors: energy distances to real samples, on noise that was neither trained on nor chosen
             by: of the sampler as it was "given", of the "last" average and of what is "returned";
             empty where nothing was compared.
@@ -318,6 +320,11 @@ class ShortcutAgent(Agent):
         return self._looks.returned
 
     @property
+    def way(self) -> float:
+        """How far the weights that sample are on the way from the given ones to `returned`'s."""
+        return self._looks.way
+
+    @property
     def errors(self) -> dict[str, float]:
         """Energy distances to real samples on held-out noise."""
         return self._looks.errors
@@ -367,7 +374,7 @@ class ShortcutAgent(Agent):
             return Report()
         # Near the data the estimate may be below 0.
         panels = [Panel("energy distance to data", "round", logged={"average": MEASURED})]
-        results = {"errors": self.errors, "returned": self.returned}
+        results = {"errors": self.errors, "returned": self.returned, "way": self.way}
         return Report(self.verdict, results, figures={"held_out.png": panels})
 
     # -- learning rates and checkpoints ----------------------------------------------------------
@@ -409,7 +416,7 @@ class ShortcutAgent(Agent):
         if (looks := state.get("looks")) is not None:
             # With a distance in other features there is nothing to compare.
             same = looks["compared"] == self._compared
-            self._looks.load_state(looks if same else {**looks, "nearest": None, "least": None})
+            self._looks.load_state(looks if same else {**looks, **dict.fromkeys(FOUND)})
         # Files from before there were second heads have none.
         for head, weights in zip(self._heads(), state.get("heads", []), strict=True):
             head.load_state_dict(weights)
