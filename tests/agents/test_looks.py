@@ -79,6 +79,47 @@ def test_an_earlier_one_is_returned_where_the_last_is_farther_for_sure(
     assert not looks.begun
 
 
+ON_THE_WAY = [0.9, 0.6, 0.1, 0.3, 0.5]  # at 0, a quarter, a half, ..., of the way
+
+
+@pytest.mark.parametrize(
+    ("chosen", "confirmed", "way"),
+    [
+        (ON_THE_WAY, ON_THE_WAY, 0.5),
+        ([0.9, 0.7, 0.6, 0.3, 0.5], [0.9, 0.7, 0.6, 0.35, 0.5], 0.75),
+        ([0.9, 0.7, 0.6, 0.495, 0.5], [0.9, 0.7, 0.6, 0.2, 0.5], 1.0),  # by less than chance
+        (ON_THE_WAY, [0.9, 0.6, 0.493, 0.1, 0.5], 1.0),  # chance chose it
+        ([0.9, 0.7, 0.6, 0.5, 0.2], [0.9, 0.7, 0.6, 0.5, 0.2], 1.0),
+    ],
+)
+def test_a_part_of_the_way_is_returned_where_it_is_nearer_for_sure(chosen, confirmed, way):
+    distances = {CHOOSING: chosen, CONFIRMING: confirmed}
+    live = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(live.weight)
+    averaged, optimizer = Averaged(live, 0.5), adam(live.parameters())
+
+    def measure(part):
+        at = averaged.module.weight.item() * 4
+        assert at == int(at)
+        wobble = 0.1 * SHARES.roll(int(at))
+        return distances[part][int(at)] + wobble - wobble.mean()
+
+    looks = Looks(averaged, measure, bool)
+    looks.begin()
+    live(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    for module in (live, averaged.module):
+        nn.init.ones_(module.weight)
+    looks.finish(looks.look(1), optimizer)
+    assert looks.returned == "last" and looks.way == way
+    assert averaged.module.weight.item() == live.weight.item() == way
+    assert bool(optimizer.state) == (way == 1)
+    assert looks.errors["last"] == pytest.approx(confirmed[-1])
+    assert looks.errors["returned"] == pytest.approx(confirmed[int(4 * way)])
+    told = f"{100 * way:g} % of the way from the given weights to the last average"
+    assert (told in looks.verdict) == (way < 1)
+
+
 def test_processes_that_train_together_return_the_same():
     """One that sees no difference follows the others, which do."""
     same = {part: [0.5] * 3 for part in (CHOOSING, CONFIRMING)}
@@ -201,6 +242,43 @@ def test_a_killed_training_chooses_as_a_whole_one(leaving, make_mdp, make_denois
     again.restore(tree, "the file")
     again.learn(reset_num_timesteps=False)
     assert again.errors["returned"] <= again.errors["last"]
+
+
+def test_a_killed_training_goes_as_far_as_a_whole_one(
+    leaving, make_mdp, make_denoiser, monkeypatch, tmp_path
+):
+    """Between the weights that were given and the last ones lie the nearest to the data."""
+    leaving(SFT, 0)
+    settings, denoiser = {**FEW, "rounds": 2, "looks": 1}, make_denoiser()
+    name, first = next(iter(denoiser.named_parameters()))
+    begun = first.detach().clone()
+
+    def away(self, part):
+        moved = (self.averaged.module.denoiser.get_parameter(name) - begun).mean()
+        return (moved.double() - 0.6).square() + 0.01 * SHARES
+
+    monkeypatch.setattr(SFT, "_distances", away)
+    whole, killed = (SFT(make_mdp(), copy.deepcopy(denoiser), **settings) for _ in range(2))
+    whole.learn()
+    learn_rounds(killed, 1)
+    killed.save(tmp_path / "agent.safetensors")
+    resumed = SFT.load(tmp_path / "agent.safetensors", make_mdp())
+    resumed.learn(reset_num_timesteps=False)
+    assert resumed.way == whole.way < 1
+    resumed.save(tmp_path / "agent.safetensors")
+    found = [whole, resumed, SFT.load(tmp_path / "agent.safetensors", make_mdp())]
+    for agent in found[1:]:
+        assert agent.report().results == whole.report().results
+        pairs = zip(whole.denoiser.parameters(), agent.denoiser.parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    # A file from before there were ways goes all of it.
+    again = SFT(make_mdp(), copy.deepcopy(denoiser), **settings)
+    tree = killed.tree()
+    for key in ("given", "way"):
+        del tree["state"]["looks"][key]
+    again.restore(tree, "the file")
+    again.learn(reset_num_timesteps=False)
+    assert again.way == 1
 
 
 class Brightness:
