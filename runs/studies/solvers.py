@@ -165,13 +165,15 @@ BY_REWARD = {
     "RDPO": ("dpm-solver++-2m", Learn("rdpo")),
     "RDPO, cross-entropy": ("dpm-solver++-2m", Learn("rdpo", {"method": "cross-entropy"})),
 }
-GS_THEN_SFT = "gs, then SFT"
+_GS = Learn("solver", preset="gs")
+GS_THEN_SFT, GS_SFD_SFT = "gs, then SFT", "gs, SFD, SFT"
 OF_THE_NETWORK: dict[str, tuple[str, tuple[Learn, ...]]] = {
     "SFD": ("ddim", (Learn("sfd"),)),
     "PD": ("ddim", (Learn("pd"),)),
     "CD": ("consistency", (Learn("cd"),)),
     "solver learning, then SFD": ("dpm-solver++-3m", (Learn("solver"), Learn("sfd"))),
-    GS_THEN_SFT: ("dpm-solver++-3m", (Learn("solver", preset="gs"), fine_tune("sft", 0))),
+    GS_THEN_SFT: ("dpm-solver++-3m", (_GS, fine_tune("sft", 0))),
+    GS_SFD_SFT: ("dpm-solver++-3m", (_GS, Learn("sfd"), fine_tune("sft", 0))),
 }
 
 
@@ -203,8 +205,9 @@ def _learned(
     rows |= {name: (sample(solver), learn) for name, (solver, learn) in learned.items()}
     rows |= {name: (sample(solver), *learn) for name, (solver, learn) in OF_THE_NETWORK.items()}
     if scoring.conditional:  # a good picture of another class is a fake, too
-        *stages, _ = rows[GS_THEN_SFT]
-        rows[GS_THEN_SFT] = (*stages, fine_tune("sft", 0, mismatched=0.5))
+        for name in (GS_THEN_SFT, GS_SFD_SFT):
+            *stages, _ = rows[name]
+            rows[name] = (*stages, fine_tune("sft", 0, mismatched=0.5))
     # An exact network cannot be tuned.
     tuned = tuple(env for env in networks if env != MIXTURE)
     contenders = tuple(
